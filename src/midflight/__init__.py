@@ -1,0 +1,44 @@
+"""Tune the hyperparameters while the model trains."""
+
+from midflight import nn
+from midflight.errors import (
+    BindingError,
+    MidflightError,
+    SpaceError,
+    UnknownName,
+    UnreachedHyperparameter,
+    UnsupportedOptimizer,
+    UnsupportedParameter,
+)
+from midflight.hypergrad import ESTIMATORS, Estimator, hypergradient
+from midflight.hypersteps import SignSteps
+from midflight.problem import Problem, Step
+from midflight.space import Float, Hyperparameter, Space
+from midflight.tuner import Tuner
+from midflight.updates import RULES, Update, UpdateRule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ESTIMATORS",
+    "RULES",
+    "BindingError",
+    "Estimator",
+    "Float",
+    "Hyperparameter",
+    "MidflightError",
+    "Problem",
+    "SignSteps",
+    "Space",
+    "SpaceError",
+    "Step",
+    "Tuner",
+    "UnknownName",
+    "UnreachedHyperparameter",
+    "UnsupportedOptimizer",
+    "UnsupportedParameter",
+    "Update",
+    "UpdateRule",
+    "hypergradient",
+    "nn",
+]

@@ -1,0 +1,58 @@
+"""An endless stream of validation batches that can be put to sleep and woken at the same place."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+
+class EndlessBatches(Iterator[Any]):
+    """Goes through a loader again and again; remembers where it is.
+
+    A loader that shuffles draws its order when a pass begins, from its own generator or the global
+    one. The state keeps that generator as it was then, so that a restored stream draws the same
+
+    Raises:
+        ValueError: the loader is empty.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader = loader
+        self._begin()
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            if self._used == 0:
+                raise ValueError(
+                    "valid_loader must give at least one batch each time it is iterated, but gave none; "
+                    "pass a DataLoader or a list rather than a generator that runs out."
+                ) from None
+            self._begin()
+            return next(self)
+        self._used += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is."""
+        return {"used": self._used, "random_state": self._random_state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from where `state_dict` was taken; the global generator is left as it is."""
+        generator = self._generator()
+        global_state = torch.get_rng_state()
+        generator.set_state(state["random_state"])
+        self._begin()
+        for _ in range(state["used"]):
+            next(self)
+        torch.set_rng_state(global_state)
+
+    def _begin(self) -> None:
+        self._random_state = self._generator().get_state()
+        self._iterator = iter(self._loader)
+        self._used = 0
+
+    def _generator(self) -> torch.Generator:
+        own = getattr(self._loader, "generator", None)
+        return own if isinstance(own, torch.Generator) else torch.default_generator

@@ -1,0 +1,237 @@
+"""midflight: tune the hyperparameters while the model trains.
+
+  midflight study PRESET   reproduce the paper: smoke, quick or paper
+  midflight report RUN     figures and one HTML page from the stored rows of a study
+  midflight check          hypergradients against central differences, in float64
+
+Examples:
+  midflight study smoke
+  midflight study quick --run mine --starts 20 --estimator one_step t1t2
+  midflight study paper --networks 1000-1000-1000 --device cuda
+  midflight report quick --json
+
+`midflight COMMAND --help` lists the options. Exit codes: 0 done; 1 the environment failed (no data
+to be had, disk full) or a check did not pass; 2 bad input; 130 interrupted.
+"""
+
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from midflight.check import TOLERANCE, Check, as_dicts, run_checks
+from midflight.errors import MidflightError
+from midflight.study.data import DatasetUnavailable
+from midflight.study.progress import showing_progress
+from midflight.study.report import as_json, summary_table, write_report
+from midflight.study.run import WorkerDied, estimate_seconds, run_study
+from midflight.study.spec import PRESETS, Spec, SpecError
+from midflight.study.store import Store, StoreUnavailable
+from midflight.study.summary import summarise
+
+DEFAULT_STORE = Path("runs/midflight.sqlite")
+LONG = 3600.0  # seconds above which a study says beforehand how long it will take
+
+_out = Console(soft_wrap=True)
+_err = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Run a study, or go on with one that was interrupted.
+
+    Every finished arm is stored at once; the same command resumes where it stopped.
+    """
+
+    spec: Annotated[Spec, tyro.conf.arg(name="")]
+    run: str | None = None
+    """Its name in the store; the preset's if not given."""
+    store: Path = DEFAULT_STORE
+    """SQLite file."""
+    workers: int | None = None
+    """Processes, one thread each; all cores if not given. The rows do not depend on it."""
+    json: bool = False
+    """Print the summary for machines."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the figures and report.html of a study from its stored rows."""
+
+    run: tyro.conf.Positional[str]
+    """The study's name in the store."""
+    store: Path = DEFAULT_STORE
+    """SQLite file."""
+    out: Path | None = None
+    """Folder to write to; runs/RUN beside the store if not given."""
+    json: bool = False
+    """Print the same numbers for machines and write nothing."""
+
+
+@dataclass(frozen=True)
+class CheckCommand:
+    """Compare every estimator's hypergradient with the central difference of the one-step map."""
+
+    json: bool = False
+    """Print the table for machines."""
+
+
+def main() -> None:
+    """Entry point of the command `midflight`."""
+    arguments = sys.argv[1:]
+    commands = {"study": _study, "report": _report, "check": _check}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0 if arguments else 2)
+    if arguments[0] not in commands:
+        _fail(f"the command must be one of {', '.join(commands)}; got {arguments[0]!r}.", 2)
+    try:
+        sys.exit(commands[arguments[0]](arguments[1:]))
+    except (DatasetUnavailable, StoreUnavailable, WorkerDied) as error:
+        _fail(str(error), 1)
+    except MidflightError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(
+            f"{error.filename or 'the system'}: {error.strerror or error}; nothing that was stored is lost.",
+            1,
+        )
+    except KeyboardInterrupt:
+        _fail("interrupted; what was finished is stored, the same command goes on from there.", 130)
+
+
+def _study(arguments: list[str]) -> int:
+    presets = tyro.extras.subcommand_type_from_defaults(
+        {name: Study(spec) for name, spec in PRESETS.items()},
+        {name: _about(spec) for name, spec in PRESETS.items()},
+    )
+    study: Study = tyro.cli(presets, args=arguments, prog="midflight study", description=Study.__doc__)
+    run = study.run or arguments[0]
+    workers = len(os.sched_getaffinity(0)) if study.workers is None else study.workers
+    if workers < 1:
+        raise SpecError(f"workers >= 1 must hold, but got {workers}.")
+    if study.spec.device != "cpu" and not torch.cuda.is_available():
+        raise SpecError(f"device {study.spec.device} is not there; use --device cpu.")
+    with Store(study.store) as store:
+        store.open_run(run, study.spec, machine())
+        _announce(study.spec, PRESETS[arguments[0]], workers)
+        with showing_progress(study.spec, store.rows(run), _err) as progress:
+            run_study(study.spec, store, run, workers, progress.on_tick, progress.on_row)
+        if study.json:
+            print(as_json(store, run))
+        else:
+            _out.print(summary_table(summarise(study.spec, store.rows(run))))
+            at = "" if study.store == DEFAULT_STORE else f" --store {study.store}"
+            _out.print(f"Stored as {run} in {study.store}. Next: midflight report {run}{at}")
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    report = tyro.cli(Report, args=arguments, prog="midflight report")
+    with Store(report.store, create=False) as store:
+        if report.json:
+            print(as_json(store, report.run))
+            return 0
+        store.spec(report.run)
+        with _err.status("checking the hypergradients"):
+            checks = as_dicts(list(run_checks()))
+        folder = report.out or report.store.parent / report.run
+        page = write_report(store, report.run, folder, checks)
+        _out.print(summary_table(summarise(store.spec(report.run), store.rows(report.run))))
+    _out.print(f"Report: {page.resolve()}")
+    return 0
+
+
+def _check(arguments: list[str]) -> int:
+    check = tyro.cli(CheckCommand, args=arguments, prog="midflight check")
+    with _err.status("comparing with central differences"):
+        checks = list(run_checks())
+    failed = [c for c in checks if c.passed is False]
+    if check.json:
+        print(json.dumps({"tolerance": TOLERANCE, "checks": as_dicts(checks)}, indent=2))
+    else:
+        _out.print(_check_table(checks))
+        claims = sum(c.exact for c in checks)
+        _out.print(
+            f"{claims - len(failed)} of {claims} exact estimates are within {TOLERANCE:g} of the truth."
+        )
+    return 1 if failed else 0
+
+
+def _check_table(checks: list[Check]) -> Table:
+    table = Table(title="Hypergradients against the central difference of the one-step map (float64)")
+    for column in ("optimiser", "hyperparameter", "estimator"):
+        table.add_column(column)
+    for column in ("relative error", "cosine", "scale", "exact?"):
+        table.add_column(column, justify="right")
+    for c in checks:
+        verdict = {True: "[green]yes", False: "[red]NO", None: ""}[c.passed]
+        table.add_row(
+            c.rule,
+            c.hyperparameter,
+            c.estimator,
+            f"{c.relative_error:.2g}",
+            f"{c.cosine:.3f}",
+            f"{c.scale:.3g}",
+            verdict,
+        )
+    return table
+
+
+def _announce(spec: Spec, preset: Spec, workers: int) -> None:
+    seconds = estimate_seconds(spec, workers)
+    if seconds > LONG:
+        _err.print(f"The training steps alone will take about {_duration(seconds)} with {workers} workers.")
+    whole = estimate_seconds(preset, workers)
+    if spec != preset and whole > LONG:
+        _err.print(f"The whole preset would take about {_duration(whole)}.")
+
+
+def _about(spec: Spec) -> str:
+    return (
+        f"{spec.dataset}, {spec.train} training and {spec.valid} validation images, "
+        f"{' and '.join(spec.networks)}, {spec.epochs} epochs, {spec.starts} starts."
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400.0), ("hours", 3600.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 60:.0f} minutes"
+
+
+def machine() -> str:
+    """This machine in words, for the store and the report."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return (
+        f"{_processor()}, {os.cpu_count()} cores{gpu}; {platform.system()}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def _fail(sentence: str, code: int) -> None:
+    _err.print(f"midflight: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""What can go wrong at the border between a user's code and ours."""
+
+
+class MidflightError(Exception):
+    """Base of every error that midflight raises on purpose."""
+
+
+class SpaceError(MidflightError, ValueError):
+    """A search space, or a value for it, that cannot be."""
+
+
+class BindingError(MidflightError, ValueError):
+    """A hyperparameter cannot be bound to the optimiser option that was asked for."""
+
+
+class UnreachedHyperparameter(MidflightError, RuntimeError):
+    """A hyperparameter influences neither the training loss's gradient nor the update."""
+
+
+class UnsupportedOptimizer(MidflightError, TypeError):
+    """There is no update rule for this optimiser, or for one of its options."""
+
+
+class UnsupportedParameter(MidflightError, TypeError):
+    """A weight whose update cannot be differentiated (sparse gradient, complex dtype)."""
+
+
+class UnknownName(MidflightError, ValueError):
+    """A name that is not in one of midflight's tables."""
+
+    def __init__(self, kind: str, name: object, known: object) -> None:
+        names = ", ".join(str(k) for k in known) if hasattr(known, "__iter__") else str(known)
+        super().__init__(f"{kind} must be one of {names}; got {name!r}.")

@@ -1,0 +1,65 @@
+"""The estimators that "Online hyper-parameters optimization" prints, kept to reproduce it.
+
+    L2:     dC2/dlambda = -eta dC2/dtheta . theta                      (Eq. 5)
+    noise:  dC2/dn0     = N(0, n0) . w0 . dC2/dw0                      (Eq. 6)
+
+Eq. 5 is T1-T2 for plain gradient descent. Eq. 6 reads the validation pass only and is not the
+derivative of C2 after the step: N(0, n0), a fresh vector with one entry per input, has mean 0,
+hence so has the estimate, at every noise level. Never a default.
+"""
+
+import torch
+from torch import Tensor
+
+from midflight.errors import UnreachedHyperparameter
+from midflight.problem import Step
+from midflight.trees import Tensors
+from midflight.updates import tuned_options
+
+
+def paper(step: Step) -> Tensors:
+    """Eq. 5 for a weight decay bound to the optimiser, Eq. 6 for the one other hyperparameter.
+
+    w0 is the first matrix among the weights, shape (outputs, inputs).
+
+    Raises:
+        UnreachedHyperparameter: there is more than one other hyperparameter, or no matrix.
+    """
+    v = step.valid_grad(step.next_params())
+    outputs: list[Tensor] = []
+    cotangents: list[Tensor] = []
+    for name, u in step.updates.items():
+        if "weight_decay" in tuned_options(u.options):
+            decay = u.options["weight_decay"]
+            outputs.append(decay)
+            cotangents.append((-u.options["lr"] * (v[name] * step.params[name]).sum()).to(decay))
+
+    noises = _unbound(step, outputs)
+    first = next((name for name, p in step.params.items() if p.ndim == 2), None)
+    if noises and (len(noises) > 1 or first is None):
+        raise UnreachedHyperparameter(
+            "the estimator 'paper' knows one weight decay and one input noise of a network that begins with "
+            f"a matrix; it cannot tell what to do for {', '.join(noises)}. Use 'one_step'."
+        )
+    if noises and first is not None:
+        noise, weight = step.values[noises[0]], step.params[first]
+        draw = noise.detach().to(weight) * torch.randn(
+            weight.shape[1], dtype=weight.dtype, device=weight.device
+        )
+        outputs.append(noise)
+        cotangents.append((draw @ (weight * v[first]).sum(0)).to(noise))
+    return step.chain(outputs, cotangents)
+
+
+def _unbound(step: Step, options: list[Tensor]) -> list[str]:
+    """The hyperparameters that none of these options is a function of."""
+    if not options:
+        return list(step.hparams)
+    found = torch.autograd.grad(
+        options,
+        list(step.hparams.values()),
+        [torch.ones_like(x) for x in options],
+        allow_unused=True,
+        retain_graph=True,
+    )
+    return [name for name, g in zip(step.hparams, found, strict=True) if g is None]

@@ -1,0 +1,28 @@
+"""T1-T2 as printed: the update is taken for plain gradient descent whatever the optimiser is.
+
+dC2/dlambda = -eta d/dlambda <dC2/dtheta(theta'), dC1~/dtheta>     (Luketina et al. 2016, Eq. 4 and 5)
+"""
+
+from dataclasses import replace
+
+from midflight.problem import Step
+from midflight.trees import Tensors
+from midflight.updates import SGD, Update
+
+_PLAIN = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, "maximize": False}
+
+
+def t1t2(step: Step) -> Tensors:
+    """Ignores the optimiser's preconditioner and momentum; exact for plain SGD only.
+
+    Costs what `one_step` costs. A tuned weight decay is taken as coupled L2.
+
+    Raises:
+        UnreachedHyperparameter: a tuned option has no meaning for plain gradient descent.
+    """
+    v = step.valid_grad(step.next_params())
+    plain = {
+        name: Update(SGD(), _PLAIN | {k: u.options[k] for k in ("lr", "weight_decay")})
+        for name, u in step.updates.items()
+    }
+    return replace(step, updates=plain).pullback(v)

@@ -1,0 +1,5 @@
+"""Layers that read a hyperparameter."""
+
+from midflight.nn.noise import GaussianNoise
+
+__all__ = ["GaussianNoise"]

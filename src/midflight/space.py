@@ -1,0 +1,214 @@
+"""The hyperparameters: what may vary, between which bounds, and where each stands now.
+
+A hyperparameter is a plain object around a leaf tensor, neither a Parameter nor a buffer of the
+model: `SGD(model.parameters())` must not train it on the training loss, and `model.to()` must not
+replace it. Its hypergradient lands in `raw.grad`, so any torch optimiser can move it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midflight.errors import SpaceError, UnknownName
+from midflight.transforms import Linear, Log, Transform
+from midflight.trees import Tensors
+
+
+@dataclass(frozen=True)
+class Float:
+    """A continuous hyperparameter between `low` and `high`, both included.
+
+    Args:
+        low: smallest value.
+        high: largest value; low < high.
+        log: move on a logarithmic scale; needs low > 0.
+        init: where it starts; the middle of the (log) range if not given.
+
+    Raises:
+        SpaceError: one of the conditions above does not hold.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    init: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise SpaceError(f"low < high must hold, but low={self.low} and high={self.high}.")
+        if self.log and self.low <= 0:
+            raise SpaceError(
+                f"low > 0 must hold for log=True, but low={self.low}; pass log=False or a positive low."
+            )
+        if self.init is not None:
+            self.check(self.init)
+
+    def check(self, value: float) -> None:
+        """Raise `SpaceError` unless low <= value <= high."""
+        if not self.low <= value <= self.high:
+            raise SpaceError(f"a value in [{self.low:g}, {self.high:g}] is needed, but got {value:g}.")
+
+    @property
+    def transform(self) -> Transform:
+        """The map from the unit interval onto [low, high]."""
+        return (Log if self.log else Linear)(self.low, self.high)
+
+
+class Hyperparameter:
+    """One entry of a `Space`: use it like a scalar tensor wherever a tensor can stand.
+
+    Attributes:
+        raw: unit coordinate in [0, 1], a leaf tensor of shape (); moved by the tuner.
+        value: what the model sees, `transform(raw)`, differentiable with respect to `raw`.
+    """
+
+    def __init__(self, name: str, spec: Float, dtype: torch.dtype) -> None:
+        self.name = name
+        self.spec = spec
+        self.transform = spec.transform
+        start = 0.5 if spec.init is None else self.transform.raw(spec.init)
+        self.raw = torch.tensor(start, dtype=dtype)
+
+    @property
+    def value(self) -> Tensor:
+        return self.transform.value(self.raw)
+
+    def set(self, value: float) -> None:
+        """Move to `value`; raises `SpaceError` outside [low, high]."""
+        self.spec.check(value)
+        with torch.no_grad():
+            self.raw.fill_(self.transform.raw(value))
+
+    def __float__(self) -> float:
+        return float(self.value.detach())
+
+    def __repr__(self) -> str:
+        scale = "log" if self.spec.log else "linear"
+        return f"{self.name} = {float(self):.4g}  ({scale} in [{self.spec.low:.4g}, {self.spec.high:.4g}])"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return func(*_values_of(args), **{k: _value_of(v) for k, v in (kwargs or {}).items()})
+
+
+def _value_of(x: Any) -> Any:
+    if isinstance(x, Hyperparameter):
+        return x.value
+    return _values_of(x) if type(x) in (list, tuple) else x
+
+
+def _values_of(xs: Any) -> Any:
+    return type(xs)(_value_of(x) for x in xs)
+
+
+def _operator(name: str) -> Callable[..., Tensor]:
+    def operator(self: Hyperparameter, *others: Any) -> Tensor:
+        result: Tensor = getattr(self.value, name)(*others)
+        return result
+
+    operator.__name__ = name
+    return operator
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    setattr(Hyperparameter, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(Hyperparameter, f"__r{_name}__", _operator(f"__r{_name}__"))
+for _name in ("neg", "lt", "le", "gt", "ge"):
+    setattr(Hyperparameter, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+class Space:
+    """Named hyperparameters.
+
+    Args:
+        specs: name -> `Float`, for names that are no Python identifiers.
+        dtype: of the raw coordinates; torch's default dtype if not given.
+        named: the same as keywords: `Space(noise=Float(0, 0.8))`.
+
+    Raises:
+        SpaceError: it is empty, or an entry is not a `Float`.
+    """
+
+    def __init__(
+        self, specs: Mapping[str, Float] | None = None, /, *, dtype: torch.dtype | None = None, **named: Float
+    ) -> None:
+        specs = {**(specs or {}), **named}
+        if not specs:
+            raise SpaceError("a Space needs at least one hyperparameter, such as noise=Float(0, 0.8).")
+        for name, spec in specs.items():
+            if not isinstance(spec, Float):
+                raise SpaceError(f"{name} must be a Float, but got {spec!r}.")
+        dtype = dtype or torch.get_default_dtype()
+        self._entries = {name: Hyperparameter(name, spec, dtype) for name, spec in specs.items()}
+
+    def __getitem__(self, name: str) -> Hyperparameter:
+        if name not in self._entries:
+            raise UnknownName("a hyperparameter of this space", name, self._entries)
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self._entries.values()))
+
+    @property
+    def raws(self) -> Tensors:
+        """Unit coordinates, name -> leaf tensor in [0, 1]; what a hyper-optimiser moves."""
+        return {name: entry.raw for name, entry in self._entries.items()}
+
+    def as_dict(self) -> dict[str, float]:
+        """The current values as plain numbers."""
+        return {name: float(entry) for name, entry in self._entries.items()}
+
+    def set(self, **values: float) -> None:
+        """Move the named hyperparameters to these values; raises `SpaceError` outside their bounds."""
+        for name, value in values.items():
+            self[name].set(value)
+
+    def requires_grad_(self, flag: bool = True) -> None:
+        """Whether forward passes from now on are recorded with respect to the hyperparameters."""
+        for entry in self._entries.values():
+            entry.raw.requires_grad_(flag)
+
+    def clamp_(self) -> None:
+        """Bring every raw coordinate back into [0, 1], in place."""
+        with torch.no_grad():
+            for entry in self._entries.values():
+                entry.raw.clamp_(0, 1)
+
+    @contextmanager
+    def using(self, raws: Tensors) -> Iterator[None]:
+        """Let the layers that read this space see other raw tensors for a while."""
+        before = self.raws
+        try:
+            for name, raw in raws.items():
+                self[name].raw = raw
+            yield
+        finally:
+            for name, raw in before.items():
+                self[name].raw = raw
+
+    def state_dict(self) -> dict[str, Any]:
+        """The raw coordinates, to be saved with the model's."""
+        return {"raw": {name: entry.raw.detach().clone() for name, entry in self._entries.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave; raises `SpaceError` if the names differ."""
+        if set(state["raw"]) != set(self._entries):
+            raise SpaceError(
+                f"the saved space has {sorted(state['raw'])}, this one {sorted(self._entries)}; "
+                "build the same space before loading."
+            )
+        with torch.no_grad():
+            for name, entry in self._entries.items():
+                entry.raw.copy_(state["raw"][name])

@@ -1,0 +1,206 @@
+"""One arm of the study: train a network once, fixed or tuned, and measure it."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from midflight.hypersteps import SignSteps
+from midflight.nn import GaussianNoise
+from midflight.space import Float, Space
+from midflight.study.data import load
+from midflight.study.spec import Arm, Spec, SpecError, widths
+from midflight.study.store import Result, Row
+from midflight.tuner import Tuner
+
+Point = tuple[float, float]
+"""(log10 L2, noise)"""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, shape (n, features), and labels, shape (n,), on the device of the study."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Data:
+    """T1 updates the weights, T2 tunes the hyperparameters, test only reports."""
+
+    t1: Split
+    t2: Split
+    test: Split
+
+
+def prepare(spec: Spec) -> Data:
+    """The data of a study, split by its seed; raises `SpecError` if there are too few images."""
+    arrays = load(spec.dataset)
+    if spec.train + spec.valid > len(arrays.train_y):
+        raise SpecError(
+            f"train + valid must be at most {len(arrays.train_y)} for {spec.dataset}, "
+            f"but got {spec.train} + {spec.valid}."
+        )
+    order = np.random.default_rng(spec.seed).permutation(len(arrays.train_y))
+    first, second = order[: spec.train], order[spec.train : spec.train + spec.valid]
+
+    def split(x: Any, y: Any) -> Split:
+        return Split(torch.from_numpy(x).to(spec.device), torch.from_numpy(y).to(spec.device))
+
+    return Data(
+        split(arrays.train_x[first], arrays.train_y[first]),
+        split(arrays.train_x[second], arrays.train_y[second]),
+        split(arrays.test_x, arrays.test_y),
+    )
+
+
+class Shuffled:
+    """Batches in a new random order at each pass; an incomplete last one is left out."""
+
+    def __init__(self, split: Split, batch: int, seed: int) -> None:
+        self.split = split
+        self.batch = batch
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.split), generator=self.generator).to(self.split.x.device)
+        for i in range(0, len(order) - self.batch + 1, self.batch):
+            chosen = order[i : i + self.batch]
+            yield self.split.x[chosen], self.split.y[chosen]
+
+
+def run_arm(
+    spec: Spec, arm: Arm, begin: Point, data: Data, report: Callable[[int, Point, float], None]
+) -> Row:
+    """Train `arm` from the hyperparameters `begin`.
+
+    Equal arguments give an equal `Result` on the same machine, in whichever process and order.
+
+    Args:
+        report: called after each epoch with (epochs done, current point, validation error).
+    """
+    seed = _seed(spec, 0 if arm.kind == "landscape" else arm.index)
+    torch.manual_seed(seed)
+    space = _space(spec, begin)
+    tuned = arm.kind == "tuned"
+    network = mlp(data.t1.x.shape[1], widths(arm.network), classes=10)
+    model = nn.Sequential(GaussianNoise(space["noise"]), network).to(spec.device)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=spec.lr, weight_decay=float(space["weight_decay"]), fused=True
+    )
+    decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, spec.lr_end ** (1 / spec.epochs))
+    tuner = _tuner(spec, arm, model, optimizer, space, data, seed) if tuned else None
+    batches = Shuffled(data.t1, spec.batch, seed)
+
+    trajectory: list[list[float]] = []
+    valid_errors: list[float] = []
+    epoch_seconds: list[float] = []
+    valid_loss = float("nan")
+    step = 0
+    for epoch in range(spec.epochs):
+        began = _now(spec)
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if tuner is None:
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                tuner.backward(loss)
+            optimizer.step()
+            step += 1
+            if tuned and step % spec.every == 0:
+                trajectory.append([step, *_point(space)])
+        epoch_seconds.append(_now(spec) - began)
+        decay.step()
+        valid_loss, valid_error = evaluate(model, data.t2)
+        valid_errors.append(valid_error)
+        report(epoch + 1, _point(space), valid_error)
+
+    result = Result(
+        start=begin,
+        end=_point(space) if tuned else begin,
+        valid_loss=valid_loss,
+        valid_error=valid_errors[-1],
+        test_error=None if arm.kind == "landscape" else evaluate(model, data.test)[1],
+        valid_errors=valid_errors,
+        trajectory=trajectory,
+    )
+    return Row(arm, result, epoch_seconds)
+
+
+def mlp(inputs: int, hidden: list[int], classes: int) -> nn.Sequential:
+    """A ReLU network; the last layer gives logits."""
+    layers: list[nn.Module] = []
+    for width in hidden:
+        layers += [nn.Linear(inputs, width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, classes))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
+    """(mean cross-entropy, share misclassified) in eval mode; the model is left in train mode."""
+    model.eval()
+    loss = wrong = 0.0
+    for x, y in zip(torch.split(split.x, 1000), torch.split(split.y, 1000), strict=True):
+        logits = model(x)
+        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        wrong += int((logits.argmax(1) != y).sum())
+    model.train()
+    return loss / len(split), wrong / len(split)
+
+
+def _tuner(
+    spec: Spec,
+    arm: Arm,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    space: Space,
+    data: Data,
+    seed: int,
+) -> Tuner:
+    mover = {"sign": SignSteps, "adam": torch.optim.Adam}[spec.hyper_optimizer]
+    return Tuner(
+        model,
+        optimizer,
+        space,
+        validate=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+        valid_loader=Shuffled(data.t2, spec.batch, seed + 1),
+        bind=["weight_decay"],
+        every=spec.every,
+        estimator=arm.estimator,
+        total_steps=spec.steps(),
+        hyper_optimizer=partial(mover, lr=spec.hyper_lr),
+    )
+
+
+def _space(spec: Spec, begin: Point) -> Space:
+    (l2_low, l2_high), (noise_low, noise_high) = spec.intervals()
+    return Space(
+        weight_decay=Float(10**l2_low, 10**l2_high, log=True, init=10 ** begin[0]),
+        noise=Float(noise_low, noise_high, init=begin[1]),
+    )
+
+
+def _point(space: Space) -> Point:
+    return float(space["weight_decay"].value.detach().log10()), float(space["noise"])
+
+
+def _seed(spec: Spec, index: int) -> int:
+    return int(np.random.default_rng([spec.seed, index, 1]).integers(2**32))
+
+
+def _now(spec: Spec) -> float:
+    if spec.device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()

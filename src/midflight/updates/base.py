@@ -1,0 +1,78 @@
+"""What an update rule is: one optimiser step as a pure function, and its exact derivatives."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Options = Mapping[str, Any]
+"""A torch `param_group` without its params; a tunable option may be a scalar tensor."""
+
+State = Mapping[str, Tensor]
+"""The optimiser's state of one weight, named as in `torch.optim`; empty before the first step."""
+
+
+class UpdateRule(ABC):
+    """theta' = U(theta, s, g, phi) for one weight tensor."""
+
+    tunable: ClassVar[frozenset[str]]
+    """The options with respect to which the step can be differentiated."""
+
+    @abstractmethod
+    def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+        """The weight and the state after one step; differentiable in every tensor it is given.
+
+        Equals `torch.optim` up to rounding. Nothing is changed in place.
+        """
+
+    def pullback(
+        self, v: Tensor, param: Tensor, grad: Tensor, state: State, options: Options
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(dU/dg)^T v, and v . dU/dphi for every option that is a tensor requiring a gradient.
+
+        Args:
+            v: gradient of some loss with respect to theta', shaped like `param`.
+
+        Returns:
+            a tensor shaped like `param`, and option -> tensor shaped like the option.
+
+        This default differentiates `step`; a rule overrides it with a closed form where that is
+        cheaper, and the tests hold the two against each other.
+        """
+        grad = grad.detach().requires_grad_()
+        tuned = {name: options[name].detach().requires_grad_() for name in tuned_options(options)}
+        with torch.enable_grad():
+            new, _ = self.step(param.detach(), grad, state, {**options, **tuned})
+        w, *rest = torch.autograd.grad(new, [grad, *tuned.values()], v, materialize_grads=True)
+        return w, dict(zip(tuned, rest, strict=True))
+
+
+@dataclass(frozen=True)
+class Update:
+    """How one weight is updated: its rule and its options."""
+
+    rule: UpdateRule
+    options: Options
+
+
+def tuned_options(options: Options) -> list[str]:
+    """The options that are being tuned: tensors that require a gradient."""
+    return [name for name, x in options.items() if isinstance(x, Tensor) and x.requires_grad]
+
+
+def is_zero(option: float | Tensor) -> bool:
+    """Whether an option is the constant 0, whose term can be left out."""
+    return not isinstance(option, Tensor) and option == 0
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """sqrt(x) with derivative 0 instead of infinity at 0.
+
+    Adam's second moment is 0 only where every gradient so far was, and there the first moment,
+    which multiplies this derivative, is 0 as well.
+    """
+    positive = x > 0
+    return torch.where(positive, x, 1).sqrt() * positive

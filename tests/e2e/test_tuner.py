@@ -1,0 +1,408 @@
+"""The tuner in loops and models as people have them."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import midflight as mf
+from midflight.testing import compare
+
+X, Y = torch.randn(64, 8), torch.randint(0, 3, (64,))
+
+
+def space(dtype=None):
+    return mf.Space(
+        {
+            "weight_decay": mf.Float(1e-5, 1e-1, log=True, init=1e-3),
+            "noise": mf.Float(0.0, 0.8, init=0.3),
+        },
+        dtype=dtype,
+    )
+
+
+def network(space, *layers):
+    layers = layers or (nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    return nn.Sequential(mf.nn.GaussianNoise(space["noise"]), *layers)
+
+
+def cross_entropy(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def tuner(model, optimizer, space, **options):
+    options = {"bind": ["weight_decay"], "every": 1, **options}
+    return mf.Tuner(model, optimizer, space, validate=cross_entropy, valid_loader=[(X, Y)], **options)
+
+
+def train(model, optimizer, backward, steps, x=X, y=Y):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        backward(F.cross_entropy(model(x), y))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("estimator", ["one_step", "one_step_cheap", "t1t2"])
+def test_the_live_loop_gives_the_hypergradient_of_the_pure_function(optimizer, estimator):
+    torch.set_default_dtype(torch.float64)
+    try:
+        s = space()
+        model, x = network(s), X.double()
+        optim = optimizer(model.parameters(), lr=0.01)
+        moved = []
+        t = mf.Tuner(
+            model, optim, s, validate=cross_entropy, valid_loader=[(x, Y)], bind=["weight_decay"],
+            every=5, estimator=estimator, hyper_optimizer=lambda raws: Recorder(raws, moved),
+        )  # fmt: skip
+        train(model, optim, t.backward, 4, x=x)
+
+        def forward(params, inputs):
+            return F.cross_entropy(torch.func.functional_call(model, params, (inputs,)), Y)
+
+        def train_loss(params, raws):
+            with s.using(raws), torch.random.fork_rng(devices=[]):
+                return forward(params, x)
+
+        def valid_loss(params):
+            model.eval()
+            loss = forward(params, x)
+            model.train()
+            return loss
+
+        def updates(raws):
+            with s.using(raws):
+                options = {**optim.param_groups[0], "weight_decay": s["weight_decay"].value}
+            return {n: mf.Update(mf.RULES[optimizer], options) for n, _ in model.named_parameters()}
+
+        named = dict(model.named_parameters())
+        state = {n: optim.state[p] for n, p in named.items()}
+        problem = mf.Problem(train_loss, valid_loss, updates)
+        expected = mf.hypergradient(problem, named, s.raws, state, estimator)
+        train(model, optim, t.backward, 1, x=x)
+        found = dict(zip(s, moved[0], strict=True))
+        assert compare([found], [expected]).relative_error < 1e-12
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Recorder(torch.optim.Optimizer):
+    """Moves nothing and keeps the hypergradients it was given."""
+
+    def __init__(self, raws, seen):
+        super().__init__(raws, {"lr": 1.0})
+        self.seen = seen
+
+    def step(self, closure=None):
+        self.seen.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+
+
+def test_backward_fills_the_same_gradients_as_loss_backward():
+    s = space()
+    model = network(s)
+    twin = copy.deepcopy(model)
+    t = tuner(model, torch.optim.Adam(model.parameters()), s)
+    torch.manual_seed(1)
+    t.backward(F.cross_entropy(model(X), Y))
+    torch.manual_seed(1)
+    F.cross_entropy(twin(X), Y).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+        assert p.grad.grad_fn is None
+
+
+def test_backward_accumulates_and_reaches_leaves_that_are_not_weights():
+    s = space()
+    model, x = network(s), X.clone().requires_grad_()
+    t = tuner(model, torch.optim.Adam(model.parameters()), s)
+    torch.manual_seed(1)
+    t.backward(F.cross_entropy(model(x), Y))
+    once = x.grad.clone()
+    torch.manual_seed(1)
+    t.backward(F.cross_entropy(model(x), Y))
+    torch.testing.assert_close(x.grad, 2 * once)
+
+
+@pytest.mark.parametrize("estimator", sorted(mf.ESTIMATORS))
+def test_at_learning_rate_zero_the_weights_stay_bit_identical(estimator):
+    s = space()
+    model = network(s)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    train(model, optimizer, tuner(model, optimizer, s, estimator=estimator).backward, 20)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_hyperparameters_move_every_kth_step_and_reach_the_optimizer():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    t = tuner(model, optimizer, s, every=5)
+    assert optimizer.param_groups[0]["weight_decay"] == float(s["weight_decay"])
+    start = s.as_dict()
+    train(model, optimizer, t.backward, 4)
+    assert s.as_dict() == start
+    train(model, optimizer, t.backward, 1)
+    assert all(s.as_dict()[name] != start[name] for name in s)
+    assert optimizer.param_groups[0]["weight_decay"] == float(s["weight_decay"])
+
+
+def test_steps_anneal_to_zero_over_the_run():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    t = tuner(model, optimizer, s, every=2, total_steps=40)
+    lengths = []
+    for _ in range(20):
+        before = float(s["noise"].raw)
+        train(model, optimizer, t.backward, 2)
+        lengths.append(abs(float(s["noise"].raw) - before))
+    assert lengths[0] == pytest.approx(0.03, rel=1e-4)
+    assert lengths[10] == pytest.approx(0.015, rel=1e-4)
+    train(model, optimizer, t.backward, 2)
+    assert t.hyper_optimizer.param_groups[0]["lr"] == 0
+
+
+def test_raw_values_stay_in_the_unit_interval():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    t = tuner(model, optimizer, s, hyper_optimizer=lambda raws: mf.SignSteps(raws, lr=0.7))
+    for _ in range(10):
+        train(model, optimizer, t.backward, 1)
+        assert all(0 <= float(raw) <= 1 for raw in s.raws.values())
+
+
+def test_resume_equals_the_uninterrupted_run_bit_for_bit():
+    def build():
+        torch.manual_seed(0)
+        s = space()
+        model = network(s)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        data = torch.utils.data.TensorDataset(X, Y)
+        loader = torch.utils.data.DataLoader(data, batch_size=10, shuffle=True, drop_last=True)
+        t = mf.Tuner(
+            model, optimizer, s, validate=cross_entropy, valid_loader=loader, bind=["weight_decay"],
+            every=3, total_steps=60,
+        )  # fmt: skip
+        return s, model, optimizer, t
+
+    s, model, optimizer, t = build()
+    train(model, optimizer, t.backward, 25)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), t.state_dict(), torch.get_rng_state()))
+    train(model, optimizer, t.backward, 35)
+
+    s2, model2, optimizer2, t2 = build()
+    model2.load_state_dict(saved[0])
+    optimizer2.load_state_dict(saved[1])
+    t2.load_state_dict(saved[2])
+    torch.set_rng_state(saved[3])
+    train(model2, optimizer2, t2.backward, 35)
+    assert s.as_dict() == s2.as_dict()
+    assert all(torch.equal(v, model2.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_ordinary_models_train_on():
+    """Frozen, unused and tied weights, BatchNorm, dropout, groups and a scheduler at once."""
+
+    class Model(nn.Module):
+        def __init__(self, s):
+            super().__init__()
+            self.noise = mf.nn.GaussianNoise(s["noise"])
+            self.frozen = nn.Linear(8, 8).requires_grad_(False)
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.second.weight = self.first.weight
+            self.norm, self.drop = nn.BatchNorm1d(8), nn.Dropout(0.2)
+            self.unused, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.norm(self.first(self.frozen(self.noise(x)))).tanh()
+            return self.head(self.drop(self.second(x)))
+
+    s = space()
+    model = Model(s)
+    frozen, unused = copy.deepcopy(model.frozen.state_dict()), model.unused.weight.clone()
+    heads = list(model.head.parameters())
+    rest = [p for n, p in model.named_parameters() if not n.startswith("head")]
+    optimizer = torch.optim.Adam([{"params": rest}, {"params": heads, "lr": 1e-2}], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    t = tuner(model, optimizer, s)
+    model.drop.eval()
+    running = model.norm.running_mean.clone()
+    for step in range(12):
+        optimizer.zero_grad(set_to_none=True)
+        t.backward(F.cross_entropy(model(X), Y))
+        if step == 0:
+            assert model.norm.training
+            assert not model.drop.training  # each module back in its own mode
+            torch.testing.assert_close(model.norm.num_batches_tracked, torch.tensor(1))
+        optimizer.step()
+        scheduler.step()
+    assert not torch.equal(running, model.norm.running_mean)
+    assert all(torch.equal(v, model.frozen.state_dict()[k]) for k, v in frozen.items())
+    assert torch.equal(unused, model.unused.weight)
+    assert t.skipped == 0
+
+
+def test_bfloat16_weights_are_tuned():
+    s = space()
+    model = network(s, nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    t = mf.Tuner(
+        model, optimizer, s, validate=cross_entropy, valid_loader=[(X.bfloat16(), Y)],
+        every=1, bind=["weight_decay"],
+    )  # fmt: skip
+    start = s.as_dict()
+    train(model, optimizer, t.backward, 3, x=X.bfloat16())
+    assert all(s.as_dict()[name] != start[name] for name in s)
+
+
+def test_a_users_own_function_of_a_hyperparameter_needs_no_registration():
+    s = mf.Space(l1=mf.Float(1e-6, 1e-1, log=True, init=1e-2))
+    model = nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    t = tuner(model, optimizer, s, bind=[])
+    start = s.as_dict()
+    train(model, optimizer, lambda loss: t.backward(loss + s["l1"] * model.weight.abs().sum()), 3)
+    assert s.as_dict() != start
+
+
+@pytest.mark.parametrize(
+    ("bind", "message"),
+    [
+        (["decay"], "weight_decay, noise"),
+        ({"noise": "betas"}, "weight_decay"),
+        ("weight_decay", r'\["weight_decay"\]'),
+    ],
+)
+def test_a_binding_that_cannot_be_is_refused(bind, message):
+    s = space()
+    model = network(s)
+    with pytest.raises(mf.BindingError, match=message):
+        tuner(model, torch.optim.Adam(model.parameters()), s, bind=bind)
+
+
+def test_groups_that_differ_are_not_merged_silently():
+    s = space()
+    model = network(s)
+    groups = [
+        {"params": [p], "weight_decay": wd} for p, wd in zip(model.parameters(), (1e-2, 0, 0, 0), strict=True)
+    ]
+    with pytest.raises(mf.BindingError, match="agree"):
+        tuner(model, torch.optim.Adam(groups), s)
+
+
+def test_a_bound_option_that_someone_else_sets_is_an_error():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters())
+    t = tuner(model, optimizer, s)
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    with pytest.raises(mf.BindingError, match="scheduler"):
+        t.backward(F.cross_entropy(model(X), Y))
+
+
+def test_a_hyperparameter_used_nowhere_is_an_error_that_names_it():
+    s = space()
+    model = network(s)
+    t = tuner(model, torch.optim.Adam(model.parameters()), s, bind=[])
+    with pytest.raises(mf.UnreachedHyperparameter, match="weight_decay"):
+        t.backward(F.cross_entropy(model(X), Y))
+
+
+def test_sparse_and_complex_weights_and_foreign_optimizers_are_refused():
+    s = mf.Space(weight_decay=mf.Float(1e-5, 1e-1, log=True))
+    sparse = nn.Embedding(5, 3, sparse=True)
+    t = tuner(sparse, torch.optim.SGD(sparse.parameters(), lr=0.1), s)
+    with pytest.raises(mf.UnsupportedParameter, match="sparse=False"):
+        t.backward(sparse(torch.tensor([1, 2])).sum())
+    phase = nn.Linear(2, 2, dtype=torch.complex64)
+    with pytest.raises(mf.UnsupportedParameter, match="complex64"):
+        tuner(phase, torch.optim.SGD(phase.parameters(), lr=0.1), s)
+    model = nn.Linear(2, 2)
+    with pytest.raises(mf.UnsupportedOptimizer, match="LBFGS"):
+        tuner(model, torch.optim.LBFGS(model.parameters()), s)
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"total_steps": 0}])
+def test_counts_below_one_are_refused(options):
+    s = space()
+    model = network(s)
+    with pytest.raises(ValueError, match="must hold"):
+        tuner(model, torch.optim.Adam(model.parameters()), s, **options)
+
+
+def test_an_empty_validation_loader_is_an_error():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters())
+    t = mf.Tuner(model, optimizer, s, validate=cross_entropy, valid_loader=[], bind=["weight_decay"], every=1)
+    with pytest.raises(ValueError, match="at least one batch"):
+        t.backward(F.cross_entropy(model(X), Y))
+
+
+def test_a_hypergradient_that_is_not_finite_moves_nothing_and_is_counted():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters())
+    t = mf.Tuner(
+        model, optimizer, s, validate=lambda m, b: cross_entropy(m, b) * float("nan"),
+        valid_loader=[(X, Y)], bind=["weight_decay"], every=1,
+    )  # fmt: skip
+    start = s.as_dict()
+    train(model, optimizer, t.backward, 3)
+    assert s.as_dict() == start
+    assert t.skipped == 3
+
+
+def test_an_error_in_the_validation_pass_leaves_the_weights_in_place():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def fails(model, batch):
+        raise RuntimeError("no data")
+
+    t = mf.Tuner(model, optimizer, s, validate=fails, valid_loader=[0], bind=["weight_decay"], every=1)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="no data"):
+        t.backward(F.cross_entropy(model(X), Y))
+    assert pointers == [p.data_ptr() for p in model.parameters()]
+    assert model.training
+
+
+def test_detaching_stops_the_tuning():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters())
+    t = tuner(model, optimizer, s)
+    t.detach()
+    start = s.as_dict()
+    train(model, optimizer, lambda loss: loss.backward(), 3)
+    assert s.as_dict() == start
+
+
+def test_a_hyper_step_leaves_no_graph_behind():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters())
+    t = tuner(model, optimizer, s)
+    gc.disable()
+    try:
+        loss = F.cross_entropy(model(X), Y)
+        t.backward(loss)
+        node = weakref.ref(loss)
+        del loss
+        assert node() is None
+        live = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+        for _ in range(5):
+            train(model, optimizer, t.backward, 1)
+        assert (
+            sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) <= live + 8
+        )  # Adam's state comes once
+    finally:
+        gc.enable()

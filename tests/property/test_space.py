@@ -1,0 +1,115 @@
+"""Spaces and transforms: what holds for any bounds and values."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import midflight as mf
+
+bounds = st.tuples(st.floats(1e-6, 1e3), st.floats(1.01, 1e4)).map(lambda b: (b[0], b[0] * b[1]))
+
+
+@given(bounds, st.floats(0, 1), st.booleans())
+def test_value_and_raw_are_inverse_and_stay_inside(interval, raw, log):
+    low, high = interval
+    transform = mf.Float(low, high, log=log).transform
+    value = float(transform.value(torch.tensor(raw, dtype=torch.float64)))
+    assert low * (1 - 1e-9) <= value <= high * (1 + 1e-9)
+    assert transform.raw(value) == pytest.approx(raw, abs=1e-9)
+
+
+@given(bounds, st.booleans())
+def test_transforms_increase_from_low_to_high(interval, log):
+    low, high = interval
+    transform = mf.Float(low, high, log=log).transform
+    values = transform.value(torch.linspace(0, 1, 11, dtype=torch.float64))
+    assert bool((values.diff() > 0).all())
+    assert float(values[0]) == pytest.approx(low)
+    assert float(values[-1]) == pytest.approx(high)
+
+
+def test_log_gradient_has_the_factor_ln10_times_value_per_decade():
+    space = mf.Space({"l2": mf.Float(1e-5, 1e-2, log=True, init=1e-3)}, dtype=torch.float64)
+    space.requires_grad_()
+    (slope,) = torch.autograd.grad(space["l2"].value, space["l2"].raw)
+    assert float(slope) == pytest.approx(math.log(10) * 3 * 1e-3)  # three decades per unit
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1.0, 1.0), "low < high must hold, but low=1.0 and high=1.0"),
+        ((2.0, 1.0), "low < high"),
+        ((0.0, 1.0, True), "low > 0 must hold for log=True, but low=0.0; pass log=False or a positive low"),
+        ((0.0, 1.0, False, 2.0), r"a value in \[0, 1\] is needed, but got 2"),
+        ((0.0, math.nan), "low < high"),
+    ],
+)
+def test_bad_bounds_are_refused_with_a_sentence(arguments, message):
+    with pytest.raises(mf.SpaceError, match=message):
+        mf.Float(*arguments)
+
+
+def test_an_empty_space_and_a_foreign_entry_are_refused():
+    with pytest.raises(mf.SpaceError, match="at least one"):
+        mf.Space()
+    with pytest.raises(mf.SpaceError, match="must be a Float"):
+        mf.Space(layers=3)
+    with pytest.raises(mf.UnknownName, match="noise"):
+        mf.Space(noise=mf.Float(0, 1))["nose"]
+
+
+def test_a_hyperparameter_stands_wherever_a_tensor_can():
+    space = mf.Space(a=mf.Float(0, 10, init=3), b=mf.Float(0, 10, init=2))
+    a, b, x = space["a"], space["b"], torch.tensor([1.0, 2.0])
+    for found, expected in [
+        (a + b, 5), (a - b, 1), (a * b, 6), (a / b, 1.5), (a**b, 9), (-a, -3), (1 + a, 4), (1 - a, -2),
+        (2 * a, 6), (6 / a, 2), (2**a, 8),
+    ]:  # fmt: skip
+        torch.testing.assert_close(found, torch.tensor(float(expected)))
+    torch.testing.assert_close(x * a, x * 3)
+    torch.testing.assert_close(torch.stack([a, b]), torch.tensor([3.0, 2.0]))
+    torch.testing.assert_close(torch.where(x > 1, a, b), torch.tensor([2.0, 3.0]))
+    assert bool(a > b)
+    assert float(a) == 3
+
+
+def test_hyperparameters_are_no_parameters_or_buffers_of_the_model():
+    space = mf.Space(noise=mf.Float(0, 1))
+    layer = mf.nn.GaussianNoise(space["noise"]).double()
+    assert list(layer.parameters()) == []
+    assert list(layer.buffers()) == []
+    assert layer.std is space["noise"]
+
+
+def test_state_round_trips_and_refuses_another_space():
+    space = mf.Space(a=mf.Float(0, 1, init=0.3), b=mf.Float(1e-3, 1, log=True))
+    state = space.state_dict()
+    space.set(a=0.9, b=0.01)
+    space.load_state_dict(state)
+    assert space.as_dict()["a"] == pytest.approx(0.3)
+    with pytest.raises(mf.SpaceError, match="same space"):
+        mf.Space(c=mf.Float(0, 1)).load_state_dict(state)
+
+
+def test_using_other_raws_ends_with_the_block():
+    space = mf.Space(a=mf.Float(0, 1, init=0.3))
+    raw = space["a"].raw
+    with space.using({"a": torch.tensor(0.7)}):
+        assert float(space["a"]) == pytest.approx(0.7)
+    assert space["a"].raw is raw
+
+
+def test_noise_is_drawn_with_the_floor_below_it_and_keeps_its_gradient():
+    space = mf.Space({"noise": mf.Float(0, 1, init=0.0)}, dtype=torch.float64)
+    space.requires_grad_()
+    layer = mf.nn.GaussianNoise(space["noise"])
+    x = torch.zeros(20_000, dtype=torch.float64)
+    noisy = layer(x)
+    assert float(noisy.detach().std()) == pytest.approx(0.01, rel=0.05)  # 1 % of the range
+    (gradient,) = torch.autograd.grad(noisy.square().mean(), space["noise"].raw)
+    assert float(gradient) == pytest.approx(2 * 0.01, rel=0.05)  # d std^2 / d std at the floor
+    assert torch.equal(layer.eval()(x), x)
