@@ -20,7 +20,7 @@ from midflight.hypersteps import SignSteps, annealing
 from midflight.problem import Step, Updates, gradient
 from midflight.space import Space
 from midflight.trees import Tensors, all_finite, detach
-from midflight.updates import Update, rule_for
+from midflight.updates import Update, read_option, read_options, rule_for, write_option
 
 
 class Tuner:
@@ -186,7 +186,7 @@ class Tuner:
         tuned = {option: values[name] for name, option in self._bound.items()}
         names = {id(p): name for name, p in params.items()}
         return {
-            names[id(p)]: Update(self._rule, {**group, **tuned})
+            names[id(p)]: Update(self._rule, {**read_options(group), **tuned})
             for group in self._optimizer.param_groups
             for p in group["params"]
             if id(p) in names
@@ -211,16 +211,16 @@ class Tuner:
     def _write_bound_options(self) -> None:
         for name, option in self._bound.items():
             for group in self._optimizer.param_groups:
-                group[option] = float(self.space[name])
+                write_option(group, option, float(self.space[name]))
 
     def _check_bound_options(self) -> None:
         for name, option in self._bound.items():
             for group in self._optimizer.param_groups:
-                if group[option] != float(self.space[name]):
+                found, wanted = read_option(group, option), float(self.space[name])
+                if found != wanted:
                     raise BindingError(
                         f"{option} of the optimiser must stay at the value of the hyperparameter {name} "
-                        f"({float(self.space[name]):g}), but it is {group[option]}; nothing else, such as a "
-                        "scheduler, may set a bound option."
+                        f"({wanted:g}), but it is {found:g}; nothing else, such as a scheduler, may set it."
                     )
 
 
@@ -244,7 +244,7 @@ def _bindings(
                 f"a bound option of {type(optimizer).__name__} must be one of {', '.join(sorted(tunable))}, "
                 f"but got {option!r}."
             )
-        settings = {float(group[option]) for group in optimizer.param_groups}
+        settings = {read_option(group, option) for group in optimizer.param_groups}
         if len(settings) > 1:
             raise BindingError(
                 f"the param_groups must agree on {option} before it is bound, but they have "

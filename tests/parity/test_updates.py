@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from midflight.errors import UnsupportedOptimizer
-from midflight.updates import rule_for
+from midflight.updates import read_options, rule_for
 
 CASES = {
     "SGD": (torch.optim.SGD, {"lr": 0.1}),
@@ -39,7 +39,7 @@ def test_rule_equals_torch_over_100_random_steps(name, dtype):
     for _ in range(100):
         grad = torch.randn(7, 5, dtype=dtype)
         theirs.grad = grad.clone()
-        ours, state = rule.step(ours, grad, state, optimizer.param_groups[0])
+        ours, state = rule.step(ours, grad, state, read_options(optimizer.param_groups[0]))
         optimizer.step()
         # rounding only: 100 steps of a few ulp each
         tolerance = {torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
@@ -56,7 +56,7 @@ def test_rule_goes_on_from_torchs_own_state(name):
         optimizer.step()
     grad = torch.randn_like(weight)
     expected, _ = rule_for(optimizer).step(
-        weight.detach().clone(), grad, optimizer.state[weight], optimizer.param_groups[0]
+        weight.detach().clone(), grad, optimizer.state[weight], read_options(optimizer.param_groups[0])
     )
     weight.grad = grad
     optimizer.step()

@@ -146,7 +146,9 @@ class Spec:
     @classmethod
     def from_json(cls, text: str) -> "Spec":
         """The inverse of `to_json`."""
-        data: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        data: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()
+        }
         return cls(**data)
 
 
@@ -203,6 +205,6 @@ PRESETS: dict[str, Spec] = {
         networks=("1000-1000-1000", "2000-1000-1000-500", "4000-2000-1000-500-250"),
         hyper_optimizer="adam",
         hyper_lr=0.01,
-        estimator=("t1t2", "paper"),
+        estimator=("one_step", "paper"),
     ),
 }

@@ -57,11 +57,15 @@ class Row:
 
 
 _KEY = "run TEXT, network TEXT, kind TEXT, estimator TEXT, number INTEGER"
+_APPLICATION_ID = 0x6D666C74  # "mflt", in the header of the file
 _SCHEMA = f"""
+BEGIN;
+PRAGMA application_id = {_APPLICATION_ID};
 CREATE TABLE IF NOT EXISTS runs (name TEXT PRIMARY KEY, spec TEXT, machine TEXT);
 CREATE TABLE IF NOT EXISTS arms ({_KEY}, result TEXT, PRIMARY KEY (run, network, kind, estimator, number));
 CREATE TABLE IF NOT EXISTS timings ({_KEY}, seconds TEXT,
                                     PRIMARY KEY (run, network, kind, estimator, number));
+COMMIT;
 """
 
 
@@ -89,8 +93,14 @@ class Store:
             raise StoreError(f"the store's folder {path.parent} cannot be made: {error}.") from error
         with self._errors():
             self._db = sqlite3.connect(path, timeout=60)
-            if create:
+            tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if create and not tables:
                 self._db.executescript(_SCHEMA)
+            owner = self._db.execute("PRAGMA application_id").fetchone()[0]
+        if owner != _APPLICATION_ID:
+            raise StoreError(
+                f"the store must be a SQLite file of midflight, but {path} is another program's."
+            )
 
     def __enter__(self) -> "Store":
         return self

@@ -5,7 +5,6 @@ A new rule or kind of hyperparameter is one row in `OPTIMIZERS` or `KINDS`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from midflight.nn import GaussianNoise
 from midflight.problem import Problem
 from midflight.space import Float, Hyperparameter, Space
 from midflight.trees import Tensors, detach
-from midflight.updates import State, Update, rule_for
+from midflight.updates import State, Update, read_options, rule_for
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -72,7 +71,7 @@ def _trained(optimizer_name: str, kind: str, steps: int, seed: int) -> Case:
     y_train, y_valid = (teacher(x).argmax(1) for x in (x_train, x_valid))
     optimizer = OPTIMIZERS[optimizer_name](list(model.parameters()))
     rule = rule_for(optimizer)
-    options: dict[str, Any] = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    options = read_options(optimizer.param_groups[0])
     for _ in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(model(x_train), y_train).backward()  # type: ignore[no-untyped-call]

@@ -7,7 +7,16 @@ import torch
 
 from midflight.errors import UnsupportedOptimizer
 from midflight.updates.adam import Adam
-from midflight.updates.base import Options, State, Update, UpdateRule, tuned_options
+from midflight.updates.base import (
+    Options,
+    State,
+    Update,
+    UpdateRule,
+    read_option,
+    read_options,
+    tuned_options,
+    write_option,
+)
 from midflight.updates.sgd import SGD
 
 RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
@@ -34,4 +43,17 @@ def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
     return rule
 
 
-__all__ = ["RULES", "SGD", "Adam", "Options", "State", "Update", "UpdateRule", "rule_for", "tuned_options"]
+__all__ = [
+    "RULES",
+    "SGD",
+    "Adam",
+    "Options",
+    "State",
+    "Update",
+    "UpdateRule",
+    "read_option",
+    "read_options",
+    "rule_for",
+    "tuned_options",
+    "write_option",
+]

@@ -17,10 +17,11 @@ from midflight.updates.base import Options, State, UpdateRule, is_zero, safe_sqr
 class Adam(UpdateRule):
     """Adam (Kingma & Ba 2015) and AdamW (Loshchilov & Hutter 2019); see the module for the formula."""
 
-    tunable: ClassVar = frozenset({"lr", "eps", "weight_decay"})
+    tunable: ClassVar = frozenset({"lr", "beta1", "beta2", "eps", "weight_decay"})
 
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
-        lr, decay, (beta1, beta2) = options["lr"], options["weight_decay"], options["betas"]
+        lr, decay = options["lr"], options["weight_decay"]
+        beta1, beta2 = options["beta1"], options["beta2"]
         total = -grad if options["maximize"] else grad
         kept = param
         if not is_zero(decay):
@@ -44,7 +45,7 @@ class Adam(UpdateRule):
         tuned = tuned_options(options)
         if options["amsgrad"] or set(tuned) - {"weight_decay"}:
             return super().pullback(v, param, grad, state, options)
-        decay, (beta1, beta2) = options["weight_decay"], options["betas"]
+        decay, beta1, beta2 = options["weight_decay"], options["beta1"], options["beta2"]
         coupled = not options["decoupled_weight_decay"]
         with torch.no_grad():
             total = -grad if options["maximize"] else grad

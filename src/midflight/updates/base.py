@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Options = Mapping[str, Any]
-"""A torch `param_group` without its params; a tunable option may be a scalar tensor."""
+"""What `read_options` makes of a torch `param_group`; a tunable option may be a scalar tensor."""
 
 State = Mapping[str, Tensor]
 """The optimiser's state of one weight, named as in `torch.optim`; empty before the first step."""
@@ -56,6 +56,30 @@ class Update:
 
     rule: UpdateRule
     options: Options
+
+
+def read_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A `param_group` without its params; `betas` becomes beta1 and beta2."""
+    options = {name: x for name, x in group.items() if name not in ("params", "betas")}
+    if "betas" in group:
+        options["beta1"], options["beta2"] = group["betas"]
+    return options
+
+
+def read_option(group: Mapping[str, Any], option: str) -> float:
+    """One option of a `param_group` as a number."""
+    return float(read_options(group)[option])
+
+
+def write_option(group: dict[str, Any], option: str, value: float) -> None:
+    """Set one option of a `param_group`; the inverse of `read_option`."""
+    if option in ("beta1", "beta2"):
+        beta1, beta2 = group["betas"]
+        group["betas"] = (value, beta2) if option == "beta1" else (beta1, value)
+    elif isinstance(group[option], Tensor):
+        group[option].fill_(value)
+    else:
+        group[option] = value
 
 
 def tuned_options(options: Options) -> list[str]:

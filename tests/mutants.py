@@ -1,0 +1,86 @@
+"""Break the code on purpose, once per oracle, and see its test fail.
+
+    python tests/mutants.py            all of them
+    python tests/mutants.py adam       those whose file or change mentions "adam"
+
+Each mutant is one replacement in a copy of src/; it is caught when the named tests fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ORACLES, PARITY, PROPERTY = "tests/oracles", "tests/parity", "tests/property"
+TUNER, STUDY = "tests/e2e/test_tuner.py", "tests/e2e/test_study.py"
+
+MUTANTS = [
+    ("updates/adam.py", "slope = (1 - beta1) - ", "slope = 1 - ", ORACLES),
+    ("updates/adam.py", "correction = (1 - beta2**t) ** 0.5", "correction = 1.0", ORACLES),
+    ("updates/adam.py", "safe_sqrt(s) / (1 - beta2**t) ** 0.5", "safe_sqrt(s)", PARITY),
+    ("updates/adam.py", "direction = w if coupled else", "direction = w if True else", ORACLES),
+    ("updates/adam.py", "(root * denom).where(root > 0, 1)", "(root * denom)", ORACLES),
+    ("updates/base.py", "torch.where(positive, x, 1).sqrt() * positive", "x.sqrt()", ORACLES),
+    ("updates/sgd.py", "scale = 1 + momentum * passed if", "scale = passed if", ORACLES),
+    ("updates/sgd.py", '(1 - options["dampening"]) * total', "total", PARITY),
+    ("hypergrad/one_step.py", "step.valid_grad(step.next_params())", "step.valid_grad(step.params)", ORACLES),
+    ("hypergrad/t1t2.py", "replace(step, updates=plain).pullback(v)", "step.pullback(v)", ORACLES),
+    ("hypergrad/paper.py", '-u.options["lr"] * (v[name]', "-(v[name]", ORACLES),
+    ("hypergrad/paper.py", "torch.randn(", "torch.rand(", ORACLES),
+    ("problem.py", "for option, gradient in option_grads.items():", "for option, gradient in ():", ORACLES),
+    ("problem.py", "if missing:", "if False:", ORACLES),
+    ("testing/oracles.py", "(12 * h)", "(11 * h)", ORACLES),
+    ("transforms.py", "math.log(self.high / self.low) * raw", "2 * raw", PROPERTY),
+    ("nn/noise.py", ".clamp(min=0).detach()", ".clamp(min=0)", PROPERTY),
+    ("nn/noise.py", "if not self.training:", "if False:", PROPERTY),
+    ("hypersteps.py", "max(0.0, 1 - n / hyper_steps)", "1.0", TUNER),
+    ("capture.py", "p.data = before[name]", "pass", TUNER),
+    ("capture.py", "module.training = mode", "module.training = True", TUNER),
+    ("batches.py", 'for _ in range(state["used"]):', "for _ in ():", TUNER),
+    ("batches.py", 'generator.set_state(state["random_state"])', "pass", TUNER),
+    ("tuner.py", "if leaf.grad is None else leaf.grad + g.detach()", "", TUNER),
+    ("tuner.py", "self.space.clamp_()", "pass", TUNER),
+    ("tuner.py", "if not all_finite(self._hypergradients.values()):", "if False:", TUNER),
+    ("tuner.py", "if len(settings) > 1:", "if False:", TUNER),
+    ("study/store.py", "INSERT OR IGNORE INTO arms", "INSERT OR REPLACE INTO arms", STUDY),
+    ("study/store.py", "if owner != _APPLICATION_ID:", "if False:", STUDY),
+    ("study/run.py", "threading.Thread(target=_end_with_parent, daemon=True).start()", "pass", STUDY),
+    ("study/run.py", "if arm not in done]", "]", STUDY),
+    ("study/run.py", "return done[_tuned_twin(arm)].result.end", "return spec.start(arm.index)", STUDY),
+    ("study/arm.py", "torch.manual_seed(seed)", "pass", STUDY),
+]
+
+
+def caught(file: str, old: str, new: str, tests: str) -> bool:
+    """Whether `tests` fail once `old` is `new`."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "src", Path(folder) / "src")
+        path = Path(folder) / "src/midflight" / file
+        text = path.read_text()
+        if text.count(old) != 1:
+            raise SystemExit(
+                f"{file} must hold {old!r} once, but holds it {text.count(old)} times; mend MUTANTS."
+            )
+        path.write_text(text.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+        environment = {**os.environ, "PYTHONPATH": str(Path(folder) / "src")}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == 1
+
+
+def main() -> int:
+    """Exit code 1 if a mutant survived."""
+    chosen = [m for m in MUTANTS if len(sys.argv) < 2 or sys.argv[1] in " ".join(m)]
+    survived = 0
+    for mutant in chosen:
+        found = caught(*mutant)
+        survived += not found
+        print("caught  " if found else "SURVIVED", mutant[0], "|", mutant[1], "->", mutant[2], flush=True)
+    print(f"{len(chosen) - survived} caught, {survived} survived")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
