@@ -15,7 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ORACLES, PARITY, PROPERTY = "tests/oracles", "tests/parity", "tests/property"
-TUNER, STUDY = "tests/e2e/test_tuner.py", "tests/e2e/test_study.py"
+TUNER, STUDY = "tests/e2e/test_tuner.py", "tests/e2e/test_study.py::test_"
+KILLS = "ten_kills_at_random_moments_lose_and_repeat_nothing"
+PAIRED = "paired_arms_share_their_start_and_reruns_begin_where_tuning_ended"
 
 MUTANTS = [
     ("updates/adam.py", "slope = (1 - beta1) - ", "slope = 1 - ", ORACLES),
@@ -45,12 +47,32 @@ MUTANTS = [
     ("tuner.py", "self.space.clamp_()", "pass", TUNER),
     ("tuner.py", "if not all_finite(self._hypergradients.values()):", "if False:", TUNER),
     ("tuner.py", "if len(settings) > 1:", "if False:", TUNER),
-    ("study/store.py", "INSERT OR IGNORE INTO arms", "INSERT OR REPLACE INTO arms", STUDY),
-    ("study/store.py", "if owner != _APPLICATION_ID:", "if False:", STUDY),
-    ("study/run.py", "threading.Thread(target=_end_with_parent, daemon=True).start()", "pass", STUDY),
-    ("study/run.py", "if arm not in done]", "]", STUDY),
-    ("study/run.py", "return done[_tuned_twin(arm)].result.end", "return spec.start(arm.index)", STUDY),
-    ("study/arm.py", "torch.manual_seed(seed)", "pass", STUDY),
+    (
+        "study/store.py",
+        "INSERT OR IGNORE INTO arms",
+        "INSERT OR REPLACE INTO arms",
+        STUDY + "a_row_that_does_not_fit_is_an_error_and_leaves_the_others",
+    ),
+    (
+        "study/store.py",
+        "if owner != _APPLICATION_ID:",
+        "if False:",
+        STUDY + "a_store_that_cannot_be_one_is_refused_and_left_alone",
+    ),
+    ("study/run.py", "threading.Thread(target=_end_with_parent, daemon=True).start()", "pass", STUDY + KILLS),
+    (
+        "study/run.py",
+        "if arm not in done]",
+        "]",
+        STUDY + "a_study_twice_runs_nothing_twice_and_studies_do_not_mix",
+    ),
+    (
+        "study/run.py",
+        "return done[_tuned_twin(arm)].result.end",
+        "return spec.start(arm.index)",
+        STUDY + PAIRED,
+    ),
+    ("study/arm.py", "torch.manual_seed(seed)", "pass", STUDY + KILLS),
 ]
 
 

@@ -40,7 +40,7 @@ from midflight.study.summary import summarise
 DEFAULT_STORE = Path("runs/midflight.sqlite")
 LONG = 3600.0  # seconds above which a study says beforehand how long it will take
 
-_out = Console(soft_wrap=True)
+_out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 _err = Console(stderr=True)
 
 

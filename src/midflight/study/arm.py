@@ -186,9 +186,11 @@ def _tuner(
 
 def _space(spec: Spec, begin: Point) -> Space:
     (l2_low, l2_high), (noise_low, noise_high) = spec.intervals()
+    # a re-run may begin on a bound, which float32 rounded outwards
+    l2, noise = (min(max(x, low), high) for x, (low, high) in zip(begin, spec.intervals(), strict=True))
     return Space(
-        weight_decay=Float(10**l2_low, 10**l2_high, log=True, init=10 ** begin[0]),
-        noise=Float(noise_low, noise_high, init=begin[1]),
+        weight_decay=Float(10**l2_low, 10**l2_high, log=True, init=10**l2),
+        noise=Float(noise_low, noise_high, init=noise),
     )
 
 

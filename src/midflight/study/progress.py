@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -31,17 +32,17 @@ class StudyProgress:
         arms = list(spec.arms())
         self._work = progress.add_task("work", total=sum(map(self._cost, arms)) * spec.epochs, visible=False)
         work = next(task for task in progress.tasks if task.id == self._work)
-        self._arms = progress.add_task("arms", total=len(arms), completed=len(done), now="", work=work)
+        self._arms = progress.add_task("arms", total=len(arms), completed=len(done), work=work)
+        self.now = Text("starting the workers")
         self._update_work()
 
     def on_tick(self, tick: Tick) -> None:
         """An epoch is done."""
         self._epochs[tick.arm] = tick.epoch
         l2, noise = tick.point
-        self._progress.update(
-            self._arms,
-            now=f"{_label(tick.arm)} epoch {tick.epoch}: L2 10^{l2:.2f}, noise {noise:.2f}, "
-            f"T2 error {100 * tick.valid_error:.2f} %",
+        self.now.plain = (
+            f"{_label(tick.arm)}, epoch {tick.epoch}: L2 10^{l2:.2f}, noise {noise:.2f}, "
+            f"T2 error {100 * tick.valid_error:.2f} %"
         )
         self._update_work()
 
@@ -61,17 +62,18 @@ class StudyProgress:
 @contextmanager
 def showing_progress(spec: Spec, done: list[Row], console: Console) -> Iterator[StudyProgress]:
     """A progress bar for a study of which the arms `done` are stored already."""
-    columns = (
-        TextColumn("{task.description}"),
+    progress = Progress(
+        TextColumn("arms"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("·"),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("· left"),
         _TimeLeft(),
-        TextColumn("{task.fields[now]}"),
     )
-    with Progress(*columns, console=console) as progress:
-        yield StudyProgress(progress, spec, done)
+    shown = StudyProgress(progress, spec, done)
+    with Live(Group(progress, shown.now), console=console, refresh_per_second=4):
+        yield shown
 
 
 class _TimeLeft(TimeRemainingColumn):

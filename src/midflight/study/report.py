@@ -1,0 +1,461 @@
+"""One page that puts each of the paper's statements beside what was measured.
+
+Every number comes from `summarise`; this file only words and formats. The page needs nothing but
+itself: style and figures are inside, and it holds no script.
+"""
+
+import base64
+import html
+import json
+import re
+import shlex
+from dataclasses import asdict, fields
+from math import isfinite
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from rich.table import Table
+
+from midflight.study.figures import DATASET_NAMES, all_figures, replace_file, save
+from midflight.study.spec import PRESETS, Spec
+from midflight.study.store import Store
+from midflight.study.summary import NEAR_LOW_END, POOR, estimators, reference, summarise
+
+Numbers: TypeAlias = dict[str, Any]
+"""`summarise`, or a part of it."""
+
+NONE = "–"  # noqa: RUF001 - a typographic dash stands where a number is missing
+
+_CAPTIONS = {
+    "fig1": (
+        "Where tuning moves",
+        "Each line is one training run: from its random start (hollow) to the end of tuning (filled). Behind "
+        "it, the validation error of runs whose hyperparameters stayed fixed: lighter is better. Tuning that "
+        "works ends where it is light, from anywhere. All landscape runs share one seed.",
+    ),
+    "fig2": (
+        "Before and after",
+        "Each mark is one start: across, its test error with the hyperparameters fixed at the start; up, its "
+        "test error when they were tuned during that same training. Below the diagonal tuning helped; "
+        "above it, marked by a cross, it did harm.",
+    ),
+    "fig3": (
+        "End of tuning and re-run",
+        "Each mark is one start: up, the test error at the end of tuning; across, that of a fresh training "
+        "fixed at the tuned values. The band is one standard error of a test error; filled marks lie in it. "
+        "Above the band a fresh training would have been worth its time.",
+    ),
+    "fig4": (
+        "What it costs",
+        "Left: median seconds of training per epoch, a dot per start and a line at the median. Right: what "
+        "tuning adds, each start against its own plain run; the diamond is the median, the bar spans the "
+        "quartiles. The first epoch of each run is left out.",
+    ),
+    "fig5": (
+        "Eq. 6 shown, not told",
+        "Left: test error at the end of tuning by either estimator, one mark per start. Middle and right: "
+        "the noise of the same starts while each estimator moves it, and their median. Where an estimate "
+        "carries a signal, lines from different starts approach each other.",
+    ),
+}
+
+_TEXT_AND_NOTEBOOK = (
+    ("The noise in the validation pass", "off", "stays on"),
+    ("The last layer", "gives logits", "a ReLU on the logits"),
+    ("The gradient of the L2 exponent", "with its factor ln(10)·10^λ", "without it"),
+    ("A noise gradient of 0", "no step", "a random step"),
+    (
+        "The “optimized” arm of Fig. 3",
+        "a fresh model with the tuned values",
+        "a fresh model with the initial values",
+    ),
+    ("Intervals of the starts", "L2 10^−5.5 to 10^−2.5, noise 0 to 0.8", "L2 10^−5 to 10^−1, noise 0 to 0.9"),  # noqa: RUF001
+)
+
+
+def write_report(store: Store, run: str, folder: Path, checks: list[dict[str, Any]] | None = None) -> Path:
+    """Write the figures (PNG and SVG) and report.html of a run; a partial run is reported as such.
+
+    Args:
+        run: its name in the store.
+        folder: to write to; made if it is not there.
+        checks: the table of `midflight check`, one dict per line; None leaves the section out.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        UnknownName: the store has no such run.
+    """
+    spec, rows = store.spec(run), store.rows(run)
+    svgs = [p for p in save(all_figures(spec, rows), folder) if p.suffix == ".svg"]
+    summary = summarise(spec, rows)
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            run=run,
+            machine=store.machine(run),
+            spec=spec,
+            dataset=DATASET_NAMES[spec.dataset],
+            summary=summary,
+            headline=_headline(summary),
+            choices=_choices(spec),
+            networks=[
+                {
+                    "name": network["network"],
+                    "arms": [_arm_line(network, arm) for arm in network["arms"]],
+                    "statements": _statements(summary, network),
+                    "comparisons": [_comparison(c) for c in network["comparisons"] if c["pairs"]],
+                    "tunings": network["tunings"],
+                }
+                for network in summary["networks"]
+            ],
+            worse=_made_worse(summary),
+            estimators=estimators(spec),
+            reference=reference(spec),
+            figures=[(svg.stem, *_CAPTIONS[svg.stem], _data_uri(svg.read_bytes())) for svg in svgs],
+            checks=_check_table(checks) if checks else None,
+            cosines=_paper_cosines(checks or []),
+            differences=_TEXT_AND_NOTEBOOK,
+            commands=_commands(spec, run),
+            poor=POOR,
+            near_low_end=f"{100 * NEAR_LOW_END:g} %",
+        )
+    )
+    path = folder / "report.html"
+    replace_file(path, page.encode())
+    return path
+
+
+def as_json(store: Store, run: str) -> str:
+    """The spec and every number of the report, for machines; null where rows are missing.
+
+    Raises:
+        UnknownName: the store has no such run.
+    """
+    spec = store.spec(run)
+    whole = {
+        "run": run,
+        "machine": store.machine(run),
+        "spec": asdict(spec),
+        "summary": summarise(spec, store.rows(run)),
+    }
+    return json.dumps(whole, indent=2, allow_nan=False)
+
+
+def summary_table(summary: Numbers) -> Table:
+    """The final table of a study for the terminal: a line per network and arm."""
+    state = "" if summary["complete"] else ", incomplete"
+    table = Table(title=f"{summary['arms_done']} of {summary['arms_planned']} arms{state}")
+    table.add_column("network")
+    table.add_column("arm")
+    for column in (
+        "done",
+        "test error %\nmedian",
+        "\nquartiles",
+        "starts\nrescued",
+        "made\nworse",
+        "time per\nepoch",
+    ):
+        table.add_column(column, justify="right")
+    for network in summary["networks"]:
+        for arm in network["arms"]:
+            line = _arm_line(network, arm)
+            if arm["kind"] != "landscape":
+                cells = ("name", "done", "median", "quartiles", "rescued", "worse", "overhead")
+                table.add_row(network["network"], *(line[cell] for cell in cells))
+        table.add_section()
+    return table
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("midflight.study", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["sup"], environment.filters["typeset"] = _superscripts, _typeset
+    return environment
+
+
+def _superscripts(text: str) -> Markup:
+    """10^−5.5 as a superscript; everything else escaped."""
+    return Markup(re.sub(r"\^([−λ\d.]*[λ\d])", r"<sup>\1</sup>", html.escape(text)))  # noqa: RUF001
+
+
+def _headline(summary: Numbers) -> str:
+    """One sentence on the study's own estimator and its first network."""
+    network = summary["networks"][0]
+    tuning = network["tunings"][0]
+    before, after = tuning["initial_test_error_percent"], tuning["tuned_test_error_percent"]
+    if before is None or after is None:
+        return "No start has both an initial and a tuned arm yet, so there is nothing to compare."
+    change = (
+        f"Tuning by {tuning['estimator']} while training took the median test error of "
+        f"{_starts(tuning['pairs'])} from {before['median']:.2f} % to {after['median']:.2f} %"
+    )
+    cost = _plus(tuning["overhead_percent"])
+    time = f", at {cost} time per epoch" if cost != NONE else ""
+    worse = f"; it made {_starts(tuning['better'])} better and {tuning['worse']} worse"
+    where = f" ({network['network']})" if len(summary["networks"]) > 1 else ""
+    return _typeset(f"{change}{where}{time}{worse}.")
+
+
+def _made_worse(summary: Numbers) -> list[str]:
+    several = len(summary["networks"]) > 1
+    return [
+        f"{t['estimator']}{' on ' + network['network'] if several else ''}: "
+        f"{t['worse']} of {t['pairs']} starts made worse"
+        f"{_of_them(t['worse'], t['worse_beyond_sampling_error'])}"
+        for network in summary["networks"]
+        for t in network["tunings"]
+        if t["pairs"]
+    ]
+
+
+def _of_them(count: int, beyond: int) -> str:
+    return f", {beyond} of them by more than one standard error of a test error" if count else ""
+
+
+def _arm_line(network: Numbers, arm: Numbers) -> dict[str, str]:
+    kind, estimator = arm["kind"], arm["estimator"]
+    name = {"initial": "initial", "rerun": "re-run", "landscape": "landscape"}.get(kind, "tuned")
+    tuning = next((t for t in network["tunings"] if kind == "tuned" and t["estimator"] == estimator), None)
+    errors, best = arm["test_error_percent"], arm["best"]
+    paired = tuning is not None and tuning["pairs"]
+    return {
+        "kind": kind,
+        "name": f"{name}, {estimator}" if estimator else name,
+        "done": f"{arm['done']} of {arm['planned']}",
+        "missing": "yes" if arm["done"] < arm["planned"] else "",
+        "median": f"{errors['median']:.2f}" if errors else NONE,
+        "quartiles": _quartiles(errors),
+        "extremes": f"{errors['minimum']:.2f} to {errors['maximum']:.2f}" if errors else NONE,
+        "kept": f"{best['test_error_percent']:.2f}"
+        if best and best["test_error_percent"] is not None
+        else NONE,
+        "rescued": f"{tuning['rescued']} of {tuning['pairs']}" if tuning and paired else "",
+        "worse": f"{tuning['worse']} of {tuning['pairs']}" if tuning and paired else "",
+        "overhead": _plus(tuning["overhead_percent"]) if tuning else "",
+        "seconds": f"{arm['epoch_seconds']['median']:.3g}" if arm["epoch_seconds"] else NONE,
+    }
+
+
+def _statements(summary: Numbers, network: Numbers) -> list[Numbers]:
+    """A line per statement of the paper: what it says, what each estimator gave, how it is defined."""
+    paper, tunings = summary["paper"], network["tunings"]
+    tuned = [a["test_error_percent"] for a in network["arms"] if a["kind"] == "tuned"]
+    poor = network["poor_above_test_error_percent"]
+    low, high = paper["good_starts_end_at_test_error_percent"]
+    good = paper["good_starts_below_test_error_percent"]
+    above = f" (here {poor:.2f} %)" if poor is not None else ""
+    return [
+        {
+            "statement": "Test error after tuning",
+            "paper": f"about {paper['tuned_test_error_percent']:g} %",
+            "measured": [
+                (f"{e['median']:.2f} %", f"quartiles {_quartiles(e)}") if e else (NONE, "") for e in tuned
+            ],
+            "definition": "Median over the tuned runs.",
+        },
+        {
+            "statement": "Starts rescued",
+            "paper": f"{paper['rescued_percent_of_starts']:g} %",
+            "measured": [
+                _share(
+                    t["rescued_percent_of_starts"],
+                    t["rescued"],
+                    t["pairs"],
+                    f"; {t['poor_starts']} were poor",
+                )
+                for t in tunings
+            ],
+            "definition": f"A start is poor if, fixed, it errs by more than {POOR:g} times the lowest test "
+            f"error of all fixed runs of this network{above}, and rescued if, tuned, it does not. Share of "
+            "all starts. The threshold is ours.",
+        },
+        {
+            "statement": "Runs on the diagonal of Fig. 3",
+            "paper": f"{paper['on_diagonal_percent']:g} %",
+            "measured": [_share(t["on_diagonal_percent"], t["on_diagonal"], t["reruns"]) for t in tunings],
+            "definition": "The test errors at the end of tuning and of the re-run differ by at most one "
+            f"standard error of a test error, √(p(1−p)/{summary['test_images']:,}), p their mean. "  # noqa: RUF001
+            "The threshold is ours.",
+        },
+        {
+            "statement": "End of tuning against re-run",
+            "paper": "compared in Fig. 3",
+            "measured": [_difference(t["tuned_minus_rerun_points"]) for t in tunings],
+            "definition": "Test error at the end of tuning minus that of a fresh run fixed at the tuned "
+            "values, start by start, in percentage points; below 0 the end of tuning is better.",
+        },
+        {
+            "statement": "Time that tuning adds",
+            "paper": f"{paper['overhead_percent']:+.2f} %",
+            "measured": [
+                (_plus(o), _typeset(f"quartiles {o['quartile_low']:+.1f} to {o['quartile_high']:+.1f}"))
+                if (o := t["overhead_percent"])
+                else (NONE, "")
+                for t in tunings
+            ],
+            "definition": "Median epoch of the tuned run over median epoch of the plain run of the same "
+            "start, minus 1; the first epoch is left out. Median over starts.",
+        },
+        {
+            "statement": "The noise goes to 0",
+            "paper": "every start of Fig. 1",
+            "measured": [
+                _share(
+                    t["noise_at_low_end_percent"],
+                    t["noise_at_low_end"],
+                    t["noise_end"]["count"] if t["noise_end"] else 0,
+                    f"; median {t['noise_end']['median']:.2f}" if t["noise_end"] else "",
+                )
+                for t in tunings
+            ],
+            "definition": f"Tuned runs that end within {100 * NEAR_LOW_END:g} % of the noise interval "
+            "from its lower end.",
+        },
+        {
+            "statement": "Starts that tuning made worse",
+            "paper": f"good starts, under {good:g} %, end at {low:g} to {high:g} %",
+            "measured": [
+                (f"{t['worse']} of {t['pairs']}", _about_worse(t, good)) if t["pairs"] else (NONE, "")
+                for t in tunings
+            ],
+            "definition": "Starts whose tuned test error is higher than their initial one.",
+        },
+    ]
+
+
+def _about_worse(tuning: Numbers, good: float) -> str:
+    ends = tuning["good_starts_tuned_test_error_percent"]
+    beyond = f"{tuning['worse_beyond_sampling_error']} beyond one standard error"
+    if not ends:
+        return f"{beyond}; no start was under {good:g} %"
+    span = f"{ends['minimum']:.2f} to {ends['maximum']:.2f} %"
+    return f"{beyond}; the {tuning['good_starts']} under {good:g} % end at {span}"
+
+
+def _comparison(c: Numbers) -> str:
+    spread = c["difference_points"]
+    return _typeset(
+        f"Over {_starts(c['pairs'])}, the test error of {c['estimator']} minus that of {c['other']} is "
+        f"{spread['median']:+.2f} points in the median (quartiles {spread['quartile_low']:+.2f} to "
+        f"{spread['quartile_high']:+.2f}); it is lower in {c['lower']}, higher in {c['higher']}."
+    )
+
+
+def _share(percent: float | None, part: int, whole: int, more: str = "") -> tuple[str, str]:
+    return (NONE, "") if percent is None else (f"{percent:.0f} %", f"{part} of {whole}{more}")
+
+
+def _difference(spread: Numbers | None) -> tuple[str, str]:
+    if spread is None:
+        return NONE, ""
+    quartiles = f"quartiles {spread['quartile_low']:+.2f} to {spread['quartile_high']:+.2f}"
+    return _typeset(f"{spread['median']:+.2f}"), _typeset(quartiles)
+
+
+def _quartiles(spread: Numbers | None) -> str:
+    return f"{spread['quartile_low']:.2f} to {spread['quartile_high']:.2f}" if spread else NONE
+
+
+def _plus(spread: Numbers | None) -> str:
+    return _typeset(f"{spread['median']:+.1f} %") if spread else NONE
+
+
+def _typeset(text: str) -> str:
+    """Minus signs before digits; no line break between a number and its %."""
+    return re.sub(r"(?<!\w)-(?=[\d.])", "−", text).replace(" %", "\N{NO-BREAK SPACE}%")  # noqa: RUF001
+
+
+def _starts(count: int) -> str:
+    return f"{count} start" if count == 1 else f"{count} starts"
+
+
+def _choices(spec: Spec) -> list[tuple[str, str, str]]:
+    """(field, this study, the paper preset) of everything that was chosen."""
+    paper = PRESETS["paper"]
+    return [(f.name, _shown(getattr(spec, f.name)), _shown(getattr(paper, f.name))) for f in fields(Spec)]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple) and all(isinstance(v, float) for v in value):
+        return _typeset(" to ".join(f"{v:g}" for v in value))
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return (
+        f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
+    )
+
+
+def _commands(spec: Spec, run: str) -> list[str]:
+    """The command that repeats the study, from the preset that needs the fewest changes, and the next."""
+    name, changed = min(
+        (
+            (n, [f.name for f in fields(Spec) if getattr(p, f.name) != getattr(spec, f.name)])
+            for n, p in PRESETS.items()
+        ),
+        key=lambda found: len(found[1]),
+    )
+    words = ["midflight", "study", name]
+    for field in changed:
+        value = getattr(spec, field)
+        option = field.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+    words += ["--run", run]
+    return [shlex.join(words), shlex.join(["midflight", "report", run])]
+
+
+def _check_table(checks: list[Numbers]) -> Numbers:
+    """Lines are optimiser and hyperparameter, columns are estimators."""
+    columns = list(dict.fromkeys(str(c["estimator"]) for c in checks))
+    lines: dict[tuple[str, str], dict[str, Numbers]] = {}
+    for c in checks:
+        lines.setdefault((str(c["rule"]), str(c["hyperparameter"])), {})[str(c["estimator"])] = {
+            "error": _scientific(c["relative_error"]),
+            "cosine": _signed(c["cosine"]),
+            "exact": bool(c.get("exact")),
+            "failed": c.get("passed") is False,
+        }
+    claims = [c for c in checks if c.get("exact")]
+    return {
+        "estimators": columns,
+        "lines": [(*key, [cells.get(e) for e in columns]) for key, cells in lines.items()],
+        "worst": _scientific(max(c["relative_error"] for c in claims)) if claims else None,
+    }
+
+
+def _paper_cosines(checks: list[Numbers]) -> list[tuple[str, str]]:
+    return [
+        (str(c["rule"]), _signed(c["cosine"]))
+        for c in checks
+        if c["estimator"] == "paper" and c["hyperparameter"] == "noise"
+    ]
+
+
+def _signed(value: float) -> str:
+    return _typeset(f"{value:.3f}") if isfinite(value) else NONE
+
+
+def _scientific(value: float) -> str:
+    """3.1·10⁻⁹ of 3.1e-9; plain from a hundredth on."""
+    if not isfinite(value) or value == 0 or abs(value) >= 0.01:
+        return f"{value:.2g}" if isfinite(value) else NONE
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits}·10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _data_uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()

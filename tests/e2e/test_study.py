@@ -1,0 +1,309 @@
+"""The study as a person runs it: killed, resumed, given bad input, out of disk."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+
+from midflight import ESTIMATORS, cli
+from midflight.study.run import run_study
+from midflight.study.spec import Arm, SpecError, preset
+from midflight.study.store import Result, Row, Store, StoreError, StoreUnavailable
+
+TINY = ["--networks", "16", "--epochs", "4", "--train", "400", "--valid", "100", "--landscape", "2"]
+
+
+def command(store, *more, run="r"):
+    options = ["study", "smoke", "--run", run, "--store", str(store), *TINY, *more]
+    return [sys.executable, "-m", "midflight.cli", *options]
+
+
+def results(store, run="r"):
+    with closing(sqlite3.connect(store)) as db:
+        return db.execute(
+            "SELECT network, kind, estimator, number, result FROM arms WHERE run = ?"
+            " ORDER BY network, kind, estimator, number",
+            (run,),
+        ).fetchall()
+
+
+def count(store):
+    try:
+        return len(results(store))
+    except sqlite3.Error:
+        return 0
+
+
+def call(monkeypatch, capsys, *arguments):
+    """(exit code, standard output, standard error) of the command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["midflight", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def test_ten_kills_at_random_moments_lose_and_repeat_nothing(tmp_path):
+    killed, whole = tmp_path / "killed.sqlite", tmp_path / "whole.sqlite"
+    moments = random.Random(0)
+    for kill in range(10):
+        process = subprocess.Popen(
+            command(killed, "--starts", "12", "--workers", "2"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        before, began = count(killed), time.monotonic()
+        if kill % 2:  # at any moment, the start of the workers included
+            time.sleep(moments.uniform(0.5, 6))
+        else:  # while arms are being written
+            while count(killed) == before and time.monotonic() - began < 60:
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, 0.1))
+        assert process.poll() is None, "the study was over before it was killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert group_ends(process.pid), "workers outlived their parent"
+    assert 0 < count(killed) < 64
+    for store, workers in ((killed, "2"), (whole, "1")):
+        subprocess.run(
+            command(store, "--starts", "12", "--workers", workers),
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+    assert len(results(whole)) == 12 * 5 + 4
+    assert results(killed) == results(whole)
+
+
+def group_ends(group, seconds=20):
+    """Whether no process of the group is left within some seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_done(tmp_path):
+    store = tmp_path / "s.sqlite"
+    process = subprocess.Popen(
+        command(store, "--starts", "40"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    began = time.monotonic()
+    while count(store) < 2 and time.monotonic() - began < 60:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "the same command goes on" in err
+    assert count(store) >= 2
+
+
+def test_a_study_twice_runs_nothing_twice_and_studies_do_not_mix(tmp_path, monkeypatch, capsys):
+    store = tmp_path / "s.sqlite"
+    for run, seed in (("a", 0), ("b", 1), ("a", 0)):
+        options = ["--run", run, "--store", store, *TINY, "--starts", 1, "--seed", seed]
+        code, _, _ = call(monkeypatch, capsys, "study", "smoke", *options)
+        assert code == 0
+        if run == "a":
+            a = results(store, "a")
+    assert len(a) == len(results(store, "b")) == 9
+    assert results(store, "a") == a
+    assert a != results(store, "b")
+
+
+def test_paired_arms_share_their_start_and_reruns_begin_where_tuning_ended(tmp_path):
+    spec = preset("smoke", networks=("16",), epochs=2, train=400, valid=100, starts=2, landscape=0)
+    with Store(tmp_path / "s.sqlite") as store:
+        store.open_run("r", spec, "here")
+        run_study(spec, store, "r", workers=1)
+        rows = {row.arm: row.result for row in store.rows("r")}
+    assert set(rows) == set(spec.arms())
+    for arm, result in rows.items():
+        if arm.kind == "rerun":
+            assert result.start == rows[replace(arm, kind="tuned")].end
+            assert result.end == result.start
+        else:
+            assert result.start == pytest.approx(spec.start(arm.index))
+        assert len(result.trajectory) == (spec.steps() // spec.every if arm.kind == "tuned" else 0)
+        assert len(result.valid_errors) == spec.epochs
+
+
+def test_starts_do_not_depend_on_how_many_there_are_and_stay_inside():
+    few, many, wide = preset("paper", starts=3), preset("paper", starts=100), preset("paper", wide=True)
+    assert [few.start(i) for i in range(3)] == [many.start(i) for i in range(3)]
+    for spec in (many, wide):
+        (l2_low, l2_high), (noise_low, noise_high) = spec.intervals()
+        for i in range(100):
+            l2, noise = spec.start(i)
+            assert l2_low <= l2 <= l2_high
+            assert noise_low <= noise <= noise_high
+    assert wide.intervals() == ((-5.0, -1.0), (0.0, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "midflight study PRESET"),
+        (("fly",), "study, report, check"),
+        (("study",), "smoke, quick, paper"),
+        (("study", "huge"), "smoke, quick, paper"),
+        (("study", "smoke", "--dataset", "minst"), "mnist, fashion_mnist, digits"),
+        (("study", "smoke", "--estimator", "two_step"), "one_step"),
+        (("study", "smoke", "--speed", "3"), "--speed"),
+        (("study", "smoke", "--epochs", "many"), "--epochs"),
+        (("study", "smoke", "--epochs", "0"), "epochs >= 1 must hold, but got 0"),
+        (("study", "smoke", "--l2", "-1", "-5"), "low < high must hold, but got (-1.0, -5.0)"),
+        (("study", "smoke", "--noise", "-0.1", "0.5"), "low >= 0 must hold"),
+        (("study", "smoke", "--networks", "12x4"), "widths"),
+        (("study", "smoke", "--workers", "-2"), "workers >= 1 must hold, but got -2"),
+        (("study", "smoke", "--device", "tpu"), "cpu, cuda"),
+        (("study", "smoke", "--train", "5000"), "train + valid must be at most 1437"),
+        (("report", "nothing"), "is not there"),
+    ],
+)
+def test_bad_input_gives_one_clear_sentence_and_exit_code_2(
+    arguments, sentence, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    said = " ".join((out + err).split())
+    assert code == 2
+    assert sentence in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("kind", ["no SQLite", "another SQLite", "read-only", "a folder"])
+def test_a_store_that_cannot_be_one_is_refused_and_left_alone(kind, tmp_path, monkeypatch, capsys):
+    store = tmp_path / "store"
+    if kind == "no SQLite":
+        store.write_text("a letter to my aunt, long enough to be no database at all\n" * 20)
+    elif kind == "another SQLite":
+        with closing(sqlite3.connect(store)) as db:
+            db.execute("CREATE TABLE arms (aunt TEXT)")
+    elif kind == "a folder":
+        store.mkdir()
+    else:
+        with Store(store):
+            pass
+        monkeypatch.setattr(sqlite3, "connect", read_only(sqlite3.connect))
+    before = store.read_bytes() if store.is_file() else b""
+    code, _, err = call(monkeypatch, capsys, "study", "smoke", "--store", store, *TINY)
+    assert code == 2
+    assert "must be a SQLite file" in " ".join(err.split())
+    assert before == (store.read_bytes() if store.is_file() else b"")
+
+
+def read_only(connect):
+    """As for a user who may not write the file; the tests may run as root, whom no mode bits stop."""
+    return lambda path, **options: connect(f"file:{path}?mode=ro", uri=True, **options)
+
+
+def test_a_changed_preset_under_an_old_name_is_refused_and_names_the_change(tmp_path):
+    spec = preset("smoke")
+    with Store(tmp_path / "s.sqlite") as store:
+        store.open_run("r", spec, "here")
+        store.open_run("r", spec, "there")
+        with pytest.raises(StoreError, match="epochs: 20 -> 21"):
+            store.open_run("r", replace(spec, epochs=21), "here")
+
+
+def test_a_full_disk_ends_with_a_sentence_and_loses_no_finished_arm(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if shutil.which("mount") is None or mount(disk, "size=96k"):
+        pytest.skip("mounting a small tmpfs needs root")
+    store = disk / "s.sqlite"
+    try:
+        full = subprocess.run(command(store, "--starts", "40"), capture_output=True, text=True, timeout=120)
+        assert full.returncode == 1
+        assert "cannot be written now" in full.stderr
+        assert "Traceback" not in full.stderr
+        kept = results(store)
+        assert kept
+        assert mount(disk, "remount,size=8m") == 0
+        subprocess.run(command(store, "--starts", "40"), check=True, capture_output=True, timeout=120)
+        assert set(kept) <= set(results(store))
+        assert len(results(store)) == 40 * 5 + 4
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def mount(folder, options):
+    return subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True
+    ).returncode
+
+
+def test_a_row_that_does_not_fit_is_an_error_and_leaves_the_others(tmp_path):
+    result = Result((-4.0, 0.1), (-4.0, 0.1), 0.1, 0.03, 0.03, [0.03], [])
+    with Store(tmp_path / "s.sqlite") as store:
+        store.open_run("r", preset("smoke"), "here")
+        store.add("r", Row(Arm("16", "initial", "", 0), result, [1.0]))
+        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+        store._db.execute(f"PRAGMA max_page_count = {pages}")
+        large = replace(result, valid_errors=[0.123456789] * 100_000)
+        with pytest.raises(StoreUnavailable, match="full"):
+            store.add("r", Row(Arm("16", "initial", "", 1), large, [1.0]))
+        assert [row.arm.index for row in store.rows("r")] == [0]
+        store.add("r", Row(Arm("16", "initial", "", 0), replace(result, test_error=0.5), [2.0]))
+        assert store.rows("r")[0].result == result  # the first stays
+
+
+def test_check_passes_and_its_json_says_the_same(monkeypatch, capsys):
+    monkeypatch.setattr("midflight.check.SEEDS", 2)
+    code, out, _ = call(monkeypatch, capsys, "check", "--json")
+    table = json.loads(out)
+    assert code == 0
+    assert {row["estimator"] for row in table["checks"]} == set(ESTIMATORS)
+    for row in table["checks"]:
+        assert row["passed"] is (row["relative_error"] <= table["tolerance"] if row["exact"] else None)
+    assert any(row["relative_error"] > 0.1 for row in table["checks"] if row["estimator"] == "t1t2")
+
+
+def test_check_fails_when_an_estimator_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr("midflight.check.SEEDS", 1)
+    exact = ESTIMATORS["one_step"]
+    monkeypatch.setitem(ESTIMATORS, "one_step", lambda step: {k: 1.01 * v for k, v in exact(step).items()})
+    code, out, _ = call(monkeypatch, capsys, "check")
+    assert code == 1
+    assert "NO" in out
+
+
+def test_help_shows_examples(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "--help")
+    assert code == 0
+    assert "midflight study smoke" in out
+    code, out, _ = call(monkeypatch, capsys, "study", "quick", "--help")
+    assert code == 0
+    assert "--estimator" in out
+
+
+def test_import_midflight_loads_torch_and_numpy_only():
+    heavy = ("sklearn", "matplotlib", "rich", "tyro", "jinja2", "platformdirs")
+    code = f"import sys, midflight; print([m for m in {heavy} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
+def test_a_study_with_a_bad_network_is_refused_before_it_is_stored():
+    with pytest.raises(SpecError, match="widths"):
+        preset("smoke", networks=("0-5",))
