@@ -5,7 +5,7 @@ model: `SGD(model.parameters())` must not train it on the training loss, and `mo
 replace it. Its hypergradient lands in `raw.grad`, so any torch optimiser can move it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from midflight.errors import SpaceError, UnknownName
-from midflight.transforms import Linear, Log, Transform
+from midflight.transforms import Linear, Log, Logit, Transform
 from midflight.trees import Tensors
+
+
+Value = float | Sequence[float] | Tensor
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,11 @@ class Float:
         low: smallest value.
         high: largest value; low < high.
         log: move on a logarithmic scale; needs low > 0.
-        init: where it starts; the middle of the (log) range if not given.
+        logit: move on a logit scale, for rates that crowd at 0 or 1; needs 0 < low and high < 1.
+        init: where it starts, one number for all entries or one each; the middle of the
+            (log, logit) range if not given.
+        shape: of the value; () for one number, (n,) for one per parameter group, layer, class or
+            training example.
 
     Raises:
         SpaceError: one of the conditions above does not hold.
@@ -35,7 +42,9 @@ class Float:
     low: float
     high: float
     log: bool = False
-    init: float | None = None
+    init: Value | None = None
+    logit: bool = False
+    shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
@@ -44,25 +53,38 @@ class Float:
             raise SpaceError(
                 f"low > 0 must hold for log=True, but low={self.low}; pass log=False or a positive low."
             )
+        if self.logit and not 0 < self.low < self.high < 1:
+            raise SpaceError(
+                f"0 < low and high < 1 must hold for logit=True, but low={self.low} and high={self.high}."
+            )
+        if self.log and self.logit:
+            raise SpaceError("log and logit exclude each other; pass one of them.")
         if self.init is not None:
             self.check(self.init)
 
-    def check(self, value: float) -> None:
-        """Raise `SpaceError` unless low <= value <= high."""
-        if not self.low <= value <= self.high:
-            raise SpaceError(f"a value in [{self.low:g}, {self.high:g}] is needed, but got {value:g}.")
+    def check(self, value: Value) -> Tensor:
+        """`value` in this shape, float64; raises `SpaceError` unless low <= value <= high."""
+        tensor = torch.as_tensor(value, dtype=torch.float64)
+        if tensor.shape not in ((), self.shape):
+            raise SpaceError(f"a value of shape {self.shape} is needed, but got {tuple(tensor.shape)}.")
+        wrong = tensor[~((tensor >= self.low) & (tensor <= self.high))]
+        if len(wrong.reshape(-1)):
+            raise SpaceError(
+                f"a value in [{self.low:g}, {self.high:g}] is needed, but got {float(wrong.reshape(-1)[0]):g}."
+            )
+        return tensor.expand(self.shape)
 
     @property
     def transform(self) -> Transform:
         """The map from the unit interval onto [low, high]."""
-        return (Log if self.log else Linear)(self.low, self.high)
+        return (Log if self.log else Logit if self.logit else Linear)(self.low, self.high)
 
 
 class Hyperparameter:
-    """One entry of a `Space`: use it like a scalar tensor wherever a tensor can stand.
+    """One entry of a `Space`: use it like a tensor wherever a tensor can stand.
 
     Attributes:
-        raw: unit coordinate in [0, 1], a leaf tensor of shape (); moved by the tuner.
+        raw: unit coordinates in [0, 1], a leaf tensor of the shape of the `Float`; moved by the tuner.
         value: what the model sees, `transform(raw)`, differentiable with respect to `raw`.
     """
 
@@ -70,25 +92,37 @@ class Hyperparameter:
         self.name = name
         self.spec = spec
         self.transform = spec.transform
-        start = 0.5 if spec.init is None else self.transform.raw(spec.init)
-        self.raw = torch.tensor(start, dtype=dtype)
+        self.raw = torch.full(spec.shape, 0.5, dtype=dtype)
+        self._seen: Tensor | None = None
+        if spec.init is not None:
+            self.set(spec.init)
 
     @property
     def value(self) -> Tensor:
-        return self.transform.value(self.raw)
+        return self.transform.value(self.raw) if self._seen is None else self._seen
 
-    def set(self, value: float) -> None:
-        """Move to `value`; raises `SpaceError` outside [low, high]."""
-        self.spec.check(value)
+    def set(self, value: Value) -> None:
+        """Move to `value`; raises `SpaceError` outside [low, high] or for another shape."""
         with torch.no_grad():
-            self.raw.fill_(self.transform.raw(value))
+            self.raw.copy_(self.transform.raw(self.spec.check(value)).clamp(0, 1))
 
     def __float__(self) -> float:
         return float(self.value.detach())
 
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.value[index]
+
     def __repr__(self) -> str:
-        scale = "log" if self.spec.log else "linear"
-        return f"{self.name} = {float(self):.4g}  ({scale} in [{self.spec.low:.4g}, {self.spec.high:.4g}])"
+        scale = "log" if self.spec.log else "logit" if self.spec.logit else "linear"
+        x = self.value.detach()
+        now = f"{float(x):.4g}" if x.ndim == 0 else f"{tuple(x.shape)}, mean {float(x.mean()):.4g}"
+        return f"{self.name} = {now}  ({scale} in [{self.spec.low:.4g}, {self.spec.high:.4g}])"
 
     @classmethod
     def __torch_function__(
@@ -166,11 +200,11 @@ class Space:
         """Unit coordinates, name -> leaf tensor in [0, 1]; what a hyper-optimiser moves."""
         return {name: entry.raw for name, entry in self._entries.items()}
 
-    def as_dict(self) -> dict[str, float]:
-        """The current values as plain numbers."""
-        return {name: float(entry) for name, entry in self._entries.items()}
+    def as_dict(self) -> dict[str, Any]:
+        """The current values as plain numbers, nested lists of them for a shape."""
+        return {name: entry.value.detach().tolist() for name, entry in self._entries.items()}
 
-    def set(self, **values: float) -> None:
+    def set(self, **values: Value) -> None:
         """Move the named hyperparameters to these values; raises `SpaceError` outside their bounds."""
         for name, value in values.items():
             self[name].set(value)
@@ -188,7 +222,7 @@ class Space:
 
     @contextmanager
     def using(self, raws: Tensors) -> Iterator[None]:
-        """Let the layers that read this space see other raw tensors for a while."""
+        """Let those who read this space find other raw tensors for a while."""
         before = self.raws
         try:
             for name, raw in raws.items():
@@ -197,6 +231,17 @@ class Space:
         finally:
             for name, raw in before.items():
                 self[name].raw = raw
+
+    @contextmanager
+    def seeing(self, values: Tensors) -> Iterator[None]:
+        """Let those who read this space see these values for a while, whatever the raw tensors say."""
+        try:
+            for name, value in values.items():
+                self[name]._seen = value
+            yield
+        finally:
+            for name in values:
+                self[name]._seen = None
 
     def state_dict(self) -> dict[str, Any]:
         """The raw coordinates, to be saved with the model's."""

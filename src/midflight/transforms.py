@@ -23,7 +23,7 @@ class Transform(ABC):
         """What the model sees at the unit coordinate `raw`, any shape."""
 
     @abstractmethod
-    def raw(self, value: float) -> float:
+    def raw(self, value: Tensor) -> Tensor:
         """The unit coordinate of `value`; the inverse of `value`."""
 
 
@@ -33,7 +33,7 @@ class Linear(Transform):
     def value(self, raw: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * raw
 
-    def raw(self, value: float) -> float:
+    def raw(self, value: Tensor) -> Tensor:
         return (value - self.low) / (self.high - self.low)
 
 
@@ -43,5 +43,21 @@ class Log(Transform):
     def value(self, raw: Tensor) -> Tensor:
         return self.low * (math.log(self.high / self.low) * raw).exp()
 
-    def raw(self, value: float) -> float:
-        return math.log(value / self.low) / math.log(self.high / self.low)
+    def raw(self, value: Tensor) -> Tensor:
+        return (value / self.low).log() / math.log(self.high / self.low)
+
+
+class Logit(Transform):
+    """logit(value) = logit(low) + (logit(high) - logit(low)) raw; for rates that crowd at 0 or 1."""
+
+    def value(self, raw: Tensor) -> Tensor:
+        low, high = _logit(self.low), _logit(self.high)
+        return (low + (high - low) * raw).sigmoid()
+
+    def raw(self, value: Tensor) -> Tensor:
+        low, high = _logit(self.low), _logit(self.high)
+        return (value.logit() - low) / (high - low)
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))

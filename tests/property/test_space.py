@@ -18,7 +18,8 @@ def test_value_and_raw_are_inverse_and_stay_inside(interval, raw, log):
     transform = mf.Float(low, high, log=log).transform
     value = float(transform.value(torch.tensor(raw, dtype=torch.float64)))
     assert low * (1 - 1e-9) <= value <= high * (1 + 1e-9)
-    assert transform.raw(value) == pytest.approx(raw, abs=1e-9)
+    back = transform.raw(torch.tensor(value, dtype=torch.float64))
+    assert float(back) == pytest.approx(raw, abs=1e-9)
 
 
 @given(bounds, st.booleans())
