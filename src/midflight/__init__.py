@@ -4,6 +4,8 @@ from midflight import nn
 from midflight.errors import (
     BindingError,
     MidflightError,
+    NeedsClosure,
+    NotTwiceDifferentiable,
     SpaceError,
     UnknownName,
     UnreachedHyperparameter,
@@ -27,6 +29,8 @@ __all__ = [
     "Float",
     "Hyperparameter",
     "MidflightError",
+    "NeedsClosure",
+    "NotTwiceDifferentiable",
     "Problem",
     "SignSteps",
     "Space",

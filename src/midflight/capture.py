@@ -1,12 +1,14 @@
 """The only surgery on a user's model: evaluation mode and other weights, for the length of one pass."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from midflight.errors import UnsupportedParameter
+from midflight.errors import NeedsClosure, UnsupportedParameter
+from midflight.problem import TrainLoss, graph_nodes
+from midflight.space import Space
 from midflight.trees import Tensors
 
 
@@ -61,16 +63,60 @@ def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def graph_leaves(loss: Tensor) -> list[Tensor]:
     """The leaf tensors that `loss.backward()` would give a gradient."""
-    found: dict[int, Tensor] = {}
-    seen = {loss.grad_fn}
-    todo = [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found[id(variable)] = variable
-        for following, _ in node.next_functions if node is not None else ():
-            if following is not None and following not in seen:
-                seen.add(following)
-                todo.append(following)
-    return list(found.values())
+    return [node.variable for node in graph_nodes([loss]) if hasattr(node, "variable")]
+
+
+class RandomState:
+    """The random generators of torch as they are now, on the CPU and on the devices of the weights."""
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self.devices = sorted({p.device.index or 0 for p in params.values() if p.is_cuda})
+        self._cpu = torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Draw the same numbers again; afterwards the generators are where they were."""
+        with torch.random.fork_rng(devices=self.devices):
+            torch.set_rng_state(self._cpu)
+            for device, state in zip(self.devices, self._cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+class _Closure(nn.Module):
+    """A user's loss function as a module, so that `functional_call` can give its model other weights."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self) -> Tensor:
+        return self._loss()
+
+
+def reevaluated(
+    model: nn.Module, loss: Callable[[], Tensor], space: Space, random: RandomState, names: Iterable[str]
+) -> TrainLoss:
+    """(params, values) -> the loss there, differentiable in both; buffers are left as they are.
+
+    Raises:
+        NeedsClosure: a weight in `names` is not the model's and cannot be replaced.
+    """
+    buffers = {f"model.{name}": b for name, b in model.named_buffers()}
+    foreign = set(names) - {name for name, _ in model.named_parameters()}
+    if foreign:
+        raise NeedsClosure(
+            f"this estimator gives the model other weights, but {', '.join(sorted(foreign))} of the "
+            "optimiser are not the model's; put them into one nn.Module with it."
+        )
+
+    def train_loss(params: Tensors, values: Tensors) -> Tensor:
+        weights = {f"model.{name}": p for name, p in params.items()}
+        copies = {name: b.clone() for name, b in buffers.items()}
+        with random.replayed(), space.seeing(values):
+            result: Tensor = torch.func.functional_call(_Closure(model, loss), {**weights, **copies}, ())
+        return result
+
+    return train_loss

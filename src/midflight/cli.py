@@ -27,7 +27,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from midflight.check import TOLERANCE, Check, as_dicts, run_checks
 from midflight.errors import MidflightError
 from midflight.study.data import DatasetUnavailable
 from midflight.study.progress import showing_progress
@@ -36,6 +35,7 @@ from midflight.study.run import WorkerDied, estimate_seconds, run_study
 from midflight.study.spec import PRESETS, Spec, SpecError
 from midflight.study.store import Store, StoreUnavailable
 from midflight.study.summary import summarise
+from midflight.testing.table import Check, as_dicts, run_checks
 
 DEFAULT_STORE = Path("runs/midflight.sqlite")
 LONG = 3600.0  # seconds above which a study says beforehand how long it will take

@@ -17,6 +17,14 @@ class UnreachedHyperparameter(MidflightError, RuntimeError):
     """A hyperparameter influences neither the training loss's gradient nor the update."""
 
 
+class NeedsClosure(MidflightError, TypeError):
+    """An estimator has to evaluate the training loss again, but was given a tensor."""
+
+
+class NotTwiceDifferentiable(MidflightError, RuntimeError):
+    """The training loss holds an operation whose derivative cannot be differentiated."""
+
+
 class UnsupportedOptimizer(MidflightError, TypeError):
     """There is no update rule for this optimiser, or for one of its options."""
 

@@ -6,17 +6,23 @@
 whether they come from a `Problem` or from a user's live training loop.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from midflight.errors import UnreachedHyperparameter
+from midflight.errors import NeedsClosure, NotTwiceDifferentiable, UnreachedHyperparameter
 from midflight.trees import Tensors, leaves
 from midflight.updates import State, Update
 
 Updates = Mapping[str, Update]
+_Estimator = TypeVar("_Estimator", bound=Callable[..., Tensors])
+TrainLoss = Callable[[Tensors, Tensors], Tensor]
+Pairs = list[tuple[Tensor, Tensor]]
+"""(a function of the hyperparameters, the cotangent to pull back through it)"""
 
 
 def gradient(loss: Tensor, params: Tensors, *, create_graph: bool = False) -> Tensors:
@@ -25,6 +31,37 @@ def gradient(loss: Tensor, params: Tensors, *, create_graph: bool = False) -> Te
         loss, list(params.values()), create_graph=create_graph, materialize_grads=True
     )
     return dict(zip(params, grads, strict=True))
+
+
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+    """The nodes of the recorded graphs behind these tensors, each once."""
+    todo = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+
+
+_DEAD_ENDS = {f"torch::autograd::{name}" for name in ("Error", "DelayedError", "NotImplemented")}
+
+
+def require_twice_differentiable(grads: Mapping[str, Tensor]) -> None:
+    """Raise `NotTwiceDifferentiable` if a part of these gradients was recorded as a constant.
+
+    torch leaves a node in such a place that raises when it is run; but it is cut off from the
+    hyperparameters, so that torch would never run it and the missing part would go unnoticed.
+    """
+    for node in graph_nodes(grads.values()):
+        if node.name() in _DEAD_ENDS:
+            raise NotTwiceDifferentiable(
+                "each operation of the training loss must be differentiable twice for this estimator, but "
+                "one is differentiable once only; use estimator='central_difference' and "
+                "tuner.backward(lambda: loss_fn(model(x), y))."
+            )
 
 
 @dataclass(frozen=True)
@@ -37,7 +74,7 @@ class Problem:
         updates: hparams -> weight name -> `Update`; tuned options are functions of hparams.
     """
 
-    train_loss: Callable[[Tensors, Tensors], Tensor]
+    train_loss: TrainLoss
     valid_loss: Callable[[Tensors], Tensor]
     updates: Callable[[Tensors], Updates]
 
@@ -59,12 +96,14 @@ class Step:
         params: theta, weight name -> tensor; not modified.
         grads: g as the optimiser will receive it, without graph.
         grads_with_graph: g as a differentiable function of the hyperparameters; empty if the
-            training loss reads none.
+            training loss reads none, or if `train_loss` is to be asked instead.
         state: optimiser state before the step, weight name -> state.
         updates: weight name -> rule and options; tuned options carry the graph to hparams.
         hparams: the leaves that are tuned, name -> tensor.
         values: what the model sees of them, differentiable with respect to hparams.
         valid_grad: params -> dC2/dtheta there, shaped like params.
+        train_loss: (params, values) -> training loss, to be evaluated again on the same batch under
+            the same random numbers; None where the user gave a loss rather than a function.
     """
 
     params: Tensors
@@ -75,6 +114,7 @@ class Step:
     hparams: Tensors
     values: Tensors
     valid_grad: Callable[[Tensors], Tensors]
+    train_loss: TrainLoss | None = None
 
     def next_params(self) -> Tensors:
         """theta' = U(theta, s, g, phi), without graph; a second copy of the weights."""
@@ -84,33 +124,27 @@ class Step:
                 for name, u in self.updates.items()
             }
 
-    def pullback(self, v: Tensors) -> Tensors:
-        """From dC2/dtheta' to the hypergradient: d/dlambda <(dU/dg)^T v, g> and v . dU/dphi.
+    def training_loss(self) -> TrainLoss:
+        """`train_loss`; raises `NeedsClosure` where it is not there."""
+        if self.train_loss is None:
+            raise NeedsClosure(
+                "this estimator evaluates the training loss again and needs it as a function, but got a "
+                "tensor; call tuner.backward(lambda: loss_fn(model(x), y)) instead of tuner.backward(loss)."
+            )
+        return self.train_loss
+
+    def chain(self, pairs: Pairs) -> Tensors:
+        """The sum of <cotangent, d output/d hparams> over (output, cotangent), shaped like hparams.
 
         Raises:
-            UnreachedHyperparameter: an entry of hparams reaches neither g nor an option.
+            UnreachedHyperparameter: no output is a function of some entry.
         """
-        outputs: list[Tensor] = []
-        cotangents: list[Tensor] = []
-        for name, u in self.updates.items():
-            w, option_grads = u.rule.pullback(
-                v[name], self.params[name], self.grads[name], self.state[name], u.options
-            )
-            if name in self.grads_with_graph:
-                outputs.append(self.grads_with_graph[name])
-                cotangents.append(w)
-            for option, gradient in option_grads.items():
-                outputs.append(u.options[option])
-                cotangents.append(gradient.to(u.options[option]))
-        return self.chain(outputs, cotangents)
-
-    def chain(self, outputs: list[Tensor], cotangents: list[Tensor]) -> Tensors:
-        """The sum of <cotangent, d output/d hparams>, name -> tensor shaped like hparams."""
-        found = (
-            torch.autograd.grad(outputs, list(self.hparams.values()), cotangents, allow_unused=True)
-            if outputs
-            else [None] * len(self.hparams)
-        )
+        pairs = [(output, cotangent) for output, cotangent in pairs if output.requires_grad]
+        found: tuple[Tensor | None, ...] = (None,) * len(self.hparams)
+        if pairs:
+            outputs = [output for output, _ in pairs]
+            cotangents = [cotangent.to(output) for output, cotangent in pairs]
+            found = torch.autograd.grad(outputs, list(self.hparams.values()), cotangents, allow_unused=True)
         missing = [name for name, g in zip(self.hparams, found, strict=True) if g is None]
         if missing:
             raise UnreachedHyperparameter(
@@ -119,3 +153,14 @@ class Step:
                 "of the optimiser with bind=."
             )
         return {name: g for name, g in zip(self.hparams, found, strict=True) if g is not None}
+
+
+def reevaluates(estimator: _Estimator) -> _Estimator:
+    """Mark an estimator that asks `Step.train_loss`: g is then not recorded with its graph."""
+    estimator.__dict__["reevaluates"] = True
+    return estimator
+
+
+def is_reevaluating(estimator: Any) -> bool:
+    """Whether an estimator, or what it is a `functools.partial` of, was marked by `reevaluates`."""
+    return getattr(estimator.func if isinstance(estimator, partial) else estimator, "reevaluates", False)

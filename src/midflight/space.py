@@ -17,7 +17,6 @@ from midflight.errors import SpaceError, UnknownName
 from midflight.transforms import Linear, Log, Logit, Transform
 from midflight.trees import Tensors
 
-
 Value = float | Sequence[float] | Tensor
 
 
@@ -68,9 +67,9 @@ class Float:
         if tensor.shape not in ((), self.shape):
             raise SpaceError(f"a value of shape {self.shape} is needed, but got {tuple(tensor.shape)}.")
         wrong = tensor[~((tensor >= self.low) & (tensor <= self.high))]
-        if len(wrong.reshape(-1)):
+        if len(wrong):
             raise SpaceError(
-                f"a value in [{self.low:g}, {self.high:g}] is needed, but got {float(wrong.reshape(-1)[0]):g}."
+                f"a value in [{self.low:g}, {self.high:g}] is needed, but got {float(wrong[0]):g}."
             )
         return tensor.expand(self.shape)
 

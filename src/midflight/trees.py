@@ -18,6 +18,21 @@ def leaves(tree: Mapping[str, Tensor]) -> Tensors:
     return {name: t.detach().requires_grad_() for name, t in tree.items()}
 
 
+def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """The inner product over all entries, a scalar tensor."""
+    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+
+
+def norm(a: Mapping[str, Tensor]) -> Tensor:
+    """The Euclidean norm over all entries, a scalar tensor."""
+    return dot(a, a).sqrt()
+
+
+def add_scaled(a: Mapping[str, Tensor], b: Mapping[str, Tensor], scale: Tensor | float) -> Tensors:
+    """a + scale b, entry by entry."""
+    return {name: a[name] + scale * b[name] for name in a}
+
+
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no entry is NaN or infinite."""
     return all(bool(torch.isfinite(t).all()) for t in tensors)

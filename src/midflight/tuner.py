@@ -13,14 +13,33 @@ import torch
 from torch import Tensor, nn
 
 from midflight.batches import EndlessBatches
-from midflight.capture import evaluating, graph_leaves, trained_parameters, weights_at
+from midflight.capture import (
+    RandomState,
+    evaluating,
+    graph_leaves,
+    reevaluated,
+    trained_parameters,
+    weights_at,
+)
 from midflight.errors import BindingError, UnsupportedParameter
 from midflight.hypergrad import Estimator, estimator_for
+from midflight.hypergrad.mixed import is_linear, knows_forward_mode
 from midflight.hypersteps import SignSteps, annealing
-from midflight.problem import Step, Updates, gradient
+from midflight.problem import (
+    Step,
+    TrainLoss,
+    Updates,
+    gradient,
+    is_reevaluating,
+    require_twice_differentiable,
+)
 from midflight.space import Space
-from midflight.trees import Tensors, all_finite, detach
+from midflight.trees import Tensors, all_finite, detach, leaves
 from midflight.updates import Update, read_option, read_options, rule_for, write_option
+
+DOUBLE_BACKWARD = "double backward"
+FORWARD_MODE = "forward over reverse: the loss is linear in what it reads of the space"
+BY_ESTIMATOR = "by the estimator"
 
 
 class Tuner:
@@ -83,35 +102,50 @@ class Tuner:
             self.hyper_optimizer, annealing(None if total_steps is None else math.ceil(total_steps / every))
         )
         self._calls = 0
+        self._checked = False
         self._hypergradients: Tensors = {}
+        self.mixed_partial: str | None = None
+        """How d/dlambda <w, g> is found; chosen at the first hyper-step with a function for the loss."""
         self.skipped = 0
         """Hyper-steps that were left out because the hypergradient was not finite."""
         self._write_bound_options()
         self._record_next_pass()
         self._hook = optimizer.register_step_post_hook(lambda *_: self._move())
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor | Callable[[], Tensor]) -> Tensor:
         """`loss.backward()`; at each `every`-th call also the hypergradients.
 
         Args:
-            loss: scalar training loss, computed from the model's current weights.
+            loss: scalar training loss, computed from the model's current weights; or a function
+                without arguments that computes it, which may be called more than once at a
+                hyper-step (same weights or others, same random numbers). A function unlocks the
+                estimators that evaluate the loss again, and lets hyperparameters that are linear
+                in the loss be tuned without a double backward.
+
+        Returns:
+            the loss, without graph.
 
         Raises:
             UnreachedHyperparameter: a hyperparameter reaches neither the training gradient nor
                 the optimiser.
+            NotTwiceDifferentiable: the loss holds an operation that is differentiable once only.
+            NeedsClosure: the estimator evaluates the loss again, but got a tensor.
             BindingError: somebody else changed a bound option of the optimiser.
             UnsupportedParameter: a weight has a sparse gradient.
         """
         self._calls += 1
         if self._calls % self.every:
-            loss.backward()  # type: ignore[no-untyped-call]
+            value = loss() if callable(loss) else loss
+            value.backward()  # type: ignore[no-untyped-call]
         else:
             self._check_bound_options()
-            self._hypergradients = self._estimate(self._step(loss))
+            value, step = self._step(loss)
+            self._hypergradients = self._estimate(step)
             if not all_finite(self._hypergradients.values()):
                 self._hypergradients = {}
                 self.skipped += 1
         self._record_next_pass()
+        return value.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume, the space's values and the place in the validation data included."""
@@ -141,9 +175,18 @@ class Tuner:
         self._hook.remove()
         self.space.requires_grad_(False)
 
-    def _step(self, loss: Tensor) -> Step:
+    def _step(self, loss: Tensor | Callable[[], Tensor]) -> tuple[Tensor, Step]:
         """Fill `.grad` as `loss.backward()` would, and describe the coming optimiser step."""
+        train_loss = None
+        if callable(loss):
+            random = RandomState(self._params)
+            train_loss = reevaluated(self._model, loss, self.space, random, self._params)
+            if self.mixed_partial is None:
+                self.mixed_partial = self._choose_mixed_partial(train_loss)
+            self.space.requires_grad_(self.mixed_partial == DOUBLE_BACKWARD)
+            loss = loss()
         with_graph = self._backward(loss)
+        self.space.requires_grad_()
         used = {name: p for name, p in self._params.items() if p.grad is not None}
         for name, p in used.items():
             if p.grad is not None and p.grad.is_sparse:
@@ -152,7 +195,7 @@ class Tuner:
                     "build its embedding with sparse=False."
                 )
         values = {name: self.space[name].value for name in self.space}
-        return Step(
+        return loss, Step(
             params=detach(used),
             grads={name: p.grad for name, p in used.items() if p.grad is not None},
             grads_with_graph={name: with_graph[name] for name in used if name in with_graph},
@@ -161,17 +204,31 @@ class Tuner:
             hparams=self.space.raws,
             values=values,
             valid_grad=self._valid_grad,
+            train_loss=train_loss,
         )
+
+    def _choose_mixed_partial(self, train_loss: TrainLoss) -> str:
+        """Forward mode where it is cheaper: the loss is linear in every hyperparameter that it reads."""
+        if is_reevaluating(self._estimate):
+            return BY_ESTIMATOR
+        params = detach(self._params)
+        values = leaves({name: self.space[name].value for name in self.space})
+        if is_linear(train_loss, params, values) and knows_forward_mode(train_loss, params, values):
+            return FORWARD_MODE
+        return DOUBLE_BACKWARD
 
     def _backward(self, loss: Tensor) -> Tensors:
         """Accumulate into `.grad`; give the gradients with their graph if the loss reads the space."""
-        leaves = graph_leaves(loss)
+        reached = graph_leaves(loss)
         raws = {id(raw) for raw in self.space.raws.values()}
-        if not any(id(leaf) in raws for leaf in leaves):
+        if not any(id(leaf) in raws for leaf in reached):
             loss.backward()  # type: ignore[no-untyped-call]
             return {}
-        others = [leaf for leaf in leaves if id(leaf) not in raws]
+        others = [leaf for leaf in reached if id(leaf) not in raws]
         grads = torch.autograd.grad(loss, others, create_graph=True)
+        if not self._checked:
+            require_twice_differentiable({str(i): g for i, g in enumerate(grads)})
+            self._checked = True
         for leaf, g in zip(others, grads, strict=True):
             leaf.grad = g.detach() if leaf.grad is None else leaf.grad + g.detach()
         by_id = {id(leaf): g for leaf, g in zip(others, grads, strict=True) if g.requires_grad}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from midflight.errors import UnreachedHyperparameter
-from midflight.problem import Step
+from midflight.problem import Pairs, Step
 from midflight.trees import Tensors
 from midflight.updates import tuned_options
 
@@ -26,15 +26,13 @@ def paper(step: Step) -> Tensors:
         UnreachedHyperparameter: there is more than one other hyperparameter, or no matrix.
     """
     v = step.valid_grad(step.next_params())
-    outputs: list[Tensor] = []
-    cotangents: list[Tensor] = []
+    pairs: Pairs = []
     for name, u in step.updates.items():
         if "weight_decay" in tuned_options(u.options):
-            decay = u.options["weight_decay"]
-            outputs.append(decay)
-            cotangents.append((-u.options["lr"] * (v[name] * step.params[name]).sum()).to(decay))
+            eq5 = -u.options["lr"] * (v[name] * step.params[name]).sum()
+            pairs.append((u.options["weight_decay"], eq5))
 
-    noises = _unbound(step, outputs)
+    noises = _unbound(step, [decay for decay, _ in pairs])
     first = next((name for name, p in step.params.items() if p.ndim == 2), None)
     if noises and (len(noises) > 1 or first is None):
         raise UnreachedHyperparameter(
@@ -46,9 +44,8 @@ def paper(step: Step) -> Tensors:
         draw = noise.detach().to(weight) * torch.randn(
             weight.shape[1], dtype=weight.dtype, device=weight.device
         )
-        outputs.append(noise)
-        cotangents.append((draw @ (weight * v[first]).sum(0)).to(noise))
-    return step.chain(outputs, cotangents)
+        pairs.append((noise, draw @ (weight * v[first]).sum(0)))
+    return step.chain(pairs)
 
 
 def _unbound(step: Step, options: list[Tensor]) -> list[str]:

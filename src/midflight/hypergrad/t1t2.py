@@ -5,6 +5,7 @@ dC2/dlambda = -eta d/dlambda <dC2/dtheta(theta'), dC1~/dtheta>     (Luketina et 
 
 from dataclasses import replace
 
+from midflight.hypergrad.mixed import pullback
 from midflight.problem import Step
 from midflight.trees import Tensors
 from midflight.updates import SGD, Update
@@ -25,4 +26,4 @@ def t1t2(step: Step) -> Tensors:
         name: Update(SGD(), _PLAIN | {k: u.options[k] for k in ("lr", "weight_decay")})
         for name, u in step.updates.items()
     }
-    return replace(step, updates=plain).pullback(v)
+    return pullback(replace(step, updates=plain), v)

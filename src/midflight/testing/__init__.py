@@ -1,6 +1,6 @@
 """Oracles and conformance tables: what a new estimator, update rule or layer is held against."""
 
 from midflight.testing.cases import KINDS, OPTIMIZERS, Case, make_case
-from midflight.testing.oracles import central_difference, compare
+from midflight.testing.oracles import central_difference, compare, loss_after
 
-__all__ = ["KINDS", "OPTIMIZERS", "Case", "central_difference", "compare", "make_case"]
+__all__ = ["KINDS", "OPTIMIZERS", "Case", "central_difference", "compare", "loss_after", "make_case"]

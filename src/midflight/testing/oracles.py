@@ -11,19 +11,33 @@ from midflight.trees import Tensors
 from midflight.updates import State
 
 
-def one_step_loss(problem: Problem, params: Tensors, hparams: Tensors, state: Mapping[str, State]) -> float:
-    """C2(U(theta, s, g(theta, lambda), phi)), the function that an exact estimator differentiates."""
-    grads = problem.train_grads({n: p.detach().requires_grad_() for n, p in params.items()}, hparams)
+def loss_after(
+    problem: Problem, params: Tensors, hparams: Tensors, state: Mapping[str, State], steps: int = 1
+) -> float:
+    """C2 after some steps of U: the function that an estimator differentiates."""
+    state = dict(state)
+    for _ in range(steps):
+        grads = problem.train_grads({n: p.detach().requires_grad_() for n, p in params.items()}, hparams)
+        with torch.no_grad():
+            new = {
+                n: u.rule.step(params[n], grads[n], state[n], u.options)
+                for n, u in problem.updates(hparams).items()
+            }
+        params = {n: param for n, (param, _) in new.items()}
+        state = {n: s for n, (_, s) in new.items()}
     with torch.no_grad():
-        updates = problem.updates(hparams)
-        new = {n: u.rule.step(params[n], grads[n], state[n], u.options)[0] for n, u in updates.items()}
-        return float(problem.valid_loss(new))
+        return float(problem.valid_loss(params))
 
 
 def central_difference(
-    problem: Problem, params: Tensors, hparams: Tensors, state: Mapping[str, State], h: float = 3e-5
+    problem: Problem,
+    params: Tensors,
+    hparams: Tensors,
+    state: Mapping[str, State],
+    steps: int = 1,
+    h: float = 3e-5,
 ) -> Tensors:
-    """The derivative of the one-step loss, by differences of order h^4, entry by entry.
+    """The derivative of `loss_after`, by differences of order h^4, entry by entry.
 
     Needs float64 and smooth activations: a ReLU kink between two points spoils the difference,
     not the gradient. Rounding leaves about 1e-16 |f| / h = 3e-12 and the stencil less; a larger h
@@ -40,7 +54,7 @@ def central_difference(
             def f(shift: float, name: str = name, x: torch.Tensor = x, i: int = i) -> float:
                 moved = x.detach().clone()
                 moved.view(-1)[i] += shift
-                return one_step_loss(problem, params, {**hparams, name: moved}, state)
+                return loss_after(problem, params, {**hparams, name: moved}, state, steps)
 
             derivative.view(-1)[i] = (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
         result[name] = derivative

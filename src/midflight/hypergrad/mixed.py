@@ -1,0 +1,118 @@
+"""From the gradient after the step back to the hyperparameters.
+
+    dC2/dh = d/dlambda <w, g(theta, lambda)> + v . dU/dphi,     w = (dU/dg)^T v
+
+The second term is closed or elementwise in every update rule. The first, the mixed partial, is found
+in one of three ways; all give the same number.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd import forward_ad
+
+from midflight.problem import Pairs, Step, TrainLoss
+from midflight.trees import Tensors, add_scaled, leaves, norm
+
+Mixed = Callable[[Step, Tensors], Pairs]
+"""(step, w) -> d/dlambda <w, g>, as pairs for `Step.chain`"""
+
+
+def pullback(step: Step, v: Tensors, mixed: Mixed | None = None) -> Tensors:
+    """The hypergradient that belongs to v = dC2/dtheta'.
+
+    Args:
+        step: the optimiser step.
+        v: gradient with respect to the weights after the step, shaped like step.params.
+        mixed: how the mixed partial is found: `double_backward` where g was recorded with its graph,
+            else `forward_over_reverse`.
+
+    Raises:
+        UnreachedHyperparameter: a hyperparameter reaches neither g nor an option.
+    """
+    w: Tensors = {}
+    pairs: Pairs = []
+    for name, u in step.updates.items():
+        w[name], option_grads = u.rule.pullback(
+            v[name], step.params[name], step.grads[name], step.state[name], u.options
+        )
+        pairs += [(u.options[option], derivative) for option, derivative in option_grads.items()]
+    if mixed is None:
+        mixed = forward_over_reverse if step.train_loss and not step.grads_with_graph else double_backward
+    return step.chain(pairs + mixed(step, w))
+
+
+def double_backward(step: Step, w: Tensors) -> Pairs:
+    """Reverse over reverse, through the recorded graph of g."""
+    return [(g, w[name]) for name, g in step.grads_with_graph.items()]
+
+
+def forward_over_reverse(step: Step, w: Tensors) -> Pairs:
+    """d/de of dC1~/dlambda at theta + e w: one forward-mode pass over the loss, then a reverse one.
+
+    The reverse pass covers only what depends on lambda: for hyperparameters that enter after the
+    network (loss weights, per-example weights, label smoothing, penalties) next to nothing, so that
+    the whole is one jvp of the vector of losses; for noise at the input it is a whole backward.
+    """
+    train_loss = step.training_loss()
+    values = leaves(step.values)
+    with forward_ad.dual_level():
+        duals = {
+            name: forward_ad.make_dual(p, w[name].to(p))  # type: ignore[no-untyped-call]
+            for name, p in step.params.items()
+        }
+        grads = _value_grads(train_loss(duals, values), values)
+        return [
+            (step.values[name], torch.zeros_like(g) if tangent is None else tangent.detach())
+            for name, g in grads.items()
+            for tangent in [forward_ad.unpack_dual(g).tangent]  # type: ignore[no-untyped-call]
+        ]
+
+
+def difference_along(step: Step, w: Tensors, epsilon: float) -> Pairs:
+    """(dC1~/dlambda at theta + e w - dC1~/dlambda at theta - e w) / 2e, e = epsilon |theta| / |w|.
+
+    First order only: nothing is differentiated twice.
+    """
+    train_loss = step.training_loss()
+    length = norm(w)
+    e = epsilon * norm(step.params) / torch.where(length > 0, length, 1)
+    up, down = (
+        _value_grads(train_loss(add_scaled(step.params, w, sign * e), values), values)
+        for sign in (1.0, -1.0)
+        for values in [leaves(step.values)]
+    )
+    return [(step.values[name], (up[name] - down[name]) / (2 * e)) for name in up]
+
+
+def _value_grads(loss: torch.Tensor, values: Tensors) -> Tensors:
+    """dC1~/dlambda for the values that the loss reads."""
+    if not loss.requires_grad:
+        return {}
+    grads = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
+    return {name: g for name, g in zip(values, grads, strict=True) if g is not None}
+
+
+def is_linear(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
+    """Whether dC1~/dvalues does not depend on the values, as the recorded graph tells."""
+    loss = train_loss(params, values)
+    if not loss.requires_grad:
+        return True
+    found = torch.autograd.grad(loss, list(values.values()), create_graph=True, allow_unused=True)
+    slopes = [g.sum() for g in found if g is not None and g.requires_grad]
+    again = torch.autograd.grad(slopes, list(values.values()), allow_unused=True) if slopes else ()
+    return all(g is None for g in again)
+
+
+def knows_forward_mode(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
+    """Whether every operation of the loss has a forward-mode derivative, with its reverse."""
+    try:
+        with forward_ad.dual_level():
+            duals = {
+                name: forward_ad.make_dual(p, torch.zeros_like(p))  # type: ignore[no-untyped-call]
+                for name, p in params.items()
+            }
+            _value_grads(train_loss(duals, values), values)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True

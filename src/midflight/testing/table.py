@@ -1,0 +1,90 @@
+"""`midflight check`: each estimator against the central difference of the one-step map, in float64."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from midflight.hypergrad import CLAIMS, hypergradient
+from midflight.testing.cases import KINDS, OPTIMIZERS, Case, make_case
+from midflight.testing.oracles import central_difference, compare
+from midflight.trees import Tensors
+
+QUICK = ("one_step", "one_step_cheap", "t1t2", "paper")
+SEEDS = 10
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table: an estimator beside the truth, over some states of training.
+
+    Attributes:
+        rule: the optimiser.
+        hyperparameter: what is differentiated with respect to.
+        estimator: by name.
+        steps: of the optimiser in the map that is differenced; the estimator's own horizon.
+        relative_error: |estimate - truth| / |truth| over all states.
+        cosine: of the angle between the two over all states.
+        scale: |estimate| / |truth|.
+        tolerance: what the estimator claims; None if it makes no claim.
+        passed: that it is within its tolerance; None if it makes no claim.
+    """
+
+    rule: str
+    hyperparameter: str
+    estimator: str
+    steps: int
+    relative_error: float
+    cosine: float
+    scale: float
+    tolerance: float | None
+    passed: bool | None
+
+    @property
+    def exact(self) -> bool:
+        return self.tolerance is not None
+
+
+def run_checks(estimators: Sequence[str] = QUICK, seeds: int = SEEDS) -> Iterator[Check]:
+    """Estimators on every row of the conformance table."""
+    for rule in OPTIMIZERS:
+        for kind in KINDS:
+            cases = [make_case(rule, kind, seed) for seed in range(seeds)]
+            truths: dict[int, list[Tensors]] = {}
+            for estimator in estimators:
+                claim = CLAIMS.get(estimator)
+                steps = claim.steps if claim else 1
+                if steps not in truths:
+                    truths[steps] = [
+                        central_difference(c.problem, c.params, c.hparams, c.state, steps) for c in cases
+                    ]
+                found = compare(
+                    [_estimate(c, estimator, seed) for seed, c in enumerate(cases)], truths[steps]
+                )
+                yield Check(
+                    rule=rule,
+                    hyperparameter=_label(rule, kind),
+                    estimator=estimator,
+                    steps=steps,
+                    **asdict(found),
+                    tolerance=claim.tolerance if claim else None,
+                    passed=found.relative_error <= claim.tolerance if claim else None,
+                )
+
+
+def as_dicts(checks: list[Check]) -> list[dict[str, Any]]:
+    """The table for JSON and for the report."""
+    return [asdict(check) | {"exact": check.exact} for check in checks]
+
+
+def _estimate(case: Case, estimator: str, seed: int) -> Tensors:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return hypergradient(case.problem, case.params, case.hparams, case.state, estimator)
+
+
+def _label(rule: str, kind: str) -> str:
+    if kind != "weight_decay":
+        return kind
+    return "weight decay, decoupled" if rule == "AdamW" else "weight decay, coupled"
