@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from midflight.study.figures import all_figures, as_png, as_svg, save
+from midflight.study.figures import all_figures, as_svg, save
 from midflight.study.report import as_json, summary_table, write_report
 from midflight.study.spec import PRESETS, Arm, Kind, Spec
 from midflight.study.store import Result, Row, Store
@@ -39,7 +39,7 @@ CHECKS = [
 ]  # fmt: skip
 
 # Test errors in percent of start 0 to 3. The lowest fixed one is 2, poor is above 2.5.
-INITIAL = (2.0, 3.0, 4.0, 1.95 + 0.05)
+INITIAL = (2.0, 3.0, 4.0, 2.0)
 TUNED = {"one_step": (2.2, 2.5, 3.0, 2.0), "paper": (2.05, 3.5, 2.4, 1.0)}
 RERUN = {"one_step": (2.3, 2.6, 2.0, 2.5), "paper": (2.05, 3.5, 2.4, 2.9)}
 
@@ -51,7 +51,7 @@ def row(
     estimator: str = "",
     *,
     noise: tuple[float, ...] = (0.4,),
-    seconds: tuple[float, ...] = (9.0, 1.0, 1.0, 1.0),
+    seconds: tuple[float, ...] = (9.0, 0.9, 1.0, 1.1),
     valid: float = 5.0,
 ) -> Row:
     """Errors in percent; `noise` at the start and after each hyper-step."""
@@ -70,7 +70,7 @@ def row(
 
 def whole() -> list[Row]:
     """A complete study of `SPEC`; tuning adds 10, 20, 30 and 60 % to the epochs of one_step's starts."""
-    rows = [row("initial", i, e, valid=6.0 - i) for i, e in enumerate(INITIAL)]
+    rows = [row("initial", i, e, valid=(6, 5, 3, 4)[i]) for i, e in enumerate(INITIAL)]
     for i, slower in enumerate((1.1, 1.2, 1.3, 1.6)):
         paths = {"one_step": (0.4, 0.3, 0.35, 0.2), "paper": (0.4, 0.5, 0.02)}
         for e in SPEC.estimator:
@@ -160,7 +160,8 @@ def test_good_starts_are_reported_where_they_end() -> None:
 
 def test_the_kept_run_is_chosen_by_validation() -> None:
     best = summarise(SPEC, whole())["networks"][0]["arms"][0]["best"]
-    assert best["index"] == 3
+    assert best["index"] == 2  # the lowest validation error, not the lowest test error
+    assert best["test_error_percent"] == pytest.approx(4.0)
     assert best["valid_error_percent"] == pytest.approx(3.0)
 
 
@@ -180,7 +181,7 @@ def test_rows_of_no_planned_arm_are_left_out() -> None:
 def partial_studies() -> Iterator[list[Row]]:
     rows = whole()
     yield []
-    yield from (rows[:1], rows[:5], rows[-9:], rows[:-1])
+    yield rows[:5]
     diverged = [replace(r, result=replace(r.result, valid_loss=math.nan)) for r in rows]
     yield [replace(r, epoch_seconds=r.epoch_seconds[:1]) for r in diverged]
     yield [replace(r, epoch_seconds=[0.0] * 4) for r in rows if r.arm.kind != "landscape"]
@@ -196,6 +197,12 @@ def test_a_partial_study_gives_json_without_nan_and_a_report(rows: list[Row], tm
     assert Spec.from_json(json.dumps(read["spec"])) == SPEC
     assert ("This study is incomplete" in page) == (len(rows) < len(list(SPEC.arms())))
     assert "nan" not in re.sub(r'src="[^"]*"', "", page).lower()
+
+
+@pytest.mark.parametrize("kept", range(24))
+def test_json_of_any_part_of_a_study_is_json(kept: int) -> None:
+    for rows in (whole()[:kept], whole()[kept:]):
+        json.dumps(summarise(SPEC, rows), allow_nan=False)
 
 
 def test_an_empty_study_has_null_for_every_spread() -> None:
@@ -228,10 +235,16 @@ def stored(rows: list[Row], folder: Path, run: str = "r", spec: Spec = SPEC) -> 
     return store
 
 
-def test_report_is_one_page_that_fetches_nothing_and_shows_every_number(tmp_path: Path) -> None:
-    with stored(whole(), tmp_path) as store:
-        path = write_report(store, "r", tmp_path / "out", CHECKS)
-    page = path.read_text()
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """report.html of the whole study, its figures beside it."""
+    folder = tmp_path_factory.mktemp("report")
+    with stored(whole(), folder) as store:
+        return write_report(store, "r", folder / "out", CHECKS)
+
+
+def test_report_is_one_page_that_fetches_nothing_and_shows_every_number(report: Path) -> None:
+    page = report.read_text()
     loaded = Fetches(page)
     assert loaded.sources
     assert all(source.startswith("data:image/svg+xml;base64,") for source in loaded.sources)
@@ -251,6 +264,7 @@ def test_report_is_one_page_that_fetches_nothing_and_shows_every_number(tmp_path
         "58 %",
         "20 %",
         "about 3 %",
+        "Hypergradients against the truth",
         "3.0·10⁻⁹",
         "Adam −0.380",  # noqa: RUF001
     ):
@@ -260,29 +274,24 @@ def test_report_is_one_page_that_fetches_nothing_and_shows_every_number(tmp_path
     assert "incomplete" not in page
 
 
-def test_report_without_checks_leaves_their_section_out(tmp_path: Path) -> None:
-    with stored(whole(), tmp_path) as store:
-        assert "Hypergradients against" in write_report(store, "r", tmp_path, CHECKS).read_text()
-        assert "Hypergradients against" not in write_report(store, "r", tmp_path).read_text()
-
-
 def test_a_run_name_cannot_inject_markup_or_shell(tmp_path: Path) -> None:
     name = "<script>alert(1)</script>'; rm -rf \"&"
-    with stored(whole(), tmp_path, name) as store:
+    with stored([], tmp_path, name) as store:
         page = write_report(store, name, tmp_path / "out").read_text()
     assert "script" not in Fetches(page).tags
     assert "&lt;script&gt;" in page
     assert "&#39;&lt;script&gt;" in page  # quoted for the shell where it is in a command
 
 
-def test_figures_and_page_are_written_whole_and_are_the_same_twice(tmp_path: Path) -> None:
+def test_figures_and_page_are_written_whole_and_are_the_same_twice(report: Path, tmp_path: Path) -> None:
     with stored(whole(), tmp_path) as store:
-        for folder in ("a", "b"):
-            write_report(store, "r", tmp_path / folder, CHECKS)
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+        again = write_report(store, "r", tmp_path / "out", CHECKS)
+    names = sorted(path.name for path in report.parent.iterdir())
     assert names == sorted(["report.html", *(f"fig{i}.{s}" for i in range(1, 6) for s in ("png", "svg"))])
     for name in names:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+        content = (report.parent / name).read_bytes()
+        assert content == (again.parent / name).read_bytes(), name
+        assert len(content) > 10_000, name
 
 
 def test_figures_are_functions_of_rows_whatever_their_order() -> None:
@@ -291,13 +300,11 @@ def test_figures_are_functions_of_rows_whatever_their_order() -> None:
     for name, figure in one.items():
         assert as_svg(figure) == as_svg(other[name]) == as_svg(figure)
         assert as_svg(figure) == as_svg(backwards[name]), name
-        assert len(as_png(figure)) > 10_000
-        assert as_png(figure).startswith(b"\x89PNG")
 
 
 def test_figures_hold_text_as_text_and_state_their_findings() -> None:
     svgs = {name: as_svg(figure) for name, figure in all_figures(SPEC, whole()).items()}
-    assert "2 of 4 better, 1 worse, 1 equal" in svgs["fig2"]
+    assert "2 of 4 better, 1 worse, 1 equal</text>" in svgs["fig2"]
     assert "2 of 4 on the diagonal (50 %)" in svgs["fig3"]
     assert "Tuning by one_step adds +25.0 %" in svgs["fig4"]
     assert "+12.22 %" in svgs["fig4"]
@@ -331,6 +338,7 @@ def test_commands_repeat_the_study(tmp_path: Path) -> None:
     spec = replace(PRESETS["quick"], starts=20, l2=(-6.0, -1.0), wide=True)
     with stored([], tmp_path, "my run", spec) as store:
         page = write_report(store, "my run", tmp_path / "out").read_text()
+    assert "Hypergradients against" not in page  # no checks were given
     assert "midflight study quick --starts 20 --l2 -6.0 -1.0 --wide --run &#39;my run&#39;" in page
 
 
