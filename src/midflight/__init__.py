@@ -1,6 +1,7 @@
 """Tune the hyperparameters while the model trains."""
 
 from midflight import nn
+from midflight.capture import param_groups
 from midflight.errors import (
     BindingError,
     MidflightError,
@@ -45,4 +46,5 @@ __all__ = [
     "UpdateRule",
     "hypergradient",
     "nn",
+    "param_groups",
 ]

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from midflight.errors import NeedsClosure, UnsupportedParameter
+from midflight.errors import NeedsClosure, UnknownName, UnsupportedParameter
 from midflight.problem import TrainLoss, graph_nodes
 from midflight.space import Space
 from midflight.trees import Tensors
@@ -39,6 +40,31 @@ def weights_at(params: Mapping[str, Tensor], at: Tensors) -> Iterator[None]:
     finally:
         for name, p in params.items():
             p.data = before[name]
+
+
+def param_groups(model: nn.Module, per: str) -> list[dict[str, Any]]:
+    """Groups for a torch optimiser, one per "layer" or per "tensor" of the model, in its order.
+
+    With a hyperparameter of as many entries, `bind=` then tunes an option for each of them:
+
+        groups = mf.param_groups(model, per="layer")
+        space = mf.Space(weight_decay=mf.Float(1e-6, 1e-2, log=True, shape=(len(groups),)))
+        optimizer = torch.optim.Adam(groups)
+
+    Args:
+        model: its trainable parameters are grouped; a tied one stands in the first group that has it.
+        per: "layer": the parameters that one module holds itself; "tensor": each alone.
+
+    Raises:
+        UnknownName: `per` is neither.
+    """
+    if per not in ("layer", "tensor"):
+        raise UnknownName("per", per, ("layer", "tensor"))
+    groups: dict[str, list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault(name if per == "tensor" else name.rpartition(".")[0], []).append(p)
+    return [{"params": params, "name": name} for name, params in groups.items()]
 
 
 def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -80,6 +80,8 @@ class Report:
 class CheckCommand:
     """Compare every estimator's hypergradient with the central difference of the one-step map."""
 
+    all: bool = False
+    """Every estimator, update rule and kind of hyperparameter, not only the paper's."""
     json: bool = False
     """Print the table for machines."""
 
@@ -153,16 +155,14 @@ def _report(arguments: list[str]) -> int:
 def _check(arguments: list[str]) -> int:
     check = tyro.cli(CheckCommand, args=arguments, prog="midflight check")
     with _err.status("comparing with central differences"):
-        checks = list(run_checks())
+        checks = list(run_checks(everything=check.all))
     failed = [c for c in checks if c.passed is False]
     if check.json:
-        print(json.dumps({"tolerance": TOLERANCE, "checks": as_dicts(checks)}, indent=2))
+        print(json.dumps({"checks": as_dicts(checks)}, indent=2))
     else:
         _out.print(_check_table(checks))
-        claims = sum(c.exact for c in checks)
-        _out.print(
-            f"{claims - len(failed)} of {claims} exact estimates are within {TOLERANCE:g} of the truth."
-        )
+        claims = sum(c.passed is not None for c in checks)
+        _out.print(f"{claims - len(failed)} of {claims} estimates are within what their estimators claim.")
     return 1 if failed else 0
 
 
@@ -170,10 +170,10 @@ def _check_table(checks: list[Check]) -> Table:
     table = Table(title="Hypergradients against the central difference of the one-step map (float64)")
     for column in ("optimiser", "hyperparameter", "estimator"):
         table.add_column(column)
-    for column in ("relative error", "cosine", "scale", "exact?"):
+    for column in ("relative error", "cosine", "scale", "claim"):
         table.add_column(column, justify="right")
     for c in checks:
-        verdict = {True: "[green]yes", False: "[red]NO", None: ""}[c.passed]
+        verdict = "" if c.passed is None else "[green]holds" if c.passed else "[red]FAILS"
         table.add_row(
             c.rule,
             c.hyperparameter,
@@ -181,7 +181,7 @@ def _check_table(checks: list[Check]) -> Table:
             f"{c.relative_error:.2g}",
             f"{c.cosine:.3f}",
             f"{c.scale:.3g}",
-            verdict,
+            f"{verdict} {c.tolerance or ''}",
         )
     return table
 

@@ -52,7 +52,8 @@ class Tuner:
         validate: (model, batch) -> validation loss, a scalar; called in eval mode.
         valid_loader: batches of validation data (T2), iterated again and again.
         bind: hyperparameters that are options of the optimiser: names that are both, or
-            {hyperparameter: option}. The tuner writes their values into every param_group.
+            {hyperparameter: option}. The tuner writes a number into every param_group, and entry i
+            of a hyperparameter of shape (number of groups,) into group i; see `param_groups`.
         every: a hyper-step at each `every`-th call of `backward`. With gradient accumulation
             choose a multiple of the number of micro-batches; the training side of the
             hypergradient then sees the last of them.
@@ -240,13 +241,19 @@ class Tuner:
             return gradient(self._validate(self._model, next(self._batches)), params)
 
     def _updates(self, params: Tensors, values: Tensors) -> Updates:
-        tuned = {option: values[name] for name, option in self._bound.items()}
         names = {id(p): name for name, p in params.items()}
         return {
-            names[id(p)]: Update(self._rule, {**read_options(group), **tuned})
-            for group in self._optimizer.param_groups
+            names[id(p)]: Update(self._rule, {**read_options(group), **self._tuned(i, values)})
+            for i, group in enumerate(self._optimizer.param_groups)
             for p in group["params"]
             if id(p) in names
+        }
+
+    def _tuned(self, group: int, values: Tensors) -> Tensors:
+        """Option -> its value in the param_group of this number."""
+        return {
+            option: values[name][group] if values[name].ndim else values[name]
+            for name, option in self._bound.items()
         }
 
     def _move(self) -> None:
@@ -266,17 +273,19 @@ class Tuner:
         self.space.requires_grad_((self._calls + 1) % self.every == 0)
 
     def _write_bound_options(self) -> None:
-        for name, option in self._bound.items():
-            for group in self._optimizer.param_groups:
-                write_option(group, option, float(self.space[name]))
+        values = {name: self.space[name].value.detach() for name in self._bound}
+        for i, group in enumerate(self._optimizer.param_groups):
+            for option, value in self._tuned(i, values).items():
+                write_option(group, option, float(value))
 
     def _check_bound_options(self) -> None:
-        for name, option in self._bound.items():
-            for group in self._optimizer.param_groups:
-                found, wanted = read_option(group, option), float(self.space[name])
-                if found != wanted:
+        values = {name: self.space[name].value.detach() for name in self._bound}
+        for i, group in enumerate(self._optimizer.param_groups):
+            for option, value in self._tuned(i, values).items():
+                found, wanted = read_option(group, option), float(value)
+                if abs(found - wanted) > 1e-6 * abs(wanted):  # a tensor option may be float32
                     raise BindingError(
-                        f"{option} of the optimiser must stay at the value of the hyperparameter {name} "
+                        f"{option} of the optimiser must stay at the value of its hyperparameter "
                         f"({wanted:g}), but it is {found:g}; nothing else, such as a scheduler, may set it."
                     )
 
@@ -301,10 +310,17 @@ def _bindings(
                 f"a bound option of {type(optimizer).__name__} must be one of {', '.join(sorted(tunable))}, "
                 f"but got {option!r}."
             )
-        settings = {read_option(group, option) for group in optimizer.param_groups}
-        if len(settings) > 1:
+        groups = optimizer.param_groups
+        shape = space[name].spec.shape
+        if shape not in ((), (len(groups),)):
             raise BindingError(
-                f"the param_groups must agree on {option} before it is bound, but they have "
-                f"{sorted(settings)}; binding would merge them."
+                f"a bound hyperparameter must have shape () or one entry per param_group, ({len(groups)},), "
+                f"but {name} has {shape}."
+            )
+        settings = {read_option(group, option) for group in groups}
+        if len(settings) > 1 and shape == ():
+            raise BindingError(
+                f"the param_groups must agree on {option} before one number is bound to it, but they have "
+                f"{sorted(settings)}; give {name} shape=({len(groups)},) for a value per group."
             )
     return bound

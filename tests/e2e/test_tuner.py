@@ -507,3 +507,42 @@ def test_central_difference_serves_code_that_cannot_be_differentiated_twice():
     t = tuner(model, optimizer, s, bind=[], estimator="central_difference")
     train_by_function(model, optimizer, t.backward, 3)
     assert s.as_dict() != start
+
+
+@pytest.mark.parametrize(("per", "count"), [("layer", 2), ("tensor", 4)])
+def test_an_option_can_be_tuned_for_each_layer_or_tensor(per, count):
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    groups = mf.param_groups(model, per=per)
+    assert len(groups) == count
+    decay = mf.Float(1e-4, 1e-1, log=True, shape=(count,), init=[10.0 ** -(i + 1) for i in range(count)])
+    s = mf.Space(weight_decay=decay, lr=mf.Float(1e-4, 1e-1, log=True))
+    optimizer = torch.optim.Adam(groups)
+    seen = []
+    t = tuner(
+        model, optimizer, s, bind=["weight_decay", "lr"], estimator="one_step_cheap",
+        hyper_optimizer=lambda raws: Recorder(raws, seen),
+    )  # fmt: skip
+    written = [group["weight_decay"] for group in optimizer.param_groups]
+    assert written == pytest.approx([10.0 ** -(i + 1) for i in range(count)])
+    train(model, optimizer, t.backward, 3)
+    assert seen[-1][0].shape == (count,)
+    assert len(set(seen[-1][0].tolist())) == count
+
+
+def test_betas_are_bound_one_by_one():
+    s = mf.Space(beta1=mf.Float(0.5, 0.99, logit=True, init=0.8), beta2=mf.Float(0.9, 0.9999, logit=True))
+    model = nn.Linear(8, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    t = tuner(model, optimizer, s, bind=["beta1", "beta2"])
+    assert optimizer.param_groups[0]["betas"] == pytest.approx((0.8, float(s["beta2"])))
+    start = s.as_dict()
+    train(model, optimizer, t.backward, 4)
+    assert all(s.as_dict()[name] != start[name] for name in s)
+    assert optimizer.param_groups[0]["betas"] == pytest.approx(tuple(s.as_dict().values()))
+
+
+def test_a_shape_that_fits_no_groups_is_refused():
+    s = mf.Space(weight_decay=mf.Float(1e-4, 1e-1, log=True, shape=(3,)))
+    model = nn.Linear(8, 3)
+    with pytest.raises(mf.BindingError, match=r"one entry per param_group, \(1,\)"):
+        tuner(model, torch.optim.Adam(model.parameters()), s)

@@ -6,7 +6,7 @@ import torch
 import midflight as mf
 from midflight.hypergrad import CLAIMS, ESTIMATORS
 from midflight.testing import KINDS, OPTIMIZERS, central_difference, compare, loss_after, make_case
-from midflight.updates import RULES, SGD, Update, read_option, read_options
+from midflight.updates import SGD, Update
 
 SGD_OPTIONS = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "weight_decay": 0.0}
 
@@ -25,14 +25,17 @@ def test_an_estimator_keeps_its_claim_against_central_differences(estimator, opt
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_exact_at_the_first_step_when_the_optimizer_has_no_state_yet(optimizer, kind, monkeypatch):
-    if "Adam" in optimizer:
-        # at eps = 1e-8 Adam's first step is the sign of g: its derivative is too small to difference
-        make = {"Adam": torch.optim.Adam, "Adam amsgrad": torch.optim.Adam, "AdamW": torch.optim.AdamW}[
-            optimizer
-        ]
-        monkeypatch.setitem(
-            OPTIMIZERS, optimizer, lambda p: make(p, eps=1e-2, amsgrad="amsgrad" in optimizer)
-        )
+    make = OPTIMIZERS[optimizer]
+
+    def with_larger_eps(params):
+        # at eps = 1e-8 many first steps are the sign of g: a derivative too small to difference
+        optim = make(params)
+        for group in optim.param_groups:
+            if isinstance(group.get("eps"), float):
+                group["eps"] = max(group["eps"], 1e-2)
+        return optim
+
+    monkeypatch.setitem(OPTIMIZERS, optimizer, with_larger_eps)
     c = make_case(optimizer, kind, steps=0)
     truth = central_difference(c.problem, c.params, c.hparams, c.state)
     assert compare([mf.hypergradient(c.problem, c.params, c.hparams, c.state)], [truth]).relative_error < 1e-6
@@ -133,63 +136,6 @@ def test_an_unknown_estimator_is_an_error_that_lists_the_known():
     problem, params, hparams, *_ = quadratic(0.1, 0.03)
     with pytest.raises(mf.UnknownName, match="one_step"):
         mf.hypergradient(problem, params, hparams, {"w": {}}, "two_step")
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("steps", [0, 3])
-def test_closed_form_pullback_equals_autograd_through_the_step(optimizer, steps):
-    case = make_case(optimizer, "weight_decay", steps=steps)
-    updates = case.problem.updates({"weight_decay": case.hparams["weight_decay"].requires_grad_()})
-    for name, u in updates.items():
-        param, state = case.params[name], case.state[name]
-        grad, v = torch.randn(2, *param.shape, dtype=torch.float64)
-        w, options = u.rule.pullback(v, param, grad, state, u.options)
-        w_auto, options_auto = super(type(u.rule), u.rule).pullback(v, param, grad, state, u.options)
-        torch.testing.assert_close(w, w_auto)
-        torch.testing.assert_close(options["weight_decay"], options_auto["weight_decay"])
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("tuned", ["weight_decay", "lr"])
-def test_a_gradient_of_exactly_zero_gives_finite_derivatives(optimizer, tuned):
-    param = torch.nn.Parameter(torch.zeros(4))
-    optim = OPTIMIZERS[optimizer]([param])
-    options = {**read_options(optim.param_groups[0]), tuned: torch.tensor(0.01, requires_grad=True)}
-    rule = RULES[type(optim)]
-    w, found = rule.pullback(torch.ones(4), param.detach(), torch.zeros(4), {}, options)
-    assert torch.isfinite(w).all()
-    assert torch.isfinite(found[tuned]).all()
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_tunable_option_is_differentiated_exactly(optimizer):
-    torch.manual_seed(3)
-    param = torch.nn.Parameter(torch.randn(6, dtype=torch.float64))
-    optim = OPTIMIZERS[optimizer]([param])
-    for _ in range(3):
-        param.grad = torch.randn_like(param)
-        optim.step()
-    rule, grad, v = RULES[type(optim)], torch.randn_like(param), torch.randn(6, dtype=torch.float64)
-    for option in sorted(rule.tunable):
-        if option == "momentum" and not optim.param_groups[0]["momentum"]:
-            continue  # torch keeps no buffer at momentum 0: the step is not continuous there
-        at = max(
-            0.01, read_option(optim.param_groups[0], option)
-        )  # eps = 1e-8 is below the difference's rounding
-
-        def moved(shift, option=option, at=at):
-            options = {**read_options(optim.param_groups[0]), option: at + shift}
-            new, _ = rule.step(param.detach(), grad, optim.state[param], options)
-            return float((v * new).sum())
-
-        h = 1e-5 if "beta" in option else 1e-3 * at  # small beside 1 - beta2 = 1e-3
-        truth = (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) / (12 * h)
-        options = {
-            **read_options(optim.param_groups[0]),
-            option: torch.tensor(at, dtype=torch.float64, requires_grad=True),
-        }
-        _, found = rule.pullback(v, param.detach(), grad, optim.state[param], options)
-        assert float(found[option]) == pytest.approx(truth, rel=1e-6)  # rounding of the difference
 
 
 def test_the_oracle_itself_differentiates_a_known_function():

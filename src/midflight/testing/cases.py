@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from midflight.capture import trained_parameters
 from midflight.nn import GaussianNoise
 from midflight.problem import Problem
 from midflight.space import Float, Hyperparameter, Space
@@ -23,8 +24,18 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1),
     "SGD Nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
-    "Adam amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.9), amsgrad=True),
+    "Adam amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.5), amsgrad=True),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01, betas=(0.9, 0.95)),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
+    "RMSprop centered": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, lr_decay=0.01),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.1),
+    "Muon": lambda p: torch.optim.Muon([x for x in p if x.ndim == 2], lr=0.02),
 }
 
 KINDS: dict[str, tuple[Float, str | None]] = {
@@ -70,6 +81,7 @@ def _trained(optimizer_name: str, kind: str, steps: int, seed: int) -> Case:
     x_train, x_valid = torch.randn(2, 40, 12, dtype=torch.float64)
     y_train, y_valid = (teacher(x).argmax(1) for x in (x_train, x_valid))
     optimizer = OPTIMIZERS[optimizer_name](list(model.parameters()))
+    weights = trained_parameters(model, optimizer)
     rule = rule_for(optimizer)
     options = read_options(optimizer.param_groups[0])
     for _ in range(steps):
@@ -95,13 +107,13 @@ def _trained(optimizer_name: str, kind: str, steps: int, seed: int) -> Case:
     def updates(hparams: Tensors) -> dict[str, Update]:
         with space.using(hparams):
             tuned = {} if option is None else {option: space[kind].value}
-        return {name: Update(rule, {**options, **tuned}) for name, _ in model.named_parameters()}
+        return {name: Update(rule, {**options, **tuned}) for name in weights}
 
     return Case(
         optimizer_name,
         kind,
         Problem(train_loss, valid_loss, updates),
-        detach(dict(model.named_parameters())),
+        detach(weights),
         detach(space.raws),
-        {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()},
+        {name: optimizer.state.get(p, {}) for name, p in weights.items()},
     )

@@ -35,12 +35,12 @@ def central_difference(
     hparams: Tensors,
     state: Mapping[str, State],
     steps: int = 1,
-    h: float = 3e-5,
+    h: float = 1e-5,
 ) -> Tensors:
     """The derivative of `loss_after`, by differences of order h^4, entry by entry.
 
     Needs float64 and smooth activations: a ReLU kink between two points spoils the difference,
-    not the gradient. Rounding leaves about 1e-16 |f| / h = 3e-12 and the stencil less; a larger h
+    not the gradient. Rounding leaves about 1e-16 |f| / h = 1e-11 and the stencil less; a larger h
     would step over the kinks that amsgrad's maximum has.
 
     Returns:

@@ -6,7 +6,12 @@ A new rule is one file here and one row in `RULES`; the row gives it every test.
 import torch
 
 from midflight.errors import UnsupportedOptimizer
+from midflight.updates.adadelta import Adadelta
+from midflight.updates.adafactor import Adafactor
+from midflight.updates.adagrad import Adagrad
 from midflight.updates.adam import Adam
+from midflight.updates.adamax import Adamax
+from midflight.updates.asgd import ASGD
 from midflight.updates.base import (
     Options,
     State,
@@ -17,13 +22,36 @@ from midflight.updates.base import (
     tuned_options,
     write_option,
 )
+from midflight.updates.muon import Muon
+from midflight.updates.nadam import NAdam
+from midflight.updates.radam import RAdam
+from midflight.updates.rmsprop import RMSprop
 from midflight.updates.sgd import SGD
 
 RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
     torch.optim.SGD: SGD(),
     torch.optim.Adam: Adam(),
     torch.optim.AdamW: Adam(),
+    torch.optim.NAdam: NAdam(),
+    torch.optim.RAdam: RAdam(),
+    torch.optim.Adamax: Adamax(),
+    torch.optim.RMSprop: RMSprop(),
+    torch.optim.Adagrad: Adagrad(),
+    torch.optim.Adadelta: Adadelta(),
+    torch.optim.Adafactor: Adafactor(),
+    torch.optim.ASGD: ASGD(),
 }
+if hasattr(torch.optim, "Muon"):  # since torch 2.9
+    RULES[torch.optim.Muon] = Muon()
+
+REFUSED: dict[type[torch.optim.Optimizer], str] = {
+    torch.optim.LBFGS: "it evaluates the loss many times in a step, which is then no function of one "
+    "gradient; use SGD with momentum or Adam.",
+    torch.optim.Rprop: "it steps by the sign of the gradient, so that no hyperparameter of the loss has "
+    "a derivative; use RMSprop, which steps by its size as well.",
+    torch.optim.SparseAdam: "it takes sparse gradients; build the embedding with sparse=False and use Adam.",
+}
+"""torch optimisers without a rule, and why."""
 
 
 def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
@@ -33,21 +61,33 @@ def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
         UnsupportedOptimizer: there is none; a subclass counts as another optimiser, for its step
             may differ.
     """
-    rule = RULES.get(type(optimizer))
-    if rule is None:
+    kind = type(optimizer)
+    if kind in REFUSED:
+        raise UnsupportedOptimizer(f"{kind.__name__} cannot be differentiated: {REFUSED[kind]}")
+    if kind not in RULES:
         names = ", ".join(sorted(o.__name__ for o in RULES))
         raise UnsupportedOptimizer(
-            f"the optimiser must be one of {names} of torch.optim, but got {type(optimizer).__name__}; "
+            f"the optimiser must be one of {names} of torch.optim, but got {kind.__name__}; "
             "use one of these, or add an UpdateRule for it to midflight.updates.RULES."
         )
-    return rule
+    return RULES[kind]
 
 
 __all__ = [
+    "ASGD",
+    "REFUSED",
     "RULES",
     "SGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
     "Adam",
+    "Adamax",
+    "Muon",
+    "NAdam",
     "Options",
+    "RAdam",
+    "RMSprop",
     "State",
     "Update",
     "UpdateRule",

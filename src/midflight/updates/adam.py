@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from midflight.updates.base import Options, State, UpdateRule, is_zero, safe_sqrt, tuned_options
+from midflight.updates.base import Options, State, UpdateRule, decayed, safe_sqrt, step_number, tuned_options
 
 
 class Adam(UpdateRule):
@@ -20,16 +20,9 @@ class Adam(UpdateRule):
     tunable: ClassVar = frozenset({"lr", "beta1", "beta2", "eps", "weight_decay"})
 
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
-        lr, decay = options["lr"], options["weight_decay"]
-        beta1, beta2 = options["beta1"], options["beta2"]
-        total = -grad if options["maximize"] else grad
-        kept = param
-        if not is_zero(decay):
-            if options["decoupled_weight_decay"]:
-                kept = param - (lr * decay) * param
-            else:
-                total = total + decay * param
-        t = _steps_done(state) + 1
+        lr, beta1, beta2 = options["lr"], options["beta1"], options["beta2"]
+        start, total = decayed(param, grad, options, decoupled=options["decoupled_weight_decay"])
+        t = step_number(state)
         m = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * total
         s = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * total * total
         new_state = {"step": torch.tensor(float(t)), "exp_avg": m, "exp_avg_sq": s}
@@ -37,7 +30,7 @@ class Adam(UpdateRule):
             s = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(s)), s)
             new_state["max_exp_avg_sq"] = s
         denom = safe_sqrt(s) / (1 - beta2**t) ** 0.5 + options["eps"]
-        return kept - lr / (1 - beta1**t) * (m / denom), new_state
+        return start - lr / (1 - beta1**t) * (m / denom), new_state
 
     def pullback(
         self, v: Tensor, param: Tensor, grad: Tensor, state: State, options: Options
@@ -45,13 +38,11 @@ class Adam(UpdateRule):
         tuned = tuned_options(options)
         if options["amsgrad"] or set(tuned) - {"weight_decay"}:
             return super().pullback(v, param, grad, state, options)
-        decay, beta1, beta2 = options["weight_decay"], options["beta1"], options["beta2"]
+        beta1, beta2 = options["beta1"], options["beta2"]
         coupled = not options["decoupled_weight_decay"]
         with torch.no_grad():
-            total = -grad if options["maximize"] else grad
-            if coupled and not is_zero(decay):
-                total = total + decay * param
-            t = _steps_done(state) + 1
+            _, total = decayed(param, grad, options, decoupled=not coupled)
+            t = step_number(state)
             m = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * total
             root = (beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * total * total).sqrt()
             correction = (1 - beta2**t) ** 0.5
@@ -64,7 +55,3 @@ class Adam(UpdateRule):
                 direction = w if coupled else -options["lr"] * v
                 option_grads["weight_decay"] = (direction * param).sum()
             return (-w if options["maximize"] else w), option_grads
-
-
-def _steps_done(state: State) -> int:
-    return int(state["step"]) if "step" in state else 0

@@ -92,11 +92,38 @@ def is_zero(option: float | Tensor) -> bool:
     return not isinstance(option, Tensor) and option == 0
 
 
-def safe_sqrt(x: Tensor) -> Tensor:
-    """sqrt(x) with derivative 0 instead of infinity at 0.
+def plain(x: float | Tensor) -> float | Tensor:
+    """A scalar of the state as a number, as torch reads it; unchanged if it carries a graph."""
+    return x.item() if isinstance(x, Tensor) and not x.requires_grad else x
 
-    Adam's second moment is 0 only where every gradient so far was, and there the first moment,
-    which multiplies this derivative, is 0 as well.
+
+def step_number(state: State) -> int:
+    """t of the step about to be taken; 1 before the first."""
+    return int(state["step"]) + 1 if "step" in state else 1
+
+
+def decayed(
+    param: Tensor, grad: Tensor, options: Options, *, decoupled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Where the step starts and what it descends, (theta, g~), after `maximize` and `weight_decay`.
+
+    coupled (an L2 penalty):  theta,                          g~ = +-g + weight_decay theta
+    decoupled:                theta - lr weight_decay theta,  g~ = +-g
+    """
+    decay = options["weight_decay"]
+    total = -grad if options.get("maximize", False) else grad
+    if is_zero(decay):
+        return param, total
+    if decoupled:
+        return param - (options["lr"] * decay) * param, total
+    return param, total + decay * param
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """sqrt(x) with derivative 0 instead of infinity at 0, for denominators sqrt(x) + eps.
+
+    An average of squared gradients is 0 only where every gradient so far was, and there the
+    numerator, which multiplies this derivative, is 0 as well.
     """
     positive = x > 0
     return torch.where(positive, x, 1).sqrt() * positive

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from midflight.updates.base import Options, State, UpdateRule, is_zero, tuned_options
+from midflight.updates.base import Options, State, UpdateRule, decayed, is_zero, tuned_options
 
 
 class SGD(UpdateRule):
@@ -18,10 +18,8 @@ class SGD(UpdateRule):
     tunable: ClassVar = frozenset({"lr", "momentum", "weight_decay"})
 
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
-        lr, momentum, decay = options["lr"], options["momentum"], options["weight_decay"]
-        total = -grad if options["maximize"] else grad
-        if not is_zero(decay):
-            total = total + decay * param
+        lr, momentum = options["lr"], options["momentum"]
+        _, total = decayed(param, grad, options)
         if is_zero(momentum):
             return param - lr * total, {}
         buffer = state.get("momentum_buffer")

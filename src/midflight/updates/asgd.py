@@ -1,0 +1,44 @@
+"""ASGD, SGD that also averages the weights, as `torch.optim.ASGD`.
+
+g~ = g + weight_decay theta
+theta' = theta - eta (lambd theta + g~)       (eta = lr before the first step)
+ax' = ax + mu (theta' - ax)
+eta' = lr / (1 + lambd lr t)^alpha,  mu' = 1 / max(1, t - t0)
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from midflight.updates.base import Options, State, UpdateRule, decayed, plain, step_number
+
+
+class ASGD(UpdateRule):
+    """Averaged SGD (Polyak & Juditsky 1992); see the module for the formula.
+
+    `lr`, `alpha` and `t0` are not tunable: a step takes its rate from the state, which the step
+    before has written, so that they act one step too late for any one-step derivative.
+    """
+
+    tunable: ClassVar = frozenset({"lambd", "weight_decay"})
+
+    def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+        lr, lambd = options["lr"], options["lambd"]
+        _, total = decayed(param, grad, options)
+        t = step_number(state)
+        eta = plain(state["eta"] if "eta" in state else _as_torch_keeps_it(lr))
+        mu = plain(state["mu"]) if "mu" in state else 1.0
+        new = param - eta * (lambd * param + total)
+        average = state.get("ax", torch.zeros_like(param))
+        return new, {
+            "step": torch.tensor(float(t)),
+            "eta": _as_torch_keeps_it(lr / (1 + lambd * lr * t) ** options["alpha"]),
+            "mu": _as_torch_keeps_it(1 / max(1.0, t - options["t0"])),
+            "ax": average + mu * (new - average),
+        }
+
+
+def _as_torch_keeps_it(x: float | Tensor) -> Tensor:
+    """Scalars of the state are float32 whatever the weights are in."""
+    return torch.as_tensor(x, dtype=torch.get_default_dtype())

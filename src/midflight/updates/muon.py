@@ -1,0 +1,60 @@
+"""Muon, momentum with an orthogonalised direction for matrices, as `torch.optim.Muon`.
+
+b' = momentum b + (1 - momentum) g
+d = b'                                        (Nesterov: momentum b' + (1 - momentum) g)
+theta' = theta - lr weight_decay theta - lr scale(shape) O(d)
+
+O(d) is `ns_steps` Newton-Schulz steps from X = d / max(|d|_F, eps),
+    X <- a X + (b X X^T + c (X X^T)^2) X,     (a, b, c) = ns_coefficients
+
+The steps are taken in bfloat16, as in torch, and differentiated as if nothing had been rounded (the
+rounded map is a staircase). The rounding leaves (dU/dg)^T v a cosine of 0.99 or more with the exact one,
+of 0.9 for matrices of a few rows. Weights in float64 are not rounded, though torch does so: there the
+derivative is exact, and the step is off torch's by the rounding.
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from midflight.updates.base import Options, State, UpdateRule, decayed
+
+
+class Muon(UpdateRule):
+    """Muon (Jordan et al. 2024) for one matrix; see the module for the formula and its accuracy."""
+
+    tunable: ClassVar = frozenset({"lr", "momentum", "weight_decay"})
+
+    def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+        start, total = decayed(param, grad, options, decoupled=True)
+        momentum = options["momentum"]
+        buffer = _lerp(state.get("momentum_buffer", torch.zeros_like(grad)), total, 1 - momentum)
+        direction = _lerp(total, buffer, momentum) if options["nesterov"] else buffer
+        rate = options["lr"] * _scale(param.shape, options["adjust_lr_fn"])
+        return start - rate * _orthogonalised(direction, options).to(param), {"momentum_buffer": buffer}
+
+
+def _lerp(start: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:
+    """As torch does it: a last digit lost here can grow to percents in bfloat16."""
+    return start.lerp(end, torch.as_tensor(weight, dtype=start.dtype, device=start.device))
+
+
+def _scale(shape: torch.Size, adjust_lr_fn: str | None) -> float:
+    rows, columns = shape
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def _orthogonalised(direction: Tensor, options: Options) -> Tensor:
+    a, b, c = options["ns_coefficients"]
+    tall = direction.shape[0] > direction.shape[1]
+    x = direction if direction.dtype == torch.float64 else direction.bfloat16()
+    x = x.T if tall else x  # X X^T is then the smaller of the two products
+    x = x / x.norm().clamp(min=options["eps"])
+    for _ in range(options["ns_steps"]):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
