@@ -2,6 +2,7 @@
 
 from midflight import nn
 from midflight.capture import param_groups
+from midflight.checking import CheckReport, check
 from midflight.errors import (
     BindingError,
     MidflightError,
@@ -26,6 +27,7 @@ __all__ = [
     "ESTIMATORS",
     "RULES",
     "BindingError",
+    "CheckReport",
     "Estimator",
     "Float",
     "Hyperparameter",
@@ -44,6 +46,7 @@ __all__ = [
     "UnsupportedParameter",
     "Update",
     "UpdateRule",
+    "check",
     "hypergradient",
     "nn",
     "param_groups",

@@ -6,13 +6,14 @@ the mixed partial. The hyperparameters move in a post-hook of `optimizer.step()`
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from midflight.batches import EndlessBatches
+from midflight.binding import Bind, Binding
 from midflight.capture import (
     RandomState,
     evaluating,
@@ -21,21 +22,19 @@ from midflight.capture import (
     trained_parameters,
     weights_at,
 )
-from midflight.errors import BindingError, UnsupportedParameter
+from midflight.errors import UnsupportedParameter
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.hypergrad.mixed import is_linear, knows_forward_mode
 from midflight.hypersteps import SignSteps, annealing
 from midflight.problem import (
     Step,
     TrainLoss,
-    Updates,
     gradient,
     is_reevaluating,
     require_twice_differentiable,
 )
 from midflight.space import Space
 from midflight.trees import Tensors, all_finite, detach, leaves
-from midflight.updates import Update, read_option, read_options, rule_for, write_option
 
 DOUBLE_BACKWARD = "double backward"
 FORWARD_MODE = "forward over reverse: the loss is linear in what it reads of the space"
@@ -78,7 +77,7 @@ class Tuner:
         *,
         validate: Callable[[nn.Module, Any], Tensor],
         valid_loader: Iterable[Any],
-        bind: Sequence[str] | Mapping[str, str] = (),
+        bind: Bind = (),
         every: int = 10,
         estimator: str | Estimator = "one_step",
         total_steps: int | None = None,
@@ -93,11 +92,10 @@ class Tuner:
         self.hyper_optimizer = hyper_optimizer(list(space.raws.values()))
         self._model = model
         self._optimizer = optimizer
-        self._rule = rule_for(optimizer)
         self._params = trained_parameters(model, optimizer)
         self._validate = validate
         self._batches = EndlessBatches(valid_loader)
-        self._bound = _bindings(bind, space, optimizer, self._rule.tunable)
+        self._binding = Binding(optimizer, space, bind)
         self._estimate = estimator_for(estimator)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self.hyper_optimizer, annealing(None if total_steps is None else math.ceil(total_steps / every))
@@ -109,7 +107,7 @@ class Tuner:
         """How d/dlambda <w, g> is found; chosen at the first hyper-step with a function for the loss."""
         self.skipped = 0
         """Hyper-steps that were left out because the hypergradient was not finite."""
-        self._write_bound_options()
+        self._binding.write()
         self._record_next_pass()
         self._hook = optimizer.register_step_post_hook(lambda *_: self._move())
 
@@ -139,7 +137,7 @@ class Tuner:
             value = loss() if callable(loss) else loss
             value.backward()  # type: ignore[no-untyped-call]
         else:
-            self._check_bound_options()
+            self._binding.verify()
             value, step = self._step(loss)
             self._hypergradients = self._estimate(step)
             if not all_finite(self._hypergradients.values()):
@@ -168,7 +166,7 @@ class Tuner:
         self._schedule.load_state_dict(state["schedule"])
         self._batches.load_state_dict(state["batches"])
         self._hypergradients = {}
-        self._write_bound_options()
+        self._binding.write()
         self._record_next_pass()
 
     def detach(self) -> None:
@@ -201,7 +199,7 @@ class Tuner:
             grads={name: p.grad for name, p in used.items() if p.grad is not None},
             grads_with_graph={name: with_graph[name] for name in used if name in with_graph},
             state={name: self._optimizer.state.get(p, {}) for name, p in used.items()},
-            updates=self._updates(used, values),
+            updates=self._binding.updates(used, values),
             hparams=self.space.raws,
             values=values,
             valid_grad=self._valid_grad,
@@ -240,22 +238,6 @@ class Tuner:
         with evaluating(self._model), weights_at(params, at):
             return gradient(self._validate(self._model, next(self._batches)), params)
 
-    def _updates(self, params: Tensors, values: Tensors) -> Updates:
-        names = {id(p): name for name, p in params.items()}
-        return {
-            names[id(p)]: Update(self._rule, {**read_options(group), **self._tuned(i, values)})
-            for i, group in enumerate(self._optimizer.param_groups)
-            for p in group["params"]
-            if id(p) in names
-        }
-
-    def _tuned(self, group: int, values: Tensors) -> Tensors:
-        """Option -> its value in the param_group of this number."""
-        return {
-            option: values[name][group] if values[name].ndim else values[name]
-            for name, option in self._bound.items()
-        }
-
     def _move(self) -> None:
         if not self._hypergradients:
             return
@@ -266,61 +248,8 @@ class Tuner:
         self._schedule.step()
         self.space.clamp_()
         self._hypergradients = {}
-        self._write_bound_options()
+        self._binding.write()
 
     def _record_next_pass(self) -> None:
         """Only the forward pass before a hyper-step pays for the graph to the hyperparameters."""
         self.space.requires_grad_((self._calls + 1) % self.every == 0)
-
-    def _write_bound_options(self) -> None:
-        values = {name: self.space[name].value.detach() for name in self._bound}
-        for i, group in enumerate(self._optimizer.param_groups):
-            for option, value in self._tuned(i, values).items():
-                write_option(group, option, float(value))
-
-    def _check_bound_options(self) -> None:
-        values = {name: self.space[name].value.detach() for name in self._bound}
-        for i, group in enumerate(self._optimizer.param_groups):
-            for option, value in self._tuned(i, values).items():
-                found, wanted = read_option(group, option), float(value)
-                if abs(found - wanted) > 1e-6 * abs(wanted):  # a tensor option may be float32
-                    raise BindingError(
-                        f"{option} of the optimiser must stay at the value of its hyperparameter "
-                        f"({wanted:g}), but it is {found:g}; nothing else, such as a scheduler, may set it."
-                    )
-
-
-def _bindings(
-    bind: Sequence[str] | Mapping[str, str],
-    space: Space,
-    optimizer: torch.optim.Optimizer,
-    tunable: frozenset[str],
-) -> dict[str, str]:
-    """Hyperparameter -> option, checked."""
-    if isinstance(bind, str):
-        raise BindingError(f'bind must be a list such as ["{bind}"], but got the text "{bind}".')
-    bound = dict(bind) if isinstance(bind, Mapping) else {name: name for name in bind}
-    for name, option in bound.items():
-        if name not in space:
-            raise BindingError(
-                f"bind must name hyperparameters of the space ({', '.join(space)}), but got {name!r}."
-            )
-        if option not in tunable:
-            raise BindingError(
-                f"a bound option of {type(optimizer).__name__} must be one of {', '.join(sorted(tunable))}, "
-                f"but got {option!r}."
-            )
-        groups = optimizer.param_groups
-        shape = space[name].spec.shape
-        if shape not in ((), (len(groups),)):
-            raise BindingError(
-                f"a bound hyperparameter must have shape () or one entry per param_group, ({len(groups)},), "
-                f"but {name} has {shape}."
-            )
-        settings = {read_option(group, option) for group in groups}
-        if len(settings) > 1 and shape == ():
-            raise BindingError(
-                f"the param_groups must agree on {option} before one number is bound to it, but they have "
-                f"{sorted(settings)}; give {name} shape=({len(groups)},) for a value per group."
-            )
-    return bound

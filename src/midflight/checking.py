@@ -1,0 +1,355 @@
+"""Does it work on my model? A user's own loss, in float64, against central differences.
+
+Everything is evaluated on copies through `functional_call`; the model, the optimiser and the space
+are left as they were.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from midflight.binding import Bind, Binding
+from midflight.capture import RandomState, evaluating, trained_parameters
+from midflight.errors import MidflightError, NotTwiceDifferentiable, UnreachedHyperparameter
+from midflight.hypergrad import CLAIMS, Estimator, estimator_for, hypergradient
+from midflight.hypergrad.mixed import is_linear, knows_forward_mode
+from midflight.problem import Problem
+from midflight.space import Space
+from midflight.testing.oracles import loss_after
+from midflight.trees import Tensors, leaves
+from midflight.updates import State, Update
+
+STEP_SIZES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # in raw coordinates; kinks ask for small, rounding for large
+ENTRIES = 5  # of a large hyperparameter that are differenced
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Line:
+    """One entry of one hyperparameter under one estimator.
+
+    Attributes:
+        hyperparameter: its name, with the index of the entry if it has a shape.
+        estimator: by name.
+        estimate: of dC2/d raw.
+        truth: the central difference that agrees best with its neighbours in step size.
+        uncertainty: how far it disagrees with them.
+        passed: |estimate - truth| within 1e-6 relative or three times the uncertainty; None for an
+            estimator that claims no exactness.
+    """
+
+    hyperparameter: str
+    estimator: str
+    estimate: float
+    truth: float
+    uncertainty: float
+    passed: bool | None
+
+    @property
+    def relative_error(self) -> float:
+        """|estimate - truth| / |truth|"""
+        return abs(self.estimate - self.truth) / max(abs(self.truth), 1e-300)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found; print it.
+
+    Attributes:
+        lines: the table of errors.
+        hints: likely causes of what went wrong, and what to know, one sentence each.
+        mixed_partial: how the mixed partial is found when the loss is given as a function.
+    """
+
+    lines: list[Line]
+    hints: list[str]
+    mixed_partial: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are lines and every exact estimator is right in all of them."""
+        return bool(self.lines) and all(line.passed is not False for line in self.lines)
+
+    def __str__(self) -> str:
+        rows = [("hyperparameter", "estimator", "estimate", "central difference", "relative error", "")]
+        for x in self.lines:
+            verdict = "" if x.passed is None else "ok" if x.passed else "WRONG"
+            truth = f"{x.truth:.6g} +- {x.uncertainty:.1g}"
+            rows.append(
+                (
+                    x.hyperparameter,
+                    x.estimator,
+                    f"{x.estimate:.6g}",
+                    truth,
+                    f"{x.relative_error:.2g}",
+                    verdict,
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        table = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        notes = [f"mixed partial: {self.mixed_partial}", *(f"hint: {hint}" for hint in self.hints)]
+        return "\n".join([*table, *notes])
+
+
+def check(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Any], Tensor],
+    optimizer: torch.optim.Optimizer,
+    space: Space,
+    *,
+    batch: Any,
+    validate: Callable[[nn.Module, Any], Tensor],
+    valid_batch: Any,
+    bind: Bind = (),
+    estimators: Sequence[str | Estimator] = ("one_step", "one_step_cheap", "t1t2"),
+) -> CheckReport:
+    """Compare hypergradients of your own training step with central differences, in float64.
+
+    Args:
+        model: in the mode in which it trains.
+        loss: (model, batch) -> training loss, a scalar.
+        optimizer: holds the model's weights; its state is used, or three steps are taken on a copy
+            if it has none.
+        space: the hyperparameters; a large one is checked in five entries.
+        batch: training batch; floating-point tensors in it (in tuples, lists, dicts) are cast.
+        validate: (model, batch) -> validation loss, in eval mode.
+        valid_batch: validation batch.
+        bind: as for `Tuner`.
+        estimators: what to compare, by name or as functions.
+
+    Raises:
+        BindingError, UnsupportedOptimizer, UnsupportedParameter, UnknownName: as `Tuner` would.
+    """
+    hints: list[str] = []
+    trial = _Trial(model, loss, optimizer, space, batch, validate, valid_batch, bind)
+    chosen = {
+        e if isinstance(e, str) else getattr(e, "__name__", str(e)): estimator_for(e) for e in estimators
+    }
+    lines: list[Line] = []
+    mixed_partial = "not found"
+    with _double():
+        try:
+            hints += trial.conditions()
+            state = trial.settled_state()
+            truths = {name: trial.truth(name, state) for name in space}
+            hints += _about_truths(truths)
+            mixed_partial = trial.mixed_partial()
+            for name, estimator in chosen.items():
+                estimate = hypergradient(trial.problem, trial.params, trial.raws, state, estimator)
+                lines += _lines(name, estimate, truths)
+        except (MidflightError, RuntimeError) as error:
+            hints.append(_explained(error))
+    if any(line.passed is False for line in lines):
+        hints.append(
+            "a wrong line with a small uncertainty points to a gradient that is cut (detach, .data, .item(), "
+            "no_grad, rounding) between the hyperparameter and the loss."
+        )
+    return CheckReport(lines, hints, mixed_partial)
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """Entry -> (central difference, uncertainty)."""
+
+    shape: tuple[int, ...]
+    entries: dict[int, tuple[float, float]]
+
+
+class _Trial:
+    """The user's step as a pure problem in float64."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Any], Tensor],
+        optimizer: torch.optim.Optimizer,
+        space: Space,
+        batch: Any,
+        validate: Callable[[nn.Module, Any], Tensor],
+        valid_batch: Any,
+        bind: Bind,
+    ) -> None:
+        self._model = model
+        self._space = space
+        live = trained_parameters(model, optimizer)
+        binding = Binding(optimizer, space, bind)
+        random = RandomState(live)
+        buffers = {name: _cast(b) for name, b in model.named_buffers()}
+        frozen = {name: _cast(p.detach()) for name, p in model.named_parameters() if name not in live}
+        batch, valid_batch = _cast(batch), _cast(valid_batch)
+        self.params: Tensors = {name: _cast(p.detach()) for name, p in live.items()}
+        self.raws: Tensors = {name: _cast(raw.detach()) for name, raw in space.raws.items()}
+        self._state: dict[str, State] = {
+            name: {k: _cast(v) if k != "step" else v.clone() for k, v in optimizer.state.get(p, {}).items()}
+            for name, p in live.items()
+        }
+
+        def call(function: Callable[[nn.Module, Any], Tensor], data: Any, params: Tensors) -> Tensor:
+            weights = {**frozen, **{name: b.clone() for name, b in buffers.items()}, **params}
+            wrapper = _Called(model, function, data)
+            result: Tensor = torch.func.functional_call(
+                wrapper, {f"model.{name}": tensor for name, tensor in weights.items()}, ()
+            )
+            return result
+
+        def train_loss(params: Tensors, raws: Tensors) -> Tensor:
+            with random.replayed(), space.using(raws):
+                return call(loss, batch, params)
+
+        def valid_loss(params: Tensors) -> Tensor:
+            with random.replayed(), evaluating(model):
+                return call(validate, valid_batch, params)
+
+        def updates(raws: Tensors) -> dict[str, Update]:
+            with space.using(raws):
+                return binding.updates(live, {name: space[name].value for name in binding.options})
+
+        self.problem = Problem(train_loss, valid_loss, updates)
+
+    def conditions(self) -> Iterator[str]:
+        """What should be known before any derivative is taken."""
+        first, second = (self.problem.train_loss(self.params, self.raws) for _ in range(2))
+        if not torch.equal(first, second):
+            yield (
+                "the loss differs between two evaluations with the same random state of torch: it draws from "
+                "numpy or random, or changes itself; re-evaluating estimators and this table cannot be right."
+            )
+        if not bool(torch.isfinite(first)):
+            yield "the training loss is not finite here."
+        norms = [m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if any(m.training for m in norms):
+            yield (
+                "BatchNorm is in training mode: the training side uses the batch's statistics, validation "
+                "the running ones, whose dependence on the hyperparameters is no part of one step."
+            )
+        if not self._model.training:
+            yield "the model is in eval mode; call model.train() first if noise or dropout is being tuned."
+
+    def settled_state(self) -> dict[str, State]:
+        """The optimiser's state; after three steps on the copies if it has none yet."""
+        if any(self._state.values()):
+            return self._state
+        state = self._state
+        for _ in range(3):
+            grads = self.problem.train_grads(leaves(self.params), self.raws)
+            with torch.no_grad():
+                new = {
+                    name: u.rule.step(self.params[name], grads[name], state[name], u.options)
+                    for name, u in self.problem.updates(self.raws).items()
+                }
+            self.params = {name: param for name, (param, _) in new.items()}
+            state = {name: s for name, (_, s) in new.items()}
+        return state
+
+    def truth(self, name: str, state: Mapping[str, State]) -> _Truth:
+        """Central differences of the one-step map in a few entries, over several step sizes."""
+        raw = self.raws[name]
+        count = raw.numel()
+        chosen = range(count) if count <= ENTRIES else torch.linspace(0, count - 1, ENTRIES).long().tolist()
+        entries = {}
+        for i in chosen:
+
+            def f(shift: float, i: int = i) -> float:
+                moved = raw.clone()
+                moved.view(-1)[i] += shift
+                return loss_after(self.problem, self.params, {**self.raws, name: moved}, state)
+
+            found = [(8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h) for h in STEP_SIZES]
+            gaps = [abs(a - b) for a, b in pairwise(found)]
+            best = min(range(len(gaps)), key=gaps.__getitem__)
+            entries[i] = (found[best + 1], gaps[best])
+        return _Truth(tuple(raw.shape), entries)
+
+    def mixed_partial(self) -> str:
+        """How `Tuner` finds the mixed partial, given the loss as a function."""
+        values = leaves({name: self._space[name].value for name in self._space})
+
+        def train_loss(params: Tensors, values: Tensors) -> Tensor:
+            with self._space.seeing(values):
+                return self.problem.train_loss(params, {})
+
+        if not is_linear(train_loss, self.params, values):
+            return "double backward"
+        if not knows_forward_mode(train_loss, self.params, values):
+            return "double backward (the loss is linear in what it reads, but has no forward mode)"
+        return "forward over reverse: the loss is linear in what it reads of the space"
+
+
+class _Called(nn.Module):
+    """function(model, data) as a module, so that `functional_call` can replace the model's tensors."""
+
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Any], Tensor], data: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._function = function
+        self._data = data
+
+    def forward(self) -> Tensor:
+        return self._function(self.model, self._data)
+
+
+def _lines(estimator: str, estimate: Tensors, truths: Mapping[str, _Truth]) -> Iterator[Line]:
+    exact = estimator in CLAIMS and CLAIMS[estimator].steps == 1
+    for name, truth in truths.items():
+        for i, (value, uncertainty) in truth.entries.items():
+            found = float(estimate[name].reshape(-1)[i])
+            allowed = max(TOLERANCE * abs(value), 3 * uncertainty)
+            passed = abs(found - value) <= allowed if exact else None
+            yield Line(f"{name}[{i}]" if truth.shape else name, estimator, found, value, uncertainty, passed)
+
+
+def _about_truths(truths: Mapping[str, _Truth]) -> Iterator[str]:
+    for name, truth in truths.items():
+        entries = truth.entries.values()
+        if all(value == 0 for value, _ in entries):
+            yield f"{name}: the validation loss after the step does not depend on it here."
+        elif any(uncertainty > 0.01 * abs(value) for value, uncertainty in entries):
+            yield (
+                f"{name}: the central difference itself is uncertain (kinks such as ReLU or max-pooling, or "
+                "a tiny derivative); a smooth activation or a larger batch makes this check sharper."
+            )
+
+
+def _explained(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, UnreachedHyperparameter):
+        return f"{text} If it is used, its gradient is cut: float(), .item(), .data, detach or rounding."
+    if isinstance(error, NotTwiceDifferentiable):
+        return text
+    if "inplace operation" in text:
+        return (
+            "an in-place operation changes a tensor that a second derivative needs; write x = f(x) instead "
+            f"of f_(x) or x += y, or use estimator='central_difference'. ({text.splitlines()[0]})"
+        )
+    if "derivative for" in text or "not implemented" in text:
+        return f"an operation has no second derivative; use 'central_difference'. ({text.splitlines()[0]})"
+    if "dtype" in text or "Double" in text or "Float" in text:
+        return (
+            f"the model mixes in float32 tensors that are no parameters or buffers. ({text.splitlines()[0]})"
+        )
+    return text
+
+
+def _cast(data: Any) -> Any:
+    if isinstance(data, Tensor):
+        return data.detach().clone().double() if data.is_floating_point() else data
+    if isinstance(data, Mapping):
+        return {k: _cast(v) for k, v in data.items()}
+    return type(data)(_cast(x) for x in data) if type(data) in (list, tuple) else data
+
+
+@contextmanager
+def _double() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
