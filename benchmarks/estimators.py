@@ -1,0 +1,195 @@
+"""What each estimator costs and how far it is from the one-step derivative.
+
+    python benchmarks/estimators.py            table, and docs/results/estimators.json
+    python benchmarks/estimators.py --json     the numbers only, nothing written
+
+Work: MLP 784-1000-1000-1000-10 with tanh, batch 100, Adam, L2 in the optimiser and input noise in the
+loss; one hyper-step. Passes are multiply-adds in units of one training step (forward and backward), as
+counted by torch's FlopCounterMode: the same on every machine. Time is the median ratio to a plain
+training step, the two in turn, one thread. Memory is the peak of a fresh process over that of plain
+training, in units of the weights. Errors are relative to `one_step`, float32, at step 50.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import midflight as mf
+from midflight.errors import MidflightError
+
+HERE = Path(__file__).parent
+OUT = HERE.parent / "docs/results/estimators.json"
+WIDTH, BATCH, WARM_UP, ROUNDS = 1000, 100, 50, 7
+
+
+class Work:
+    """The paper's network with a smooth activation, in the middle of training."""
+
+    def __init__(self, estimator: str) -> None:
+        torch.manual_seed(0)
+        self.space = mf.Space(
+            weight_decay=mf.Float(10**-5.5, 10**-2.5, log=True, init=1e-4),
+            noise=mf.Float(0.0, 0.8, init=0.3),
+        )
+        hidden = [(nn.Linear(n, WIDTH), nn.Tanh()) for n in (784, WIDTH, WIDTH)]
+        self.model = nn.Sequential(
+            mf.nn.GaussianNoise(self.space["noise"]),
+            *(layer for pair in hidden for layer in pair),
+            nn.Linear(WIDTH, 10),
+        )
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        self.x, self.y = torch.rand(BATCH, 784), torch.randint(0, 10, (BATCH,))
+        self.seen: list[Tensor] = []
+        self.tuner = mf.Tuner(
+            self.model,
+            self.optimizer,
+            self.space,
+            validate=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+            valid_loader=[(torch.rand(BATCH, 784), torch.randint(0, 10, (BATCH,)))],
+            bind=["weight_decay"],
+            every=1,
+            estimator=estimator,
+            hyper_optimizer=lambda raws: Keep(raws, self.seen),
+        )
+        for _ in range(WARM_UP):
+            self.plain()
+
+    def loss(self) -> Tensor:
+        return F.cross_entropy(self.model(self.x), self.y)
+
+    def plain(self) -> None:
+        self.space.requires_grad_(False)
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+    def hyper(self) -> None:
+        self.optimizer.zero_grad()
+        self.tuner.backward(self.loss)
+        self.optimizer.step()
+
+
+class Keep(torch.optim.Optimizer):
+    """Moves nothing and keeps the hypergradients."""
+
+    def __init__(self, raws: list[Tensor], seen: list[Tensor]) -> None:
+        super().__init__(raws, {"lr": 1.0})
+        self.seen = seen
+
+    def step(self, closure: Any = None) -> None:
+        self.seen.append(torch.stack([p.grad for p in self.param_groups[0]["params"]]))
+
+
+def passes(estimator: str) -> float:
+    """Multiply-adds of a hyper-step over those of a training step; the training step itself included."""
+    work = Work(estimator)
+    work.hyper()  # the first one also finds out the structure
+    counts = []
+    for step in (work.plain, work.hyper):
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counts.append(counter.get_total_flops())
+    return counts[1] / counts[0]
+
+
+def time_ratio(estimator: str) -> float:
+    """Median over rounds of a hyper-step's time over a plain step's, the two in turn."""
+    work = Work(estimator)
+    work.hyper()
+    ratios = []
+    for _ in range(ROUNDS):
+        times = []
+        for step in (work.plain, work.hyper):
+            began = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - began)
+        ratios.append(times[1] / times[0])
+    return statistics.median(ratios)
+
+
+def hypergradient(estimator: str) -> Tensor:
+    """(weight_decay, noise) of one hyper-step; the same state and random numbers for every estimator."""
+    work = Work(estimator)
+    torch.manual_seed(1)
+    work.hyper()
+    return work.seen[-1]
+
+
+def peak(estimator: str) -> float:
+    """Peak resident memory in MB of a fresh process that only does this."""
+    command = [sys.executable, __file__, "--alone", estimator]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def alone(estimator: str) -> None:
+    """Print the peak resident memory of this process after a few steps."""
+    work = Work("one_step" if estimator == "plain" else estimator)
+    step = work.plain if estimator == "plain" else work.hyper
+    for _ in range(3):
+        step()
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would be that of the parent at the fork
+    print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+
+
+def measure() -> dict[str, Any]:
+    """All estimators, and the machine."""
+    weights = sum(p.numel() * 4 for p in Work("one_step").model.parameters()) / 2**20
+    plain, exact = peak("plain"), hypergradient("one_step")
+    rows: list[dict[str, Any]] = []
+    for name in mf.ESTIMATORS:
+        print(name, file=sys.stderr)
+        try:
+            errors = (hypergradient(name) / exact - 1).abs().tolist()
+            rows.append(
+                {
+                    "estimator": name,
+                    "passes": round(passes(name), 2),
+                    "time_ratio": round(time_ratio(name), 2),
+                    "memory_in_weights": round((peak(name) - plain) / weights, 1),
+                    "error_weight_decay": errors[0],
+                    "error_noise": errors[1],
+                }
+            )
+        except (MidflightError, RuntimeError) as error:
+            rows.append({"estimator": name, "error": str(error)})
+    machine = f"{platform.machine()}, one thread, torch {torch.__version__}"
+    return {"machine": machine, "weights_mb": round(weights, 1), "rows": rows}
+
+
+def main() -> None:
+    """Measure, print and keep."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    if "--alone" in sys.argv:
+        alone(sys.argv[-1])
+        return
+    found = measure()
+    if "--json" in sys.argv:
+        print(json.dumps(found, indent=2))
+        return
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"{'estimator':22}{'passes':>8}{'time':>8}{'memory':>8}{'error L2':>12}{'error noise':>13}")
+    for row in found["rows"]:
+        if "error" in row:
+            print(f"{row['estimator']:22}{row['error']}")
+        else:
+            print(
+                f"{row['estimator']:22}{row['passes']:8.2f}{row['time_ratio']:8.2f}"
+                f"{row['memory_in_weights']:8.1f}{row['error_weight_decay']:12.1e}{row['error_noise']:13.1e}"
+            )
+    print(f"on {found['machine']}; kept in {OUT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""A one-step objective prefers small learning rates: the closed form, our tuner, and what repairs it.
+
+    python benchmarks/short_horizon.py         table, docs/results/short_horizon.json and .png
+
+Noisy quadratic (Wu et al. 2018): loss 1/2 sum_i h_i (theta_i - c_i)^2, c ~ N(0, 1) drawn afresh at each
+step, so that with A_i = E theta_i^2 and a learning rate lr
+
+    A_i' = (1 - lr h_i)^2 A_i + lr^2 h_i^2,     E loss = 1/2 sum_i h_i (A_i + 1).
+
+The best lr for the next step alone is sum h_i^2 A_i / sum h_i^3 (A_i + 1); the best schedule for the whole
+run is found by gradient descent through the recursion. Both are compared with `mf.Tuner` on simulated
+weights (many copies as one tensor, so that the validation loss is the expectation), and with the best
+constant rate. Real task: digits, MLP 64-64, SGD with momentum, 30 epochs, three starts of the learning rate.
+"""
+
+import json
+import platform
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import midflight as mf
+from midflight.hypergrad import implicit_neumann, one_step, unrolled
+from midflight.study.data import load
+
+OUT = Path(__file__).parent.parent / "docs/results"
+CURVATURES = torch.logspace(0, -2, 20)
+STEPS, COPIES, LOW, HIGH = 200, 2000, 1e-3, 1.0
+ESTIMATORS: dict[str, Callable[..., Any]] = {
+    "one_step": one_step,
+    "unrolled 5": partial(unrolled, steps=5),
+    "unrolled 20": partial(unrolled, steps=20),
+    "implicit_neumann 20": partial(implicit_neumann, terms=20),
+}
+
+
+def final_loss(rates: Tensor, moments: Tensor | None = None) -> Tensor:
+    """Expected loss after the schedule, in closed form; differentiable in the rates."""
+    h = CURVATURES
+    a = torch.full_like(h, 100.0) if moments is None else moments
+    for lr in rates:
+        a = (1 - lr * h) ** 2 * a + lr**2 * h**2
+    return 0.5 * (h * (a + 1)).sum()
+
+
+def greedy() -> Tensor:
+    """The schedule that is best for the next step, at each step."""
+    h, rates = CURVATURES, []
+    a = torch.full_like(h, 100.0)
+    for _ in range(STEPS):
+        lr = (h**2 * a).sum() / (h**3 * (a + 1)).sum()
+        a = (1 - lr * h) ** 2 * a + lr**2 * h**2
+        rates.append(lr)
+    return torch.stack(rates)
+
+
+def best_constant() -> Tensor:
+    """The best learning rate that is kept throughout."""
+    grid = torch.logspace(-3, 0, 200)
+    losses = torch.stack([final_loss(lr.expand(STEPS)) for lr in grid])
+    return grid[losses.argmin()].expand(STEPS)
+
+
+def best_schedule() -> Tensor:
+    """The schedule with the lowest final loss, by Adam through the recursion."""
+    raw = best_constant().log().clone().requires_grad_()
+    optimizer = torch.optim.Adam([raw], lr=0.03)
+    for _ in range(400):
+        optimizer.zero_grad()
+        final_loss(raw.exp().clamp(max=1.5)).backward()
+        optimizer.step()
+    return raw.detach().exp().clamp(max=1.5)
+
+
+def tuned(estimator: Callable[..., Any]) -> tuple[Tensor, float]:
+    """(schedule, final expected loss) of SGD whose learning rate is tuned, from a start of 0.3."""
+    torch.manual_seed(0)
+    weights = nn.Parameter(10 * torch.randn(COPIES, len(CURVATURES)))
+    space = mf.Space(lr=mf.Float(LOW, HIGH, log=True, init=0.3))
+    optimizer = torch.optim.SGD([weights], lr=0.3)
+    model = nn.Module()
+    model.register_parameter("weights", weights)
+
+    def loss(target: Tensor | float) -> Tensor:
+        return 0.5 * (CURVATURES * (model.weights - target) ** 2).sum(1).mean()
+
+    tuner = mf.Tuner(
+        model, optimizer, space, validate=lambda *_: loss(0.0), valid_loader=[None], bind=["lr"], every=1,
+        estimator=estimator, hyper_optimizer=partial(mf.SignSteps, lr=0.02),
+    )  # fmt: skip
+    rates = []
+    for _ in range(STEPS):
+        rates.append(float(space["lr"]))
+        optimizer.zero_grad()
+        # the gradient of a mean over copies is 1/COPIES of each copy's: every copy takes its own step
+        tuner.backward(lambda: COPIES * loss(torch.randn(COPIES, len(CURVATURES))))
+        optimizer.step()
+    return torch.tensor(rates), float(loss(0.0).detach() + 0.5 * CURVATURES.sum())
+
+
+def digits(start: float, estimator: Callable[..., Any] | None) -> dict[str, float]:
+    """Validation loss of an MLP whose learning rate starts at `start` and is tuned, or fixed if None."""
+    torch.manual_seed(0)
+    data = load("digits")
+    x, y = torch.from_numpy(data.train_x), torch.from_numpy(data.train_y)
+    x_train, y_train, x_valid, y_valid = x[:1000], y[:1000], x[1000:], y[1000:]
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=start, momentum=0.9)
+    space = mf.Space(lr=mf.Float(1e-4, 1.0, log=True, init=start))
+    steps = 30 * (1000 // 50)
+    batches = [(x_valid[i::4], y_valid[i::4]) for i in range(4)]
+    tuner = None if estimator is None else mf.Tuner(
+        model, optimizer, space, validate=lambda m, b: F.cross_entropy(m(b[0]), b[1]), valid_loader=batches,
+        bind=["lr"], every=5, estimator=estimator, total_steps=steps,
+    )  # fmt: skip
+    for _ in range(30):
+        for batch in torch.randperm(1000).split(50):
+            optimizer.zero_grad()
+            loss = partial(lambda batch: F.cross_entropy(model(x_train[batch]), y_train[batch]), batch)
+            if tuner is None:
+                loss().backward()
+            else:
+                tuner.backward(loss)
+            optimizer.step()
+    with torch.no_grad():
+        return {"lr": float(space["lr"]), "valid_loss": float(F.cross_entropy(model(x_valid), y_valid))}
+
+
+def main() -> None:
+    """Measure, print and keep."""
+    torch.set_num_threads(1)
+    schedules = {"best schedule": best_schedule(), "best constant": best_constant(), "greedy, closed form": greedy()}
+    losses = {name: float(final_loss(rates)) for name, rates in schedules.items()}
+    for name, estimator in ESTIMATORS.items():
+        schedules[f"midflight {name}"], losses[f"midflight {name}"] = tuned(estimator)
+    print(f"{'noisy quadratic':34}{'final loss':>11}{'mean lr':>9}{'last lr':>9}")
+    for name, rates in schedules.items():
+        print(f"{name:34}{losses[name]:11.2f}{float(rates.mean()):9.4f}{float(rates[-1]):9.4f}")
+
+    starts = (3e-4, 1e-2, 0.3)
+    real: dict[str, dict[str, Any]] = {"fixed": {str(s): digits(s, None) for s in starts}}
+    for name, estimator in ESTIMATORS.items():
+        real[name] = {str(s): digits(s, estimator) for s in starts}
+    print("\ndigits: validation loss (learning rate at the end) from each start")
+    for name, row in real.items():
+        cells = "".join(f"{r['valid_loss']:10.3f} ({r['lr']:.4f})" for r in row.values())
+        print(f"{name:22}{cells}")
+
+    OUT.mkdir(parents=True, exist_ok=True)
+    kept = {
+        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
+        "quadratic": {n: {"final_loss": losses[n], "rates": r.tolist()} for n, r in schedules.items()},
+        "digits": real,
+    }
+    (OUT / "short_horizon.json").write_text(json.dumps(kept) + "\n")
+    draw(schedules, losses).savefig(OUT / "short_horizon.png", dpi=150)
+
+
+def draw(schedules: dict[str, Tensor], losses: dict[str, float]) -> Figure:
+    """Learning rate against step, each curve named with its final loss."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (name, rates), colour in zip(schedules.items(), plot_colours(), strict=False):
+        dashed = "--" if not name.startswith("midflight") else "-"
+        axes.plot(rates, dashed, color=colour, label=f"{name}: final loss {losses[name]:.1f}")
+    axes.set(yscale="log", xlabel="step", ylabel="learning rate", ylim=(LOW, 2))
+    axes.set_title("Looking one step ahead shrinks the learning rate (noisy quadratic)", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    return figure
+
+
+def plot_colours() -> list[str]:
+    """Okabe and Ito's palette, safe for colour-blind eyes."""
+    return ["#000000", "#7f7f7f", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7"]
+
+
+if __name__ == "__main__":
+    main()
