@@ -135,7 +135,11 @@ def digits(start: float, estimator: Callable[..., Any] | None) -> dict[str, floa
 def main() -> None:
     """Measure, print and keep."""
     torch.set_num_threads(1)
-    schedules = {"best schedule": best_schedule(), "best constant": best_constant(), "greedy, closed form": greedy()}
+    schedules = {
+        "best schedule": best_schedule(),
+        "best constant": best_constant(),
+        "greedy, closed form": greedy(),
+    }
     losses = {name: float(final_loss(rates)) for name, rates in schedules.items()}
     for name, estimator in ESTIMATORS.items():
         schedules[f"midflight {name}"], losses[f"midflight {name}"] = tuned(estimator)

@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ORACLES, PARITY, PROPERTY = "tests/oracles", "tests/parity", "tests/property"
 TUNER, STUDY = "tests/e2e/test_tuner.py", "tests/e2e/test_study.py::test_"
+KINDS, ALIVE = "tests/oracles/test_kinds.py", "tests/e2e/test_alive.py"
 KILLS = "ten_kills_at_random_moments_lose_and_repeat_nothing"
 PAIRED = "paired_arms_share_their_start_and_reruns_begin_where_tuning_ended"
 
@@ -62,8 +63,25 @@ MUTANTS = [
     ("problem.py", "if missing:", "if False:", ORACLES),
     ("testing/oracles.py", "(12 * h)", "(11 * h)", ORACLES),
     ("transforms.py", "math.log(self.high / self.low) * raw", "2 * raw", PROPERTY),
-    ("nn/noise.py", ".clamp(min=0).detach()", ".clamp(min=0)", PROPERTY),
-    ("nn/noise.py", "if not self.training:", "if False:", PROPERTY),
+    ("levels.py", ".clamp(min=0).detach()", ".clamp(min=0)", PROPERTY),
+    ("levels.py", "0.01 * level.spec.high", "0.0 * level.spec.high", PROPERTY),
+    ("nn/noise.py", "x + self.noise(x) if self.training else x", "x + self.noise(x)", KINDS),
+    ("nn/noise.py", "x * (1 + self.noise(x))", "x + self.noise(x)", KINDS),
+    ("nn/dropout.py", "(2 * at * (1 - at))", "(at * (1 - at))", KINDS),
+    ("nn/dropout.py", ">= at) / (1 - at)", ">= at) / 1", KINDS),
+    ("nn/dropout.py", "return rate.detach()", "return rate", KINDS),
+    ("nn/augment.py", 'sx=amounts["shear"].deg2rad()', 'sx=amounts["shear"]', KINDS),
+    ("nn/augment.py", "mean + self._amount", "self._amount", KINDS),
+    ("nn/augment.py", 'amounts["scale"].exp()', "(zero + 1)", KINDS),
+    ("losses.py", "torch.where(top, others.logsumexp(1, keepdim=True), ", "(", KINDS),
+    ("losses.py", ".clamp(min=torch.finfo(logits.dtype).min)", "", KINDS),
+    ("losses.py", "else w[target]", "else size", KINDS),
+    ("losses.py", "losses = a * losses", "losses, size = a * losses, a * size", ALIVE),
+    ("losses.py", "y + of_y * (y[order] - y)", "y", KINDS),
+    ("penalties.py", "torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)", "squares.sqrt()", KINDS),
+    ("penalties.py", ".sum() / 2", ".sum()", KINDS),
+    ("penalties.py", "w @ w.T if len(w) <= w.shape[1] else w.T @ w", "w @ w.T", KINDS),
+    ("testing/cases.py", "return torch.full_like(rate, 0.3)", "return rate.detach()", KINDS),
     ("hypersteps.py", "max(0.0, 1 - n / hyper_steps)", "1.0", TUNER),
     ("capture.py", "p.data = before[name]", "pass", TUNER),
     ("capture.py", "module.training = mode", "module.training = True", TUNER),

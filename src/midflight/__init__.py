@@ -1,12 +1,14 @@
 """Tune the hyperparameters while the model trains."""
 
-from midflight import nn
+from midflight import losses, nn, penalties
 from midflight.capture import param_groups
 from midflight.checking import CheckReport, check
 from midflight.errors import (
     BindingError,
     MidflightError,
+    MissingExtra,
     NeedsClosure,
+    NoForwardMode,
     NotTwiceDifferentiable,
     SpaceError,
     UnknownName,
@@ -17,6 +19,7 @@ from midflight.errors import (
 from midflight.hypergrad import ESTIMATORS, Estimator, hypergradient
 from midflight.hypersteps import SignSteps
 from midflight.problem import Problem, Step
+from midflight.ranges import RANGES, default_range
 from midflight.space import Float, Hyperparameter, Space
 from midflight.tuner import Tuner
 from midflight.updates import RULES, Update, UpdateRule
@@ -25,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ESTIMATORS",
+    "RANGES",
     "RULES",
     "BindingError",
     "CheckReport",
@@ -32,7 +36,9 @@ __all__ = [
     "Float",
     "Hyperparameter",
     "MidflightError",
+    "MissingExtra",
     "NeedsClosure",
+    "NoForwardMode",
     "NotTwiceDifferentiable",
     "Problem",
     "SignSteps",
@@ -47,7 +53,10 @@ __all__ = [
     "Update",
     "UpdateRule",
     "check",
+    "default_range",
     "hypergradient",
+    "losses",
     "nn",
     "param_groups",
+    "penalties",
 ]

@@ -21,6 +21,10 @@ class NeedsClosure(MidflightError, TypeError):
     """An estimator has to evaluate the training loss again, but was given a tensor."""
 
 
+class NoForwardMode(MidflightError, NotImplementedError):
+    """The training loss holds an operation without a forward-mode derivative."""
+
+
 class NotTwiceDifferentiable(MidflightError, RuntimeError):
     """The training loss holds an operation whose derivative cannot be differentiated."""
 
@@ -31,6 +35,10 @@ class UnsupportedOptimizer(MidflightError, TypeError):
 
 class UnsupportedParameter(MidflightError, TypeError):
     """A weight whose update cannot be differentiated (sparse gradient, complex dtype)."""
+
+
+class MissingExtra(MidflightError, ImportError):
+    """An optional dependency is needed and not installed."""
 
 
 class UnknownName(MidflightError, ValueError):

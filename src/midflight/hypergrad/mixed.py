@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
+from midflight.errors import NoForwardMode
 from midflight.problem import Pairs, Step, TrainLoss
 from midflight.trees import Tensors, add_scaled, leaves, norm
 
@@ -29,6 +30,7 @@ def pullback(step: Step, v: Tensors, mixed: Mixed | None = None) -> Tensors:
 
     Raises:
         UnreachedHyperparameter: a hyperparameter reaches neither g nor an option.
+        NoForwardMode: forward mode was asked for and an operation does not know it.
     """
     w: Tensors = {}
     pairs: Pairs = []
@@ -57,11 +59,7 @@ def forward_over_reverse(step: Step, w: Tensors) -> Pairs:
     train_loss = step.training_loss()
     values = leaves(step.values)
     with forward_ad.dual_level():
-        duals = {
-            name: forward_ad.make_dual(p, w[name].to(p))  # type: ignore[no-untyped-call]
-            for name, p in step.params.items()
-        }
-        grads = _value_grads(train_loss(duals, values), values)
+        grads = _dual_value_grads(train_loss, step.params, w, values)
         return [
             (step.values[name], torch.zeros_like(g) if tangent is None else tangent.detach())
             for name, g in grads.items()
@@ -106,13 +104,25 @@ def is_linear(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
 
 def knows_forward_mode(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
     """Whether every operation of the loss has a forward-mode derivative, with its reverse."""
+    zeros = {name: torch.zeros_like(p) for name, p in params.items()}
     try:
         with forward_ad.dual_level():
-            duals = {
-                name: forward_ad.make_dual(p, torch.zeros_like(p))  # type: ignore[no-untyped-call]
-                for name, p in params.items()
-            }
-            _value_grads(train_loss(duals, values), values)
-    except (NotImplementedError, RuntimeError):
+            _dual_value_grads(train_loss, params, zeros, values)
+    except (NoForwardMode, RuntimeError):
         return False
     return True
+
+
+def _dual_value_grads(train_loss: TrainLoss, params: Tensors, tangents: Tensors, values: Tensors) -> Tensors:
+    """dC1~/dlambda as dual numbers, for weights that move along `tangents`."""
+    duals = {
+        name: forward_ad.make_dual(p, tangents[name].to(p))  # type: ignore[no-untyped-call]
+        for name, p in params.items()
+    }
+    try:
+        return _value_grads(train_loss(duals, values), values)
+    except NotImplementedError as error:
+        raise NoForwardMode(
+            "each operation of the training loss must have a forward-mode derivative for this estimator, but "
+            f"one has none; use 'one_step' or 'central_difference'. ({str(error).splitlines()[0]})"
+        ) from error

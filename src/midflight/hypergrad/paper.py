@@ -34,7 +34,7 @@ def paper(step: Step) -> Tensors:
 
     noises = _unbound(step, [decay for decay, _ in pairs])
     first = next((name for name, p in step.params.items() if p.ndim == 2), None)
-    if noises and (len(noises) > 1 or first is None):
+    if noises and (len(noises) > 1 or first is None or step.hparams[noises[0]].ndim):
         raise UnreachedHyperparameter(
             "the estimator 'paper' knows one weight decay and one input noise of a network that begins with "
             f"a matrix; it cannot tell what to do for {', '.join(noises)}. Use 'one_step'."

@@ -1,5 +1,7 @@
 """Layers that read a hyperparameter."""
 
-from midflight.nn.noise import GaussianNoise
+from midflight.nn.augment import Augment
+from midflight.nn.dropout import Dropout
+from midflight.nn.noise import GaussianNoise, MultiplicativeNoise
 
-__all__ = ["GaussianNoise"]
+__all__ = ["Augment", "Dropout", "GaussianNoise", "MultiplicativeNoise"]

@@ -5,17 +5,21 @@ A new rule or kind of hyperparameter is one row in `OPTIMIZERS` or `KINDS`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from midflight import losses, penalties
 from midflight.capture import trained_parameters
-from midflight.nn import GaussianNoise
+from midflight.nn import Augment, Dropout, GaussianNoise, MultiplicativeNoise
 from midflight.problem import Problem
+from midflight.ranges import default_range
 from midflight.space import Float, Hyperparameter, Space
 from midflight.trees import Tensors, detach
-from midflight.updates import State, Update, read_options, rule_for
+from midflight.updates import State, Update, read_option, read_options, rule_for
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -38,11 +42,156 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "Muon": lambda p: torch.optim.Muon([x for x in p if x.ndim == 2], lr=0.02),
 }
 
-KINDS: dict[str, tuple[Float, str | None]] = {
-    "weight_decay": (Float(1e-4, 1e-1, log=True, init=1e-2), "weight_decay"),
-    "noise": (Float(0.0, 0.8, init=0.3), None),
+FEATURES, HIDDEN, CLASSES, EXAMPLES = 12, 16, 3, 40
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a training loss is computed from.
+
+    Attributes:
+        weights: theta, name -> tensor.
+        x: inputs, (EXAMPLES, FEATURES).
+        y: class indices, (EXAMPLES,).
+    """
+
+    weights: Tensors
+    x: Tensor
+    y: Tensor
+
+    def logits(self, x: Tensor | None = None, layer: Callable[[Tensor], Tensor] = lambda h: h) -> Tensor:
+        """The network at x, with `layer` after its first nonlinearity; (EXAMPLES, CLASSES)."""
+        return self._linear(2, self._linear(1, layer(self.hidden(x))).tanh())
+
+    def hidden(self, x: Tensor | None = None) -> Tensor:
+        """The first layer's activations, (EXAMPLES, HIDDEN)."""
+        return self._linear(0, self.x if x is None else x).tanh()
+
+    def loss(self, x: Tensor | None = None, layer: Callable[[Tensor], Tensor] = lambda h: h) -> Tensor:
+        """The plain cross entropy."""
+        return F.cross_entropy(self.logits(x, layer), self.y)
+
+    def matrices(self) -> list[Tensor]:
+        """The weights that are no biases."""
+        return [w for w in self.weights.values() if w.ndim == 2]
+
+    def _linear(self, layer: int, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"])
+
+
+Loss = Callable[[Hyperparameter, Batch], Tensor]
+
+
+def _noisy(h: Hyperparameter, b: Batch) -> Tensor:
+    """A loss that does not read h, which enters by the update."""
+    return b.loss(GaussianNoise(0.1)(b.x))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of hyperparameter and how it enters.
+
+    Attributes:
+        spec: its range, its shape and where it stands.
+        option: the optimiser's option that it is bound to, if any.
+        loss: the training loss as a function of it and a batch.
+        needs: a package without which the row cannot run.
+    """
+
+    spec: Float
+    option: str | None = None
+    loss: Loss = _noisy
+    needs: str | None = None
+
+
+class _SteadyMasks(Dropout):
+    """Masks drawn at one rate wherever the rate moves: what `Dropout` differentiates is smooth then.
+
+    Whether it is the right thing to differentiate is another question, answered by enumerating all masks.
+    """
+
+    def _drawn_at(self, rate: Tensor) -> Tensor:
+        return torch.full_like(rate, 0.3)
+
+
+def _mixed(h: Hyperparameter, b: Batch) -> Tensor:
+    x, y = losses.mixup(b.x, F.one_hot(b.y, CLASSES).to(b.x), h)
+    return F.cross_entropy(b.logits(x), y)
+
+
+def _bound(option: str, init: float) -> Kind:
+    return Kind(default_range(option, init=init), option)
+
+
+def _layer(kind: str, layer: Callable[[Hyperparameter], nn.Module], **changes: Any) -> Kind:
+    """A layer after the first nonlinearity."""
+    return Kind(default_range(kind, **changes), loss=lambda h, b: b.loss(layer=layer(h)))
+
+
+def _penalty(kind: str, penalty: Callable[[Batch], Tensor], init: float = 1e-2) -> Kind:
+    return Kind(default_range(kind, init=init), loss=lambda h, b: b.loss() + h.value * penalty(b))
+
+
+def _option(kind: str, name: str, **changes: Any) -> Kind:
+    """An option of `losses.cross_entropy`."""
+    return Kind(
+        default_range(kind, **changes),
+        loss=lambda h, b: losses.cross_entropy(b.logits(), b.y, **{name: h}),  # type: ignore[arg-type]
+    )
+
+
+def _augmented(kind: str, magnitude: str | None = None) -> Kind:
+    """A magnitude of `Augment`."""
+
+    def loss(h: Hyperparameter, b: Batch) -> Tensor:
+        augment = Augment(**{magnitude or kind: h})  # type: ignore[arg-type]
+        return b.loss(augment(b.x.reshape(-1, 1, 3, 4)).flatten(1))
+
+    return Kind(default_range(kind), loss=loss, needs="kornia")
+
+
+KINDS: dict[str, Kind] = {
+    "weight_decay": _bound("weight_decay", 1e-2),
+    "lr": _bound("lr", 1e-2),
+    "momentum": _bound("momentum", 0.8),
+    "beta1": _bound("beta1", 0.8),
+    "beta2": _bound("beta2", 0.99),
+    "eps": _bound("eps", 1e-3),
+    "l1": _penalty("l1", lambda b: penalties.l1(b.matrices()), init=1e-3),
+    "l2": _penalty("l2", lambda b: penalties.l2(b.matrices())),
+    "activation_l2": _penalty("activation_l2", lambda b: penalties.activation_l2(b.hidden()), init=0.1),
+    "max_norm": _penalty("max_norm", lambda b: penalties.max_norm(b.weights["1.weight"], 0.5)),
+    "max_norm_limit": Kind(
+        default_range("max_norm_limit", init=0.55),
+        loss=lambda h, b: b.loss() + penalties.max_norm(b.weights["1.weight"], h),
+    ),
+    "orthogonality": _penalty("orthogonality", lambda b: penalties.orthogonality(b.weights["0.weight"])),
+    "noise": Kind(default_range("noise", init=0.3), loss=lambda h, b: b.loss(GaussianNoise(h)(b.x))),
+    "noise_per_feature": Kind(
+        default_range("noise", init=0.3, shape=(FEATURES,)), loss=lambda h, b: b.loss(GaussianNoise(h)(b.x))
+    ),
+    "hidden_noise": _layer("noise", GaussianNoise),
+    "multiplicative_noise": _layer("multiplicative_noise", MultiplicativeNoise),
+    "dropout": _layer("dropout", _SteadyMasks, init=0.3),
+    "label_smoothing": _option("label_smoothing", "label_smoothing"),
+    "focal_gamma": _option("focal_gamma", "focal_gamma"),
+    "temperature": _option("temperature", "temperature", init=1.5),
+    "class_weight": _option("class_weight", "class_weight", shape=(CLASSES,)),
+    "example_weight": _option("example_weight", "example_weight", shape=(EXAMPLES,)),
+    "loss_weight": Kind(
+        default_range("loss_weight", init=0.1),
+        loss=lambda h, b: b.loss() + h.value * (b.logits().sum(1) - 1).square().mean(),
+    ),
+    "mixup": Kind(default_range("mixup"), loss=_mixed),
+    "rotation": _augmented("rotation"),
+    "translation": _augmented("translation"),
+    "scale": _augmented("scale"),
+    "shear": _augmented("shear"),
+    "brightness": _augmented("brightness"),
+    "contrast": _augmented("contrast"),
+    "pixel_noise": _augmented("pixel_noise", "noise"),
 }
-"""Hyperparameter -> its range and the optimiser option it is bound to, if any."""
+"""Hyperparameter -> how it enters."""
 
 
 @dataclass(frozen=True)
@@ -63,57 +212,73 @@ class Case:
     state: dict[str, State]
 
 
+def why_skipped(optimizer: str, hyperparameter: str) -> str | None:
+    """Why a row of `OPTIMIZERS` has no case with a row of `KINDS`, in a sentence; None if it has."""
+    kind = KINDS[hyperparameter]
+    if kind.needs and not find_spec(kind.needs):
+        return f"{kind.needs} is not installed."
+    if kind.option is None:
+        return None
+    optim = OPTIMIZERS[optimizer]([nn.Parameter(torch.zeros(1, 1))])
+    if kind.option not in rule_for(optim).tunable:
+        return f"{type(optim).__name__} has no option {kind.option} that can be tuned."
+    if kind.option == "momentum" and read_option(optim.param_groups[0], "momentum") == 0:
+        return "At momentum 0 torch keeps no buffer, so that the step is not continuous there."
+    return None
+
+
 def make_case(optimizer: str, hyperparameter: str, seed: int = 0, steps: int = 20) -> Case:
-    """A row of `OPTIMIZERS` with a row of `KINDS`, after some steps of training."""
+    """A row of `OPTIMIZERS` with a row of `KINDS`, after some steps of training.
+
+    Raises:
+        ValueError: `why_skipped` gives a reason.
+    """
+    reason = why_skipped(optimizer, hyperparameter)
+    if reason is not None:
+        raise ValueError(
+            f"there must be a case of {hyperparameter} for {optimizer}, but there is none: {reason}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _trained(optimizer, hyperparameter, steps, seed)
 
 
-def _trained(optimizer_name: str, kind: str, steps: int, seed: int) -> Case:
-    spec, option = KINDS[kind]
-    space = Space({kind: spec}, dtype=torch.float64)
-    noise: Hyperparameter | float = space["noise"] if kind == "noise" else 0.1
-    model = nn.Sequential(
-        GaussianNoise(noise), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)
-    ).double()
-    teacher = nn.Linear(12, 3).double()
-    x_train, x_valid = torch.randn(2, 40, 12, dtype=torch.float64)
+def _trained(optimizer_name: str, name: str, steps: int, seed: int) -> Case:
+    kind = KINDS[name]
+    space = Space({name: kind.spec}, dtype=torch.float64)
+    sizes = ((FEATURES, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, CLASSES))
+    model = nn.ModuleList(nn.Linear(*size) for size in sizes).double()
+    everything: Tensors = dict(model.named_parameters())
+    teacher = nn.Linear(FEATURES, CLASSES).double()
+    x_train, x_valid = torch.randn(2, EXAMPLES, FEATURES, dtype=torch.float64)
     y_train, y_valid = (teacher(x).argmax(1) for x in (x_train, x_valid))
-    optimizer = OPTIMIZERS[optimizer_name](list(model.parameters()))
+    optimizer = OPTIMIZERS[optimizer_name](list(everything.values()))
     weights = trained_parameters(model, optimizer)
     rule = rule_for(optimizer)
     options = read_options(optimizer.param_groups[0])
     for _ in range(steps):
         optimizer.zero_grad()
-        F.cross_entropy(model(x_train), y_train).backward()  # type: ignore[no-untyped-call]
+        kind.loss(space[name], Batch(everything, x_train, y_train)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-
-    def loss(params: Tensors, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
 
     def train_loss(params: Tensors, hparams: Tensors) -> Tensor:
         with torch.random.fork_rng(devices=[]), space.using(hparams):
             torch.manual_seed(seed)
-            return loss(params, x_train, y_train)
+            return kind.loss(space[name], Batch({**everything, **params}, x_train, y_train))
 
     def valid_loss(params: Tensors) -> Tensor:
-        model.eval()
-        try:
-            return loss(params, x_valid, y_valid)
-        finally:
-            model.train()
+        return Batch({**everything, **params}, x_valid, y_valid).loss()
 
     def updates(hparams: Tensors) -> dict[str, Update]:
         with space.using(hparams):
-            tuned = {} if option is None else {option: space[kind].value}
-        return {name: Update(rule, {**options, **tuned}) for name in weights}
+            tuned = {} if kind.option is None else {kind.option: space[name].value}
+        return {weight: Update(rule, {**options, **tuned}) for weight in weights}
 
     return Case(
         optimizer_name,
-        kind,
+        name,
         Problem(train_loss, valid_loss, updates),
         detach(weights),
         detach(space.raws),
-        {name: optimizer.state.get(p, {}) for name, p in weights.items()},
+        {weight: optimizer.state.get(p, {}) for weight, p in weights.items()},
     )

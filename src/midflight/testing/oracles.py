@@ -1,8 +1,9 @@
 """The truth about a hypergradient: a central difference of the one-step map, in float64."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -29,36 +30,67 @@ def loss_after(
         return float(problem.valid_loss(params))
 
 
-def central_difference(
-    problem: Problem,
-    params: Tensors,
-    hparams: Tensors,
-    state: Mapping[str, State],
-    steps: int = 1,
-    h: float = 1e-5,
-) -> Tensors:
-    """The derivative of `loss_after`, by differences of order h^4, entry by entry.
+STEP_SIZES = (1e-5, 1e-6, 1e-4, 1e-7, 1e-3, 1e-8)  # the first two, and the others where they disagree
+AGREEMENT = 1e-7
+ROUNDING = 2e-16  # of a loss in float64, relative
 
-    Needs float64 and smooth activations: a ReLU kink between two points spoils the difference,
-    not the gradient. Rounding leaves about 1e-16 |f| / h = 1e-11 and the stencil less; a larger h
-    would step over the kinks that amsgrad's maximum has.
+
+def derivative(f: Callable[[float], float]) -> tuple[float, float]:
+    """f'(0) by central differences of order h^4, and how sure it is.
+
+    Rounding asks for a large h (it leaves about 1e-16 |f| / h), kinks such as those of ReLU or of
+    amsgrad's maximum for a small one. So more than one h is tried, and the value taken is the one
+    that differs least from its smaller neighbour, rounding counted in; that is the uncertainty.
+    """
+    size = abs(f(0.0))
+    found: dict[float, float] = {}
+    best = (math.inf, 0.0)
+    for h in STEP_SIZES:
+        found[h] = (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
+        best = min(
+            ((abs(found[a] - found[b]) + ROUNDING * size / a, found[b]) for a, b in pairwise(sorted(found))),
+            default=best,
+        )
+        if best[0] <= AGREEMENT * abs(best[1]):
+            break
+    uncertainty, value = best
+    return value, uncertainty
+
+
+def central_difference(
+    problem: Problem, params: Tensors, hparams: Tensors, state: Mapping[str, State], steps: int = 1
+) -> Tensors:
+    """The derivative of `loss_after` by `derivative`, entry by entry; needs float64.
 
     Returns:
         name -> tensor shaped like hparams.
     """
     result = {}
     for name, x in hparams.items():
-        derivative = torch.zeros_like(x)
+        found = torch.zeros_like(x)
         for i in range(x.numel()):
-
-            def f(shift: float, name: str = name, x: torch.Tensor = x, i: int = i) -> float:
-                moved = x.detach().clone()
-                moved.view(-1)[i] += shift
-                return loss_after(problem, params, {**hparams, name: moved}, state, steps)
-
-            derivative.view(-1)[i] = (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
-        result[name] = derivative
+            found.view(-1)[i], _ = derivative(along(problem, params, hparams, state, name, i, steps))
+        result[name] = found
     return result
+
+
+def along(
+    problem: Problem,
+    params: Tensors,
+    hparams: Tensors,
+    state: Mapping[str, State],
+    name: str,
+    entry: int,
+    steps: int = 1,
+) -> Callable[[float], float]:
+    """`loss_after` as a function of a shift of one entry of one hyperparameter."""
+
+    def f(shift: float) -> float:
+        moved = hparams[name].detach().clone()
+        moved.view(-1)[entry] += shift
+        return loss_after(problem, params, {**hparams, name: moved}, state, steps)
+
+    return f
 
 
 @dataclass(frozen=True)
@@ -89,7 +121,12 @@ def compare(estimates: Sequence[Tensors], truths: Sequence[Tensors]) -> Comparis
     size = float(a.norm())
     true_size = float(b.norm())
     return Comparison(
-        relative_error=float((a - b).norm()) / true_size,
-        cosine=float(a @ b) / (size * true_size) if size else 0.0,
-        scale=size / true_size,
+        relative_error=_ratio(float((a - b).norm()), true_size),
+        cosine=float(a @ b) / (size * true_size) if size and true_size else 0.0,
+        scale=_ratio(size, true_size),
     )
+
+
+def _ratio(a: float, b: float) -> float:
+    """a / b, where 0 / 0 is 0 and anything else / 0 infinite."""
+    return a / b if b else math.inf if a else 0.0

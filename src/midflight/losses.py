@@ -1,0 +1,139 @@
+r"""Losses whose options are hyperparameters.
+
+    loss_i = a_i sum_c q~_ic t_ic,    t_ic = -w_c (1 - p_ic)^gamma log p_ic,    p_i = softmax(logits_i / T)
+    q~ = (1 - eps) q + eps / classes
+
+with label smoothing eps (Szegedy et al. 2016, sec. 7), focal gamma (Lin et al. 2017, Eq. 4),
+temperature T, class weights w and example weights a. A weighted sum of losses needs no function:
+`space["a"] * loss_a + space["b"] * loss_b`.
+"""
+
+import torch
+from torch import Tensor
+
+from midflight.levels import Level, default_floor, drawn
+from midflight.space import Hyperparameter
+
+Option = Hyperparameter | Tensor | float
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: Option = 0.0,
+    focal_gamma: Option = 0.0,
+    temperature: Option = 1.0,
+    class_weight: Option | None = None,
+    example_weight: Option | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Cross entropy with every option differentiable, to second order together with the logits.
+
+    Equals `torch.nn.functional.cross_entropy` in the options that it has. Finite, with its derivatives,
+    at any finite logits, also where p rounds to 1 and gamma < 1.
+
+    Args:
+        logits: (N, K), or (N, K, ...) with one prediction per place, as a segmentation has.
+        target: class indices, (N, ...), or probabilities of the classes, shaped like logits.
+        label_smoothing: in [0, 1], shape () or the target's; default range 0 to 0.5.
+        focal_gamma: at least 0, shape (); the weight (1 - p)^gamma is the class's own where targets are
+            smoothed; default range 0 to 5.
+        temperature: positive, shape (); default range 0.2 to 5 on a log scale.
+        class_weight: (K,); default range 0.1 to 10 on a log scale.
+        example_weight: one for each of the N examples (or for each place, shaped as the target). For a
+            weight per training example take `Float(0, 1, shape=(n,))` and pass `space["w"][ids]`, ids
+            being the examples of the batch.
+        reduction: "mean", "sum" or "none". As torch does, the mean with class indices divides by the sum
+            of w_(y_i), so that class weights matter relative to each other. It does not divide by the
+            sum of example weights: then they would compete, and sign steps push half of the good
+            examples down (from weights of 0 not one came back, measured with 30 % of labels flipped).
+
+    Returns:
+        a scalar, or one loss for each target with reduction="none".
+
+    Raises:
+        ValueError: the reduction is none of the three.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", but got {reduction!r}.')
+    # a class masked by a logit of -inf stays finite, for its share in a loss is 0 and 0 inf = nan
+    log_p = (logits / _value(temperature)).log_softmax(1).clamp(min=torch.finfo(logits.dtype).min)
+    terms, size = -log_p, torch.ones_like(log_p[:, 0])
+    if not _is_number(focal_gamma, 0):
+        terms = terms * (_value(focal_gamma) * _log_of_the_rest(log_p)).exp()
+    if class_weight is not None:
+        w = torch.as_tensor(_value(class_weight), device=logits.device)
+        terms = terms * w.reshape(-1, *[1] * (logits.ndim - 2))
+        size = size if target.is_floating_point() else w[target]
+    if target.is_floating_point():
+        losses = (target * terms).sum(1)
+    else:
+        losses = terms.gather(1, target[:, None]).squeeze(1)
+    if not _is_number(label_smoothing, 0):
+        eps = _value(label_smoothing)
+        losses = (1 - eps) * losses + eps * terms.mean(1)
+    if example_weight is not None:
+        a = torch.as_tensor(_value(example_weight), device=logits.device)
+        a = a.reshape(a.shape + (1,) * (losses.ndim - a.ndim))
+        losses = a * losses
+
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    return total / size.sum()
+
+
+def mixup(x: Tensor, y: Tensor, strength: Level) -> tuple[Tensor, Tensor]:
+    """Each example mixed with another one of the batch, inputs and targets alike.
+
+        (1 - s u / 2) (x, y) + (s u / 2) (x, y)[permuted],   u uniform in [0, 1], one per example
+
+    No mixing at s = 0; at s = 1 the share is uniform, the mixup with Beta(1, 1) of Zhang et al. 2018 up
+    to the order of the two. The gradient is pathwise: the share is differentiable in s at fixed
+    u. Beta(alpha, alpha) itself is a poor coordinate: it is sampled by rejection, which jumps, and for
+    small alpha almost every share is 0 or 1, where nothing can be learnt.
+
+    Args:
+        x: (N, ...), floating point.
+        y: (N, K), probabilities of the classes (one-hot, for example) or other real targets.
+        strength: in [0, 1], a hyperparameter of shape () or a number; default range 0 to 1. No
+            symmetry makes 0 a dead point: there a step mixes in the mean of the others.
+
+    Returns:
+        x and y, mixed, shaped as before.
+
+    Raises:
+        ValueError: y holds class indices.
+    """
+    if not y.is_floating_point():
+        raise ValueError(
+            f"mixup needs targets that can be mixed, but y is {y.dtype}; "
+            "pass F.one_hot(y, classes).to(x.dtype)."
+        )
+    order = torch.randperm(len(x), device=x.device)
+    share = (
+        drawn(strength, default_floor(strength), x) * torch.rand(len(x), dtype=x.dtype, device=x.device) / 2
+    )
+    of_x, of_y = (share.reshape(-1, *[1] * (t.ndim - 1)).to(t.dtype) for t in (x, y))
+    return x + of_x * (x[order] - x), y + of_y * (y[order] - y)
+
+
+def _log_of_the_rest(log_p: Tensor) -> Tensor:
+    """log(1 - p) over dimension 1, without cancellation where p rounds to 1.
+
+    The likeliest class gets the logsumexp of the others; the rest have p <= 1/2, where log1p is exact.
+    """
+    top = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, log_p.argmax(1, keepdim=True), True)
+    others = log_p.masked_fill(top, torch.finfo(log_p.dtype).min)
+    return torch.where(top, others.logsumexp(1, keepdim=True), torch.log1p(-others.exp()))
+
+
+def _is_number(option: object, number: float) -> bool:
+    return isinstance(option, int | float) and option == number
+
+
+def _value(option: Option) -> Tensor | float:
+    return option.value if isinstance(option, Hyperparameter) else option

@@ -1,0 +1,71 @@
+"""Penalties: functions of weights or activations, to be weighted by a hyperparameter and added to the loss.
+
+    loss + space["l1"] * l1(model.parameters())
+
+All are linear in their weight, so its hypergradient is alive everywhere, also at 0. A penalty of your
+own is any function of tensors that returns a scalar; `orthogonality` is an example to copy.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from midflight.space import Hyperparameter
+
+
+def l1(weights: Iterable[Tensor]) -> Tensor:
+    """sum |w| over all entries (Tibshirani 1996); a scalar. Default range of its weight 1e-7 to 1e-2, log."""
+    return torch.stack([w.abs().sum() for w in weights]).sum()
+
+
+def l2(weights: Iterable[Tensor]) -> Tensor:
+    """sum w^2 / 2 over all entries; a scalar. Default range of its weight 1e-6 to 1e-1, log.
+
+    With the half, its gradient is w, so that `h * l2(...)` in the loss is the optimiser's coupled
+    `weight_decay=h`; there, bound to the optimiser, it costs nothing, while here it can leave out weights.
+    """
+    return torch.stack([w.square().sum() for w in weights]).sum() / 2
+
+
+def activation_l2(*activations: Tensor) -> Tensor:
+    """The mean square of each activation, summed; a scalar (activation regularisation, Merity et al. 2017).
+
+        hidden = body(x)
+        loss = F.cross_entropy(head(hidden), y) + space["activation"] * activation_l2(hidden)
+
+    Default range of its weight 1e-4 to 10, log.
+    """
+    return torch.stack([a.square().mean() for a in activations]).sum()
+
+
+def max_norm(weight: Tensor, limit: Hyperparameter | Tensor | float) -> Tensor:
+    """sum max(0, |row| - limit)^2, a soft form of the max-norm constraint (Srivastava et al. 2014, sec. 5.1).
+
+    Args:
+        weight: (units, ...), one row of incoming weights per unit.
+        limit: positive, shape () or (units,). A hyperparameter here has a gradient only while some
+            row is longer than it: begin with a low limit. Default range 0.5 to 5, log.
+
+    Returns:
+        a scalar; default range of its weight 1e-4 to 1, log.
+    """
+    squares = weight.flatten(1).square().sum(1)
+    # sqrt has no second derivative at 0, where a row is below any limit
+    norms = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
+    excess = norms - (limit.value if isinstance(limit, Hyperparameter) else limit)
+    return excess.clamp(min=0).square().sum()
+
+
+def orthogonality(weight: Tensor) -> Tensor:
+    """|W W^T - 1|^2, or with W^T W if that is smaller, in the Frobenius norm (Brock et al. 2017, Eq. 2).
+
+    Args:
+        weight: (units, ...), taken as a matrix of one row per unit.
+
+    Returns:
+        a scalar; default range of its weight 1e-6 to 1e-1, log.
+    """
+    w = weight.flatten(1)
+    gram = w @ w.T if len(w) <= w.shape[1] else w.T @ w
+    return (gram - torch.eye(len(gram), dtype=w.dtype, device=w.device)).square().sum()
