@@ -123,6 +123,64 @@ class Hyperparameter:
         now = f"{float(x):.4g}" if x.ndim == 0 else f"{tuple(x.shape)}, mean {float(x.mean()):.4g}"
         return f"{self.name} = {now}  ({scale} in [{self.spec.low:.4g}, {self.spec.high:.4g}])"
 
+    def __add__(self, other: Any) -> Tensor:
+        result: Tensor = self.value + other
+        return result
+
+    def __radd__(self, other: Any) -> Tensor:
+        result: Tensor = other + self.value
+        return result
+
+    def __sub__(self, other: Any) -> Tensor:
+        result: Tensor = self.value - other
+        return result
+
+    def __rsub__(self, other: Any) -> Tensor:
+        result: Tensor = other - self.value
+        return result
+
+    def __mul__(self, other: Any) -> Tensor:
+        result: Tensor = self.value * other
+        return result
+
+    def __rmul__(self, other: Any) -> Tensor:
+        result: Tensor = other * self.value
+        return result
+
+    def __truediv__(self, other: Any) -> Tensor:
+        result: Tensor = self.value / other
+        return result
+
+    def __rtruediv__(self, other: Any) -> Tensor:
+        result: Tensor = other / self.value
+        return result
+
+    def __pow__(self, other: Any) -> Tensor:
+        return self.value**other
+
+    def __rpow__(self, other: Any) -> Tensor:
+        result: Tensor = other**self.value
+        return result
+
+    def __neg__(self) -> Tensor:
+        return self.value.neg()
+
+    def __lt__(self, other: Any) -> Tensor:
+        result: Tensor = self.value < other
+        return result
+
+    def __le__(self, other: Any) -> Tensor:
+        result: Tensor = self.value <= other
+        return result
+
+    def __gt__(self, other: Any) -> Tensor:
+        result: Tensor = self.value > other
+        return result
+
+    def __ge__(self, other: Any) -> Tensor:
+        result: Tensor = self.value >= other
+        return result
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -138,22 +196,6 @@ def _value_of(x: Any) -> Any:
 
 def _values_of(xs: Any) -> Any:
     return type(xs)(_value_of(x) for x in xs)
-
-
-def _operator(name: str) -> Callable[..., Tensor]:
-    def operator(self: Hyperparameter, *others: Any) -> Tensor:
-        result: Tensor = getattr(self.value, name)(*others)
-        return result
-
-    operator.__name__ = name
-    return operator
-
-
-for _name in ("add", "sub", "mul", "truediv", "pow"):
-    setattr(Hyperparameter, f"__{_name}__", _operator(f"__{_name}__"))
-    setattr(Hyperparameter, f"__r{_name}__", _operator(f"__r{_name}__"))
-for _name in ("neg", "lt", "le", "gt", "ge"):
-    setattr(Hyperparameter, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 class Space:

@@ -203,7 +203,7 @@ class Tuner:
             hparams=self.space.raws,
             values=values,
             valid_grad=self._valid_grad,
-            train_loss=train_loss,
+            train_loss=None if self.mixed_partial == DOUBLE_BACKWARD else train_loss,
         )
 
     def _choose_mixed_partial(self, train_loss: TrainLoss) -> str:

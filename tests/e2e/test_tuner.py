@@ -452,6 +452,24 @@ def test_hyperparameters_linear_in_the_loss_need_no_double_backward():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # float32, five steps
 
 
+def test_a_function_that_reads_no_hyperparameter_is_evaluated_once_per_hyper_step():
+    s = mf.Space(weight_decay=mf.Float(1e-5, 1e-1, log=True))
+    model = nn.Linear(8, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    t = tuner(model, optimizer, s)
+    calls = []
+
+    def loss():
+        calls.append(1)
+        return F.cross_entropy(model(X), Y)
+
+    t.backward(loss)  # the first hyper-step looks at the structure
+    optimizer.step()
+    calls.clear()
+    t.backward(loss)
+    assert len(calls) == 1
+
+
 def test_reevaluating_leaves_buffers_and_random_numbers_as_they_were():
     s = space()
     model = network(s, nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))

@@ -92,10 +92,10 @@ def _value_grads(loss: torch.Tensor, values: Tensors) -> Tensors:
 
 
 def is_linear(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
-    """Whether dC1~/dvalues does not depend on the values, as the recorded graph tells."""
+    """Whether the loss reads values, and dC1~/dvalues does not depend on them, as the graph tells."""
     loss = train_loss(params, values)
     if not loss.requires_grad:
-        return True
+        return False
     found = torch.autograd.grad(loss, list(values.values()), create_graph=True, allow_unused=True)
     slopes = [g.sum() for g in found if g is not None and g.requires_grad]
     again = torch.autograd.grad(slopes, list(values.values()), allow_unused=True) if slopes else ()
