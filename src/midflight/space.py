@@ -18,6 +18,7 @@ from midflight.transforms import Linear, Log, Logit, Transform
 from midflight.trees import Tensors
 
 Value = float | Sequence[float] | Tensor
+ROUNDING = 1e-6  # a few float32 roundings
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,20 @@ class Float:
             self.check(self.init)
 
     def check(self, value: Value) -> Tensor:
-        """`value` in this shape, float64; raises `SpaceError` unless low <= value <= high."""
+        """`value` in this shape, float64; raises `SpaceError` unless low <= value <= high.
+
+        What float32 rounded just over a bound is brought back to it.
+        """
         tensor = torch.as_tensor(value, dtype=torch.float64)
         if tensor.shape not in ((), self.shape):
             raise SpaceError(f"a value of shape {self.shape} is needed, but got {tuple(tensor.shape)}.")
-        wrong = tensor[~((tensor >= self.low) & (tensor <= self.high))]
+        low, high = self.low - ROUNDING * abs(self.low), self.high + ROUNDING * abs(self.high)
+        wrong = tensor[~((tensor >= low) & (tensor <= high))]
         if len(wrong):
             raise SpaceError(
                 f"a value in [{self.low:g}, {self.high:g}] is needed, but got {float(wrong[0]):g}."
             )
-        return tensor.expand(self.shape)
+        return tensor.clamp(self.low, self.high).expand(self.shape)
 
     @property
     def transform(self) -> Transform:
@@ -156,7 +161,8 @@ class Hyperparameter:
         return result
 
     def __pow__(self, other: Any) -> Tensor:
-        return self.value**other
+        result: Tensor = self.value**other
+        return result
 
     def __rpow__(self, other: Any) -> Tensor:
         result: Tensor = other**self.value

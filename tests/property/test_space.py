@@ -86,6 +86,15 @@ def test_hyperparameters_are_no_parameters_or_buffers_of_the_model():
     assert layer.std is space["noise"]
 
 
+@pytest.mark.parametrize("scale", [{}, {"log": True}, {"logit": True}])
+@pytest.mark.parametrize("raw", [0.0, 1.0])
+def test_values_read_at_a_bound_can_be_set_again(scale, raw):
+    space = mf.Space(x=mf.Float(0.001, 0.8, **scale))
+    space["x"].raw.fill_(raw)
+    space.set(**space.as_dict())
+    assert float(space["x"].raw) == pytest.approx(raw, abs=1e-6)
+
+
 def test_state_round_trips_and_refuses_another_space():
     space = mf.Space(a=mf.Float(0, 1, init=0.3), b=mf.Float(1e-3, 1, log=True))
     state = space.state_dict()

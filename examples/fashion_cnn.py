@@ -1,0 +1,98 @@
+"""How much to augment: six magnitudes and weight decay of a CNN on 1,000 Fashion-MNIST images, tuned.
+
+    python examples/fashion_cnn.py            # about a minute; needs kornia: pip install midflight[augment]
+    python examples/fashion_cnn.py --quick
+
+Rotation, translation, scale, shear, brightness and contrast all begin at 0: no augmentation. Each magnitude
+is in the units of its kind (degrees, shares of the width, ...) and has a default range. Few images and many
+epochs: the regime in which a one-step hypergradient is right about regularisation.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import midflight as mf
+from midflight.study.data import load
+
+MAGNITUDES = ("rotation", "translation", "scale", "shear", "brightness", "contrast")
+Split = tuple[Tensor, Tensor]
+
+
+def data() -> tuple[Split, Split, Split]:
+    """1,000 images to train on, 2,000 that tune, 10,000 to report on."""
+    arrays = load("fashion_mnist")
+    images, labels = torch.from_numpy(arrays.train_x).view(-1, 1, 28, 28), torch.from_numpy(arrays.train_y)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, valid = order[:1000], order[1000:3000]
+    test = torch.from_numpy(arrays.test_x).view(-1, 1, 28, 28), torch.from_numpy(arrays.test_y)
+    return (images[train], labels[train]), (images[valid], labels[valid]), test
+
+
+def cross_entropy(model: nn.Module, batch: Split) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def train(space: mf.Space, train: Split, valid: Split, epochs: int, tune: bool) -> nn.Module:
+    """A network trained from seed 0 with the values of `space`, which move if `tune`."""
+    torch.manual_seed(0)
+    x, y = train
+    model = nn.Sequential(
+        mf.nn.Augment(**{name: space[name] for name in MAGNITUDES}),
+        nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    tuner = mf.Tuner(
+        model, optimizer, space, validate=cross_entropy, bind=["weight_decay"],
+        valid_loader=list(zip(valid[0].split(500), valid[1].split(500), strict=True)),
+        every=5, total_steps=epochs * len(x) // 50,
+    )  # fmt: skip
+    if not tune:
+        tuner.detach()  # the bound option keeps the value of the space
+
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(50):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x[rows]), y[rows])
+            tuner.backward(loss) if tune else loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+def main(quick: bool = False) -> dict[str, Any]:
+    epochs = 20 if quick else 60
+    images, valid, test = data()
+    space = mf.Space(
+        {
+            "weight_decay": mf.default_range("weight_decay", init=1e-5),
+            **{name: mf.default_range(name, init=0.0) for name in MAGNITUDES},
+        }
+    )
+    start = space.as_dict()
+    models = {"fixed": train(space, images, valid, epochs, tune=False)}
+    models["tuned"] = train(space, images, valid, epochs, tune=True)
+    end = space.as_dict()
+    models["re-run"] = train(space, images, valid, epochs, tune=False)
+
+    print("\n".join(f"{name:17} {start[name]:8.3g} -> {end[name]:.3g}" for name in space))
+    with torch.no_grad():
+        losses = {name: float(cross_entropy(model, valid)) for name, model in models.items()}
+        tested = {name: float(cross_entropy(model, test)) for name, model in models.items()}
+    print("validation loss  ", "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    print("test loss        ", "  ".join(f"{name} {loss:.4f}" for name, loss in tested.items()))
+    return {"start": start, "end": end, "valid": losses, "test": tested}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a shortened run")
+    torch.set_num_threads(1)  # more would only get into each other's way on networks this small
+    try:
+        main(**vars(parser.parse_args()))
+    except mf.MissingExtra as error:
+        parser.exit(1, f"{error}\n")

@@ -1,0 +1,107 @@
+"""Eight hyperparameters of five kinds at once: an MLP on scikit-learn's breast cancer table.
+
+    python examples/tabular.py            # about 15 seconds; needs scikit-learn
+    python examples/tabular.py --quick
+
+Weight decay, learning rate and beta1 of Adam; noise on the inputs and on the hidden units; dropout; label
+smoothing; an L1 penalty. All are tuned on 200 validation rows while the network trains on 100 others.
+
+Few rows and many epochs: the regime in which a one-step hypergradient is right about regularisation. Of the
+learning rate it sees the next step only and tends to shrink it: give `lr` a range in which each value trains.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_breast_cancer
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+import midflight as mf
+
+Split = tuple[Tensor, Tensor]
+
+
+def data() -> tuple[Split, Split, Split]:
+    """100 rows to train on, 200 that tune, 269 to report on; standardised by the training rows."""
+    x, y = load_breast_cancer(return_X_y=True)
+    train_x, x, train_y, y = train_test_split(x, y, train_size=100, stratify=y, random_state=0)
+    valid_x, test_x, valid_y, test_y = train_test_split(x, y, train_size=200, stratify=y, random_state=0)
+    mean, std = train_x.mean(0), train_x.std(0)
+
+    def split(x: Any, y: Any) -> Split:
+        return torch.tensor((x - mean) / std, dtype=torch.float32), torch.tensor(y)
+
+    return split(train_x, train_y), split(valid_x, valid_y), split(test_x, test_y)
+
+
+def search_space() -> mf.Space:
+    """A start as one might leave it untouched: Adam's defaults and next to no regularisation."""
+    return mf.Space(
+        weight_decay=mf.Float(1e-6, 1e-1, log=True, init=1e-5),
+        lr=mf.Float(3e-4, 1e-2, log=True, init=3e-3),
+        beta1=mf.Float(0.5, 0.99, logit=True, init=0.9),
+        input_noise=mf.Float(0.0, 1.0, init=0.02),
+        hidden_noise=mf.Float(0.0, 1.0, init=0.02),
+        dropout=mf.Float(0.01, 0.8, logit=True, init=0.05),
+        label_smoothing=mf.Float(0.0, 0.3, init=0.1),
+        l1=mf.Float(1e-6, 1e-2, log=True, init=1e-5),
+    )
+
+
+def cross_entropy(model: nn.Module, batch: Split) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def train(space: mf.Space, epochs: int, tune: bool) -> nn.Module:
+    """A network trained from seed 0 with the values of `space`, which move if `tune`."""
+    torch.manual_seed(0)
+    (x, y), valid, _ = data()
+    model = nn.Sequential(
+        mf.nn.GaussianNoise(space["input_noise"]), nn.Linear(30, 64), nn.ReLU(),
+        mf.nn.GaussianNoise(space["hidden_noise"]), nn.Linear(64, 64), nn.ReLU(),
+        mf.nn.Dropout(space["dropout"]), nn.Linear(64, 2),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters())
+    tuner = mf.Tuner(
+        model, optimizer, space, validate=cross_entropy, valid_loader=[valid],
+        bind=["weight_decay", "lr", "beta1"], every=4, total_steps=4 * epochs,
+    )  # fmt: skip
+    if not tune:
+        tuner.detach()  # the bound options keep the values of the space
+
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(25):
+            optimizer.zero_grad()
+            loss = mf.losses.cross_entropy(model(x[rows]), y[rows], label_smoothing=space["label_smoothing"])
+            loss = loss + space["l1"] * mf.penalties.l1(model.parameters())
+            tuner.backward(loss) if tune else loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+def main(quick: bool = False) -> dict[str, Any]:
+    epochs = 100 if quick else 300
+    _, valid, test = data()
+    space = search_space()
+    start = space.as_dict()
+    models = {"fixed": train(space, epochs, tune=False), "tuned": train(space, epochs, tune=True)}
+    end = space.as_dict()
+    models["re-run"] = train(space, epochs, tune=False)
+
+    print("\n".join(f"{name:18} {start[name]:8.3g} -> {end[name]:.3g}" for name in space))
+    with torch.no_grad():
+        losses = {name: float(cross_entropy(model, valid)) for name, model in models.items()}
+        tested = {name: float(cross_entropy(model, test)) for name, model in models.items()}
+    print("validation loss   ", "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    print("test loss         ", "  ".join(f"{name} {loss:.4f}" for name, loss in tested.items()))
+    return {"start": start, "end": end, "valid": losses, "test": tested}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a shortened run")
+    torch.set_num_threads(1)  # more would only get into each other's way on networks this small
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,30 @@
+"""Every example, shortened, ends with a better validation loss than its start."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from midflight.study.data import DatasetUnavailable
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def result_of(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    try:
+        return example.main(quick=True)
+    except DatasetUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_tuning_ends_with_a_lower_validation_loss_than_the_start(name):
+    if name == "fashion_cnn":
+        pytest.importorskip("kornia")
+    result = result_of(name)
+    assert result["valid"]["tuned"] < result["valid"]["fixed"]
+    if name == "noisy_labels":
+        assert result["precision"] > 1.5 * result["chance"]  # a network that learnt nothing is at 1
