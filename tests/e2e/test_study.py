@@ -18,6 +18,7 @@ from midflight import ESTIMATORS, cli
 from midflight.study.run import run_study
 from midflight.study.spec import Arm, SpecError, preset
 from midflight.study.store import Result, Row, Store, StoreError, StoreUnavailable
+from midflight.testing import KINDS, OPTIMIZERS
 
 TINY = ["--networks", "16", "--epochs", "4", "--train", "400", "--valid", "100", "--landscape", "2"]
 
@@ -273,7 +274,7 @@ def test_check_passes_and_its_json_says_the_same(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "check", "--json")
     table = json.loads(out)
     assert code == 0
-    assert {row["estimator"] for row in table["checks"]} == set(ESTIMATORS)
+    assert {row["estimator"] for row in table["checks"]} == {"one_step", "one_step_cheap", "t1t2", "paper"}
     for row in table["checks"]:
         assert row["passed"] is (row["relative_error"] <= row["tolerance"] if row["exact"] else None)
     assert any(row["relative_error"] > 0.1 for row in table["checks"] if row["estimator"] == "t1t2")
@@ -286,6 +287,19 @@ def test_check_fails_when_an_estimator_is_wrong(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "check")
     assert code == 1
     assert "FAILS" in out
+
+
+def test_check_all_covers_every_estimator_and_names_what_it_leaves_out(monkeypatch, capsys):
+    for table, rows in ((OPTIMIZERS, {"Adam"}), (KINDS, {"l1", "momentum"})):
+        for row in set(table) - rows:
+            monkeypatch.delitem(table, row)
+    code, out, _ = call(monkeypatch, capsys, "check", "--all", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert {row["estimator"] for row in found["checks"]} == set(ESTIMATORS) - {"paper"}
+    left_out = {(row["hyperparameter"], row["estimator"]): row["reason"] for row in found["skipped"]}
+    assert "no option momentum" in left_out["momentum", "all estimators"]
+    assert ("l1", "paper") in left_out
 
 
 def test_help_shows_examples(monkeypatch, capsys):
