@@ -108,7 +108,7 @@ MUTANTS = [
         "study/run.py",
         "if arm not in done]",
         "]",
-        STUDY + "a_study_twice_runs_nothing_twice_and_studies_do_not_mix",
+        STUDY + PAIRED,
     ),
     (
         "study/run.py",
