@@ -22,7 +22,7 @@ study: setup
 	$(BIN)/midflight report quick
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check src tests examples benchmarks

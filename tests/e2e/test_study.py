@@ -65,7 +65,7 @@ def test_ten_kills_at_random_moments_lose_and_repeat_nothing(tmp_path):
         )
         before, began = count(killed), time.monotonic()
         if kill % 2:  # at any moment, the start of the workers included
-            time.sleep(moments.uniform(0.5, 6))
+            time.sleep(moments.uniform(0.5, 4))
         else:  # while arms are being written
             while count(killed) == before and time.monotonic() - began < 60:
                 time.sleep(0.005)
