@@ -110,7 +110,7 @@ class RandomState:
             yield
 
 
-class _Closure(nn.Module):
+class LossModule(nn.Module):
     """A user's loss function as a module, so that `functional_call` can give its model other weights."""
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
@@ -142,7 +142,7 @@ def reevaluated(
         weights = {f"model.{name}": p for name, p in params.items()}
         copies = {name: b.clone() for name, b in buffers.items()}
         with random.replayed(), space.seeing(values):
-            result: Tensor = torch.func.functional_call(_Closure(model, loss), {**weights, **copies}, ())
+            result: Tensor = torch.func.functional_call(LossModule(model, loss), {**weights, **copies}, ())
         return result
 
     return train_loss

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from midflight.binding import Bind, Binding
-from midflight.capture import RandomState, evaluating, trained_parameters
+from midflight.capture import LossModule, RandomState, evaluating, trained_parameters
 from midflight.errors import MidflightError, NotTwiceDifferentiable, UnreachedHyperparameter
 from midflight.hypergrad import CLAIMS, Estimator, estimator_for, hypergradient
 from midflight.hypergrad.mixed import is_linear, knows_forward_mode
@@ -191,7 +191,7 @@ class _Trial:
 
         def call(function: Callable[[nn.Module, Any], Tensor], data: Any, params: Tensors) -> Tensor:
             weights = {**frozen, **{name: b.clone() for name, b in buffers.items()}, **params}
-            wrapper = _Called(model, function, data)
+            wrapper = LossModule(model, lambda: function(model, data))
             result: Tensor = torch.func.functional_call(
                 wrapper, {f"model.{name}": tensor for name, tensor in weights.items()}, ()
             )
@@ -267,19 +267,6 @@ class _Trial:
         if not knows_forward_mode(train_loss, self.params, values):
             return "double backward (the loss is linear in what it reads, but has no forward mode)"
         return "forward over reverse: the loss is linear in what it reads of the space"
-
-
-class _Called(nn.Module):
-    """function(model, data) as a module, so that `functional_call` can replace the model's tensors."""
-
-    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Any], Tensor], data: Any) -> None:
-        super().__init__()
-        self.model = model
-        self._function = function
-        self._data = data
-
-    def forward(self) -> Tensor:
-        return self._function(self.model, self._data)
 
 
 def _lines(estimator: str, estimate: Tensors, truths: Mapping[str, _Truth]) -> Iterator[Line]:
