@@ -157,7 +157,8 @@ def _check(arguments: list[str]) -> int:
     torch.set_num_threads(1)  # the networks of the table are too small for more
     rows = []
     with _err.status("comparing with central differences") as status:
-        for row in run_checks(everything=check.all):
+        workers = (os.cpu_count() or 1) if check.all else 1
+        for row in run_checks(everything=check.all, workers=workers):
             rows.append(row)
             status.update(f"comparing with central differences: {row.rule}, {row.hyperparameter}")
     checks = [row for row in rows if isinstance(row, Check)]

@@ -42,7 +42,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "Muon": lambda p: torch.optim.Muon([x for x in p if x.ndim == 2], lr=0.02),
 }
 
-FEATURES, HIDDEN, CLASSES, EXAMPLES = 12, 16, 3, 40
+FEATURES, HIDDEN, CLASSES, EXAMPLES = 12, 16, 3, 24
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def derivative(f: Callable[[float], float]) -> tuple[float, float]:
 
     Rounding asks for a large h (it leaves about 1e-16 |f| / h), kinks such as those of ReLU or of
     amsgrad's maximum for a small one. So more than one h is tried, and the value taken is the one
-    that differs least from its smaller neighbour, rounding counted in; that is the uncertainty.
+    that differs least from its smaller neighbour, its own rounding counted in; that is the uncertainty.
     """
     size = abs(f(0.0))
     found: dict[float, float] = {}
@@ -48,7 +48,7 @@ def derivative(f: Callable[[float], float]) -> tuple[float, float]:
     for h in STEP_SIZES:
         found[h] = (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
         best = min(
-            ((abs(found[a] - found[b]) + ROUNDING * size / a, found[b]) for a, b in pairwise(sorted(found))),
+            ((abs(found[a] - found[b]) + ROUNDING * size / b, found[b]) for a, b in pairwise(sorted(found))),
             default=best,
         )
         if best[0] <= AGREEMENT * abs(best[1]):

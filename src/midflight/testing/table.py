@@ -1,6 +1,8 @@
 """`midflight check`: each estimator against the central difference of the one-step map, in float64."""
 
+import multiprocessing
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,18 +57,25 @@ class Skipped:
     reason: str
 
 
-def run_checks(everything: bool = False) -> Iterator[Check | Skipped]:
-    """The conformance table: what the paper's study needs, or every estimator on every row."""
+def run_checks(everything: bool = False, workers: int = 1) -> Iterator[Check | Skipped]:
+    """The conformance table: what the paper's study needs, or every estimator on every row.
+
+    Args:
+        everything: every update rule, kind of hyperparameter and estimator.
+        workers: processes; each computes with one thread, for the networks of the table are small.
+    """
     rules: Iterable[str] = OPTIMIZERS if everything else PAPER_RULES
     kinds: Iterable[str] = KINDS if everything else PAPER_KINDS
     estimators = tuple(ESTIMATORS) if everything else PAPER_ESTIMATORS
-    for rule in rules:
-        for kind in kinds:
-            reason = why_skipped(rule, kind)
-            if reason is None:
-                yield from _row(rule, kind, estimators)
-            else:
-                yield Skipped(rule, kind, "all estimators", reason)
+    places = [(rule, kind, estimators) for rule in rules for kind in kinds]
+    if workers == 1:
+        for place in places:
+            yield from _row(place)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for row in pool.map(_row, places, chunksize=4):
+            yield from row
 
 
 def as_dicts(checks: Iterable[Check | Skipped]) -> list[dict[str, Any]]:
@@ -74,7 +83,15 @@ def as_dicts(checks: Iterable[Check | Skipped]) -> list[dict[str, Any]]:
     return [asdict(c) | {"exact": c.tolerance is not None} for c in checks if isinstance(c, Check)]
 
 
-def _row(rule: str, kind: str, estimators: Iterable[str]) -> Iterator[Check | Skipped]:
+def _row(place: tuple[str, str, tuple[str, ...]]) -> list[Check | Skipped]:
+    rule, kind, estimators = place
+    reason = why_skipped(rule, kind)
+    if reason is not None:
+        return [Skipped(rule, kind, "all estimators", reason)]
+    return list(_estimates(rule, kind, estimators))
+
+
+def _estimates(rule: str, kind: str, estimators: Iterable[str]) -> Iterator[Check | Skipped]:
     # the distance of an estimator that is not exact needs many states; exactness shows in any
     seeds = SEEDS if rule in PAPER_RULES and kind in PAPER_KINDS else 1
     cases = [make_case(rule, kind, seed) for seed in range(seeds)]
