@@ -56,7 +56,7 @@ MUTANTS = [
     ("updates/muon.py", "x / x.norm()", "x / x.norm().detach()", ORACLES),
     ("updates/__init__.py", "if kind in REFUSED:", "if False:", PARITY),
     ("hypergrad/one_step.py", "step.valid_grad(step.next_params())", "step.valid_grad(step.params)", ORACLES),
-    ("hypergrad/t1t2.py", "replace(step, updates=plain).pullback(v)", "step.pullback(v)", ORACLES),
+    ("hypergrad/t1t2.py", "pullback(replace(step, updates=plain), v)", "pullback(step, v)", ORACLES),
     ("hypergrad/paper.py", '-u.options["lr"] * (v[name]', "-(v[name]", ORACLES),
     ("hypergrad/paper.py", "torch.randn(", "torch.rand(", ORACLES),
     ("problem.py", "for option, gradient in option_grads.items():", "for option, gradient in ():", ORACLES),
