@@ -59,7 +59,7 @@ MUTANTS = [
     ("hypergrad/t1t2.py", "pullback(replace(step, updates=plain), v)", "pullback(step, v)", ORACLES),
     ("hypergrad/paper.py", '-u.options["lr"] * (v[name]', "-(v[name]", ORACLES),
     ("hypergrad/paper.py", "torch.randn(", "torch.rand(", ORACLES),
-    ("problem.py", "for option, gradient in option_grads.items():", "for option, gradient in ():", ORACLES),
+    ("hypergrad/mixed.py", "derivative in option_grads.items()]", "derivative in ()]", ORACLES),
     ("problem.py", "if missing:", "if False:", ORACLES),
     ("testing/oracles.py", "(12 * h)", "(11 * h)", ORACLES),
     ("transforms.py", "math.log(self.high / self.low) * raw", "2 * raw", PROPERTY),
@@ -90,7 +90,7 @@ MUTANTS = [
     ("tuner.py", "if leaf.grad is None else leaf.grad + g.detach()", "", TUNER),
     ("tuner.py", "self.space.clamp_()", "pass", TUNER),
     ("tuner.py", "if not all_finite(self._hypergradients.values()):", "if False:", TUNER),
-    ("tuner.py", "if len(settings) > 1:", "if False:", TUNER),
+    ("binding.py", "if len(settings) > 1 and", "if False and", TUNER),
     (
         "study/store.py",
         "INSERT OR IGNORE INTO arms",
