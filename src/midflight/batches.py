@@ -1,4 +1,4 @@
-"""An endless stream of validation batches that can be put to sleep and woken at the same place."""
+"""An endless stream of batches that can be put to sleep and woken at the same place."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,8 +16,9 @@ class EndlessBatches(Iterator[Any]):
         ValueError: the loader is empty.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: Iterable[Any], name: str) -> None:
         self._loader = loader
+        self._name = name
         self._begin()
 
     def __next__(self) -> Any:
@@ -26,7 +27,7 @@ class EndlessBatches(Iterator[Any]):
         except StopIteration:
             if self._used == 0:
                 raise ValueError(
-                    "valid_loader must give at least one batch each time it is iterated, but gave none; "
+                    f"{self._name} must give at least one batch each time it is iterated, but gave none; "
                     "pass a DataLoader or a list rather than a generator that runs out."
                 ) from None
             self._begin()

@@ -23,6 +23,7 @@ from midflight.capture import (
     weights_at,
 )
 from midflight.errors import UnsupportedParameter
+from midflight.foresight import Foresight
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.hypergrad.mixed import is_linear, knows_forward_mode
 from midflight.hypersteps import SignSteps, annealing
@@ -50,6 +51,10 @@ class Tuner:
         space: what is tuned.
         validate: (model, batch) -> validation loss, a scalar; called in eval mode.
         valid_loader: batches of validation data (T2), iterated again and again.
+        train_loader: batches of the training data (T1), for `validate` as well, iterated like the
+            others. With it the tuner sees whether the model is memorising and judges each step for
+            the run instead of for the moment; see `midflight.foresight`. Leave it out for the plain
+            one-step hypergradient, which over-regularises where data are many and training short.
         bind: hyperparameters that are options of the optimiser: names that are both, or
             {hyperparameter: option}. The tuner writes a number into every param_group, and entry i
             of a hyperparameter of shape (number of groups,) into group i; see `param_groups`.
@@ -77,6 +82,7 @@ class Tuner:
         *,
         validate: Callable[[nn.Module, Any], Tensor],
         valid_loader: Iterable[Any],
+        train_loader: Iterable[Any] | None = None,
         bind: Bind = (),
         every: int = 10,
         estimator: str | Estimator = "one_step",
@@ -94,12 +100,14 @@ class Tuner:
         self._optimizer = optimizer
         self._params = trained_parameters(model, optimizer)
         self._validate = validate
-        self._batches = EndlessBatches(valid_loader)
+        self._batches = EndlessBatches(valid_loader, "valid_loader")
+        self._train_batches = None if train_loader is None else EndlessBatches(train_loader, "train_loader")
         self._binding = Binding(optimizer, space, bind)
         self._estimate = estimator_for(estimator)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.hyper_optimizer, annealing(None if total_steps is None else math.ceil(total_steps / every))
-        )
+        hyper_steps = None if total_steps is None else math.ceil(total_steps / every)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.hyper_optimizer, annealing(hyper_steps))
+        self.foresight = None if train_loader is None else Foresight(hyper_steps)
+        """Where validation is judged; None without `train_loader`."""
         self._calls = 0
         self._checked = False
         self._hypergradients: Tensors = {}
@@ -138,6 +146,7 @@ class Tuner:
             value.backward()  # type: ignore[no-untyped-call]
         else:
             self._binding.verify()
+            self._look_ahead()
             value, step = self._step(loss)
             self._hypergradients = self._estimate(step)
             if not all_finite(self._hypergradients.values()):
@@ -155,16 +164,30 @@ class Tuner:
             "hyper_optimizer": self.hyper_optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "batches": self._batches.state_dict(),
+            "train_batches": self._train_batches and self._train_batches.state_dict(),
+            "foresight": self.foresight and self.foresight.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from `state_dict`, taken between a step and the next forward pass."""
+        """Resume from `state_dict`, taken between a step and the next forward pass.
+
+        Raises:
+            ValueError: one of the two tuners has a train_loader, the other not.
+        """
+        if (state["foresight"] is None) != (self.foresight is None):
+            raise ValueError(
+                "train_loader must be given when saving and when loading, or at neither, but only the "
+                f"{'loading' if self.foresight else 'saved'} tuner has one."
+            )
         self._calls = state["calls"]
         self.skipped = state["skipped"]
         self.space.load_state_dict(state["space"])
         self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._batches.load_state_dict(state["batches"])
+        if self._train_batches is not None and self.foresight is not None:
+            self._train_batches.load_state_dict(state["train_batches"])
+            self.foresight.load_state_dict(state["foresight"])
         self._hypergradients = {}
         self._binding.write()
         self._record_next_pass()
@@ -233,7 +256,19 @@ class Tuner:
         by_id = {id(leaf): g for leaf, g in zip(others, grads, strict=True) if g.requires_grad}
         return {name: by_id[id(p)] for name, p in self._params.items() if id(p) in by_id}
 
+    @torch.no_grad()
+    def _look_ahead(self) -> None:
+        if self.foresight is None or self._train_batches is None:
+            return
+        average = self.foresight.follow(self._params)
+        with evaluating(self._model), weights_at(self._params, average):
+            c1, c2 = (
+                float(self._validate(self._model, next(b))) for b in (self._train_batches, self._batches)
+            )
+        self.foresight.observe(c1, c2)
+
     def _valid_grad(self, at: Tensors) -> Tensors:
+        at = at if self.foresight is None else self.foresight.judged(at)
         params = {name: self._params[name] for name in at}
         with evaluating(self._model), weights_at(params, at):
             return gradient(self._validate(self._model, next(self._batches)), params)

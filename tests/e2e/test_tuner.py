@@ -185,7 +185,8 @@ def test_raw_values_stay_in_the_unit_interval():
         assert all(0 <= float(raw.detach()) <= 1 for raw in s.raws.values())
 
 
-def test_resume_equals_the_uninterrupted_run_bit_for_bit():
+@pytest.mark.parametrize("foresight", [False, True])
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(foresight):
     def build():
         torch.manual_seed(0)
         s = space()
@@ -195,7 +196,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit():
         loader = torch.utils.data.DataLoader(data, batch_size=10, shuffle=True, drop_last=True)
         t = mf.Tuner(
             model, optimizer, s, validate=cross_entropy, valid_loader=loader, bind=["weight_decay"],
-            every=3, total_steps=60,
+            train_loader=loader if foresight else None, every=3, total_steps=60,
         )  # fmt: skip
         return s, model, optimizer, t
 

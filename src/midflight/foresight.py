@@ -1,0 +1,102 @@
+"""Where the validation loss is judged, so that a one-step hypergradient serves the whole run.
+
+    v = dC2/dtheta at   average + caution (theta' - average),   average = of the recent weights
+
+Judged at theta', the weights after the step (caution 1), the loss holds what the optimiser's own
+wandering costs at this moment. More regularisation always lowers that cost, also where it
+harms the trained model. Judged at the average (caution 0) the cost is gone, but a step sees the present
+only: while the network learns what generalises, less regularisation looks better, and memorising
+comes later.
+
+Which of the two errs shows in C1 / C2, training over validation loss at the average. Caution rises as it
+falls below a line from 1 at the start to MEMORISED at the end of the run. docs/LOG.md has what
+was measured on the way to this.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midflight.trees import Tensors
+
+WINDOW = 0.05
+"""The average reaches back over this share of the hyper-steps so far."""
+RECENT = 0.15
+"""Losses are averaged over this share of them."""
+MEMORISED = 0.35
+"""C1 / C2 below this at the end of a run, and a model counts as memorising."""
+OPEN_END = 0.5
+"""The same where the length of the run is not known."""
+GAIN = 5.0
+"""Caution per unit of C1 / C2 below the line."""
+
+
+class Foresight:
+    """The averaged weights, and how far judgement leans from them to the weights after the step.
+
+    Args:
+        hyper_steps: in the whole run; None if not known.
+
+    Attributes:
+        caution: in [0, 1]; 0 judges at the average, 1 at the weights after the step.
+    """
+
+    def __init__(self, hyper_steps: int | None) -> None:
+        self.caution = 0.0
+        self._hyper_steps = hyper_steps
+        self._seen = 0
+        self._average: Tensors = {}
+        self._losses: deque[tuple[int, float, float]] = deque()
+
+    @torch.no_grad()
+    def follow(self, params: Mapping[str, Tensor]) -> Tensors:
+        """Count these weights into the average; gives the average, in the weights' own types."""
+        self._seen += 1
+        share = min(1.0, 1 / (WINDOW * self._seen))
+        for name, p in params.items():
+            now = p.detach().to(torch.promote_types(p.dtype, torch.float32))  # halves would not add up
+            before = self._average.get(name)
+            self._average[name] = now.clone() if before is None else before.lerp_(now, share)
+        return {name: self._average[name].to(p.dtype) for name, p in params.items()}
+
+    def observe(self, train_loss: float, valid_loss: float) -> None:
+        """C1 and C2 on one batch each, at the average; sets the caution."""
+        self._losses.append((self._seen, train_loss, valid_loss))
+        while self._losses[0][0] <= (1 - RECENT) * self._seen:
+            self._losses.popleft()
+        c1, c2 = (sum(entry[i] for entry in self._losses) for i in (1, 2))
+        if c2 > 0:
+            self.caution = min(1.0, max(0.0, GAIN * (self._line() - c1 / c2)))
+
+    @torch.no_grad()
+    def judged(self, at: Tensors) -> Tensors:
+        """Where v is taken instead of at the weights `at`."""
+        return {
+            name: self._average[name].lerp(p.to(self._average[name]), self.caution).to(p)
+            for name, p in at.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to resume."""
+        return {
+            "caution": self.caution,
+            "seen": self._seen,
+            "average": {name: a.clone() for name, a in self._average.items()},
+            "losses": list(self._losses),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from `state_dict`."""
+        self.caution = state["caution"]
+        self._seen = state["seen"]
+        self._average = {name: a.clone() for name, a in state["average"].items()}
+        self._losses = deque(tuple(entry) for entry in state["losses"])
+
+    def _line(self) -> float:
+        if self._hyper_steps is None:
+            return OPEN_END
+        return 1 - (1 - MEMORISED) * math.sqrt(min(1.0, self._seen / self._hyper_steps))

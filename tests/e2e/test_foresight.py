@@ -1,0 +1,192 @@
+"""Foresight: where the tuner judges a step, and the two regimes it tells apart."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import midflight as mf
+from midflight.foresight import GAIN, MEMORISED, OPEN_END, WINDOW, Foresight
+from midflight.testing.oracles import derivative
+from midflight.updates import rule_for
+
+
+def cross_entropy(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("c1", "c2", "caution"), [(0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (0.4, 1.0, GAIN * (OPEN_END - 0.4))]
+)
+def test_caution_rises_as_the_training_loss_falls_below_the_validation_loss(c1, c2, caution):
+    foresight = Foresight(hyper_steps=None)
+    foresight.follow({})
+    foresight.observe(c1, c2)
+    assert foresight.caution == pytest.approx(caution)
+
+
+def test_the_line_falls_from_1_to_memorised_over_the_run():
+    foresight, cautions = Foresight(hyper_steps=100), []
+    for _ in range(100):
+        foresight.follow({})
+        foresight.observe(MEMORISED + 0.05, 1.0)
+        cautions.append(foresight.caution)
+    assert cautions[0] == 1.0
+    assert cautions[-1] == 0.0
+    assert cautions == sorted(cautions, reverse=True)
+
+
+def test_caution_follows_recent_losses_only():
+    foresight = Foresight(hyper_steps=None)
+    for c1 in [0.0] * 85 + [1.0] * 16:
+        foresight.follow({})
+        foresight.observe(c1, 1.0)
+    assert foresight.caution == 0.0
+
+
+def test_losses_that_have_no_ratio_leave_the_caution_as_it_is():
+    foresight = Foresight(hyper_steps=None)
+    foresight.follow({})
+    foresight.caution = 0.7
+    foresight.observe(1.0, -1.0)
+    assert foresight.caution == 0.7
+
+
+def test_the_average_reaches_back_over_a_share_of_the_run_also_in_bfloat16():
+    foresight, expected = Foresight(None), 0.0
+    for n in range(1, 201):
+        share = min(1.0, 1 / (WINDOW * n))
+        expected += share * (n - expected)
+        average = foresight.follow({"w": torch.full((3,), float(n), dtype=torch.bfloat16)})["w"]
+    assert average.dtype == torch.bfloat16
+    assert average.float() == pytest.approx(torch.full((3,), expected), rel=1e-2)
+    exact = Foresight(None)
+    for n in range(1, 201):
+        average = exact.follow({"w": torch.full((3,), float(n), dtype=torch.float64)})["w"]
+    assert average.tolist() == pytest.approx([expected] * 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("caution", [0.0, 0.3, 1.0])
+def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(caution, monkeypatch):
+    """<v(average + caution (theta' - average)), theta'(h)> differentiated centrally, v held fixed."""
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 6, dtype=torch.float64), torch.randint(0, 3, (32,))
+    xv, yv = torch.randn(32, 6, dtype=torch.float64), torch.randint(0, 3, (32,))
+    space = mf.Space(weight_decay=mf.Float(1e-4, 1e-1, log=True, init=1e-2), dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    seen = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+
+    tuner = mf.Tuner(
+        model, optimizer, space, validate=cross_entropy, valid_loader=[(xv, yv)], train_loader=[(x, y)],
+        bind=["weight_decay"], every=1, hyper_optimizer=lambda raws: Recorder(raws, lr=1.0),
+    )  # fmt: skip
+    for _ in range(60):  # the average and the weights part
+        optimizer.zero_grad()
+        tuner.backward(cross_entropy(model, (x, y)))
+        optimizer.step()
+    monkeypatch.setattr(Foresight, "observe", lambda self, c1, c2: setattr(self, "caution", caution))
+
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    state = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in model.named_parameters()}
+    optimizer.zero_grad()
+    tuner.backward(cross_entropy(model, (x, y)))
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    options = dict(optimizer.param_groups[0], beta1=0.9, beta2=0.999)
+    rule = rule_for(optimizer)
+
+    def after(raw):
+        value = float(space["weight_decay"].transform.value(torch.tensor(raw, dtype=torch.float64)))
+        now = {**options, "weight_decay": value}
+        return {n: rule.step(before[n], grads[n], state[n], now)[0] for n in before}
+
+    raw = float(space["weight_decay"].raw.detach())
+    average = tuner.foresight.state_dict()["average"]
+    judged = {n: (average[n] + caution * (p - average[n])).requires_grad_() for n, p in after(raw).items()}
+    loss = F.cross_entropy(torch.func.functional_call(model, judged, (xv,)), yv)
+    v = dict(zip(judged, torch.autograd.grad(loss, list(judged.values())), strict=True))
+    truth, _ = derivative(lambda shift: float(sum((v[n] * p).sum() for n, p in after(raw + shift).items())))
+    optimizer.step()
+    assert float(seen[-1][0]) == pytest.approx(truth, rel=1e-6)
+    assert all(
+        torch.equal(p, after(raw)[n]) or torch.allclose(p, after(raw)[n]) for n, p in model.named_parameters()
+    )
+
+
+def run(train_rows, steps, foresight=True):
+    """An MLP on a noisy rule, tuned from almost no regularisation; gives the space and the caution."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20000, 20, generator=generator)
+    y = (x[:, 0] + 0.5 * x[:, 1] * x[:, 2] + 0.7 * torch.randn(20000, generator=generator) > 0).long()
+    torch.manual_seed(0)
+    space = mf.Space(noise=mf.Float(0.0, 1.2, init=0.1))
+    model = nn.Sequential(
+        mf.nn.GaussianNoise(space["noise"]), nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2)
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    train, valid = (x[:train_rows], y[:train_rows]), (x[-2000:], y[-2000:])
+    tuner = mf.Tuner(
+        model, optimizer, space, validate=cross_entropy, valid_loader=[valid],
+        train_loader=[train] if foresight else None, every=5, total_steps=steps,
+    )  # fmt: skip
+    cautions = []
+    for _ in range(steps):
+        rows = torch.randint(train_rows, (64,), generator=generator)
+        optimizer.zero_grad()
+        tuner.backward(F.cross_entropy(model(train[0][rows]), train[1][rows]))
+        optimizer.step()
+        cautions.append(tuner.foresight.caution if foresight else 0.0)
+    return space, cautions
+
+
+def test_it_is_cautious_where_few_data_are_memorised_and_not_where_data_are_many():
+    memorising, many = run(500, 2000), run(16000, 500)
+    assert sum(memorising[1]) / 2000 > 0.5
+    assert max(many[1][50:]) == 0.0
+    assert memorising[0].as_dict()["noise"] > 0.3 > many[0].as_dict()["noise"]
+
+
+def test_looking_ahead_leaves_weights_modes_and_the_training_gradient_alone():
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 4), torch.randint(0, 2, (16,))
+    space = mf.Space(weight_decay=mf.Float(1e-4, 1e-1, log=True))
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tuner = mf.Tuner(
+        model, optimizer, space, validate=cross_entropy, valid_loader=[(x, y)], train_loader=[(x, y)],
+        bind=["weight_decay"], every=1,
+    )  # fmt: skip
+    before = [p.detach().clone() for p in model.parameters()]
+    loss = cross_entropy(model, (x, y))
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    tuner.backward(loss)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(torch.allclose(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+    assert all(m.training for m in model.modules())
+
+
+def test_a_state_saved_without_foresight_is_not_loaded_into_a_tuner_with_it():
+    def tuner(**more):
+        model = nn.Linear(2, 2)
+        space = mf.Space(weight_decay=mf.Float(1e-4, 1e-1, log=True))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        batch = (torch.randn(4, 2), torch.randint(0, 2, (4,)))
+        return mf.Tuner(
+            model,
+            optimizer,
+            space,
+            validate=cross_entropy,
+            valid_loader=[batch],
+            bind=["weight_decay"],
+            **more,
+        )
+
+    batch = (torch.randn(4, 2), torch.randint(0, 2, (4,)))
+    with pytest.raises(ValueError, match="only the loading tuner has one"):
+        tuner(train_loader=[batch]).load_state_dict(tuner().state_dict())
