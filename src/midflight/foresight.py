@@ -38,16 +38,12 @@ GAIN = 5.0
 class Foresight:
     """The averaged weights, and how far judgement leans from them to the weights after the step.
 
-    Args:
-        hyper_steps: in the whole run; None if not known.
-
     Attributes:
         caution: in [0, 1]; 0 judges at the average, 1 at the weights after the step.
     """
 
-    def __init__(self, hyper_steps: int | None) -> None:
+    def __init__(self) -> None:
         self.caution = 0.0
-        self._hyper_steps = hyper_steps
         self._seen = 0
         self._average: Tensors = {}
         self._losses: deque[tuple[int, float, float]] = deque()
@@ -63,14 +59,20 @@ class Foresight:
             self._average[name] = now.clone() if before is None else before.lerp_(now, share)
         return {name: self._average[name].to(p.dtype) for name, p in params.items()}
 
-    def observe(self, train_loss: float, valid_loss: float) -> None:
-        """C1 and C2 on one batch each, at the average; sets the caution."""
+    def observe(self, train_loss: float, valid_loss: float, progress: float | None) -> None:
+        """C1 and C2 on one batch each, at the average; sets the caution.
+
+        Args:
+            train_loss: C1.
+            valid_loss: C2.
+            progress: share of the run that is over, in [0, 1]; None if its length is not known.
+        """
         self._losses.append((self._seen, train_loss, valid_loss))
         while self._losses[0][0] <= (1 - RECENT) * self._seen:
             self._losses.popleft()
         c1, c2 = (sum(entry[i] for entry in self._losses) for i in (1, 2))
         if c2 > 0:
-            self.caution = min(1.0, max(0.0, GAIN * (self._line() - c1 / c2)))
+            self.caution = min(1.0, max(0.0, GAIN * (_line(progress) - c1 / c2)))
 
     @torch.no_grad()
     def judged(self, at: Tensors) -> Tensors:
@@ -96,7 +98,6 @@ class Foresight:
         self._average = {name: a.clone() for name, a in state["average"].items()}
         self._losses = deque(tuple(entry) for entry in state["losses"])
 
-    def _line(self) -> float:
-        if self._hyper_steps is None:
-            return OPEN_END
-        return 1 - (1 - MEMORISED) * math.sqrt(min(1.0, self._seen / self._hyper_steps))
+
+def _line(progress: float | None) -> float:
+    return OPEN_END if progress is None else 1 - (1 - MEMORISED) * math.sqrt(progress)

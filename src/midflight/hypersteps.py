@@ -38,12 +38,15 @@ class SignSteps(torch.optim.Optimizer):
         return loss
 
 
-def annealing(hyper_steps: int | None) -> Callable[[int], float]:
+def annealing(progress: Callable[[], float | None]) -> Callable[[int], float]:
     """The factor on the step length after n hyper-steps.
 
-    Linear to 0 over `hyper_steps`; with an open end (None), 1/sqrt(1 + n/50), whose sum still
-    reaches any point of the range.
+    Linear to 0 in the share of the run that is over; with an open end (None), 1/sqrt(1 + n/50), whose
+    sum still reaches any point of the range.
     """
-    if hyper_steps is None:
-        return lambda n: 1 / math.sqrt(1 + n / 50)
-    return lambda n: max(0.0, 1 - n / hyper_steps)
+
+    def factor(n: int) -> float:
+        done = progress()
+        return 1 / math.sqrt(1 + n / 50) if done is None else max(0.0, 1 - done)
+
+    return factor

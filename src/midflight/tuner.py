@@ -5,7 +5,6 @@ place: the training gradient with its graph, the weights after the step, the val
 the mixed partial. The hyperparameters move in a post-hook of `optimizer.step()`.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ from midflight.foresight import Foresight
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.hypergrad.mixed import is_linear, knows_forward_mode
 from midflight.hypersteps import SignSteps, annealing
+from midflight.pacing import Budget, Every, Pace
 from midflight.problem import (
     Step,
     TrainLoss,
@@ -58,9 +58,12 @@ class Tuner:
         bind: hyperparameters that are options of the optimiser: names that are both, or
             {hyperparameter: option}. The tuner writes a number into every param_group, and entry i
             of a hyperparameter of shape (number of groups,) into group i; see `param_groups`.
-        every: a hyper-step at each `every`-th call of `backward`. With gradient accumulation
-            choose a multiple of the number of micro-batches; the training side of the
-            hypergradient then sees the last of them.
+        every: a hyper-step at each `every`-th call of `backward`; 10 if there is no budget. With
+            gradient accumulation choose a multiple of the number of micro-batches; the training
+            side of the hypergradient then sees the last of them.
+        budget: instead of `every`: the share of the training time that tuning may add, such as
+            0.05. The tuner measures what it costs and spaces its hyper-steps to keep within it, so
+            two runs are no longer equal bit for bit.
         estimator: of the hypergradient; a name from `midflight.ESTIMATORS` or a function.
         total_steps: calls of `backward` in the whole run, over which the steps anneal to zero;
             without it they shrink slowly and never end.
@@ -84,17 +87,19 @@ class Tuner:
         valid_loader: Iterable[Any],
         train_loader: Iterable[Any] | None = None,
         bind: Bind = (),
-        every: int = 10,
+        every: int | None = None,
+        budget: float | None = None,
         estimator: str | Estimator = "one_step",
         total_steps: int | None = None,
         hyper_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = SignSteps,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every >= 1 must hold, but every={every}.")
+        if every is not None and budget is not None:
+            raise ValueError(f"one of every and budget can be given, but got {every} and {budget}.")
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps >= 1 must hold, but total_steps={total_steps}.")
         self.space = space
-        self.every = every
+        self.pace: Pace = Every(10 if every is None else every) if budget is None else Budget(budget)
+        """When hyper-steps come; with a budget, `pace.spent` is the share used so far."""
         self.hyper_optimizer = hyper_optimizer(list(space.raws.values()))
         self._model = model
         self._optimizer = optimizer
@@ -104,11 +109,12 @@ class Tuner:
         self._train_batches = None if train_loader is None else EndlessBatches(train_loader, "train_loader")
         self._binding = Binding(optimizer, space, bind)
         self._estimate = estimator_for(estimator)
-        hyper_steps = None if total_steps is None else math.ceil(total_steps / every)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.hyper_optimizer, annealing(hyper_steps))
-        self.foresight = None if train_loader is None else Foresight(hyper_steps)
+        self.foresight = None if train_loader is None else Foresight()
         """Where validation is judged; None without `train_loader`."""
+        self._total_steps = total_steps
         self._calls = 0
+        self._hyper = False
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.hyper_optimizer, annealing(self._progress))
         self._checked = False
         self._hypergradients: Tensors = {}
         self.mixed_partial: str | None = None
@@ -116,11 +122,11 @@ class Tuner:
         self.skipped = 0
         """Hyper-steps that were left out because the hypergradient was not finite."""
         self._binding.write()
-        self._record_next_pass()
+        self._plan_next(hyper=False)
         self._hook = optimizer.register_step_post_hook(lambda *_: self._move())
 
     def backward(self, loss: Tensor | Callable[[], Tensor]) -> Tensor:
-        """`loss.backward()`; at each `every`-th call also the hypergradients.
+        """`loss.backward()`; at a hyper-step also the hypergradients.
 
         Args:
             loss: scalar training loss, computed from the model's current weights; or a function
@@ -141,7 +147,8 @@ class Tuner:
             UnsupportedParameter: a weight has a sparse gradient.
         """
         self._calls += 1
-        if self._calls % self.every:
+        hyper = self._hyper
+        if not hyper:
             value = loss() if callable(loss) else loss
             value.backward()  # type: ignore[no-untyped-call]
         else:
@@ -152,13 +159,14 @@ class Tuner:
             if not all_finite(self._hypergradients.values()):
                 self._hypergradients = {}
                 self.skipped += 1
-        self._record_next_pass()
+        self._plan_next(hyper)
         return value.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume, the space's values and the place in the validation data included."""
         return {
             "calls": self._calls,
+            "pace": self.pace.state_dict(),
             "skipped": self.skipped,
             "space": self.space.state_dict(),
             "hyper_optimizer": self.hyper_optimizer.state_dict(),
@@ -190,7 +198,8 @@ class Tuner:
             self.foresight.load_state_dict(state["foresight"])
         self._hypergradients = {}
         self._binding.write()
-        self._record_next_pass()
+        self.pace.load_state_dict(state["pace"])
+        self._plan_next(hyper=False)
 
     def detach(self) -> None:
         """Stop tuning: unhook from the optimiser; the space keeps its values."""
@@ -265,7 +274,7 @@ class Tuner:
             c1, c2 = (
                 float(self._validate(self._model, next(b))) for b in (self._train_batches, self._batches)
             )
-        self.foresight.observe(c1, c2)
+        self.foresight.observe(c1, c2, self._progress())
 
     def _valid_grad(self, at: Tensors) -> Tensors:
         at = at if self.foresight is None else self.foresight.judged(at)
@@ -285,6 +294,11 @@ class Tuner:
         self._hypergradients = {}
         self._binding.write()
 
-    def _record_next_pass(self) -> None:
+    def _plan_next(self, hyper: bool) -> None:
         """Only the forward pass before a hyper-step pays for the graph to the hyperparameters."""
-        self.space.requires_grad_((self._calls + 1) % self.every == 0)
+        self._hyper = self.pace.next_is_hyper(self._calls, hyper)
+        self.space.requires_grad_(self._hyper)
+
+    def _progress(self) -> float | None:
+        """The share of the run that is over; None if its length is not known."""
+        return None if self._total_steps is None else min(1.0, self._calls / self._total_steps)

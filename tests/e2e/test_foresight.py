@@ -19,17 +19,17 @@ def cross_entropy(model, batch):
     ("c1", "c2", "caution"), [(0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (0.4, 1.0, GAIN * (OPEN_END - 0.4))]
 )
 def test_caution_rises_as_the_training_loss_falls_below_the_validation_loss(c1, c2, caution):
-    foresight = Foresight(hyper_steps=None)
+    foresight = Foresight()
     foresight.follow({})
-    foresight.observe(c1, c2)
+    foresight.observe(c1, c2, None)
     assert foresight.caution == pytest.approx(caution)
 
 
 def test_the_line_falls_from_1_to_memorised_over_the_run():
-    foresight, cautions = Foresight(hyper_steps=100), []
-    for _ in range(100):
+    foresight, cautions = Foresight(), []
+    for n in range(101):
         foresight.follow({})
-        foresight.observe(MEMORISED + 0.05, 1.0)
+        foresight.observe(MEMORISED + 0.05, 1.0, n / 100)
         cautions.append(foresight.caution)
     assert cautions[0] == 1.0
     assert cautions[-1] == 0.0
@@ -37,30 +37,30 @@ def test_the_line_falls_from_1_to_memorised_over_the_run():
 
 
 def test_caution_follows_recent_losses_only():
-    foresight = Foresight(hyper_steps=None)
+    foresight = Foresight()
     for c1 in [0.0] * 85 + [1.0] * 16:
         foresight.follow({})
-        foresight.observe(c1, 1.0)
+        foresight.observe(c1, 1.0, None)
     assert foresight.caution == 0.0
 
 
 def test_losses_that_have_no_ratio_leave_the_caution_as_it_is():
-    foresight = Foresight(hyper_steps=None)
+    foresight = Foresight()
     foresight.follow({})
     foresight.caution = 0.7
-    foresight.observe(1.0, -1.0)
+    foresight.observe(1.0, -1.0, None)
     assert foresight.caution == 0.7
 
 
 def test_the_average_reaches_back_over_a_share_of_the_run_also_in_bfloat16():
-    foresight, expected = Foresight(None), 0.0
+    foresight, expected = Foresight(), 0.0
     for n in range(1, 201):
         share = min(1.0, 1 / (WINDOW * n))
         expected += share * (n - expected)
         average = foresight.follow({"w": torch.full((3,), float(n), dtype=torch.bfloat16)})["w"]
     assert average.dtype == torch.bfloat16
     assert average.float() == pytest.approx(torch.full((3,), expected), rel=1e-2)
-    exact = Foresight(None)
+    exact = Foresight()
     for n in range(1, 201):
         average = exact.follow({"w": torch.full((3,), float(n), dtype=torch.float64)})["w"]
     assert average.tolist() == pytest.approx([expected] * 3, rel=1e-12)
@@ -89,7 +89,9 @@ def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(cau
         optimizer.zero_grad()
         tuner.backward(cross_entropy(model, (x, y)))
         optimizer.step()
-    monkeypatch.setattr(Foresight, "observe", lambda self, c1, c2: setattr(self, "caution", caution))
+    monkeypatch.setattr(
+        Foresight, "observe", lambda self, c1, c2, progress: setattr(self, "caution", caution)
+    )
 
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     state = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in model.named_parameters()}

@@ -1,0 +1,89 @@
+"""Is a budget kept? The same training with and without a tuner, in turns of 50 steps, 2,000 steps each.
+
+    python benchmarks/budget.py            quiet, as the machine is
+    python benchmarks/budget.py --load     with two busy processes beside it
+
+MLP 784-300-300-10, batch 128, Adam; L2 and input noise tuned with foresight. Prints the time of the tuned
+training over the plain one and stores both settings in docs/results/budget.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import midflight as mf
+from midflight.cli import machine
+
+OUT = Path(__file__).parent.parent / "docs/results/budget.json"
+STEPS, TURN = 2000, 50
+X, Y = torch.rand(4096, 784), torch.randint(0, 10, (4096,))
+
+
+class Training:
+    """One training; `budget` None for the plain one."""
+
+    def __init__(self, budget: float | None) -> None:
+        torch.manual_seed(0)
+        space = mf.Space(weight_decay=mf.Float(1e-7, 1e-2, log=True), noise=mf.Float(0.0, 0.8, init=0.2))
+        layers = nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 10)
+        self.model = nn.Sequential(mf.nn.GaussianNoise(space["noise"]), *layers)
+        self.optimizer = torch.optim.Adam(self.model.parameters())
+        batches = list(zip(X.split(128), Y.split(128), strict=True))
+        self.tuner = None if budget is None else mf.Tuner(
+            self.model, self.optimizer, space, validate=lambda m, b: F.cross_entropy(m(b[0]), b[1]),
+            valid_loader=batches, train_loader=batches, bind=["weight_decay"], budget=budget, total_steps=STEPS,
+        )  # fmt: skip
+        space.requires_grad_(False)
+
+    def run(self, steps: int) -> float:
+        """Seconds for some steps."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            rows = torch.randint(len(Y), (128,))
+            self.optimizer.zero_grad()
+            loss = F.cross_entropy(self.model(X[rows]), Y[rows])
+            self.tuner.backward(loss) if self.tuner else loss.backward()
+            self.optimizer.step()
+        return time.perf_counter() - began
+
+
+def busy() -> None:
+    while True:
+        torch.rand(300, 300) @ torch.rand(300, 300)
+
+
+def main() -> None:
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("--load", action="store_true", help="two busy processes beside it")
+    load = parser.parse_args().load
+    torch.set_num_threads(1)
+    others = [multiprocessing.Process(target=busy, daemon=True) for _ in range(2 if load else 0)]
+    for process in others:
+        process.start()
+    found = json.loads(OUT.read_text()) if OUT.exists() else {}
+    found["machine"] = machine()
+    for budget in (0.03, 0.05, 0.1):
+        plain, tuned = Training(None), Training(budget)
+        seconds = [0.0, 0.0]
+        for _ in range(STEPS // TURN):
+            seconds = [s + t.run(TURN) for s, t in zip(seconds, (plain, tuned), strict=True)]
+        ratio = seconds[1] / seconds[0]
+        assert tuned.tuner is not None
+        print(
+            f"budget {budget:.2f}: {ratio:.3f} of the plain time; the tuner counted {1 + tuned.tuner.pace.spent:.3f}"
+        )
+        found[f"{'load' if load else 'quiet'} {budget}"] = round(ratio, 4)
+    for process in others:
+        process.terminate()
+    OUT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

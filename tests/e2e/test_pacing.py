@@ -1,0 +1,84 @@
+"""When hyper-steps come."""
+
+import random
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import midflight as mf
+from midflight.pacing import Budget, Every
+
+
+def test_every_kth_call():
+    pace = Every(3)
+    assert [calls + 1 for calls in range(10) if pace.next_is_hyper(calls, hyper=False)] == [3, 6, 9]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.2])
+@pytest.mark.parametrize("load", ["steady", "jittery", "twice as slow half way", "a pause of 100 steps"])
+def test_a_budget_is_kept_within_a_point_over_2000_steps(share, load):
+    """Against the truth: what the same steps would have taken without tuning."""
+    rng, now, plain_time, extra_time, hyper = random.Random(0), 0.0, 0.0, 0.0, False
+    pace = Budget(share, clock=lambda: now)
+    pace.next_is_hyper(0, hyper=False)
+    for call in range(1, 2001):
+        step = 0.01
+        if load == "jittery":
+            step *= rng.choice([0.8, 1.0, 1.0, 1.3, 3.0])
+        if load.startswith("twice") and call > 1000:
+            step *= 2
+        extra = 2.7 * step if hyper else 0.0
+        if load.startswith("a pause") and call == 700:
+            now += 1.0
+        now += step + extra
+        plain_time += step
+        extra_time += extra
+        hyper = pace.next_is_hyper(call, hyper)
+    assert extra_time / plain_time == pytest.approx(share, abs=0.01)
+
+
+def tune(steps, **options):
+    torch.manual_seed(0)
+    x, y = torch.randn(512, 64), torch.randint(0, 4, (512,))
+    space = mf.Space(noise=mf.Float(0.0, 1.0), weight_decay=mf.Float(1e-5, 1e-1, log=True))
+    model = nn.Sequential(
+        mf.nn.GaussianNoise(space["noise"]), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 4)
+    )
+    optimizer = torch.optim.Adam(model.parameters())
+    tuner = mf.Tuner(
+        model, optimizer, space, validate=lambda m, b: F.cross_entropy(m(b[0]), b[1]), valid_loader=[(x, y)],
+        bind=["weight_decay"], **options,
+    )  # fmt: skip
+    hypers = 0
+    for _ in range(steps):
+        optimizer.zero_grad()
+        hypers += tuner.space["noise"].raw.requires_grad
+        tuner.backward(F.cross_entropy(model(x), y))
+        optimizer.step()
+    return tuner, hypers
+
+
+def test_a_tuner_with_a_budget_keeps_it_and_still_tunes():
+    tuner, hypers = tune(400, budget=0.1, total_steps=400)
+    assert 3 <= hypers < 60
+    assert 0.03 < tuner.pace.spent <= 0.101
+    assert float(tuner.space["noise"].value.detach()) != 0.5
+
+
+def test_a_budget_survives_saving():
+    tuner, _ = tune(100, budget=0.1)
+    again, _ = tune(1, budget=0.1)
+    again.load_state_dict(tuner.state_dict())
+    assert again.pace.spent == tuner.pace.spent
+    time.sleep(0.2)  # a pause between loading and the first step counts for little
+    again.pace.next_is_hyper(101, hyper=False)
+    assert again.pace.spent == pytest.approx(tuner.pace.spent, rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{"every": 5, "budget": 0.1}, {"budget": 0.0}, {"budget": 1.5}])
+def test_what_cannot_be_is_refused(options):
+    with pytest.raises(ValueError, match="budget"):
+        tune(1, **options)
