@@ -37,7 +37,8 @@ class Training:
         batches = list(zip(X.split(128), Y.split(128), strict=True))
         self.tuner = None if budget is None else mf.Tuner(
             self.model, self.optimizer, space, validate=lambda m, b: F.cross_entropy(m(b[0]), b[1]),
-            valid_loader=batches, train_loader=batches, bind=["weight_decay"], budget=budget, total_steps=STEPS,
+            valid_loader=batches, train_loader=batches, bind=["weight_decay"], budget=budget,
+            total_steps=STEPS,
         )  # fmt: skip
         space.requires_grad_(False)
 
@@ -76,9 +77,8 @@ def main() -> None:
             seconds = [s + t.run(TURN) for s, t in zip(seconds, (plain, tuned), strict=True)]
         ratio = seconds[1] / seconds[0]
         assert tuned.tuner is not None
-        print(
-            f"budget {budget:.2f}: {ratio:.3f} of the plain time; the tuner counted {1 + tuned.tuner.pace.spent:.3f}"
-        )
+        counted = 1 + tuned.tuner.pace.spent
+        print(f"budget {budget:.2f}: {ratio:.3f} of the plain time; the tuner counted {counted:.3f}")
         found[f"{'load' if load else 'quiet'} {budget}"] = round(ratio, 4)
     for process in others:
         process.terminate()
