@@ -124,9 +124,12 @@ class Hyperparameter:
 
     def __repr__(self) -> str:
         scale = "log" if self.spec.log else "logit" if self.spec.logit else "linear"
-        x = self.value.detach()
+        x, raw = self.value.detach(), self.raw.detach()
         now = f"{float(x):.4g}" if x.ndim == 0 else f"{tuple(x.shape)}, mean {float(x.mean()):.4g}"
-        return f"{self.name} = {now}  ({scale} in [{self.spec.low:.4g}, {self.spec.high:.4g}])"
+        sides = {"lower": int((raw <= 0).sum()), "upper": int((raw >= 1).sum())}
+        of = "" if x.ndim == 0 else f"{{}} of {x.numel()} "
+        bounds = "".join(f", {of.format(n)}at the {side} bound" for side, n in sides.items() if n)
+        return f"{self.name} = {now}  ({scale} in [{self.spec.low:.4g}, {self.spec.high:.4g}]{bounds})"
 
     def __add__(self, other: Any) -> Tensor:
         result: Tensor = self.value + other

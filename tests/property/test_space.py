@@ -123,3 +123,15 @@ def test_noise_is_drawn_with_the_floor_below_it_and_keeps_its_gradient():
     (gradient,) = torch.autograd.grad(noisy.square().mean(), space["noise"].raw)
     assert float(gradient) == pytest.approx(2 * 0.01, rel=0.05)  # d std^2 / d std at the floor
     assert torch.equal(layer.eval()(x), x)
+
+
+def test_a_space_says_which_values_stand_at_a_bound():
+    space = mf.Space(
+        low=mf.Float(0, 1, init=0.0), high=mf.Float(1e-3, 1, log=True, init=1.0), between=mf.Float(0, 2),
+        some=mf.Float(0, 1, shape=(4,), init=[0.0, 1.0, 1.0, 0.5]),
+    )  # fmt: skip
+    low, high, between, some = repr(space).splitlines()
+    assert low.endswith("[0, 1], at the lower bound)")
+    assert high.endswith("[0.001, 1], at the upper bound)")
+    assert between.endswith("[0, 2])")
+    assert some.endswith("1 of 4 at the lower bound, 2 of 4 at the upper bound)")
