@@ -3,10 +3,10 @@
     v = dC2/dtheta at   average + caution (theta' - average),   average = of the recent weights
 
 Judged at theta', the weights after the step (caution 1), the loss holds what the optimiser's own
-wandering costs at this moment. More regularisation always lowers that cost, also where it
-harms the trained model. Judged at the average (caution 0) the cost is gone, but a step sees the present
-only: while the network learns what generalises, less regularisation looks better, and memorising
-comes later.
+wandering costs at this moment, and beyond (caution over 1) more of it. More regularisation always
+lowers that cost, also where it harms the trained model. Judged at the average (caution 0) the cost is
+gone, but a step sees the present only: while the network learns what generalises, less
+regularisation looks better, and memorising comes later.
 
 Which of the two errs shows in C1 / C2, training over validation loss at the average. Caution rises as it
 falls below a line from 1 at the start to MEMORISED at the end of the run. docs/LOG.md has what
@@ -31,15 +31,17 @@ MEMORISED = 0.35
 """C1 / C2 below this at the end of a run, and a model counts as memorising."""
 OPEN_END = 0.5
 """The same where the length of the run is not known."""
-GAIN = 5.0
+GAIN = 10.0
 """Caution per unit of C1 / C2 below the line."""
+MOST = 3.0
+"""The most caution there is; the sign of a weak hypergradient needs more than 1 to come through."""
 
 
 class Foresight:
     """The averaged weights, and how far judgement leans from them to the weights after the step.
 
     Attributes:
-        caution: in [0, 1]; 0 judges at the average, 1 at the weights after the step.
+        caution: in [0, MOST]; 0 judges at the average, 1 at the weights after the step.
     """
 
     def __init__(self) -> None:
@@ -72,7 +74,7 @@ class Foresight:
             self._losses.popleft()
         c1, c2 = (sum(entry[i] for entry in self._losses) for i in (1, 2))
         if c2 > 0:
-            self.caution = min(1.0, max(0.0, GAIN * (_line(progress) - c1 / c2)))
+            self.caution = min(MOST, max(0.0, GAIN * (_line(progress) - c1 / c2)))
 
     @torch.no_grad()
     def judged(self, at: Tensors) -> Tensors:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import midflight as mf
-from midflight.foresight import GAIN, MEMORISED, OPEN_END, WINDOW, Foresight
+from midflight.foresight import GAIN, MEMORISED, MOST, OPEN_END, WINDOW, Foresight
 from midflight.testing.oracles import derivative
 from midflight.updates import rule_for
 
@@ -16,7 +16,7 @@ def cross_entropy(model, batch):
 
 
 @pytest.mark.parametrize(
-    ("c1", "c2", "caution"), [(0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (0.4, 1.0, GAIN * (OPEN_END - 0.4))]
+    ("c1", "c2", "caution"), [(0.0, 1.0, MOST), (1.0, 1.0, 0.0), (0.4, 1.0, GAIN * (OPEN_END - 0.4))]
 )
 def test_caution_rises_as_the_training_loss_falls_below_the_validation_loss(c1, c2, caution):
     foresight = Foresight()
@@ -31,7 +31,7 @@ def test_the_line_falls_from_1_to_memorised_over_the_run():
         foresight.follow({})
         foresight.observe(MEMORISED + 0.05, 1.0, n / 100)
         cautions.append(foresight.caution)
-    assert cautions[0] == 1.0
+    assert cautions[0] == MOST
     assert cautions[-1] == 0.0
     assert cautions == sorted(cautions, reverse=True)
 
@@ -66,7 +66,7 @@ def test_the_average_reaches_back_over_a_share_of_the_run_also_in_bfloat16():
     assert average.tolist() == pytest.approx([expected] * 3, rel=1e-12)
 
 
-@pytest.mark.parametrize("caution", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("caution", [0.0, 0.3, 1.0, 3.0])
 def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(caution, monkeypatch):
     """<v(average + caution (theta' - average)), theta'(h)> differentiated centrally, v held fixed."""
     torch.manual_seed(0)
