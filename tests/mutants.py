@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ORACLES, PARITY, PROPERTY = "tests/oracles", "tests/parity", "tests/property"
 TUNER, STUDY = "tests/e2e/test_tuner.py", "tests/e2e/test_study.py::test_"
+FORESIGHT, PACING = "tests/e2e/test_foresight.py", "tests/e2e/test_pacing.py"
 KINDS, ALIVE = "tests/oracles/test_kinds.py", "tests/e2e/test_alive.py"
 KILLS = "ten_kills_at_random_moments_lose_and_repeat_nothing"
 PAIRED = "paired_arms_share_their_start_and_reruns_begin_where_tuning_ended"
@@ -117,6 +118,27 @@ MUTANTS = [
         STUDY + PAIRED,
     ),
     ("study/arm.py", "torch.manual_seed(seed)", "pass", STUDY + KILLS),
+    ("foresight.py", "self.caution)", "0.0)", FORESIGHT),
+    ("foresight.py", "torch.promote_types(p.dtype, torch.float32)", "p.dtype", FORESIGHT),
+    ("foresight.py", "1 / (WINDOW * self._seen)", "1 / self._seen", FORESIGHT),
+    ("foresight.py", "(1 - RECENT) * self._seen", "0", FORESIGHT),
+    ("foresight.py", "math.sqrt(progress)", "0.0", FORESIGHT),
+    (
+        "foresight.py",
+        '"average": {name: a.clone() for name, a in self._average.items()}',
+        '"average": {}',
+        TUNER,
+    ),
+    ("tuner.py", "at if self.foresight is None else self.foresight.judged(at)", "at", FORESIGHT),
+    (
+        "tuner.py",
+        "evaluating(self._model), weights_at(self._params, average)",
+        "evaluating(self._model)",
+        FORESIGHT,
+    ),
+    ("pacing.py", "self._tuned + expected <=", "expected <=", PACING),
+    ("pacing.py", "self.PAUSE * median(self._plain)", "took", PACING),
+    ("pacing.py", "took - usual", "usual", PACING),
 ]
 
 

@@ -173,6 +173,28 @@ def test_looking_ahead_leaves_weights_modes_and_the_training_gradient_alone():
     assert all(m.training for m in model.modules())
 
 
+def test_the_losses_that_set_the_caution_are_those_of_the_average_in_eval_mode(monkeypatch):
+    torch.manual_seed(0)
+    train, valid = ((torch.randn(16, 4), torch.randint(0, 2, (16,))) for _ in range(2))
+    space = mf.Space(noise=mf.Float(0.5, 1.0))
+    model = nn.Sequential(mf.nn.GaussianNoise(space["noise"]), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    tuner = mf.Tuner(
+        model, optimizer, space, validate=cross_entropy, valid_loader=[valid], train_loader=[train], every=1
+    )
+    seen = []
+    monkeypatch.setattr(Foresight, "observe", lambda self, c1, c2, progress: seen.append((c1, c2)))
+    for _ in range(60):
+        optimizer.zero_grad()
+        tuner.backward(cross_entropy(model, train))
+        optimizer.step()
+    average = tuner.foresight.state_dict()["average"]
+    model.eval()
+    for batch, found in ((train, seen[-1][0]), (valid, seen[-1][1])):
+        expected = F.cross_entropy(torch.func.functional_call(model, average, (batch[0],)), batch[1])
+        assert found == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
 def test_a_state_saved_without_foresight_is_not_loaded_into_a_tuner_with_it():
     def tuner(**more):
         model = nn.Linear(2, 2)

@@ -212,6 +212,10 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(foresight):
     torch.set_rng_state(saved[3])
     train(model2, optimizer2, t2.backward, 35)
     assert s.as_dict() == s2.as_dict()
+    if t.foresight:
+        average, average2 = (each.foresight.state_dict().pop("average") for each in (t, t2))
+        assert all(torch.equal(a, average2[name]) for name, a in average.items())
+        assert t.foresight.caution == t2.foresight.caution
     assert all(torch.equal(v, model2.state_dict()[k]) for k, v in model.state_dict().items())
 
 
