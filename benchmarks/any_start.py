@@ -216,8 +216,10 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def figure(found: list[dict[str, Any]]) -> None:
-    """Per task: validation loss of the 40 starts, sorted; fixed, plain one step, tuned."""
+    """Per whole task: validation loss of the 40 starts, sorted; fixed, plain one step, tuned."""
     whole = [t for t in TASKS if all(len(losses(found, t, a)) == n for a, n in ARMS.items())]
+    if not whole:
+        return
     fig = Figure(figsize=(3.1 * len(whole), 3.4), layout="constrained")
     for i, task in enumerate(whole):
         ax = fig.add_subplot(1, len(whole), i + 1)
