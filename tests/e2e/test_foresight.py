@@ -52,6 +52,20 @@ def test_losses_that_have_no_ratio_leave_the_caution_as_it_is():
     assert foresight.caution == 0.7
 
 
+def test_a_restored_foresight_judges_and_goes_on_as_the_saved_one():
+    saved, restored, w = Foresight(), Foresight(), {"w": torch.ones(3)}
+    for n in range(100):
+        saved.follow({"w": torch.full((3,), float(n))})
+        saved.observe(0.4, 1.0, 0.5)
+    restored.load_state_dict(saved.state_dict())
+    assert torch.equal(saved.judged(w)["w"], restored.judged(w)["w"])
+    for each in (saved, restored):
+        each.follow(w)
+        each.observe(0.5, 1.0, 0.5)
+    assert torch.equal(saved.judged(w)["w"], restored.judged(w)["w"])
+    assert saved.caution == restored.caution > 0
+
+
 def test_the_average_reaches_back_over_a_share_of_the_run_also_in_bfloat16():
     foresight, expected = Foresight(), 0.0
     for n in range(1, 201):

@@ -212,11 +212,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(foresight):
     torch.set_rng_state(saved[3])
     train(model2, optimizer2, t2.backward, 35)
     assert s.as_dict() == s2.as_dict()
-    if t.foresight:
-        assert t.foresight.caution == t2.foresight.caution
-        t.foresight.caution = t2.foresight.caution = 0.0  # judge by the average alone
-        judged, judged2 = (each.foresight.judged(dict(model.named_parameters())) for each in (t, t2))
-        assert all(torch.equal(p, judged2[name]) for name, p in judged.items())
+    assert (t.foresight and t.foresight.caution) == (t2.foresight and t2.foresight.caution)
     assert all(torch.equal(v, model2.state_dict()[k]) for k, v in model.state_dict().items())
 
 
