@@ -127,7 +127,7 @@ MUTANTS = [
         "foresight.py",
         '"average": {name: a.clone() for name, a in self._average.items()}',
         '"average": {}',
-        TUNER,
+        FORESIGHT,
     ),
     ("tuner.py", "at if self.foresight is None else self.foresight.judged(at)", "at", FORESIGHT),
     (
