@@ -17,6 +17,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,16 @@ def point(arm: str, index: int) -> Point:
     return l2, noise
 
 
+@cache
+def splits(name: str) -> Splits:
+    """The data of a task, read once per process."""
+    return TASKS[name].data()
+
+
 def train(name: str, arm: str, index: int) -> dict[str, Any]:
     """One run, as a row."""
     task, start = TASKS[name], point(arm, index)
-    t1, t2, test = task.data()
+    t1, t2, test = splits(name)
     torch.manual_seed(0)
     space = mf.Space(
         weight_decay=mf.Float(10 ** LOW[0], 10 ** HIGH[0], log=True, init=10 ** start[0]),
