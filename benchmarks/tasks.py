@@ -1,0 +1,171 @@
+"""Five tasks that span the regimes, from few data trained long to many data trained briefly; and resumable rows.
+
+log10 L2 in [-7, -0.5] and input noise in [0, 1.2] are the hyperparameters. All runs of a task share seed, data
+and batches; the learning rate is constant. Test errors are reported and used for nothing.
+"""
+
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import midflight as mf
+from midflight.batches import EndlessBatches
+from midflight.cli import machine
+from midflight.study.arm import Shuffled, Split, mlp
+from midflight.study.data import load
+
+RESULTS = Path(__file__).parent.parent / "docs/results"
+LOW, HIGH = (-7.0, 0.0), (-0.5, 1.2)
+Point = tuple[float, float]
+"""(log10 L2, noise)"""
+Splits = tuple[Split, Split, Split]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: T1, T2 and test, a network, and for how long."""
+
+    data: Callable[[], Splits]
+    network: Callable[[], nn.Module]
+    epochs: int
+    batch: int
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+
+
+def images(name: str, train: int, valid: int) -> Splits:
+    a = load(name)
+    order = torch.randperm(len(a.train_y), generator=torch.Generator().manual_seed(7))
+    x, y = torch.from_numpy(a.train_x), torch.from_numpy(a.train_y)
+    first, second = order[:train], order[train : train + valid]
+    test = Split(torch.from_numpy(a.test_x), torch.from_numpy(a.test_y))
+    return Split(x[first], y[first]), Split(x[second], y[second]), test
+
+
+def diabetes() -> Splits:
+    """scikit-learn's diabetes table: 200 rows to train on, 121 each for T2 and test; all standardised."""
+    from sklearn.datasets import load_diabetes
+
+    x, y = (torch.tensor(a, dtype=torch.float32) for a in load_diabetes(return_X_y=True))
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(7))
+    x, y = x[order], y[order, None]
+    x, y = (x - x[:200].mean(0)) / x[:200].std(0), (y - y[:200].mean()) / y[:200].std()
+    return Split(x[:200], y[:200]), Split(x[200:321], y[200:321]), Split(x[321:], y[321:])
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(16 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+TASKS = {
+    "mnist_5k": Task(lambda: images("mnist", 5000, 2000), lambda: mlp(784, [200, 200], 10), 40, 128),
+    "mnist_55k": Task(lambda: images("mnist", 55000, 5000), lambda: mlp(784, [200, 200], 10), 5, 128),
+    "fashion_cnn": Task(lambda: images("fashion_mnist", 20000, 5000), cnn, 5, 128),
+    "tabular": Task(diabetes, lambda: mlp(10, [64, 64], 1), 200, 20, F.mse_loss),
+    "digits": Task(lambda: images("digits", 1000, 437), lambda: mlp(64, [100, 100], 10), 60, 50),
+}
+
+
+@cache
+def splits(name: str) -> Splits:
+    """The data of a task, read once per process."""
+    return TASKS[name].data()
+
+
+class Training:
+    """One training of a task from a point, a step at a time.
+
+    Attributes:
+        space: L2 and noise; write to it between steps and the training follows.
+        steps: the length of the whole training.
+    """
+
+    def __init__(self, name: str, start: Point, seed: int = 0) -> None:
+        self.task = TASKS[name]
+        self.t1, self.t2, self.test = splits(name)
+        torch.manual_seed(seed)
+        self.space = mf.Space(
+            weight_decay=mf.Float(10 ** LOW[0], 10 ** HIGH[0], log=True, init=10 ** start[0]),
+            noise=mf.Float(LOW[1], HIGH[1], init=start[1]),
+        )
+        self.model = nn.Sequential(mf.nn.GaussianNoise(self.space["noise"]), self.task.network())
+        decay = float(self.space["weight_decay"])
+        self.optimizer = torch.optim.Adam(self.model.parameters(), weight_decay=decay, fused=True)
+        self.seed = seed
+        self.batches = EndlessBatches(Shuffled(self.t1, self.task.batch, seed=seed + 1), "T1")
+        self.steps = self.task.epochs * (len(self.t1) // self.task.batch)
+
+    def tune(self, foresight: bool = True) -> mf.Tuner:
+        """A tuner at its defaults; hand it to `step`."""
+        t1, t2 = self.t1, self.t2
+        return mf.Tuner(
+            self.model, self.optimizer, self.space, bind=["weight_decay"], total_steps=self.steps,
+            validate=lambda model, batch: self.task.loss(model(batch[0]), batch[1]),
+            valid_loader=Shuffled(t2, min(256, len(t2)), seed=self.seed + 2),
+            train_loader=Shuffled(t1, min(256, len(t1)), seed=self.seed + 3) if foresight else None,
+        )  # fmt: skip
+
+    def step(self, tuner: mf.Tuner | None = None) -> None:
+        x, y = next(self.batches)
+        self.optimizer.zero_grad()
+        loss = self.task.loss(self.model(x), y)
+        tuner.backward(loss) if tuner else loss.backward()
+        self.optimizer.step()
+
+    @property
+    def point(self) -> list[float]:
+        """[log10 L2, noise] now."""
+        return [float(self.space["weight_decay"].value.detach().log10()), float(self.space["noise"])]
+
+    @torch.no_grad()
+    def losses(self) -> tuple[float, float]:
+        """Validation loss and test error (a share of wrong classes, or the squared error) of the model now."""
+        self.model.eval()
+        valid = float(self.task.loss(self.model(self.t2.x), self.t2.y))
+        outputs = self.model(self.test.x)
+        self.model.train()
+        if self.task.loss is F.mse_loss:
+            return valid, float(F.mse_loss(outputs, self.test.y))
+        return valid, float((outputs.argmax(1) != self.test.y).float().mean())
+
+
+def rows(path: Path) -> list[Row]:
+    """The stored rows; a line cut off by a crash is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [row for row in found if "task" in row]
+
+
+def compute(path: Path, jobs: Sequence[Any], work: Callable[[Any], Row], workers: int) -> None:
+    """Append `work(job)` for each job, in processes of one thread; the machine is noted before."""
+    if not jobs:
+        return
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file, multiprocessing.get_context("spawn").Pool(workers, one_thread) as pool:
+        file.write(json.dumps({"machine": machine()}) + "\n")
+        for n, row in enumerate(pool.imap_unordered(work, jobs), 1):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            print(f"{n}/{len(jobs)} {row['task']} {row.get('arm', '')} {row['index']}", flush=True)
+
+
+def one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
