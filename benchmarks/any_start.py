@@ -12,80 +12,15 @@ are computed with the final weights and used for nothing. Rows: docs/results/any
 """
 
 import argparse
-import json
 import multiprocessing
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from tasks import HIGH, LOW, RESULTS, TASKS, Point, Row, Training, compute, rows
 
-import midflight as mf
-from midflight.cli import machine
-from midflight.study.arm import Shuffled, Split, mlp
-from midflight.study.data import load
-
-RESULTS = Path(__file__).parent.parent / "docs/results"
 ROWS = RESULTS / "any_start.jsonl"
-LOW, HIGH = (-7.0, 0.0), (-0.5, 1.2)
 ARMS = {"grid": 100, "fixed": 40, "tuned": 40, "one_step": 40}
-Point = tuple[float, float]
-Splits = tuple[Split, Split, Split]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained: T1, T2 and test, a network, and for how long."""
-
-    data: Callable[[], Splits]
-    network: Callable[[], nn.Module]
-    epochs: int
-    batch: int
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-
-
-def images(name: str, train: int, valid: int) -> Splits:
-    a = load(name)
-    order = torch.randperm(len(a.train_y), generator=torch.Generator().manual_seed(7))
-    x, y = torch.from_numpy(a.train_x), torch.from_numpy(a.train_y)
-    first, second = order[:train], order[train : train + valid]
-    test = Split(torch.from_numpy(a.test_x), torch.from_numpy(a.test_y))
-    return Split(x[first], y[first]), Split(x[second], y[second]), test
-
-
-def diabetes() -> Splits:
-    """scikit-learn's diabetes table: 200 rows to train on, 121 each for T2 and test; all standardised."""
-    from sklearn.datasets import load_diabetes
-
-    x, y = (torch.tensor(a, dtype=torch.float32) for a in load_diabetes(return_X_y=True))
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(7))
-    x, y = x[order], y[order, None]
-    x, y = (x - x[:200].mean(0)) / x[:200].std(0), (y - y[:200].mean()) / y[:200].std()
-    return Split(x[:200], y[:200]), Split(x[200:321], y[200:321]), Split(x[321:], y[321:])
-
-
-def cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 28, 28)),
-        nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(16 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10),
-    )  # fmt: skip
-
-
-TASKS = {
-    "mnist_5k": Task(lambda: images("mnist", 5000, 2000), lambda: mlp(784, [200, 200], 10), 40, 128),
-    "mnist_55k": Task(lambda: images("mnist", 55000, 5000), lambda: mlp(784, [200, 200], 10), 5, 128),
-    "fashion_cnn": Task(lambda: images("fashion_mnist", 20000, 5000), cnn, 5, 128),
-    "tabular": Task(diabetes, lambda: mlp(10, [64, 64], 1), 200, 20, F.mse_loss),
-    "digits": Task(lambda: images("digits", 1000, 437), lambda: mlp(64, [100, 100], 10), 60, 50),
-}
 
 
 def point(arm: str, index: int) -> Point:
@@ -100,106 +35,35 @@ def point(arm: str, index: int) -> Point:
     return l2, noise
 
 
-@cache
-def splits(name: str) -> Splits:
-    """The data of a task, read once per process."""
-    return TASKS[name].data()
-
-
-def train(name: str, arm: str, index: int) -> dict[str, Any]:
+def train(job: tuple[str, str, int]) -> Row:
     """One run, as a row."""
-    task, start = TASKS[name], point(arm, index)
-    t1, t2, test = splits(name)
-    torch.manual_seed(0)
-    space = mf.Space(
-        weight_decay=mf.Float(10 ** LOW[0], 10 ** HIGH[0], log=True, init=10 ** start[0]),
-        noise=mf.Float(LOW[1], HIGH[1], init=start[1]),
-    )
-    model = nn.Sequential(mf.nn.GaussianNoise(space["noise"]), task.network())
-    optimizer = torch.optim.Adam(model.parameters(), weight_decay=float(space["weight_decay"]), fused=True)
-    batches = Shuffled(t1, task.batch, seed=1)
-
-    def validate(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return task.loss(model(batch[0]), batch[1])
-
-    tuner = None
-    if arm in ("tuned", "one_step"):
-        size = min(256, len(t2))
-        tuner = mf.Tuner(
-            model, optimizer, space, validate=validate, valid_loader=Shuffled(t2, size, seed=2),
-            train_loader=Shuffled(t1, min(256, len(t1)), seed=3) if arm == "tuned" else None,
-            bind=["weight_decay"], total_steps=task.epochs * (len(t1) // task.batch),
-        )  # fmt: skip
+    name, arm, index = job
+    start = point(arm, index)
+    run = Training(name, start)
+    tuner = run.tune(foresight=arm == "tuned") if arm in ("tuned", "one_step") else None
     began = time.perf_counter()
     path, caution = [], []
-    for _ in range(task.epochs):
-        for x, y in batches:
-            optimizer.zero_grad()
-            loss = task.loss(model(x), y)
-            tuner.backward(loss) if tuner else loss.backward()
-            optimizer.step()
-        path.append([float(space["weight_decay"].value.detach().log10()), float(space["noise"])])
-        if tuner and tuner.foresight:
-            caution.append(round(tuner.foresight.caution, 3))
+    for n in range(1, run.steps + 1):
+        run.step(tuner)
+        if n % (run.steps // run.task.epochs) == 0:
+            path.append(run.point)
+            if tuner and tuner.foresight:
+                caution.append(round(tuner.foresight.caution, 3))
     seconds = time.perf_counter() - began
-
-    model.eval()
-    with torch.no_grad():
-        valid_loss = float(task.loss(model(t2.x), t2.y))
-        outputs = model(test.x)
-    wrong = (
-        task.loss(outputs, test.y)
-        if task.loss is F.mse_loss
-        else (outputs.argmax(1) != test.y).float().mean()
-    )
+    valid, test = run.losses()
     return {
-        "task": name, "arm": arm, "index": index, "start": start, "end": path[-1], "valid_loss": valid_loss,
-        "test_error": float(wrong), "seconds": round(seconds, 2), "path": path, "caution": caution,
+        "task": name, "arm": arm, "index": index, "start": start, "end": path[-1], "valid_loss": valid,
+        "test_error": test, "seconds": round(seconds, 2), "path": path, "caution": caution,
     }  # fmt: skip
 
 
-def rows() -> list[dict[str, Any]]:
-    """The stored rows; a line cut off by a crash is left out."""
-    found = []
-    for line in ROWS.read_text().splitlines() if ROWS.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [row for row in found if "task" in row]
-
-
-def compute(tasks: list[str], workers: int) -> None:
-    done = {(row["task"], row["arm"], row["index"]) for row in rows()}
-    jobs = [(t, a, i) for t in tasks for a, n in ARMS.items() for i in range(n) if (t, a, i) not in done]
-    ROWS.parent.mkdir(exist_ok=True)
-    with ROWS.open("a") as file, multiprocessing.get_context("spawn").Pool(workers, _one_thread) as pool:
-        file.write(json.dumps({"machine": machine()}) + "\n")
-        for n, row in enumerate(pool.imap_unordered(_train, jobs), 1):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            print(
-                f"{n}/{len(jobs)} {row['task']} {row['arm']} {row['index']}: {row['valid_loss']:.4f}",
-                flush=True,
-            )
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-
-
-def _train(job: tuple[str, str, int]) -> dict[str, Any]:
-    return train(*job)
-
-
-def losses(found: list[dict[str, Any]], task: str, arm: str) -> list[float]:
+def losses(found: list[Row], task: str, arm: str) -> list[float]:
     """Validation losses by index; a run that diverged counts as infinite."""
     chosen = sorted((r for r in found if (r["task"], r["arm"]) == (task, arm)), key=lambda r: r["index"])
     return [r["valid_loss"] if r["valid_loss"] == r["valid_loss"] else float("inf") for r in chosen]
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(found: list[Row]) -> str:
     """Per task and arm: how near the starts end to the best of the grid, and how many got worse."""
     lines = [
         "| task | best of 100 fixed | arm | median | worst | within 10 % | within 25 % | "
@@ -222,7 +86,7 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def figure(found: list[dict[str, Any]]) -> None:
+def figure(found: list[Row]) -> None:
     """Per whole task: validation loss of the 40 starts, sorted; fixed, plain one step, tuned."""
     whole = [t for t in TASKS if all(len(losses(found, t, a)) == n for a, n in ARMS.items())]
     if not whole:
@@ -256,8 +120,10 @@ def main() -> None:
     parser.add_argument("--figure", action="store_true", help="compute nothing")
     options = parser.parse_args()
     if not options.figure:
-        compute(options.tasks, options.workers)
-    found = rows()
+        done = {(row["task"], row["arm"], row["index"]) for row in rows(ROWS)}
+        jobs = [(t, a, i) for t in options.tasks for a, n in ARMS.items() for i in range(n)]
+        compute(ROWS, [job for job in jobs if job not in done], train, options.workers)
+    found = rows(ROWS)
     print(table(found))
     figure(found)
 

@@ -1,10 +1,11 @@
 """Search engines over a table of trainings, each at its documented defaults and counted in the same way.
 
-An engine asks for a configuration and sees its validation loss at one of 27 checkpoints. It pays for the part of the
-training that is new: a training goes on from its last checkpoint and is never paid for twice. This favours the
-engines, SMAC most of all, whose documented use trains again from the start.
+An engine asks for a configuration and sees its validation loss at one of 27 checkpoints. It pays for the part
+of the training that is new: a training goes on from its last checkpoint and is never paid for twice. This
+favours the engines, SMAC most of all, whose documented use trains again from the start.
 """
 
+import contextlib
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ class Spent(Exception):
 
 
 class Purse:
-    """What an engine has paid and seen; the best model is the one of least validation loss at any checkpoint."""
+    """What an engine has paid and seen; the best model has the least validation loss at any checkpoint."""
 
     def __init__(self, task: str, budget: float) -> None:
         self.table, self.budget = table(task), budget * CHECKPOINTS
@@ -107,11 +108,9 @@ ENGINES: dict[str, Callable[[Purse, int], None]] = {
 }
 
 
-def search(engine: str, task: str, seed: int, budget: float) -> list[Found]:
-    """The best model so far after each part of a training, until the budget is spent."""
-    purse = Purse(task, budget)
-    try:
+def search(engine: str, task: str, seed: int, budgets: list[int]) -> list[Found]:
+    """The best model when each of the budgets, in trainings, is spent; an engine that ends keeps its best."""
+    purse = Purse(task, max(budgets))
+    with contextlib.suppress(Spent):
         ENGINES[engine](purse, seed)
-    except Spent:
-        return purse.trace
-    raise RuntimeError(f"{engine} ended on its own after {purse.paid / CHECKPOINTS:.1f} trainings.")
+    return [[found for found in purse.trace if found[0] <= budget][-1] for budget in budgets]

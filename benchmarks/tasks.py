@@ -1,7 +1,7 @@
-"""Five tasks that span the regimes, from few data trained long to many data trained briefly; and resumable rows.
+"""Five tasks, from few data trained long to many data trained briefly; and resumable rows.
 
-log10 L2 in [-7, -0.5] and input noise in [0, 1.2] are the hyperparameters. All runs of a task share seed, data
-and batches; the learning rate is constant. Test errors are reported and used for nothing.
+log10 L2 in [-7, -0.5] and input noise in [0, 1.2] are the hyperparameters. All runs of a task share seed,
+data and batches; the learning rate is constant. Test errors are reported and used for nothing.
 """
 
 import json
@@ -125,6 +125,16 @@ class Training:
         tuner.backward(loss) if tuner else loss.backward()
         self.optimizer.step()
 
+    def state_dict(self) -> Row:
+        """Weights and optimiser; the hyperparameters and the place in the data are not part of it."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Row) -> None:
+        decay = self.optimizer.param_groups[0]["weight_decay"]
+        self.model.load_state_dict(state["model"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.param_groups[0]["weight_decay"] = decay
+
     @property
     def point(self) -> list[float]:
         """[log10 L2, noise] now."""
@@ -132,7 +142,7 @@ class Training:
 
     @torch.no_grad()
     def losses(self) -> tuple[float, float]:
-        """Validation loss and test error (a share of wrong classes, or the squared error) of the model now."""
+        """Validation loss and test error (a share of wrong classes, or the squared error) now."""
         self.model.eval()
         valid = float(self.task.loss(self.model(self.t2.x), self.t2.y))
         outputs = self.model(self.test.x)
@@ -153,16 +163,20 @@ def rows(path: Path) -> list[Row]:
     return [row for row in found if "task" in row]
 
 
+def append(path: Path, row: Row) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def compute(path: Path, jobs: Sequence[Any], work: Callable[[Any], Row], workers: int) -> None:
     """Append `work(job)` for each job, in processes of one thread; the machine is noted before."""
     if not jobs:
         return
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a") as file, multiprocessing.get_context("spawn").Pool(workers, one_thread) as pool:
-        file.write(json.dumps({"machine": machine()}) + "\n")
+    append(path, {"machine": machine()})
+    with multiprocessing.get_context("spawn").Pool(workers, one_thread) as pool:
         for n, row in enumerate(pool.imap_unordered(work, jobs), 1):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            append(path, row)
             print(f"{n}/{len(jobs)} {row['task']} {row.get('arm', '')} {row['index']}", flush=True)
 
 

@@ -21,6 +21,7 @@ from midflight.hypersteps import SignSteps
 from midflight.problem import Problem, Step
 from midflight.ranges import RANGES, default_range
 from midflight.space import Float, Hyperparameter, Space
+from midflight.trajectory import Replay, Trajectory
 from midflight.tuner import Tuner
 from midflight.updates import RULES, Update, UpdateRule
 
@@ -41,10 +42,12 @@ __all__ = [
     "NoForwardMode",
     "NotTwiceDifferentiable",
     "Problem",
+    "Replay",
     "SignSteps",
     "Space",
     "SpaceError",
     "Step",
+    "Trajectory",
     "Tuner",
     "UnknownName",
     "UnreachedHyperparameter",

@@ -17,7 +17,7 @@ class EndlessBatches(Iterator[Any]):
     """
 
     def __init__(self, loader: Iterable[Any], name: str) -> None:
-        self._loader = loader
+        self.loader = loader
         self._name = name
         self._begin()
 
@@ -51,9 +51,9 @@ class EndlessBatches(Iterator[Any]):
 
     def _begin(self) -> None:
         self._random_state = self._generator().get_state()
-        self._iterator = iter(self._loader)
+        self._iterator = iter(self.loader)
         self._used = 0
 
     def _generator(self) -> torch.Generator:
-        own = getattr(self._loader, "generator", None)
+        own = getattr(self.loader, "generator", None)
         return own if isinstance(own, torch.Generator) else torch.default_generator

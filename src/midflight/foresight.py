@@ -23,7 +23,7 @@ from torch import Tensor
 
 from midflight.trees import Tensors
 
-WINDOW = 0.05
+WINDOW = 0.2
 """The average reaches back over this share of the hyper-steps so far."""
 RECENT = 0.15
 """Losses are averaged over this share of them."""
@@ -60,6 +60,11 @@ class Foresight:
             before = self._average.get(name)
             self._average[name] = now.clone() if before is None else before.lerp_(now, share)
         return {name: self._average[name].to(p.dtype) for name, p in params.items()}
+
+    def forget(self) -> None:
+        """The weights have jumped: begin the average and the losses anew; the caution stays."""
+        self._average, self._seen = {}, 0
+        self._losses.clear()
 
     def observe(self, train_loss: float, valid_loss: float, progress: float | None) -> None:
         """C1 and C2 on one batch each, at the average; sets the caution.

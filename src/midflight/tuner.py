@@ -5,7 +5,9 @@ place: the training gradient with its graph, the weights after the step, the val
 the mixed partial. The hyperparameters move in a post-hook of `optimizer.step()`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from midflight.capture import (
 )
 from midflight.errors import UnsupportedParameter
 from midflight.foresight import Foresight
+from midflight.guards import Bounds, Failures, Snapshots, overfitted
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.hypergrad.mixed import is_linear, knows_forward_mode
 from midflight.hypersteps import SignSteps, annealing
@@ -35,6 +38,7 @@ from midflight.problem import (
     require_twice_differentiable,
 )
 from midflight.space import Space
+from midflight.trajectory import Trajectory
 from midflight.trees import Tensors, all_finite, detach, leaves
 
 DOUBLE_BACKWARD = "double backward"
@@ -68,6 +72,8 @@ class Tuner:
         total_steps: calls of `backward` in the whole run, over which the steps anneal to zero;
             without it they shrink slowly and never end.
         hyper_optimizer: raw tensors -> torch optimiser that moves them; `SignSteps` by default.
+        snapshots: keep a copy of model, optimiser and hyperparameters, renewed at every so many good
+            hyper-steps, and go back to it after three failed ones in a row. None keeps no copy.
 
     Raises:
         BindingError: a bound name is no hyperparameter, or no tunable option of the optimiser,
@@ -92,6 +98,7 @@ class Tuner:
         estimator: str | Estimator = "one_step",
         total_steps: int | None = None,
         hyper_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = SignSteps,
+        snapshots: int | None = None,
     ) -> None:
         if every is not None and budget is not None:
             raise ValueError(f"one of every and budget can be given, but got {every} and {budget}.")
@@ -114,13 +121,20 @@ class Tuner:
         self._total_steps = total_steps
         self._calls = 0
         self._hyper = False
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.hyper_optimizer, annealing(self._progress))
+        self.failures = Failures(None if snapshots is None else Snapshots(model, optimizer, space, snapshots))
+        """Hyper-steps that were left out because a loss or a hypergradient was not finite."""
+        factor = annealing(self._progress)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.hyper_optimizer, lambda n: factor(n) * self.failures.shrink
+        )
+        self._bounds = Bounds()
+        self.trajectory = Trajectory()
+        """The values after each hyper-step; see `midflight.Replay`."""
+        self.trajectory.record(0, space)
         self._checked = False
         self._hypergradients: Tensors = {}
         self.mixed_partial: str | None = None
         """How d/dlambda <w, g> is found; chosen at the first hyper-step with a function for the loss."""
-        self.skipped = 0
-        """Hyper-steps that were left out because the hypergradient was not finite."""
         self._binding.write()
         self._plan_next(hyper=False)
         self._hook = optimizer.register_step_post_hook(lambda *_: self._move())
@@ -153,12 +167,11 @@ class Tuner:
             value.backward()  # type: ignore[no-untyped-call]
         else:
             self._binding.verify()
-            self._look_ahead()
             value, step = self._step(loss)
-            self._hypergradients = self._estimate(step)
-            if not all_finite(self._hypergradients.values()):
-                self._hypergradients = {}
-                self.skipped += 1
+            self._hypergradients = {}
+            if bool(torch.isfinite(value)) and self._look_ahead():
+                self._hypergradients = self._estimate(step)
+            self._guard()
         self._plan_next(hyper)
         return value.detach()
 
@@ -167,7 +180,9 @@ class Tuner:
         return {
             "calls": self._calls,
             "pace": self.pace.state_dict(),
-            "skipped": self.skipped,
+            "failures": self.failures.state_dict(),
+            "bounds": self._bounds.state_dict(),
+            "trajectory": self.trajectory.state_dict(),
             "space": self.space.state_dict(),
             "hyper_optimizer": self.hyper_optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
@@ -188,7 +203,9 @@ class Tuner:
                 f"{'loading' if self.foresight else 'saved'} tuner has one."
             )
         self._calls = state["calls"]
-        self.skipped = state["skipped"]
+        self.failures.load_state_dict(state["failures"])
+        self._bounds.load_state_dict(state["bounds"])
+        self.trajectory.load_state_dict(state["trajectory"])
         self.space.load_state_dict(state["space"])
         self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
         self._schedule.load_state_dict(state["schedule"])
@@ -200,6 +217,24 @@ class Tuner:
         self._binding.write()
         self.pace.load_state_dict(state["pace"])
         self._plan_next(hyper=False)
+
+    def report(self, third: Iterable[Any] | None = None) -> list[str]:
+        """What a user should know about this run, one sentence each; empty if there is nothing.
+
+        Failed hyper-steps, hyperparameters pinned at a bound, and with a third split an overfitted T2.
+
+        Args:
+            third: batches of data that neither trained nor tuned, at least two, in the size of those of
+                `valid_loader`; both are gone through once.
+
+        Raises:
+            ValueError: one of the two loaders gives fewer than two batches.
+        """
+        found = self.failures.report() + self._bounds.report(self.space)
+        if third is not None:
+            with evaluating(self._model), torch.no_grad():
+                found += overfitted(partial(self._validate, self._model), self._batches.loader, third)
+        return found
 
     def detach(self) -> None:
         """Stop tuning: unhook from the optimiser; the space keeps its values."""
@@ -266,21 +301,38 @@ class Tuner:
         return {name: by_id[id(p)] for name, p in self._params.items() if id(p) in by_id}
 
     @torch.no_grad()
-    def _look_ahead(self) -> None:
+    def _look_ahead(self) -> bool:
+        """Let foresight follow; False if the losses at the average are not finite."""
         if self.foresight is None or self._train_batches is None:
-            return
+            return True
         average = self.foresight.follow(self._params)
         with evaluating(self._model), weights_at(self._params, average):
             c1, c2 = (
                 float(self._validate(self._model, next(b))) for b in (self._train_batches, self._batches)
             )
+        if not math.isfinite(c1 + c2):
+            return False
         self.foresight.observe(c1, c2, self._progress())
+        return True
 
     def _valid_grad(self, at: Tensors) -> Tensors:
         at = at if self.foresight is None else self.foresight.judged(at)
         params = {name: self._params[name] for name in at}
         with evaluating(self._model), weights_at(params, at):
             return gradient(self._validate(self._model, next(self._batches)), params)
+
+    def _guard(self) -> None:
+        """Leave out a hyper-step that is not finite; go back to the last good snapshot if failures go on."""
+        if self._hypergradients and all_finite(self._hypergradients.values()):
+            self.failures.good()
+            return
+        self._hypergradients = {}
+        for group in self.hyper_optimizer.param_groups:
+            group["lr"] /= 2  # as the schedule will have it from the next move on
+        if self.failures.failed():
+            self._binding.write()
+            if self.foresight is not None:
+                self.foresight.forget()
 
     def _move(self) -> None:
         if not self._hypergradients:
@@ -293,6 +345,8 @@ class Tuner:
         self.space.clamp_()
         self._hypergradients = {}
         self._binding.write()
+        self._bounds.observe(self.space)
+        self.trajectory.record(self._calls, self.space)
 
     def _plan_next(self, hyper: bool) -> None:
         """Only the forward pass before a hyper-step pays for the graph to the hyperparameters."""

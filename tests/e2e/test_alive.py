@@ -37,7 +37,7 @@ def tuned(spec, build, start, steps=60, every=1, seed=0, **options):
         optimizer.zero_grad()
         tuner.backward(train_loss(step))
         optimizer.step()
-    assert tuner.skipped == 0
+    assert tuner.failures.skipped == 0
     return space["h"].raw.detach()
 
 

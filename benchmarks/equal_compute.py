@@ -1,0 +1,148 @@
+"""Test error against compute, from 1 to 32 trainings: one run of midflight, and search engines.
+
+    python benchmarks/equal_compute.py                    all engines and tasks; takes up where it stopped
+    python benchmarks/equal_compute.py --engines random TPE --tasks digits
+    python benchmarks/equal_compute.py --figure           table and figure from the stored rows alone
+
+Engines search the table that benchmarks/lattice.py trained, 10 seeds each; Ray's population-based training
+trains its members for real, on the tasks where that is quick. Engines report the best model at any of 27
+checkpoints, midflight the last of its run (rows of any_start.py: any of the 40 starts, and the best of n of
+them). Each run of midflight is counted with the time it took over that of a fixed run. Validation passes of
+the engines are free. Needs optuna, smac and ray[tune]. Rows: docs/results/equal_compute.jsonl.
+"""
+
+import argparse
+import multiprocessing
+import os
+from functools import cache
+from typing import Any
+
+import any_start
+import numpy as np
+from engines import ENGINES, search
+from matplotlib.figure import Figure
+from tasks import RESULTS, TASKS, Row, append, compute, rows
+
+ROWS = RESULTS / "equal_compute.jsonl"
+BUDGETS = [1, 2, 4, 8, 16, 32]
+SEEDS = 10
+PBT = "Ray PBT"
+PBT_TASKS = ("digits", "tabular")
+POPULATIONS = [4, 8, 16]
+LABEL = "midflight"
+
+
+def searched(job: tuple[str, str, int]) -> Row:
+    task, engine, seed = job
+    return {"task": task, "arm": engine, "index": seed, "best": search(engine, task, seed, BUDGETS)}
+
+
+def compute_pbt(tasks: list[str], done: set[Any], workers: int) -> None:
+    from pbt import pbt
+
+    for task in tasks:
+        for seed in range(SEEDS):
+            if (task, PBT, seed) not in done:
+                best = [pbt(task, seed, population, workers) for population in POPULATIONS]
+                append(ROWS, {"task": task, "arm": PBT, "index": seed, "best": best})
+                print(f"{task} {PBT} {seed}", flush=True)
+
+
+@cache
+def tuned(task: str) -> tuple[float, list[Row]]:
+    """What a tuned run costs in trainings (the median over starts), and the stored runs."""
+    found = {(r["arm"], r["index"]): r for r in rows(any_start.ROWS) if r["task"] == task}
+    starts = range(any_start.ARMS["tuned"])
+    runs = [found["tuned", i] for i in starts]
+    cost = float(np.median([found["tuned", i]["seconds"] / found["fixed", i]["seconds"] for i in starts]))
+    return cost, runs
+
+
+def best_of(task: str, budget: float, draws: int = 200) -> tuple[float, list[float]]:
+    """Compute spent, and test errors of the best run, by validation, of as many random starts as fit."""
+    cost, runs = tuned(task)
+    n = max(1, int(budget / cost))
+    rng = np.random.default_rng(0)
+    groups = [[r] for r in runs] if n == 1 else [rng.choice(runs, n, replace=False) for _ in range(draws)]
+    return n * cost, [min(group, key=lambda r: r["valid_loss"])["test_error"] for group in groups]
+
+
+def errors(found: list[Row], task: str, arm: str, budget: int) -> tuple[float, list[float]]:
+    """Compute spent (median) and test errors, one per seed; empty if there are no rows for the budget."""
+    if arm == LABEL:
+        return best_of(task, budget)
+    budgets = POPULATIONS if arm == PBT else BUDGETS
+    if budget not in budgets:
+        return budget, []
+    best = [r["best"][budgets.index(budget)] for r in found if (r["task"], r["arm"]) == (task, arm)]
+    return float(np.median([b[0] for b in best])) if best else budget, [b[2] for b in best]
+
+
+def table(found: list[Row]) -> str:
+    """Median test error [quartiles] per task, engine and budget."""
+    lines = [
+        f"| task | engine | {' | '.join(f'{b} trainings' for b in BUDGETS)} |",
+        "|---|---|" + "---|" * len(BUDGETS),
+    ]
+    for task in TASKS:
+        for arm in (LABEL, *ENGINES, PBT):
+            cells = []
+            for budget in BUDGETS:
+                paid, e = errors(found, task, arm, budget)
+                low, mid, high = np.quantile(e, (0.25, 0.5, 0.75)) if e else (0, 0, 0)
+                at = f" @{paid:.1f}" if arm in (LABEL, PBT) else ""
+                cells.append(f"{mid:.4f} [{low:.4f}, {high:.4f}]{at}" if e else "")
+            if any(cells):
+                lines.append(f"| {task} | {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def figure(found: list[Row]) -> None:
+    fig = Figure(figsize=(3.1 * len(TASKS), 3.6), layout="constrained")
+    for i, task in enumerate(TASKS):
+        ax = fig.add_subplot(1, len(TASKS), i + 1)
+        for k, arm in enumerate((*ENGINES, PBT, LABEL)):
+            drawn = [(paid, e) for paid, e in (errors(found, task, arm, b) for b in BUDGETS) if e]
+            if not drawn:
+                continue
+            x = [paid for paid, _ in drawn]
+            low, mid, high = np.array([np.quantile(e, (0.25, 0.5, 0.75)) for _, e in drawn]).T
+            ours = arm == LABEL
+            colour = "tab:blue" if ours else f"C{k + 1}"
+            ax.plot(x, mid, "o-" if ours else ".-", color=colour, label=arm, linewidth=2 if ours else 1,
+                    zorder=3 if ours else 2)  # fmt: skip
+            ax.fill_between(x, low, high, color=colour, alpha=0.3 if ours else 0.1, linewidth=0)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(BUDGETS, [str(b) for b in BUDGETS])
+        ax.set_yscale("log")
+        ax.set_title(task.replace("_", " "))
+        ax.set_xlabel("compute, in trainings")
+        if i == 0:
+            ax.set_ylabel("test error of the model chosen by validation")
+            ax.legend(fontsize=7)
+    fig.savefig(RESULTS / "equal_compute.png", dpi=110)
+
+
+def main() -> None:
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--engines", nargs="+", choices=[*ENGINES, PBT], default=[*ENGINES, PBT])
+    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--figure", action="store_true", help="compute nothing")
+    options = parser.parse_args()
+    if not options.figure:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        done = {(row["task"], row["arm"], row["index"]) for row in rows(ROWS)}
+        table_engines = [e for e in options.engines if e != PBT]
+        jobs = [(t, e, s) for e in table_engines for t in options.tasks for s in range(SEEDS)]
+        compute(ROWS, [job for job in jobs if job not in done], searched, options.workers)
+        if PBT in options.engines:
+            compute_pbt([t for t in PBT_TASKS if t in options.tasks], done, options.workers)
+    found = rows(ROWS)
+    print(table(found))
+    figure(found)
+
+
+if __name__ == "__main__":
+    main()
