@@ -3,40 +3,76 @@
     python benchmarks/any_start.py                       all tasks; takes up where it stopped
     python benchmarks/any_start.py --tasks digits        some of them
     python benchmarks/any_start.py --figure              table and figure from the stored rows alone
+    python benchmarks/any_start.py --four                dropout and learning rate tuned as well; three tasks
 
 log10 L2 in [-7, -0.5] and input noise in [0, 1.2] are tuned. Per task: a 10 x 10 grid of fixed runs; from
 each start (the four corners and 36 Sobol points) a fixed run and a tuned one, and a tuned one without
 foresight (plain `one_step`). All runs of a task share seed, data and batches; the learning rate is constant.
 The best of the grid is the smallest of 100 validation losses, so it is a lucky one among equals. Test errors
 are computed with the final weights and used for nothing. Rows: docs/results/any_start.jsonl.
+
+With --four the space is log10 L2, noise, dropout in [0, 0.8] and log10 learning rate in [-5, -1]; the 100
+fixed runs are Sobol points, and the starts are the 16 corners and 24 Sobol points. Rows:
+docs/results/any_start_four.jsonl.
 """
 
 import argparse
 import multiprocessing
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from tasks import HIGH, LOW, RESULTS, TASKS, Point, Row, Training, compute, rows
+from tasks import HIGH_OF_FOUR, LOW_OF_FOUR, RESULTS, TASKS, Point, Row, Training, compute, rows
 
 ROWS = RESULTS / "any_start.jsonl"
 ARMS = {"grid": 100, "fixed": 40, "tuned": 40, "one_step": 40}
+ROWS_OF_FOUR = RESULTS / "any_start_four.jsonl"
+TASKS_OF_FOUR = ["digits", "tabular", "mnist_5k"]
 
 
 def point(arm: str, index: int) -> Point:
     """Where this run begins."""
     if arm == "grid":
-        unit = [index // 10 / 9, index % 10 / 9]
-    elif index < 4:
-        unit = [float(index // 2), float(index % 2)]
-    else:
-        unit = torch.quasirandom.SobolEngine(2, scramble=True, seed=1).draw(36)[index - 4].tolist()
-    l2, noise = (low + u * (high - low) for u, low, high in zip(unit, LOW, HIGH, strict=True))
-    return l2, noise
+        return scaled([index // 10 / 9, index % 10 / 9])
+    return scaled(start(index, 2))
+
+
+def point_of_four(arm: str, index: int) -> Point:
+    """The same with dropout and learning rate."""
+    if arm == "grid":
+        return scaled(sobol(4, seed=2)[index])
+    return scaled(start(index, 4))
+
+
+def start(index: int, dimensions: int) -> list[float]:
+    """The corners of the unit cube, then Sobol points."""
+    if index < 2**dimensions:
+        return [float(index >> d & 1) for d in reversed(range(dimensions))]
+    return sobol(dimensions, seed=1)[index - 2**dimensions]
+
+
+def sobol(dimensions: int, seed: int) -> list[list[float]]:
+    return torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=seed).draw(100).tolist()
+
+
+def scaled(unit: list[float]) -> Point:
+    bounds = zip(unit, LOW_OF_FOUR, HIGH_OF_FOUR, strict=False)
+    return tuple(low + u * (high - low) for u, low, high in bounds)
 
 
 def train(job: tuple[str, str, int]) -> Row:
     """One run, as a row."""
+    return run_from(job, point)
+
+
+def train_four(job: tuple[str, str, int]) -> Row:
+    """The same in the space of four."""
+    return run_from(job, point_of_four)
+
+
+def run_from(job: tuple[str, str, int], point: Callable[[str, int], Point]) -> Row:
     name, arm, index = job
     start = point(arm, index)
     run = Training(name, start)
@@ -86,7 +122,7 @@ def table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def figure(found: list[Row]) -> None:
+def figure(found: list[Row], path: Path) -> None:
     """Per whole task: validation loss of the 40 starts, sorted; fixed, plain one step, tuned."""
     whole = [t for t in TASKS if all(len(losses(found, t, a)) == n for a, n in ARMS.items())]
     if not whole:
@@ -109,23 +145,26 @@ def figure(found: list[Row]) -> None:
         if i == 0:
             ax.set_ylabel("validation loss at the end")
             ax.legend(fontsize=7)
-    fig.savefig(RESULTS / "any_start.png", dpi=110)
+    fig.savefig(path, dpi=110)
 
 
 def main() -> None:
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="all if left out")
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--figure", action="store_true", help="compute nothing")
+    parser.add_argument("--four", action="store_true", help="tune dropout and the learning rate as well")
     options = parser.parse_args()
+    stored, work = (ROWS_OF_FOUR, train_four) if options.four else (ROWS, train)
+    tasks = options.tasks or (TASKS_OF_FOUR if options.four else list(TASKS))
     if not options.figure:
-        done = {(row["task"], row["arm"], row["index"]) for row in rows(ROWS)}
-        jobs = [(t, a, i) for t in options.tasks for a, n in ARMS.items() for i in range(n)]
-        compute(ROWS, [job for job in jobs if job not in done], train, options.workers)
-    found = rows(ROWS)
+        done = {(row["task"], row["arm"], row["index"]) for row in rows(stored)}
+        jobs = [(t, a, i) for t in tasks for a, n in ARMS.items() for i in range(n)]
+        compute(stored, [job for job in jobs if job not in done], work, options.workers)
+    found = rows(stored)
     print(table(found))
-    figure(found)
+    figure(found, stored.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Five tasks, from few data trained long to many data trained briefly; and resumable rows.
 
-log10 L2 in [-7, -0.5] and input noise in [0, 1.2] are the hyperparameters. All runs of a task share seed,
-data and batches; the learning rate is constant. Test errors are reported and used for nothing.
+log10 L2 in [-7, -0.5] and input noise in [0, 1.2] are the hyperparameters; in a second variant also dropout
+after each ReLU in [0, 0.8] and log10 of the learning rate in [-5, -1]. All runs of a task share seed, data and
+batches; a learning rate that is not tuned is constant. Test errors are reported and used for nothing.
 """
 
 import json
+import math
 import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +26,10 @@ from midflight.study.data import load
 
 RESULTS = Path(__file__).parent.parent / "docs/results"
 LOW, HIGH = (-7.0, 0.0), (-0.5, 1.2)
-Point = tuple[float, float]
-"""(log10 L2, noise)"""
+LOW_OF_FOUR, HIGH_OF_FOUR = (*LOW, 0.0, -5.0), (*HIGH, 0.8, -1.0)
+NAMES, LOG = ("weight_decay", "noise", "dropout", "lr"), ("weight_decay", "lr")
+Point = tuple[float, ...]
+"""(log10 L2, noise) or (log10 L2, noise, dropout, log10 learning rate)"""
 Splits = tuple[Split, Split, Split]
 Row = dict[str, Any]
 
@@ -35,7 +39,7 @@ class Task:
     """What is trained: T1, T2 and test, a network, and for how long."""
 
     data: Callable[[], Splits]
-    network: Callable[[], nn.Module]
+    network: Callable[[], nn.Sequential]
     epochs: int
     batch: int
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
@@ -61,13 +65,19 @@ def diabetes() -> Splits:
     return Split(x[:200], y[:200]), Split(x[200:321], y[200:321]), Split(x[321:], y[321:])
 
 
-def cnn() -> nn.Module:
+def cnn() -> nn.Sequential:
     return nn.Sequential(
         nn.Unflatten(1, (1, 28, 28)),
         nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(),
         nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(),
         nn.Flatten(), nn.Linear(16 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10),
     )  # fmt: skip
+
+
+def with_dropout(network: nn.Sequential, rate: mf.Hyperparameter) -> nn.Sequential:
+    """The network with dropout after each ReLU."""
+    layers = ([m, mf.nn.Dropout(rate)] if isinstance(m, nn.ReLU) else [m] for m in network)
+    return nn.Sequential(*(m for pair in layers for m in pair))
 
 
 TASKS = {
@@ -86,24 +96,36 @@ def splits(name: str) -> Splits:
 
 
 class Training:
-    """One training of a task from a point, a step at a time.
+    """One training of a task from a point, a step at a time, on T1 or on T1 and T2.
 
     Attributes:
-        space: L2 and noise; write to it between steps and the training follows.
+        space: the hyperparameters, as many as the start has.
         steps: the length of the whole training.
     """
 
-    def __init__(self, name: str, start: Point, seed: int = 0) -> None:
+    def __init__(self, name: str, start: Point, seed: int = 0, with_t2: bool = False) -> None:
         self.task = TASKS[name]
         self.t1, self.t2, self.test = splits(name)
+        if with_t2:
+            both = zip((self.t1.x, self.t1.y), (self.t2.x, self.t2.y), strict=True)
+            self.t1 = Split(*map(torch.cat, both))
         torch.manual_seed(seed)
+        names = NAMES[: len(start)]
         self.space = mf.Space(
-            weight_decay=mf.Float(10 ** LOW[0], 10 ** HIGH[0], log=True, init=10 ** start[0]),
-            noise=mf.Float(LOW[1], HIGH[1], init=start[1]),
+            {
+                name: mf.Float(
+                    _natural(name, low), _natural(name, high), log=name in LOG, init=_natural(name, init)
+                )
+                for name, low, high, init in zip(NAMES, LOW_OF_FOUR, HIGH_OF_FOUR, start, strict=False)
+            }
         )
-        self.model = nn.Sequential(mf.nn.GaussianNoise(self.space["noise"]), self.task.network())
-        decay = float(self.space["weight_decay"])
-        self.optimizer = torch.optim.Adam(self.model.parameters(), weight_decay=decay, fused=True)
+        self.bound = [name for name in names if name in LOG]
+        network = self.task.network()
+        if "dropout" in names:
+            network = with_dropout(network, self.space["dropout"])
+        self.model = nn.Sequential(mf.nn.GaussianNoise(self.space["noise"]), network)
+        options = {name: float(self.space[name]) for name in self.bound}
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True, **options)
         self.seed = seed
         self.batches = EndlessBatches(Shuffled(self.t1, self.task.batch, seed=seed + 1), "T1")
         self.steps = self.task.epochs * (len(self.t1) // self.task.batch)
@@ -112,7 +134,7 @@ class Training:
         """A tuner at its defaults; hand it to `step`."""
         t1, t2 = self.t1, self.t2
         return mf.Tuner(
-            self.model, self.optimizer, self.space, bind=["weight_decay"], total_steps=self.steps,
+            self.model, self.optimizer, self.space, bind=self.bound, total_steps=self.steps,
             validate=lambda model, batch: self.task.loss(model(batch[0]), batch[1]),
             valid_loader=Shuffled(t2, min(256, len(t2)), seed=self.seed + 2),
             train_loader=Shuffled(t1, min(256, len(t1)), seed=self.seed + 3) if foresight else None,
@@ -137,8 +159,9 @@ class Training:
 
     @property
     def point(self) -> list[float]:
-        """[log10 L2, noise] now."""
-        return [float(self.space["weight_decay"].value.detach().log10()), float(self.space["noise"])]
+        """The values now, in the coordinates of the start."""
+        values = self.space.as_dict()
+        return [math.log10(v) if name in LOG else v for name, v in values.items()]
 
     @torch.no_grad()
     def losses(self) -> tuple[float, float]:
@@ -150,6 +173,10 @@ class Training:
         if self.task.loss is F.mse_loss:
             return valid, float(F.mse_loss(outputs, self.test.y))
         return valid, float((outputs.argmax(1) != self.test.y).float().mean())
+
+
+def _natural(name: str, value: float) -> float:
+    return 10**value if name in LOG else value
 
 
 def rows(path: Path) -> list[Row]:

@@ -20,6 +20,7 @@ from midflight.hypergrad import ESTIMATORS, Estimator, hypergradient
 from midflight.hypersteps import SignSteps
 from midflight.problem import Problem, Step
 from midflight.ranges import RANGES, default_range
+from midflight.rotation import Rotation
 from midflight.space import Float, Hyperparameter, Space
 from midflight.trajectory import Replay, Trajectory
 from midflight.tuner import Tuner
@@ -43,6 +44,7 @@ __all__ = [
     "NotTwiceDifferentiable",
     "Problem",
     "Replay",
+    "Rotation",
     "SignSteps",
     "Space",
     "SpaceError",

@@ -1,0 +1,122 @@
+"""Is it worth training on T2 as well, once tuned? Luketina et al. 2016 retrain with it.
+
+    python benchmarks/all_data.py             three tasks, 10 starts; takes up where it stopped
+    python benchmarks/all_data.py --table     the table from the stored rows alone
+
+Test error, paired by start, of
+
+    tuned        the tuned run on T1 itself
+    trajectory   a new training on T1 + T2 that follows the trajectory of the tuned run (mf.Replay)
+    last         a new training on T1 + T2 at the values the tuned run ended with
+    t1 only      a new training on T1 that follows the trajectory: what re-training alone changes
+    rotated      one tuned run in which T1 and T2 change roles at each pass (mf.Rotation)
+
+A training on T1 + T2 takes as many epochs, thus more steps. Rows: docs/results/all_data.jsonl.
+"""
+
+import argparse
+import multiprocessing
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from any_start import point
+from tasks import RESULTS, Point, Row, Split, Training, compute, rows
+from torch.utils.data import BatchSampler
+
+import midflight as mf
+
+ROWS = RESULTS / "all_data.jsonl"
+TASKS = ["digits", "tabular", "mnist_5k"]
+ARMS = ["tuned", "trajectory", "last", "t1 only", "rotated"]
+STARTS = 10
+
+
+class Drawn:
+    """Batches of a split by a sampler."""
+
+    def __init__(self, data: Split, sampler: torch.utils.data.Sampler, size: int) -> None:
+        self.data, self.batches = data, BatchSampler(sampler, size, drop_last=False)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for chosen in self.batches:
+            yield self.data.x[chosen], self.data.y[chosen]
+
+
+def train(job: tuple[str, int]) -> Row:
+    """All arms from one start."""
+    name, index = job
+    start = point("tuned", index)
+    tuned = Training(name, start)
+    tuner = tuned.tune()
+    for _ in range(tuned.steps):
+        tuned.step(tuner)
+    fixed_last = mf.Trajectory()
+    fixed_last.record(0, tuned.space)
+    errors = {
+        "tuned": tuned.losses()[1],
+        "trajectory": followed(name, start, tuner.trajectory, with_t2=True),
+        "last": followed(name, start, fixed_last, with_t2=True),
+        "t1 only": followed(name, start, tuner.trajectory, with_t2=False),
+        "rotated": rotated(name, start),
+    }
+    return {"task": name, "index": index, "errors": errors}
+
+
+def followed(name: str, start: Point, trajectory: mf.Trajectory, with_t2: bool) -> float:
+    run = Training(name, start, with_t2=with_t2)
+    mf.Replay(trajectory, run.space, run.optimizer, bind=run.bound, total_steps=run.steps)
+    for _ in range(run.steps):
+        run.step()
+    return run.losses()[1]
+
+
+def rotated(name: str, start: Point) -> float:
+    run = Training(name, start, with_t2=True)
+    folds = max(2, round(len(run.t1) / len(run.t2)))
+    rotation = mf.Rotation(len(run.t1), folds, seed=1)
+    size = min(256, len(rotation.valid))
+    steps_of_a_pass = -(-len(rotation.train) // run.task.batch)
+    tuner = mf.Tuner(
+        run.model, run.optimizer, run.space, bind=run.bound, total_steps=run.task.epochs * steps_of_a_pass,
+        validate=lambda model, batch: run.task.loss(model(batch[0]), batch[1]),
+        valid_loader=Drawn(run.t1, rotation.valid, size), train_loader=Drawn(run.t1, rotation.seen, size),
+    )  # fmt: skip
+    for _ in range(run.task.epochs):
+        for x, y in Drawn(run.t1, rotation.train, run.task.batch):
+            run.optimizer.zero_grad()
+            tuner.backward(run.task.loss(run.model(x), y))
+            run.optimizer.step()
+    return run.losses()[1]
+
+
+def table(found: list[Row]) -> str:
+    """Median test error, and for how many starts it is below that of the tuned run."""
+    lines = [f"| task | {' | '.join(ARMS)} |", "|---|" + "---|" * len(ARMS)]
+    for task in TASKS:
+        errors = [row["errors"] for row in found if row["task"] == task]
+        if len(errors) < STARTS:
+            continue
+        cells = [f"{np.median([e['tuned'] for e in errors]):.4f}"]
+        for arm in ARMS[1:]:
+            better = sum(e[arm] < e["tuned"] for e in errors)
+            cells.append(f"{np.median([e[arm] for e in errors]):.4f}, better {better}/{len(errors)}")
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--table", action="store_true", help="compute nothing")
+    options = parser.parse_args()
+    if not options.table:
+        done = {(row["task"], row["index"]) for row in rows(ROWS)}
+        jobs = [(t, i) for t in TASKS for i in range(STARTS) if (t, i) not in done]
+        compute(ROWS, jobs, train, options.workers)
+    print(table(rows(ROWS)))
+
+
+if __name__ == "__main__":
+    main()
