@@ -10,6 +10,9 @@ from midflight.space import Space
 from midflight.trees import Tensors
 from midflight.updates import Update, read_option, read_options, rule_for, write_option
 
+REGULARISERS = {"weight_decay", "lambd"}
+"""Options that shape what is learned; all others say how a step is taken."""
+
 Bind = Sequence[str] | Mapping[str, str]
 """Names that are both hyperparameter and option, or {hyperparameter: option}."""
 
@@ -37,6 +40,11 @@ class Binding:
         self.options = dict(bind) if isinstance(bind, Mapping) else {name: name for name in bind}
         for name, option in self.options.items():
             self._check(name, option)
+
+    @property
+    def steering(self) -> list[str]:
+        """Hyperparameters bound to an option that says how the step is taken, such as lr."""
+        return [name for name, option in self.options.items() if option not in REGULARISERS]
 
     def write(self) -> None:
         """Set the bound options of the optimiser to the values of the space."""

@@ -11,6 +11,9 @@ regularisation looks better, and memorising comes later.
 Which of the two errs shows in C1 / C2, training over validation loss at the average. Caution rises as it
 falls below a line from 1 at the start to MEMORISED at the end of the run. docs/LOG.md has what
 was measured on the way to this.
+
+This is for what regularises. Options that say how a step is taken, such as the learning rate, pay or
+cost at once and are judged at theta'.
 """
 
 import math

@@ -7,6 +7,7 @@ the mixed partial. The hyperparameters move in a post-hook of `optimizer.step()`
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from midflight.foresight import Foresight
 from midflight.guards import Bounds, Failures, Snapshots, overfitted
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.hypergrad.mixed import is_linear, knows_forward_mode
+from midflight.hypergrad.one_step import one_step
 from midflight.hypersteps import SignSteps, annealing
 from midflight.pacing import Budget, Every, Pace
 from midflight.problem import (
@@ -171,6 +173,8 @@ class Tuner:
             self._hypergradients = {}
             if bool(torch.isfinite(value)) and self._look_ahead():
                 self._hypergradients = self._estimate(step)
+                if self.foresight is not None and self._binding.steering:
+                    self._hypergradients |= self._of_steering(step)
             self._guard()
         self._plan_next(hyper)
         return value.detach()
@@ -273,6 +277,21 @@ class Tuner:
             train_loss=None if self.mixed_partial == DOUBLE_BACKWARD else train_loss,
         )
 
+    def _of_steering(self, step: Step) -> Tensors:
+        """Learning rates and the like, judged at the weights after the step.
+
+        Judged at an average they have no cost: it smooths what a long step stirs up.
+        """
+        values = {name: self.space[name].value for name in self.space}
+        updates = self._binding.updates({name: self._params[name] for name in step.params}, values)
+        hparams = {name: step.hparams[name] for name in self._binding.steering}
+        return one_step(
+            replace(
+                step, hparams=hparams, values=values, updates=updates, grads_with_graph={}, train_loss=None,
+                valid_grad=self._gradient_at,
+            )
+        )  # fmt: skip
+
     def _choose_mixed_partial(self, train_loss: TrainLoss) -> str:
         """Forward mode where it is cheaper: the loss is linear in every hyperparameter that it reads."""
         if is_reevaluating(self._estimate):
@@ -316,7 +335,9 @@ class Tuner:
         return True
 
     def _valid_grad(self, at: Tensors) -> Tensors:
-        at = at if self.foresight is None else self.foresight.judged(at)
+        return self._gradient_at(at if self.foresight is None else self.foresight.judged(at))
+
+    def _gradient_at(self, at: Tensors) -> Tensors:
         params = {name: self._params[name] for name in at}
         with evaluating(self._model), weights_at(params, at):
             return gradient(self._validate(self._model, next(self._batches)), params)

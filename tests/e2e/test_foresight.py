@@ -133,6 +133,49 @@ def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(cau
     )
 
 
+def test_a_learning_rate_is_judged_at_the_weights_after_the_step():
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 6, dtype=torch.float64), torch.randint(0, 3, (32,))
+    xv, yv = torch.randn(32, 6, dtype=torch.float64), torch.randint(0, 3, (32,))
+    space = mf.Space(
+        weight_decay=mf.Float(1e-4, 1e-1, log=True, init=1e-2), lr=mf.Float(1e-4, 1e-1, log=True, init=1e-2),
+        noise=mf.Float(0.0, 1.0, init=0.2), dtype=torch.float64,
+    )  # fmt: skip
+    layers = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)
+    model = nn.Sequential(mf.nn.GaussianNoise(space["noise"]), *layers).double()
+    optimizer = torch.optim.Adam(model.parameters())
+    seen = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+
+    tuner = mf.Tuner(
+        model, optimizer, space, validate=cross_entropy, valid_loader=[(xv, yv)], train_loader=[(x, y)],
+        bind=["weight_decay", "lr"], every=1, hyper_optimizer=lambda raws: Recorder(raws, lr=1.0),
+    )  # fmt: skip
+    for _ in range(20):
+        optimizer.zero_grad()
+        tuner.backward(cross_entropy(model, (x, y)))
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        state = {
+            n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in model.named_parameters()
+        }
+        grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+        optimizer.step()
+    options = dict(optimizer.param_groups[0], beta1=0.9, beta2=0.999)
+    raw, rule = float(space["lr"].raw.detach()), rule_for(optimizer)
+
+    def loss_after(shift):
+        lr = float(space["lr"].transform.value(torch.tensor(raw + shift, dtype=torch.float64)))
+        at = {n: rule.step(before[n], grads[n], state[n], {**options, "lr": lr})[0] for n in before}
+        model.eval()
+        return float(F.cross_entropy(torch.func.functional_call(model, at, (xv,)), yv))
+
+    truth, _ = derivative(loss_after)
+    assert float(seen[-1][1]) == pytest.approx(truth, rel=1e-6)
+
+
 def run(train_rows, steps, foresight=True):
     """An MLP on a noisy rule, tuned from almost no regularisation; gives the space and the caution."""
     generator = torch.Generator().manual_seed(0)
