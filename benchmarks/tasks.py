@@ -1,8 +1,9 @@
 """Five tasks, from few data trained long to many data trained briefly; and resumable rows.
 
-log10 L2 in [-7, -0.5] and input noise in [0, 1.2] are the hyperparameters; in a second variant also dropout
-after each ReLU in [0, 0.8] and log10 of the learning rate in [-5, -1]. All runs of a task share seed, data and
-batches; a learning rate that is not tuned is constant. Test errors are reported and used for nothing.
+log10 L2 in [-7, -0.5] and input noise in [0, 1.2] are the hyperparameters; in a second variant
+also dropout after each ReLU in [0, 0.8] and log10 of the learning rate in [-5, -1]. All runs of a
+task share seed, data and batches; a learning rate that is not tuned is constant. Test errors are
+reported and used for nothing.
 """
 
 import json

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 ORACLES, PARITY, PROPERTY = "tests/oracles", "tests/parity", "tests/property"
 TUNER, STUDY = "tests/e2e/test_tuner.py", "tests/e2e/test_study.py::test_"
 FORESIGHT, PACING = "tests/e2e/test_foresight.py", "tests/e2e/test_pacing.py"
+GUARDS, ROTATION = "tests/e2e/test_guards.py", "tests/e2e/test_rotation.py"
 KINDS, ALIVE = "tests/oracles/test_kinds.py", "tests/e2e/test_alive.py"
 KILLS = "ten_kills_at_random_moments_lose_and_repeat_nothing"
 PAIRED = "paired_arms_share_their_start_and_reruns_begin_where_tuning_ended"
@@ -90,7 +91,23 @@ MUTANTS = [
     ("batches.py", 'generator.set_state(state["random_state"])', "pass", TUNER),
     ("tuner.py", "if leaf.grad is None else leaf.grad + g.detach()", "", TUNER),
     ("tuner.py", "self.space.clamp_()", "pass", TUNER),
-    ("tuner.py", "if not all_finite(self._hypergradients.values()):", "if False:", TUNER),
+    ("tuner.py", "and all_finite(self._hypergradients.values()):", "and True:", TUNER),
+    ("tuner.py", "bool(torch.isfinite(value)) and", "", GUARDS),
+    ("tuner.py", 'group["lr"] /= 2', "pass", GUARDS),
+    ("tuner.py", "* self.failures.shrink", "", GUARDS),
+    ("guards.py", "self.shrink = min(1.0, 2 * self.shrink)", "pass", GUARDS),
+    ("guards.py", '_copy(self._state["optimizer"])', 'self._state["optimizer"]', GUARDS),
+    ("guards.py", "map(_copy, parts)", "parts", GUARDS),
+    ("guards.py", "p.grad = None", "pass", GUARDS),
+    ("guards.py", "(raw > 0) & (raw < 1)", "raw > 2", GUARDS),
+    ("guards.py", "SIGNIFICANT * error", "0.0 * error", GUARDS),
+    ("guards.py", "if t3 - t2 <=", "if t2 - t3 <=", GUARDS),
+    ("trajectory.py", "before = max(0, after - 1)", "before = after", GUARDS),
+    ("trajectory.py", "self._stride *= 2", "pass", GUARDS),
+    ("trajectory.py", "        self._steps += 1", "        pass", GUARDS),
+    ("rotation.py", "if self._rotation.fold != fold:", "if False:", ROTATION),
+    ("rotation.py", "if self._turns:", "if True:", ROTATION),
+    ("tuner.py", "self._hypergradients |= self._of_steering(step)", "pass", FORESIGHT),
     ("binding.py", "if len(settings) > 1 and", "if False and", TUNER),
     (
         "study/store.py",
