@@ -171,7 +171,7 @@ class Tuner:
             self._binding.verify()
             value, step = self._step(loss)
             self._hypergradients = {}
-            if bool(torch.isfinite(value)) and self._look_ahead():
+            if self._look_ahead():
                 self._hypergradients = self._estimate(step)
                 if self.foresight is not None and self._binding.steering:
                     self._hypergradients |= self._of_steering(step)

@@ -1,5 +1,7 @@
 """What the tuner does when something breaks, what it reports, and following its trajectory again."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,24 +41,22 @@ def weights(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
+def momenta(model, optimizer):
+    return [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()]
+
+
 @pytest.mark.parametrize("foresight", [False, True])
 def test_repeated_failure_brings_back_the_last_good_snapshot(foresight):
     space, model, optimizer, tuner = training(snapshots=4, train_loader=[(X, Y)] if foresight else None)
     steps(model, optimizer, tuner, 4)
-    at_snapshot, momentum = (
-        weights(model),
-        [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()],
-    )
+    at_snapshot, momentum = weights(model), momenta(model, optimizer)
     values = space.as_dict()
     steps(model, optimizer, tuner, 2)
     with torch.no_grad():
         model[1].weight[0, 0] = float("nan")
     steps(model, optimizer, tuner, PATIENCE)
     assert all(torch.equal(a, b) for a, b in zip(weights(model), at_snapshot, strict=True))
-    assert all(
-        torch.equal(optimizer.state[p]["exp_avg"], m)
-        for p, m in zip(model.parameters(), momentum, strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(momenta(model, optimizer), momentum, strict=True))
     assert space.as_dict() == values
     assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(values["weight_decay"])
     steps(model, optimizer, tuner, 5)
@@ -66,14 +66,16 @@ def test_repeated_failure_brings_back_the_last_good_snapshot(foresight):
 
 
 def test_a_snapshot_can_be_restored_twice():
-    _, model, optimizer, tuner = training(snapshots=1000)
-    at_snapshot = weights(model)
+    _, model, optimizer, tuner = training(snapshots=8)
+    steps(model, optimizer, tuner, 8)
+    at_snapshot = weights(model), momenta(model, optimizer)
     for _ in range(2):
         steps(model, optimizer, tuner, 3)
         with torch.no_grad():
             model[1].weight.fill_(float("inf"))
         steps(model, optimizer, tuner, PATIENCE)
-        assert all(torch.equal(a, b) for a, b in zip(weights(model), at_snapshot, strict=True))
+        for now, then in zip((weights(model), momenta(model, optimizer)), at_snapshot, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(now, then, strict=True))
 
 
 def test_without_snapshots_failures_are_left_out_and_nothing_else_happens():
@@ -103,6 +105,7 @@ def test_a_failure_halves_the_next_move_and_good_ones_bring_it_back():
         for state in optimizer.state.values():
             state["exp_avg"].zero_()
             state["exp_avg_sq"].zero_()
+    assert moved() == pytest.approx(full / 2, rel=0.05)
     assert moved() == pytest.approx(full / 2, rel=0.05)
     for _ in range(RECOVERY):
         space.set(noise=0.4)
@@ -167,11 +170,23 @@ def test_following_a_trajectory_repeats_the_tuned_run():
 def test_a_long_trajectory_is_thinned_and_keeps_its_shape():
     space, trajectory = mf.Space(a=mf.Float(0.0, 1.0, init=0.0)), Trajectory()
     for n in range(5 * MOST_POINTS):
-        space.set(a=n / (5 * MOST_POINTS))
+        space.set(a=wave(n / (5 * MOST_POINTS)))
         trajectory.record(n, space)
     assert len(trajectory) <= MOST_POINTS
-    for share in (0.0, 0.123, 0.5, 1.0):
-        assert float(trajectory.at(share)["a"]) == pytest.approx(share, abs=2 / MOST_POINTS)
+    for share in (0.0, 0.123, 0.2345, 0.5, 1.0):
+        assert float(trajectory.at(share)["a"]) == pytest.approx(wave(share), abs=0.01)
+
+
+def wave(share):
+    return 0.5 + 0.5 * math.sin(20 * share)
+
+
+def test_between_two_records_a_trajectory_is_linear():
+    space, trajectory = mf.Space(a=mf.Float(0.0, 1.0, init=0.2)), Trajectory()
+    trajectory.record(0, space)
+    space.set(a=0.6)
+    trajectory.record(10, space)
+    assert float(trajectory.at(0.25)["a"]) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
