@@ -7,13 +7,15 @@
 Engines search the table that benchmarks/lattice.py trained, 10 seeds each; Ray's population-based training
 trains its members for real, on the tasks where that is quick. Engines report the best model at any of 27
 checkpoints, midflight the last of its run (rows of any_start.py: any of the 40 starts, and the best of n of
-them). Each run of midflight is counted with the time it took over that of a fixed run. Validation passes of
-the engines are free. Needs optuna, smac and ray[tune]. Rows: docs/results/equal_compute.jsonl.
+them). A run of midflight counts for the time it takes over that of a fixed run, measured here in turns on one
+thread. Validation passes of the engines are free. Needs the extra `bench`. Rows:
+docs/results/equal_compute.jsonl.
 """
 
 import argparse
 import multiprocessing
 import os
+import time
 from functools import cache
 from typing import Any
 
@@ -21,7 +23,7 @@ import any_start
 import numpy as np
 from engines import ENGINES, search
 from matplotlib.figure import Figure
-from tasks import RESULTS, TASKS, Row, append, compute, rows
+from tasks import HIGH, LOW, RESULTS, TASKS, Row, Training, append, compute, one_thread, rows
 
 ROWS = RESULTS / "equal_compute.jsonl"
 BUDGETS = [1, 2, 4, 8, 16, 32]
@@ -30,6 +32,8 @@ PBT = "Ray PBT"
 PBT_TASKS = ("digits", "tabular")
 POPULATIONS = [4, 8, 16]
 LABEL = "midflight"
+COST = "cost of tuning"
+TURNS = 60
 
 
 def searched(job: tuple[str, str, int]) -> Row:
@@ -48,14 +52,30 @@ def compute_pbt(tasks: list[str], done: set[Any], workers: int) -> None:
                 print(f"{task} {PBT} {seed}", flush=True)
 
 
+def compute_cost(task: str) -> None:
+    """A tuned and a fixed training from the middle of the space, in turns of 20 steps."""
+    one_thread()
+    middle = (LOW[0] + HIGH[0]) / 2, (LOW[1] + HIGH[1]) / 2
+    runs = Training(task, middle), Training(task, middle)
+    tuners = None, runs[1].tune()
+    seconds = []
+    for _ in range(TURNS):
+        took = []
+        for run, tuner in zip(runs, tuners, strict=True):
+            began = time.perf_counter()
+            for _ in range(20):
+                run.step(tuner)
+            took.append(time.perf_counter() - began)
+        seconds.append(took)
+    plain, with_tuning = np.median(seconds[3:], 0)
+    append(ROWS, {"task": task, "arm": COST, "index": 0, "ratio": round(float(with_tuning / plain), 3)})
+
+
 @cache
 def tuned(task: str) -> tuple[float, list[Row]]:
-    """What a tuned run costs in trainings (the median over starts), and the stored runs."""
-    found = {(r["arm"], r["index"]): r for r in rows(any_start.ROWS) if r["task"] == task}
-    starts = range(any_start.ARMS["tuned"])
-    runs = [found["tuned", i] for i in starts]
-    cost = float(np.median([found["tuned", i]["seconds"] / found["fixed", i]["seconds"] for i in starts]))
-    return cost, runs
+    """What a tuned run costs in trainings, and the stored runs."""
+    cost = next(r["ratio"] for r in reversed(rows(ROWS)) if (r["task"], r["arm"]) == (task, COST))
+    return cost, [r for r in rows(any_start.ROWS) if (r["task"], r["arm"]) == (task, "tuned")]
 
 
 def best_of(task: str, budget: float, draws: int = 200) -> tuple[float, list[float]]:
@@ -129,9 +149,13 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--engines", nargs="+", choices=[*ENGINES, PBT], default=[*ENGINES, PBT])
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--cost", action="store_true", help="measure again what tuning costs, nothing else")
     parser.add_argument("--figure", action="store_true", help="compute nothing")
     options = parser.parse_args()
-    if not options.figure:
+    known = {row["task"] for row in rows(ROWS) if row["arm"] == COST}
+    for task in TASKS if options.cost else [t for t in TASKS if t not in known]:
+        compute_cost(task)
+    if not (options.figure or options.cost):
         os.environ["OMP_NUM_THREADS"] = "1"
         done = {(row["task"], row["arm"], row["index"]) for row in rows(ROWS)}
         table_engines = [e for e in options.engines if e != PBT]

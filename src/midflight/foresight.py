@@ -26,7 +26,7 @@ from torch import Tensor
 
 from midflight.trees import Tensors
 
-WINDOW = 0.2
+WINDOW = 0.05
 """The average reaches back over this share of the hyper-steps so far."""
 RECENT = 0.15
 """Losses are averaged over this share of them."""
