@@ -66,9 +66,13 @@ class Binding:
     def updates(self, params: Mapping[str, Tensor], values: Tensors) -> dict[str, Update]:
         """Rule and options of each of these weights, the bound options as functions of `values`."""
         names = {id(p): name for name, p in params.items()}
-        return {
-            names[id(p)]: Update(self._rule, {**read_options(group), **self._tuned(i, values)})
+        updates = [
+            Update(self._rule, {**read_options(group), **self._tuned(i, values)})
             for i, group in enumerate(self._optimizer.param_groups)
+        ]
+        return {
+            names[id(p)]: update
+            for group, update in zip(self._optimizer.param_groups, updates, strict=True)
             for p in group["params"]
             if id(p) in names
         }

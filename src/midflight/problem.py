@@ -16,9 +16,8 @@ from torch import Tensor
 
 from midflight.errors import NeedsClosure, NotTwiceDifferentiable, UnreachedHyperparameter
 from midflight.trees import Tensors, leaves
-from midflight.updates import State, Update
+from midflight.updates import State, Updates, step_ahead
 
-Updates = Mapping[str, Update]
 _Estimator = TypeVar("_Estimator", bound=Callable[..., Tensors])
 TrainLoss = Callable[[Tensors, Tensors], Tensor]
 Pairs = list[tuple[Tensor, Tensor]]
@@ -118,11 +117,7 @@ class Step:
 
     def next_params(self) -> Tensors:
         """theta' = U(theta, s, g, phi), without graph; a second copy of the weights."""
-        with torch.no_grad():
-            return {
-                name: u.rule.step(self.params[name], self.grads[name], self.state[name], u.options)[0]
-                for name, u in self.updates.items()
-            }
+        return step_ahead(self.params, self.grads, self.state, self.updates)
 
     def training_loss(self) -> TrainLoss:
         """`train_loss`; raises `NeedsClosure` where it is not there."""

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from midflight.errors import NoForwardMode
 from midflight.problem import Pairs, Step, TrainLoss
 from midflight.trees import Tensors, add_scaled, leaves, norm
+from midflight.updates import pull_back
 
 Mixed = Callable[[Step, Tensors], Pairs]
 """(step, w) -> d/dlambda <w, g>, as pairs for `Step.chain`"""
@@ -32,13 +33,7 @@ def pullback(step: Step, v: Tensors, mixed: Mixed | None = None) -> Tensors:
         UnreachedHyperparameter: a hyperparameter reaches neither g nor an option.
         NoForwardMode: forward mode was asked for and an operation does not know it.
     """
-    w: Tensors = {}
-    pairs: Pairs = []
-    for name, u in step.updates.items():
-        w[name], option_grads = u.rule.pullback(
-            v[name], step.params[name], step.grads[name], step.state[name], u.options
-        )
-        pairs += [(u.options[option], derivative) for option, derivative in option_grads.items()]
+    w, pairs = pull_back(v, step.params, step.grads, step.state, step.updates)
     if mixed is None:
         mixed = forward_over_reverse if step.train_loss and not step.grads_with_graph else double_backward
     return step.chain(pairs + mixed(step, w))

@@ -22,6 +22,7 @@ from midflight.updates.base import (
     tuned_options,
     write_option,
 )
+from midflight.updates.blocks import Updates, pull_back, step_ahead
 from midflight.updates.muon import Muon
 from midflight.updates.nadam import NAdam
 from midflight.updates.radam import RAdam
@@ -91,9 +92,12 @@ __all__ = [
     "State",
     "Update",
     "UpdateRule",
+    "Updates",
+    "pull_back",
     "read_option",
     "read_options",
     "rule_for",
+    "step_ahead",
     "tuned_options",
     "write_option",
 ]

@@ -23,6 +23,7 @@ class Adafactor(UpdateRule):
     """Adafactor (Shazeer & Stern 2018) without momentum; see the module for the formula."""
 
     tunable: ClassVar = frozenset({"lr", "beta2_decay", "d", "weight_decay"})
+    elementwise: ClassVar = False
 
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
         eps1, eps2 = options["eps"]

@@ -11,7 +11,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from midflight.updates.base import Options, State, UpdateRule, decayed, safe_sqrt, step_number, tuned_options
+from midflight.updates.base import (
+    Options,
+    State,
+    UpdateRule,
+    decayed,
+    numbers,
+    safe_sqrt,
+    step_number,
+    tuned_options,
+)
 
 
 class Adam(UpdateRule):
@@ -32,26 +41,54 @@ class Adam(UpdateRule):
         denom = safe_sqrt(s) / (1 - beta2**t) ** 0.5 + options["eps"]
         return start - lr / (1 - beta1**t) * (m / denom), new_state
 
+    @torch.no_grad()
+    def ahead(self, param: Tensor, grad: Tensor, state: State, options: Options) -> Tensor:
+        o = numbers(options)
+        _, m, root = _moments(param, grad, state, o)
+        start = param * (1 - o["lr"] * o["weight_decay"]) if o["decoupled_weight_decay"] else param
+        scale, eps = _scale(state, o)
+        return torch.addcdiv(start, m, root.add_(eps), value=-scale)
+
+    @torch.no_grad()
     def pullback(
         self, v: Tensor, param: Tensor, grad: Tensor, state: State, options: Options
     ) -> tuple[Tensor, dict[str, Tensor]]:
         tuned = tuned_options(options)
         if options["amsgrad"] or set(tuned) - {"weight_decay"}:
             return super().pullback(v, param, grad, state, options)
-        beta1, beta2 = options["beta1"], options["beta2"]
-        coupled = not options["decoupled_weight_decay"]
-        with torch.no_grad():
-            _, total = decayed(param, grad, options, decoupled=not coupled)
-            t = step_number(state)
-            m = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * total
-            root = (beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * total * total).sqrt()
-            correction = (1 - beta2**t) ** 0.5
-            denom = root / correction + options["eps"]
-            # d(m / denom)/dg~; where root is 0 so is m, and the second term is 0
-            slope = (1 - beta1) - (1 - beta2) / correction * m * total / (root * denom).where(root > 0, 1)
-            w = v * slope / denom * (-options["lr"] / (1 - beta1**t))
-            option_grads = {}
-            if tuned:
-                direction = w if coupled else -options["lr"] * v
-                option_grads["weight_decay"] = (direction * param).sum()
-            return (-w if options["maximize"] else w), option_grads
+        o = numbers(options)
+        total, m, root = _moments(param, grad, state, o)
+        scale, eps = _scale(state, o)
+        # d(m / (root + eps))/dg~ = (1 - beta1 - (1 - beta2) m g~ / (root (root + eps))) / (root + eps)
+        denom = root + eps
+        both = root.mul_(denom)
+        curve = m.mul_(total).div_(both.masked_fill_(both == 0, 1))  # where root is 0 so is m
+        w = curve.mul_(scale * (1 - o["beta2"])).sub_(scale * (1 - o["beta1"])).mul_(v).div_(denom)
+        derivatives = {}
+        if tuned:
+            along, factor = (v, -o["lr"]) if o["decoupled_weight_decay"] else (w, 1.0)
+            derivatives["weight_decay"] = factor * torch.dot(along.reshape(-1), param.reshape(-1))
+        return (w.neg_() if o["maximize"] else w), derivatives
+
+
+def _moments(param: Tensor, grad: Tensor, state: State, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """g~, m' and sqrt(s'), in as few passes over memory as it takes; the last two are the caller's."""
+    total = -grad if o["maximize"] else grad
+    if o["weight_decay"] and not o["decoupled_weight_decay"]:
+        total = total.add(param, alpha=o["weight_decay"])
+    if state:
+        m = state["exp_avg"].lerp(total, 1 - o["beta1"])
+        s = (state["exp_avg_sq"] * o["beta2"]).addcmul_(total, total, value=1 - o["beta2"])
+        if o["amsgrad"]:
+            s = torch.maximum(state["max_exp_avg_sq"], s)
+    else:
+        m = total * (1 - o["beta1"])
+        s = total * total * (1 - o["beta2"])
+    return total, m, s.sqrt_()
+
+
+def _scale(state: State, o: Options) -> tuple[float, float]:
+    """a and e of theta' = theta - a m' / (sqrt(s') + e), which holds both bias corrections."""
+    t = step_number(state)
+    correction = (1 - o["beta2"] ** t) ** 0.5
+    return o["lr"] * correction / (1 - o["beta1"] ** t), o["eps"] * correction

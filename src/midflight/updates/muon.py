@@ -26,6 +26,7 @@ class Muon(UpdateRule):
     """Muon (Jordan et al. 2024) for one matrix; see the module for the formula and its accuracy."""
 
     tunable: ClassVar = frozenset({"lr", "momentum", "weight_decay"})
+    elementwise: ClassVar = False
 
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
         start, total = decayed(param, grad, options, decoupled=True)

@@ -1,0 +1,127 @@
+"""Rules over many weights at once: large weights in pieces that stay in the cache, small ones joined.
+
+An optimiser step is a dozen elementwise operations. Over a large weight each of them would go through
+memory; over many small ones each would cost its call. So what can be is flat blocks of about BLOCK entries.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midflight.trees import Tensors
+from midflight.updates.base import Options, State, Update, UpdateRule
+
+BLOCK = 2**15
+"""Entries of a block on the CPU; on other devices large weights are not cut."""
+
+Updates = Mapping[str, Update]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole small weights of one rule, options and scalar state; or a piece of a large one."""
+
+    names: tuple[str, ...]
+    piece: slice | None
+    rule: UpdateRule
+    options: Options
+
+    def of(self, tree: Mapping[str, Tensor]) -> Tensor:
+        """The entries of the block."""
+        if len(self.names) > 1:
+            return torch.cat([tree[name].reshape(-1) for name in self.names])
+        tensor = tree[self.names[0]]
+        return tensor if self.piece is None else tensor.reshape(-1)[self.piece]
+
+    def state(self, states: Mapping[str, State]) -> State:
+        """The state of its entries; what is one number per weight stays as it is."""
+        first = states[self.names[0]]
+        if len(self.names) == 1 and self.piece is None:
+            return first
+        return {
+            key: self.of({name: states[name][key] for name in self.names}) if _is_entrywise(value) else value
+            for key, value in first.items()
+        }
+
+    def put(self, result: Tensor, into: Tensors, like: Mapping[str, Tensor]) -> None:
+        """Store a result of the shape of the block under the names of its weights."""
+        if self.piece is not None:
+            name = self.names[0]
+            if name not in into:
+                into[name] = torch.empty(like[name].shape, dtype=result.dtype, device=result.device)
+            into[name].view(-1)[self.piece] = result
+            return
+        parts = result.split([like[name].numel() for name in self.names]) if len(self.names) > 1 else [result]
+        for name, part in zip(self.names, parts, strict=True):
+            into[name] = part.view(like[name].shape)
+
+
+def blocks(params: Mapping[str, Tensor], states: Mapping[str, State], updates: Updates) -> Iterator[Block]:
+    """All weights that have an update, each entry once."""
+    together: dict[Any, list[str]] = {}
+    for name, u in updates.items():
+        p, size = params[name], params[name].numel()
+        if not u.rule.elementwise or size == 0:
+            yield Block((name,), None, u.rule, u.options)
+        elif size < BLOCK:
+            together.setdefault(_kin(p, states[name], u), []).append(name)
+        elif p.device.type != "cpu":
+            yield Block((name,), None, u.rule, u.options)
+        else:
+            for start in range(0, size, BLOCK):
+                yield Block((name,), slice(start, start + BLOCK), u.rule, u.options)
+    for names in together.values():
+        u = updates[names[0]]
+        while names:
+            count, size = 0, 0
+            while count < len(names) and size < BLOCK:
+                size += params[names[count]].numel()
+                count += 1
+            yield Block(tuple(names[:count]), None, u.rule, u.options)
+            names = names[count:]
+
+
+def _kin(p: Tensor, state: State, u: Update) -> tuple[Any, ...]:
+    """Equal for weights that one block can hold."""
+    numbers = (
+        (key, float(value) if isinstance(value, Tensor) and value.device.type == "cpu" else id(value))
+        for key, value in state.items()
+        if not _is_entrywise(value)
+    )
+    alone = p.ndim == 0  # all of its state looks like numbers
+    return (id(u.options), u.rule, p.dtype, p.device, tuple(state), *numbers, id(p) if alone else None)
+
+
+def _is_entrywise(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+@torch.no_grad()
+def step_ahead(params: Tensors, grads: Tensors, states: Mapping[str, State], updates: Updates) -> Tensors:
+    """theta' = U(theta, s, g, phi), without graph; a second copy of the weights."""
+    ahead: Tensors = {}
+    for block in blocks(params, states, updates):
+        new = block.rule.ahead(block.of(params), block.of(grads), block.state(states), block.options)
+        block.put(new, ahead, params)
+    return {name: ahead[name] for name in updates}
+
+
+def pull_back(
+    v: Tensors, params: Tensors, grads: Tensors, states: Mapping[str, State], updates: Updates
+) -> tuple[Tensors, list[tuple[Tensor, Tensor]]]:
+    """w = (dU/dg)^T v, and (option, its derivative) for every tuned option; see `UpdateRule.pullback`."""
+    w: Tensors = {}
+    tuned: dict[int, tuple[Tensor, Tensor]] = {}
+    for block in blocks(params, states, updates):
+        part, derivatives = block.rule.pullback(
+            block.of(v), block.of(params), block.of(grads), block.state(states), block.options
+        )
+        block.put(part, w, params)
+        for name, derivative in derivatives.items():
+            option = block.options[name]
+            before = tuned.get(id(option))
+            tuned[id(option)] = option, derivative if before is None else before[1] + derivative
+    return {name: w[name] for name in updates}, list(tuned.values())

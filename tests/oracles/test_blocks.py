@@ -1,0 +1,89 @@
+"""Weights in blocks, cut and joined, against each weight by itself."""
+
+import pytest
+import torch
+
+from midflight import updates
+from midflight.testing import OPTIMIZERS
+from midflight.updates import Update, blocks, pull_back, read_options, rule_for, step_ahead
+
+SHAPES = {
+    "a": (3, 2),
+    "large": (9, 5),
+    "b": (4,),
+    "c": (2, 2),
+    "d": (5,),
+    "exact": (7, 2),
+    "number": (),
+    "none": (0, 2),
+}
+NAMES = [name for name in OPTIMIZERS if name != "Muon"]  # takes matrices only, and is not elementwise
+
+
+class Weights:
+    """Some weights of an optimiser in the middle of training; the last ones belong to a second group."""
+
+    def __init__(self, name, monkeypatch, dtype=torch.float64):
+        monkeypatch.setattr(blocks, "BLOCK", 14)
+        torch.manual_seed(0)
+        self.params = {n: torch.randn(s, dtype=dtype) for n, s in SHAPES.items()}
+        self.params["turned"] = torch.randn(6, 8, dtype=dtype).t()
+        names = list(self.params)
+        groups = names[:3], names[3:]
+        optimizer = OPTIMIZERS[name]([{"params": [self.params[n] for n in group]} for group in groups])
+        for _ in range(3):
+            self.draw()
+            for n, p in self.params.items():
+                p.grad = self.grads[n] if n != "a" else None  # a has no state yet
+            optimizer.step()
+        self.draw()
+        self.states = {n: optimizer.state.get(p, {}) for n, p in self.params.items()}
+        self.options = [read_options(group) for group in optimizer.param_groups]
+        self.rule = rule_for(optimizer)
+        self.groups = groups
+
+    def draw(self):
+        self.grads = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in self.params.items()}
+
+    @property
+    def updates(self):
+        made = [Update(self.rule, options) for options in self.options]
+        return {n: update for update, group in zip(made, self.groups, strict=True) for n in group}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_in_blocks_is_the_step_of_each_weight(name, monkeypatch):
+    w = Weights(name, monkeypatch)
+    found = step_ahead(w.params, w.grads, w.states, w.updates)
+    assert list(found) == list(w.params)
+    for n, u in w.updates.items():
+        alone = u.rule.step(w.params[n], w.grads[n], w.states[n], u.options)[0]
+        torch.testing.assert_close(found[n], alone, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pullback_in_blocks_is_the_pullback_of_each_weight(name, monkeypatch):
+    w = Weights(name, monkeypatch)
+    for options in w.options:
+        options["weight_decay"] = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    v = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in w.params.items()}
+    found, pairs = pull_back(v, w.params, w.grads, w.states, w.updates)
+    derivatives = {id(option): derivative for option, derivative in pairs}
+    sums = dict.fromkeys(derivatives, 0.0)
+    for n, u in w.updates.items():
+        alone, tuned = updates.UpdateRule.pullback(
+            u.rule, v[n], w.params[n], w.grads[n], w.states[n], u.options
+        )
+        torch.testing.assert_close(found[n], alone, rtol=1e-9, atol=1e-12)
+        sums[id(u.options["weight_decay"])] += float(tuned["weight_decay"])
+    assert len(sums) == 2
+    for key, total in sums.items():
+        assert float(derivatives[key]) == pytest.approx(total, rel=1e-9)
+
+
+def test_no_block_is_longer_than_it_may_be(monkeypatch):
+    w = Weights("Adam", monkeypatch)
+    found = list(blocks.blocks(w.params, w.states, w.updates))
+    assert sum(block.of(w.params).numel() for block in found) == sum(p.numel() for p in w.params.values())
+    assert max(block.of(w.params).numel() for block in found) < 2 * blocks.BLOCK
+    assert any(len(block.names) > 1 for block in found)
