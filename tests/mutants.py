@@ -57,7 +57,12 @@ MUTANTS = [
     ("updates/muon.py", "direction.bfloat16()", "direction", PARITY),
     ("updates/muon.py", "x / x.norm()", "x / x.norm().detach()", ORACLES),
     ("updates/__init__.py", "if kind in REFUSED:", "if False:", PARITY),
-    ("hypergrad/one_step.py", "step.valid_grad(step.next_params())", "step.valid_grad(step.params)", ORACLES),
+    (
+        "hypergrad/one_step.py",
+        "step.valid_grad(step.next_params)",
+        "step.valid_grad(lambda: step.params)",
+        ORACLES,
+    ),
     ("hypergrad/t1t2.py", "pullback(replace(step, updates=plain), v)", "pullback(step, v)", ORACLES),
     ("hypergrad/paper.py", '-u.options["lr"] * (v[name]', "-(v[name]", ORACLES),
     ("hypergrad/paper.py", "torch.randn(", "torch.rand(", ORACLES),
@@ -145,7 +150,12 @@ MUTANTS = [
         '"average": {}',
         FORESIGHT,
     ),
-    ("tuner.py", "at if self.foresight is None else self.foresight.judged(at)", "at", FORESIGHT),
+    (
+        "tuner.py",
+        "where if self.foresight is None else partial(self.foresight.judged, where)",
+        "where",
+        FORESIGHT,
+    ),
     (
         "tuner.py",
         "evaluating(self._model), weights_at(self._params, average)",

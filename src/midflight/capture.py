@@ -42,6 +42,19 @@ def weights_at(params: Mapping[str, Tensor], at: Tensors) -> Iterator[None]:
             p.data = before[name]
 
 
+@contextmanager
+def buffers_apart(model: nn.Module) -> Iterator[None]:
+    """Forward passes change copies of the buffers, such as running averages, which are then dropped."""
+    before = [(b, b.data) for b in model.buffers()]
+    try:
+        for b, data in before:
+            b.data = data.clone()
+        yield
+    finally:
+        for b, data in before:
+            b.data = data
+
+
 def param_groups(model: nn.Module, per: str) -> list[dict[str, Any]]:
     """Groups for a torch optimiser, one per "layer" or per "tensor" of the model, in its order.
 

@@ -18,7 +18,7 @@ cost at once and are judged at theta'.
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ from torch import Tensor
 
 from midflight.trees import Tensors
 
-WINDOW = 0.05
+WINDOW = 0.1
 """The average reaches back over this share of the hyper-steps so far."""
+LOOK = 4
+"""C1 and C2 are taken at every so many hyper-steps."""
 RECENT = 0.15
-"""Losses are averaged over this share of them."""
+"""They are averaged over this share of the hyper-steps so far."""
 MEMORISED = 0.35
 """C1 / C2 below this at the end of a run, and a model counts as memorising."""
 OPEN_END = 0.5
@@ -51,18 +53,30 @@ class Foresight:
         self.caution = 0.0
         self._seen = 0
         self._average: Tensors = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._losses: deque[tuple[int, float, float]] = deque()
 
     @torch.no_grad()
-    def follow(self, params: Mapping[str, Tensor]) -> Tensors:
-        """Count these weights into the average; gives the average, in the weights' own types."""
+    def follow(self, params: Mapping[str, Tensor]) -> bool:
+        """Count these weights into the average.
+
+        Returns:
+            whether it is time to `observe`.
+        """
         self._seen += 1
         share = min(1.0, 1 / (WINDOW * self._seen))
-        for name, p in params.items():
-            now = p.detach().to(torch.promote_types(p.dtype, torch.float32))  # halves would not add up
-            before = self._average.get(name)
-            self._average[name] = now.clone() if before is None else before.lerp_(now, share)
-        return {name: self._average[name].to(p.dtype) for name, p in params.items()}
+        # halves would not add up
+        now = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for n, p in params.items()}
+        self._dtypes = {name: p.dtype for name, p in params.items()}
+        if self._average:
+            torch._foreach_lerp_([self._average[name] for name in now], list(now.values()), share)
+        else:
+            self._average = {name: p.clone() for name, p in now.items()}
+        return self._seen % LOOK == 1 % LOOK
+
+    def average(self) -> Tensors:
+        """The averaged weights, in the weights' own types; not to be changed."""
+        return {name: a.to(self._dtypes.get(name, a.dtype)) for name, a in self._average.items()}
 
     def forget(self) -> None:
         """The weights have jumped: begin the average and the losses anew; the caution stays."""
@@ -85,11 +99,13 @@ class Foresight:
             self.caution = min(MOST, max(0.0, GAIN * (_line(progress) - c1 / c2)))
 
     @torch.no_grad()
-    def judged(self, at: Tensors) -> Tensors:
-        """Where v is taken instead of at the weights `at`."""
+    def judged(self, where: Callable[[], Tensors]) -> Tensors:
+        """Where v is taken instead of at the weights that `where` gives; not asked at caution 0."""
+        if self.caution == 0:
+            return self.average()
         return {
             name: self._average[name].lerp(p.to(self._average[name]), self.caution).to(p)
-            for name, p in at.items()
+            for name, p in where().items()
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -100,7 +100,8 @@ class Step:
         updates: weight name -> rule and options; tuned options carry the graph to hparams.
         hparams: the leaves that are tuned, name -> tensor.
         values: what the model sees of them, differentiable with respect to hparams.
-        valid_grad: params -> dC2/dtheta there, shaped like params.
+        valid_grad: function that gives weights -> dC2/dtheta there, named like params; the function is
+            called only if its weights matter, which spares `next_params` where they do not.
         train_loss: (params, values) -> training loss, to be evaluated again on the same batch under
             the same random numbers; None where the user gave a loss rather than a function.
     """
@@ -112,7 +113,7 @@ class Step:
     updates: Updates
     hparams: Tensors
     values: Tensors
-    valid_grad: Callable[[Tensors], Tensors]
+    valid_grad: Callable[[Callable[[], Tensors]], Tensors]
     train_loss: TrainLoss | None = None
 
     def next_params(self) -> Tensors:

@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from midflight.batches import EndlessBatches
 from midflight.binding import Bind, Binding
 from midflight.capture import (
-    RandomState,
     evaluating,
-    graph_leaves,
-    reevaluated,
     trained_parameters,
     weights_at,
 )
@@ -28,24 +25,14 @@ from midflight.errors import UnsupportedParameter
 from midflight.foresight import Foresight
 from midflight.guards import Bounds, Failures, Snapshots, overfitted
 from midflight.hypergrad import Estimator, estimator_for
-from midflight.hypergrad.mixed import is_linear, knows_forward_mode
 from midflight.hypergrad.one_step import one_step
 from midflight.hypersteps import SignSteps, annealing
 from midflight.pacing import Budget, Every, Pace
-from midflight.problem import (
-    Step,
-    TrainLoss,
-    gradient,
-    is_reevaluating,
-    require_twice_differentiable,
-)
+from midflight.problem import Step, gradient
 from midflight.space import Space
+from midflight.training_gradient import TrainingGradient
 from midflight.trajectory import Trajectory
-from midflight.trees import Tensors, all_finite, detach, leaves
-
-DOUBLE_BACKWARD = "double backward"
-FORWARD_MODE = "forward over reverse: the loss is linear in what it reads of the space"
-BY_ESTIMATOR = "by the estimator"
+from midflight.trees import Tensors, all_finite, detach
 
 
 class Tuner:
@@ -133,15 +120,20 @@ class Tuner:
         self.trajectory = Trajectory()
         """The values after each hyper-step; see `midflight.Replay`."""
         self.trajectory.record(0, space)
-        self._checked = False
+        self._training_gradient = TrainingGradient(model, self._params, space, self._estimate)
         self._hypergradients: Tensors = {}
-        self.mixed_partial: str | None = None
-        """How d/dlambda <w, g> is found; chosen at the first hyper-step with a function for the loss."""
         self._binding.write()
         self._plan_next(hyper=False)
         self._hook = optimizer.register_step_post_hook(lambda *_: self._move())
 
-    def backward(self, loss: Tensor | Callable[[], Tensor]) -> Tensor:
+    @property
+    def mixed_partial(self) -> str | None:
+        """How d/dlambda <w, g> is found; chosen at the first hyper-step with a function for the loss."""
+        return self._training_gradient.mixed_partial
+
+    def backward(
+        self, loss: Tensor | Callable[[], Tensor], probe: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         """`loss.backward()`; at a hyper-step also the hypergradients.
 
         Args:
@@ -150,6 +142,10 @@ class Tuner:
                 hyper-step (same weights or others, same random numbers). A function unlocks the
                 estimators that evaluate the loss again, and lets hyperparameters that are linear
                 in the loss be tuned without a double backward.
+            probe: function without arguments that computes the same loss on fewer examples, such as the
+                first 32 of the batch; called at hyper-steps only, the same each time. How the training
+                gradient depends on the hyperparameters then comes from these examples, which is
+                cheaper, unbiased and noisier.
 
         Returns:
             the loss, without graph.
@@ -169,7 +165,7 @@ class Tuner:
             value.backward()  # type: ignore[no-untyped-call]
         else:
             self._binding.verify()
-            value, step = self._step(loss)
+            value, step = self._step(loss, probe)
             self._hypergradients = {}
             if self._look_ahead():
                 self._hypergradients = self._estimate(step)
@@ -245,18 +241,11 @@ class Tuner:
         self._hook.remove()
         self.space.requires_grad_(False)
 
-    def _step(self, loss: Tensor | Callable[[], Tensor]) -> tuple[Tensor, Step]:
+    def _step(
+        self, loss: Tensor | Callable[[], Tensor], probe: Callable[[], Tensor] | None
+    ) -> tuple[Tensor, Step]:
         """Fill `.grad` as `loss.backward()` would, and describe the coming optimiser step."""
-        train_loss = None
-        if callable(loss):
-            random = RandomState(self._params)
-            train_loss = reevaluated(self._model, loss, self.space, random, self._params)
-            if self.mixed_partial is None:
-                self.mixed_partial = self._choose_mixed_partial(train_loss)
-            self.space.requires_grad_(self.mixed_partial == DOUBLE_BACKWARD)
-            loss = loss()
-        with_graph = self._backward(loss)
-        self.space.requires_grad_()
+        value, grads_with_graph, train_loss = self._training_gradient.take(loss, probe)
         used = {name: p for name, p in self._params.items() if p.grad is not None}
         for name, p in used.items():
             if p.grad is not None and p.grad.is_sparse:
@@ -265,16 +254,16 @@ class Tuner:
                     "build its embedding with sparse=False."
                 )
         values = {name: self.space[name].value for name in self.space}
-        return loss, Step(
+        return value, Step(
             params=detach(used),
             grads={name: p.grad for name, p in used.items() if p.grad is not None},
-            grads_with_graph={name: with_graph[name] for name in used if name in with_graph},
+            grads_with_graph={name: grads_with_graph[name] for name in used if name in grads_with_graph},
             state={name: self._optimizer.state.get(p, {}) for name, p in used.items()},
             updates=self._binding.updates(used, values),
             hparams=self.space.raws,
             values=values,
             valid_grad=self._valid_grad,
-            train_loss=None if self.mixed_partial == DOUBLE_BACKWARD else train_loss,
+            train_loss=train_loss,
         )
 
     def _of_steering(self, step: Step) -> Tensors:
@@ -292,40 +281,14 @@ class Tuner:
             )
         )  # fmt: skip
 
-    def _choose_mixed_partial(self, train_loss: TrainLoss) -> str:
-        """Forward mode where it is cheaper: the loss is linear in every hyperparameter that it reads."""
-        if is_reevaluating(self._estimate):
-            return BY_ESTIMATOR
-        params = detach(self._params)
-        values = leaves({name: self.space[name].value for name in self.space})
-        if is_linear(train_loss, params, values) and knows_forward_mode(train_loss, params, values):
-            return FORWARD_MODE
-        return DOUBLE_BACKWARD
-
-    def _backward(self, loss: Tensor) -> Tensors:
-        """Accumulate into `.grad`; give the gradients with their graph if the loss reads the space."""
-        reached = graph_leaves(loss)
-        raws = {id(raw) for raw in self.space.raws.values()}
-        if not any(id(leaf) in raws for leaf in reached):
-            loss.backward()  # type: ignore[no-untyped-call]
-            return {}
-        others = [leaf for leaf in reached if id(leaf) not in raws]
-        grads = torch.autograd.grad(loss, others, create_graph=True)
-        if not self._checked:
-            require_twice_differentiable({str(i): g for i, g in enumerate(grads)})
-            self._checked = True
-        for leaf, g in zip(others, grads, strict=True):
-            leaf.grad = g.detach() if leaf.grad is None else leaf.grad + g.detach()
-        by_id = {id(leaf): g for leaf, g in zip(others, grads, strict=True) if g.requires_grad}
-        return {name: by_id[id(p)] for name, p in self._params.items() if id(p) in by_id}
-
     @torch.no_grad()
     def _look_ahead(self) -> bool:
         """Let foresight follow; False if the losses at the average are not finite."""
         if self.foresight is None or self._train_batches is None:
             return True
-        average = self.foresight.follow(self._params)
-        with evaluating(self._model), weights_at(self._params, average):
+        if not self.foresight.follow(self._params):
+            return True
+        with evaluating(self._model), weights_at(self._params, self.foresight.average()):
             c1, c2 = (
                 float(self._validate(self._model, next(b))) for b in (self._train_batches, self._batches)
             )
@@ -334,10 +297,11 @@ class Tuner:
         self.foresight.observe(c1, c2, self._progress())
         return True
 
-    def _valid_grad(self, at: Tensors) -> Tensors:
-        return self._gradient_at(at if self.foresight is None else self.foresight.judged(at))
+    def _valid_grad(self, where: Callable[[], Tensors]) -> Tensors:
+        return self._gradient_at(where if self.foresight is None else partial(self.foresight.judged, where))
 
-    def _gradient_at(self, at: Tensors) -> Tensors:
+    def _gradient_at(self, where: Callable[[], Tensors]) -> Tensors:
+        at = where()
         params = {name: self._params[name] for name in at}
         with evaluating(self._model), weights_at(params, at):
             return gradient(self._validate(self._model, next(self._batches)), params)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import midflight as mf
-from midflight.foresight import GAIN, MEMORISED, MOST, OPEN_END, WINDOW, Foresight
+from midflight.foresight import GAIN, LOOK, MEMORISED, MOST, OPEN_END, WINDOW, Foresight
 from midflight.testing.oracles import derivative
 from midflight.updates import rule_for
 
@@ -58,11 +58,11 @@ def test_a_restored_foresight_judges_and_goes_on_as_the_saved_one():
         saved.follow({"w": torch.full((3,), float(n))})
         saved.observe(0.4, 1.0, 0.5)
     restored.load_state_dict(saved.state_dict())
-    assert torch.equal(saved.judged(w)["w"], restored.judged(w)["w"])
+    assert torch.equal(saved.judged(lambda: w)["w"], restored.judged(lambda: w)["w"])
     for each in (saved, restored):
         each.follow(w)
         each.observe(0.5, 1.0, 0.5)
-    assert torch.equal(saved.judged(w)["w"], restored.judged(w)["w"])
+    assert torch.equal(saved.judged(lambda: w)["w"], restored.judged(lambda: w)["w"])
     assert saved.caution == restored.caution > 0
 
 
@@ -71,13 +71,14 @@ def test_the_average_reaches_back_over_a_share_of_the_run_also_in_bfloat16():
     for n in range(1, 201):
         share = min(1.0, 1 / (WINDOW * n))
         expected += share * (n - expected)
-        average = foresight.follow({"w": torch.full((3,), float(n), dtype=torch.bfloat16)})["w"]
+        foresight.follow({"w": torch.full((3,), float(n), dtype=torch.bfloat16)})
+    average = foresight.average()["w"]
     assert average.dtype == torch.bfloat16
     assert average.float() == pytest.approx(torch.full((3,), expected), rel=1e-2)
     exact = Foresight()
     for n in range(1, 201):
-        average = exact.follow({"w": torch.full((3,), float(n), dtype=torch.float64)})["w"]
-    assert average.tolist() == pytest.approx([expected] * 3, rel=1e-12)
+        exact.follow({"w": torch.full((3,), float(n), dtype=torch.float64)})
+    assert exact.average()["w"].tolist() == pytest.approx([expected] * 3, rel=1e-12)
 
 
 @pytest.mark.parametrize("caution", [0.0, 0.3, 1.0, 3.0])
@@ -241,7 +242,7 @@ def test_the_losses_that_set_the_caution_are_those_of_the_average_in_eval_mode(m
     )
     seen = []
     monkeypatch.setattr(Foresight, "observe", lambda self, c1, c2, progress: seen.append((c1, c2)))
-    for _ in range(60):
+    for _ in range(4 * LOOK + 1):
         optimizer.zero_grad()
         tuner.backward(cross_entropy(model, train))
         optimizer.step()

@@ -99,7 +99,7 @@ def hypergradient(
             updates=problem.updates(hparams),
             hparams=hparams,
             values=hparams,
-            valid_grad=problem.valid_grads,
+            valid_grad=lambda where: problem.valid_grads(where()),
             train_loss=problem.train_loss,
         )
     )

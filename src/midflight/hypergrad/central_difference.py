@@ -32,4 +32,4 @@ def central_difference(step: Step, epsilon: float | None = None) -> Tensors:
     """
     if epsilon is None:
         epsilon = max(torch.finfo(p.dtype).eps for p in step.params.values()) ** (1 / 3) / 300
-    return pullback(step, step.valid_grad(step.next_params()), partial(difference_along, epsilon=epsilon))
+    return pullback(step, step.valid_grad(step.next_params), partial(difference_along, epsilon=epsilon))

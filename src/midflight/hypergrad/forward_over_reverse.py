@@ -13,4 +13,4 @@ def forward_over_reverse(step: Step) -> Tensors:
     Costs one validation pass, one copy of the weights and one forward-mode pass over the loss with
     its reverse. Needs the loss as a function, and operations that know forward mode.
     """
-    return pullback(step, step.valid_grad(step.next_params()), mixed_partial)
+    return pullback(step, step.valid_grad(step.next_params), mixed_partial)

@@ -68,7 +68,7 @@ class _Settled:
             name: u.rule.step(self._params[name], grads[name], step.state[name], u.options)[0]
             for name, u in step.updates.items()
         }
-        self.v = step.valid_grad(detach(self._new))
+        self.v = step.valid_grad(lambda: detach(self._new))
 
     def transposed(self, u: Tensors) -> Tensors:
         """(dU/dtheta)^T u"""

@@ -16,9 +16,9 @@ def one_step(step: Step) -> Tensors:
     Costs one validation pass, one copy of the weights and, if the training loss reads a
     hyperparameter, one mixed partial.
     """
-    return pullback(step, step.valid_grad(step.next_params()))
+    return pullback(step, step.valid_grad(step.next_params))
 
 
 def one_step_cheap(step: Step) -> Tensors:
     """The same with v taken at theta, before the step: off by O(learning rate), needs no copy."""
-    return pullback(step, step.valid_grad(step.params))
+    return pullback(step, step.valid_grad(lambda: step.params))

@@ -25,7 +25,7 @@ def paper(step: Step) -> Tensors:
     Raises:
         UnreachedHyperparameter: there is more than one other hyperparameter, or no matrix.
     """
-    v = step.valid_grad(step.next_params())
+    v = step.valid_grad(step.next_params)
     pairs: Pairs = []
     for name, u in step.updates.items():
         if "weight_decay" in tuned_options(u.options):

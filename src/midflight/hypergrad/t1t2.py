@@ -21,7 +21,7 @@ def t1t2(step: Step) -> Tensors:
     Raises:
         UnreachedHyperparameter: a tuned option has no meaning for plain gradient descent.
     """
-    v = step.valid_grad(step.next_params())
+    v = step.valid_grad(step.next_params)
     plain = {
         name: Update(SGD(), _PLAIN | {k: u.options[k] for k in ("lr", "weight_decay")})
         for name, u in step.updates.items()

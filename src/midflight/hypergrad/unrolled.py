@@ -30,5 +30,5 @@ def unrolled(step: Step, steps: int = 5) -> Tensors:
         for name, u in step.updates.items():
             new[name], state[name] = u.rule.step(params[name], grads[name], state[name], u.options)
         params = new
-    v = step.valid_grad(detach(params))
+    v = step.valid_grad(lambda: detach(params))
     return step.chain([(params[name], v[name]) for name in params])

@@ -54,7 +54,7 @@ class Block:
                 into[name] = torch.empty(like[name].shape, dtype=result.dtype, device=result.device)
             into[name].view(-1)[self.piece] = result
             return
-        parts = result.split([like[name].numel() for name in self.names]) if len(self.names) > 1 else [result]
+        parts = torch.split(result.reshape(-1), [like[name].numel() for name in self.names])
         for name, part in zip(self.names, parts, strict=True):
             into[name] = part.view(like[name].shape)
 
