@@ -1,0 +1,170 @@
+"""What tuning costs over the same training untuned: time and memory, the paper's networks, peers beside it.
+
+    python benchmarks/overhead.py              tables; numbers to docs/results/overhead.json
+    python benchmarks/overhead.py --json       the numbers only, nothing written
+    python benchmarks/overhead.py --sizes 1000-1000-1000 --k 10
+
+One thread, denormals flushed. All variants of a size and a k take turns of 10 steps in one process; a ratio
+is a variant's turn over plain training's turn of the same round: median and quartiles over rounds, for a
+budget the sum of all turns after the first 200 steps. Both sides have the same settings of Adam: its default
+(foreach), or fused. "parts" are batches of 32 for T2 and for the mixed partial instead of 100. Memory: peak
+resident memory of a fresh process over that at its start (data and network in place), median of 5, and
+that over plain's.
+
+Peers, where they are installed:  pip install higher optree graphviz
+    pip install --no-deps torchopt==0.7.3;  pip install --no-deps --ignore-requires-python betty-ml==0.2.1
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peers import PEERS, Midflight, Training
+
+from midflight.cli import machine
+
+HERE = Path(__file__).parent
+OUT = HERE.parent / "docs/results/overhead.json"
+SIZES = ["1000-1000-1000", "2000-1000-1000-500", "4000-2000-1000-500-250"]
+PART, BUDGET = 32, 0.03
+
+Make = Callable[..., Training]
+OURS: dict[str, Make] = {
+    "one_step": Midflight,
+    "one_step, parts": partial(Midflight, part=PART),
+    "one_step_cheap, parts": partial(Midflight, part=PART, estimator="one_step_cheap"),
+    "one_step, parts, foresight": partial(Midflight, part=PART, foresight=True),
+    "one_step, L2 alone": partial(Midflight, noise=False),
+    "one_step, L2 alone, parts": partial(Midflight, noise=False, part=PART),
+    "t1t2": partial(Midflight, estimator="t1t2"),
+    "paper": partial(Midflight, estimator="paper"),
+}
+AUTO: dict[str, Make] = {f"one_step, parts, budget {BUDGET}": partial(Midflight, part=PART, budget=BUDGET)}
+ALL = {"plain": Training, **OURS, **AUTO, **PEERS}
+
+
+def seconds(training: Training, steps: int) -> float:
+    began = time.perf_counter()
+    for _ in range(steps):
+        training.step()
+    return time.perf_counter() - began
+
+
+def timed(size: str, k: str, fused: bool, rounds: int) -> list[dict[str, Any]]:
+    """Rows of all variants of a size, k and setting of Adam."""
+    widths, steps = [int(w) for w in size.split("-")], 10
+    every = 10 if k == "auto" else int(k)
+    made: dict[str, Training] = {}
+    rows: list[dict[str, Any]] = []
+    for name, make in {"plain": Training, **(AUTO if k == "auto" else {**OURS, **PEERS})}.items():
+        row = {"size": size, "k": k, "fused": fused, "variant": name}
+        try:
+            made[name] = make(widths, every, fused or None)
+            seconds(made[name], 2 * steps)
+        except Exception as error:  # a peer that fails is part of the result
+            made.pop(name, None)
+            rows.append({**row, "error": f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"})
+    times: dict[str, list[float]] = {name: [] for name in made}
+    gc.collect()
+    for _ in range(60 if k == "auto" else rounds):
+        for name, training in made.items():
+            times[name].append(seconds(training, steps))
+    for name in made:
+        ratios = np.divide(times[name], times["plain"])
+        low, mid, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        if k == "auto":
+            mid = sum(times[name][20:]) / sum(times["plain"][20:])
+        row = {"size": size, "k": k, "fused": fused, "variant": name}
+        rows.append({**row, "ratio": round(mid, 3), "quartiles": [round(low, 3), round(high, 3)],
+                     "step_ms": round(1000 * float(np.median(times[name])) / steps, 2)})  # fmt: skip
+    return rows
+
+
+def memory(size: str) -> list[dict[str, Any]]:
+    """Peak memory in MB of each variant, and over plain's."""
+    rows: list[dict[str, Any]] = []
+    for name in ALL:
+        command = [sys.executable, __file__, "--alone", name, "--sizes", size]
+        runs = [subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(5)]
+        if any(run.returncode for run in runs):
+            continue  # its error stands with the times
+        mb = float(np.median([float(run.stdout) for run in runs]))
+        plain = rows[0]["mb"] if rows else mb
+        rows.append({"size": size, "variant": name, "mb": round(mb, 1), "ratio": round(mb / plain, 2)})
+    return rows
+
+
+def alone(name: str, widths: Sequence[int]) -> None:
+    """Print what three turns need at their peak beyond the start, in MB."""
+    warm = torch.rand(100, 100, requires_grad=True)
+    (warm @ warm).sum().backward()
+    training = ALL[name](list(widths), 10)
+    gc.collect()
+    start = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    seconds(training, 30)
+    print(_status("VmHWM") - start)
+
+
+def _status(field: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| network | k | Adam | variant | time over plain | quartiles |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        adam = "fused" if r["fused"] else "default"
+        low, high = r.get("quartiles", ("", ""))
+        cells = (r["error"], "") if "error" in r else (f"**{r['ratio']:.3f}**", f"{low} to {high}")
+        lines.append(f"| {r['size']} | {r['k']} | {adam} | {r['variant']} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def memory_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| network | variant | MB over the start | over plain |", "|---|---|---|---|"]
+    lines += [f"| {r['size']} | {r['variant']} | {r['mb']} | {r['ratio']:.2f} |" for r in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("--sizes", nargs="+", default=SIZES)
+    parser.add_argument("--k", nargs="+", choices=["1", "10", "auto"], default=["1", "10", "auto"])
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the numbers, write nothing")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    if options.alone:
+        alone(options.alone, [int(w) for w in options.sizes[0].split("-")])
+        return
+    times, peaks = [], []
+    for size in options.sizes:
+        for k in options.k:
+            for fused in (False, True) if k != "1" else (False,):
+                print(f"{size} k={k} {'fused' if fused else 'default'}", file=sys.stderr)
+                times += timed(size, k, fused, options.rounds)
+        if not options.no_memory:
+            peaks += memory(size)
+    found = {"machine": machine(), "times": times, "memory": peaks}
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    OUT.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(times), memory_table(peaks), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The paper's workload as each library has it: one training step at a time, a hyper-step at every k-th.
+
+MLP of ReLU layers, batch 100, Adam 1e-3; L2 (log10; in the optimiser where the library can differentiate
+that, else in the loss) and input noise are tuned on validation batches of 100. Each class does what its
+library's own examples do; `PEERS` names them. betty-ml, TorchOpt and higher are optional.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import midflight as mf
+
+BATCH = 100
+START = -4.0, 0.3  # log10 L2, noise
+
+
+def mlp(widths: Sequence[int]) -> nn.Sequential:
+    sizes = [784, *widths]
+    hidden = [[nn.Linear(a, b), nn.ReLU()] for a, b in pairwise(sizes)]
+    return nn.Sequential(*(layer for pair in hidden for layer in pair), nn.Linear(sizes[-1], 10))
+
+
+def batches(size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random images; drawn beforehand, for their drawing is not what is measured."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = [
+        (torch.rand(size, 784, generator=generator), torch.randint(0, 10, (size,), generator=generator))
+        for _ in range(10)
+    ]
+    while True:
+        yield from drawn
+
+
+def l2(params: Any, log10: Tensor | float) -> Tensor:
+    return 0.5 * 10**log10 * sum(p.square().sum() for p in params)
+
+
+class Training:
+    """Without a tuner; the others count its steps the same way."""
+
+    def __init__(self, widths: Sequence[int], k: int, fused: bool | None = None) -> None:
+        torch.manual_seed(0)
+        self.net, self.k, self.n = mlp(widths), k, 0
+        self.fused = fused
+        self.train, self.valid = batches(), batches()
+        self.log10_l2, self.noise = (torch.tensor(x, requires_grad=True) for x in START)
+        self.hyper_optimizer = torch.optim.Adam([self.log10_l2, self.noise], lr=0.01)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), weight_decay=10 ** START[0], fused=fused)
+        self.set_up()
+
+    def set_up(self) -> None:
+        """What a subclass needs besides."""
+
+    def step(self) -> None:
+        self.n += 1
+        (self.hyper_step if self.n % self.k == 0 else self.plain_step)()
+
+    def plain_step(self) -> None:
+        x, y = next(self.train)
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.net(x + START[1] * torch.randn_like(x)), y).backward()
+        self.optimizer.step()
+
+    def hyper_step(self) -> None:
+        self.plain_step()
+
+    def move(self, grads: Sequence[Tensor]) -> None:
+        self.log10_l2.grad, self.noise.grad = grads
+        self.hyper_optimizer.step()
+        self.optimizer.param_groups[0]["weight_decay"] = 10 ** float(self.log10_l2.detach())
+
+
+class Midflight(Training):
+    """Variants: the estimator, smaller parts of T2 and of the batch, L2 alone, foresight, a budget."""
+
+    def __init__(
+        self, widths: Sequence[int], k: int, fused: bool | None = None, *, estimator: str = "one_step",
+        part: int = BATCH, noise: bool = True, foresight: bool = False, budget: float | None = None,
+    ) -> None:  # fmt: skip
+        self.estimator, self.part, self.tunes_noise = estimator, part, noise
+        self.foresight, self.budget = foresight, budget
+        super().__init__(widths, k, fused)
+
+    def set_up(self) -> None:
+        ranges = {"weight_decay": mf.Float(10**-5.5, 10**-2.5, log=True, init=10 ** START[0])}
+        if self.tunes_noise:
+            ranges["noise"] = mf.Float(0.0, 0.8, init=START[1])
+        space = mf.Space(ranges)
+        level = space["noise"] if self.tunes_noise else START[1]
+        self.model = nn.Sequential(mf.nn.GaussianNoise(level), self.net)
+        self.tuner = mf.Tuner(
+            self.model, self.optimizer, space, bind=["weight_decay"], estimator=self.estimator,
+            validate=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+            valid_loader=Endless(self.part), train_loader=Endless(self.part) if self.foresight else None,
+            total_steps=100_000, **({"budget": self.budget} if self.budget else {"every": self.k}),
+        )  # fmt: skip
+
+    def step(self) -> None:
+        x, y = next(self.train)
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(x), y)
+        few = (
+            (lambda: F.cross_entropy(self.model(x[: self.part]), y[: self.part]))
+            if self.part < BATCH
+            else None
+        )
+        self.tuner.backward(loss, few)
+        self.optimizer.step()
+
+
+class Endless:
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return batches(self.size)
+
+
+class Higher(Training):
+    """higher 0.2.1: a differentiable copy of model and Adam for one step; then the plain step."""
+
+    def set_up(self) -> None:
+        import higher
+
+        self.higher = higher
+
+    def hyper_step(self) -> None:
+        (x, y), (xv, yv) = next(self.train), next(self.valid)
+        decay = {"weight_decay": [10**self.log10_l2]}
+        context = self.higher.innerloop_ctx(self.net, self.optimizer, override=decay)
+        with context as (net, optimizer):
+            optimizer.step(F.cross_entropy(net(x + self.noise * torch.randn_like(x)), y))
+            loss = F.cross_entropy(net(xv), yv)
+            grads = torch.autograd.grad(loss, [self.log10_l2, self.noise])
+        self.plain_step()
+        self.move(grads)
+
+
+class TorchOpt(Training):
+    """TorchOpt 0.7.3, functional Adam: in place on plain steps, with a graph on hyper-steps."""
+
+    def set_up(self) -> None:
+        import torchopt
+
+        self.torchopt = torchopt
+        self.adam = torchopt.adam(lr=1e-3)
+        self.params = {n: p.detach().clone().requires_grad_() for n, p in self.net.named_parameters()}
+        self.state = self.adam.init(self.params)
+
+    def loss(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(self.net, params, (x,)), y)
+
+    def grads(self, create_graph: bool) -> dict[str, Tensor]:
+        x, y = next(self.train)
+        loss = self.loss(self.params, x + self.noise * torch.randn_like(x), y)
+        grads = torch.autograd.grad(loss, list(self.params.values()), create_graph=create_graph)
+        decay = 10**self.log10_l2
+        return {n: g + decay * p for (n, p), g in zip(self.params.items(), grads, strict=True)}
+
+    def plain_step(self) -> None:
+        with torch.no_grad():
+            with torch.enable_grad():
+                self.log10_l2.requires_grad_(False), self.noise.requires_grad_(False)
+                grads = self.grads(create_graph=False)
+                self.log10_l2.requires_grad_(), self.noise.requires_grad_()
+            updates, self.state = self.adam.update(grads, self.state, inplace=True)
+            self.params = self.torchopt.apply_updates(self.params, updates, inplace=True)
+        self.params = {n: p.detach().requires_grad_() for n, p in self.params.items()}
+
+    def hyper_step(self) -> None:
+        updates, state = self.adam.update(self.grads(create_graph=True), self.state, inplace=False)
+        params = self.torchopt.apply_updates(self.params, updates, inplace=False)
+        grads = torch.autograd.grad(self.loss(params, *next(self.valid)), [self.log10_l2, self.noise])
+        self.state = self.torchopt.pytree.tree_map(lambda t: t.detach() if torch.is_tensor(t) else t, state)
+        self.params = {n: p.detach().requires_grad_() for n, p in params.items()}
+        self.move(grads)
+
+
+class Betty(Training):
+    """betty-ml 0.2.1: two problems and an engine; L2 stands in the loss."""
+
+    kind = "darts"
+
+    def set_up(self) -> None:
+        import logging
+
+        logging.disable(logging.INFO)
+        from betty.configs import Config, EngineConfig
+        from betty.engine import Engine
+        from betty.problems import ImplicitProblem
+
+        class Levels(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.log10_l2, self.noise = (nn.Parameter(torch.tensor(x)) for x in START)
+
+            def forward(self) -> tuple[Tensor, Tensor]:
+                return self.log10_l2, self.noise
+
+        class Outer(ImplicitProblem):
+            def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+                return F.cross_entropy(self.inner(batch[0]), batch[1])
+
+        class Inner(ImplicitProblem):
+            def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+                log10, noise = self.outer()
+                outputs = self(batch[0] + noise * torch.randn_like(batch[0]))
+                return F.cross_entropy(outputs, batch[1]) + l2(self.trainable_parameters(), log10)
+
+        levels = Levels()
+        optimizer = torch.optim.Adam(self.net.parameters(), fused=self.fused)
+        outer = Outer(
+            "outer", config=Config(), module=levels, optimizer=torch.optim.Adam(levels.parameters(), lr=0.01),
+            train_data_loader=_some(self.valid),
+        )  # fmt: skip
+        inner = Inner(
+            "inner", config=Config(type=self.kind, unroll_steps=self.k, neumann_iterations=1),
+            module=self.net, optimizer=optimizer, train_data_loader=_some(self.train),
+        )  # fmt: skip
+        self.engine = Engine(
+            [outer, inner], EngineConfig(train_iters=1, valid_step=10**9, logger_type="none"),
+            {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}},
+        )  # fmt: skip
+        self.engine.train()
+
+    def step(self) -> None:
+        self.engine.global_step += 1
+        self.engine.train_step()
+
+
+class BettySama(Betty):
+    kind = "sama"
+
+
+class BettyNeumann(Betty):
+    kind = "neumann"
+
+
+def _some(stream: Iterator[Any]) -> list[Any]:
+    return [next(stream) for _ in range(10)]
+
+
+PEERS: dict[str, Callable[..., Training]] = {
+    "higher (exact)": Higher,
+    "TorchOpt, functional (exact)": TorchOpt,
+    "Betty DARTS": Betty,
+    "Betty SAMA": BettySama,
+    "Betty Neumann, 1 term": BettyNeumann,
+}
