@@ -26,7 +26,9 @@ class Weights:
     def __init__(self, name, monkeypatch, dtype=torch.float64):
         monkeypatch.setattr(blocks, "BLOCK", 14)
         torch.manual_seed(0)
-        self.params = {n: torch.randn(s, dtype=dtype) for n, s in SHAPES.items()}
+        # torch's Adafactor divides by the number of entries
+        shapes = {n: s for n, s in SHAPES.items() if name != "Adafactor" or 0 not in s}
+        self.params = {n: torch.randn(s, dtype=dtype) for n, s in shapes.items()}
         self.params["turned"] = torch.randn(6, 8, dtype=dtype).t()
         names = list(self.params)
         groups = names[:3], names[3:]
