@@ -26,6 +26,9 @@ import torch
 from matplotlib.figure import Figure
 from tasks import HIGH_OF_FOUR, LOW_OF_FOUR, RESULTS, TASKS, Point, Row, Training, compute, rows
 
+from midflight.capture import trained_parameters, weights_at
+from midflight.foresight import Foresight
+
 ROWS = RESULTS / "any_start.jsonl"
 ARMS = {"grid": 100, "fixed": 40, "tuned": 40, "one_step": 40}
 ROWS_OF_FOUR = RESULTS / "any_start_four.jsonl"
@@ -77,20 +80,53 @@ def run_from(job: tuple[str, str, int], point: Callable[[str, int], Point]) -> R
     start = point(arm, index)
     run = Training(name, start)
     tuner = run.tune(foresight=arm == "tuned") if arm in ("tuned", "one_step") else None
+    fixed = None if tuner else Candidates(run)
     began = time.perf_counter()
     path, caution = [], []
     for n in range(1, run.steps + 1):
         run.step(tuner)
+        if fixed:
+            fixed.follow(n)
         if n % (run.steps // run.task.epochs) == 0:
             path.append(run.point)
             if tuner and tuner.foresight:
                 caution.append(round(tuner.foresight.caution, 3))
     seconds = time.perf_counter() - began
     valid, test = run.losses()
+    if fixed:
+        finish = min(fixed.losses())
+    else:
+        tuner.finish()
+        finish = run.losses()
     return {
         "task": name, "arm": arm, "index": index, "start": start, "end": path[-1], "valid_loss": valid,
-        "test_error": test, "seconds": round(seconds, 2), "path": path, "caution": caution,
+        "test_error": test, "finish": finish, "seconds": round(seconds, 2), "path": path, "caution": caution,
     }  # fmt: skip
+
+
+class Candidates:
+    """What a fixed run could end with if it were finished as a tuned one.
+
+    The last weights, their average over the last tenth of the run, or the best of 27 checkpoints.
+    """
+
+    def __init__(self, run: Training) -> None:
+        self.run, self.average = run, Foresight()
+        self.params = trained_parameters(run.model, run.optimizer)
+        self.checkpoints = {run.steps * (i + 1) // 27 for i in range(27)}
+        self.found: list[tuple[float, float]] = []
+
+    def follow(self, steps: int) -> None:
+        """After each step."""
+        self.average.follow(self.params, steps)
+        if steps in self.checkpoints:
+            self.found.append(self.run.losses())
+
+    def losses(self) -> list[tuple[float, float]]:
+        """(validation loss, test error) of each; a diverged one counts as infinite."""
+        with weights_at(self.params, self.average.average()):
+            found = [*self.found, self.run.losses()]
+        return [(valid if valid == valid else float("inf"), test) for valid, test in found]
 
 
 def losses(found: list[Row], task: str, arm: str) -> list[float]:

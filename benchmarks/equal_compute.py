@@ -5,10 +5,12 @@
     python benchmarks/equal_compute.py --figure           table and figure from the stored rows alone
 
 Engines search the table that benchmarks/lattice.py trained, 10 seeds each; Ray's population-based training
-trains its members for real, on the tasks where that is quick. Engines report the best model at any of 27
-checkpoints, midflight the last of its run (rows of any_start.py: any of the 40 starts, and the best of n of
-them). A run of midflight counts for the time it takes over that of a fixed run, measured here in turns on one
-thread. Validation passes of the engines are free. Needs the extra `bench`. Rows:
+trains its members for real, where that is quick. Engines report the best model at any of 27 checkpoints;
+midflight what `tuner.finish` gives, from 20 starts in a run shortened until all of it costs 1.1 trainings, and
+from the 40 starts of any_start.py at full length, alone and as the best of n. A run of midflight counts for the
+time it takes over that of a fixed run, measured here in turns on one thread; validation passes of the engines are
+free. The last row of a task is the best of the 100 fixed runs of any_start.py, each finished as the tuned ones
+are: what averaging and checkpoints alone would give an engine. Needs the extra `bench`. Rows:
 docs/results/equal_compute.jsonl.
 """
 
@@ -32,8 +34,10 @@ PBT = "Ray PBT"
 PBT_TASKS = ("digits", "tabular")
 POPULATIONS = [4, 8, 16]
 LABEL = "midflight"
+SHORT, STARTS = 1.1, 20
+"""One run of midflight within so many trainings; from so many starts."""
+ALIKE = "100 fixed, finished alike"
 COST = "cost of tuning"
-TURNS = 60
 
 
 def searched(job: tuple[str, str, int]) -> Row:
@@ -53,45 +57,64 @@ def compute_pbt(tasks: list[str], done: set[Any], workers: int) -> None:
 
 
 def compute_cost(task: str) -> None:
-    """A tuned and a fixed training from the middle of the space, in turns of 20 steps."""
+    """A whole tuned and a whole fixed training from the middle of the space, in turns of 20 steps."""
     one_thread()
     middle = (LOW[0] + HIGH[0]) / 2, (LOW[1] + HIGH[1]) / 2
     runs = Training(task, middle), Training(task, middle)
     tuners = None, runs[1].tune()
-    seconds = []
-    for _ in range(TURNS):
-        took = []
-        for run, tuner in zip(runs, tuners, strict=True):
+    seconds = np.zeros(2)
+    for n in range(runs[0].steps):
+        first = n // 20 % 2
+        for i in (first, 1 - first):
             began = time.perf_counter()
-            for _ in range(20):
-                run.step(tuner)
-            took.append(time.perf_counter() - began)
-        seconds.append(took)
-    plain, with_tuning = np.median(seconds[3:], 0)
-    append(ROWS, {"task": task, "arm": COST, "index": 0, "ratio": round(float(with_tuning / plain), 3)})
+            runs[i].step(tuners[i])
+            seconds[i] += time.perf_counter() - began
+    began = time.perf_counter()
+    tuners[1].finish()
+    seconds[1] += time.perf_counter() - began
+    append(ROWS, {"task": task, "arm": COST, "index": 0, "ratio": round(float(seconds[1] / seconds[0]), 3)})
+
+
+def shortened(job: tuple[str, int]) -> Row:
+    """A tuned run within SHORT trainings."""
+    task, index = job
+    run = Training(task, any_start.point("tuned", index), share=SHORT / cost(task))
+    tuner = run.tune()
+    for _ in range(run.steps):
+        run.step(tuner)
+    tuner.finish()
+    valid, test = run.losses()
+    return {"task": task, "arm": LABEL, "index": index, "best": [[SHORT, valid, test]]}
+
+
+def cost(task: str) -> float:
+    """What a tuned run costs in trainings."""
+    return next(r["ratio"] for r in reversed(rows(ROWS)) if (r["task"], r["arm"]) == (task, COST))
 
 
 @cache
-def tuned(task: str) -> tuple[float, list[Row]]:
-    """What a tuned run costs in trainings, and the stored runs."""
-    cost = next(r["ratio"] for r in reversed(rows(ROWS)) if (r["task"], r["arm"]) == (task, COST))
-    return cost, [r for r in rows(any_start.ROWS) if (r["task"], r["arm"]) == (task, "tuned")]
+def stored(task: str, arm: str) -> list[tuple[float, float]]:
+    """(validation loss, test error) of the finished runs of any_start.py."""
+    return [tuple(r["finish"]) for r in rows(any_start.ROWS) if (r["task"], r["arm"]) == (task, arm)]
 
 
 def best_of(task: str, budget: float, draws: int = 200) -> tuple[float, list[float]]:
     """Compute spent, and test errors of the best run, by validation, of as many random starts as fit."""
-    cost, runs = tuned(task)
-    n = max(1, int(budget / cost))
+    runs = stored(task, "tuned")
+    n = max(1, int(budget / cost(task)))
     rng = np.random.default_rng(0)
-    groups = [[r] for r in runs] if n == 1 else [rng.choice(runs, n, replace=False) for _ in range(draws)]
-    return n * cost, [min(group, key=lambda r: r["valid_loss"])["test_error"] for group in groups]
+    groups = [[r] for r in runs] if n == 1 else [[runs[i] for i in rng.choice(len(runs), n, replace=False)]
+                                                 for _ in range(draws)]  # fmt: skip
+    return n * cost(task), [min(group)[1] for group in groups if group]
 
 
 def errors(found: list[Row], task: str, arm: str, budget: int) -> tuple[float, list[float]]:
     """Compute spent (median) and test errors, one per seed; empty if there are no rows for the budget."""
-    if arm == LABEL:
+    if arm == ALIKE:
+        return 100, [min(stored(task, "grid"))[1]] if budget == max(BUDGETS) else []
+    if arm == LABEL and budget > 1:
         return best_of(task, budget)
-    budgets = POPULATIONS if arm == PBT else BUDGETS
+    budgets = {PBT: POPULATIONS, LABEL: [1]}.get(arm, BUDGETS)
     if budget not in budgets:
         return budget, []
     best = [r["best"][budgets.index(budget)] for r in found if (r["task"], r["arm"]) == (task, arm)]
@@ -105,12 +128,12 @@ def table(found: list[Row]) -> str:
         "|---|---|" + "---|" * len(BUDGETS),
     ]
     for task in TASKS:
-        for arm in (LABEL, *ENGINES, PBT):
+        for arm in (LABEL, *ENGINES, PBT, ALIKE):
             cells = []
             for budget in BUDGETS:
                 paid, e = errors(found, task, arm, budget)
                 low, mid, high = np.quantile(e, (0.25, 0.5, 0.75)) if e else (0, 0, 0)
-                at = f" @{paid:.1f}" if arm in (LABEL, PBT) else ""
+                at = f" @{paid:.1f}" if arm in (LABEL, PBT, ALIKE) else ""
                 cells.append(f"{mid:.4f} [{low:.4f}, {high:.4f}]{at}" if e else "")
             if any(cells):
                 lines.append(f"| {task} | {arm} | {' | '.join(cells)} |")
@@ -161,6 +184,8 @@ def main() -> None:
         table_engines = [e for e in options.engines if e != PBT]
         jobs = [(t, e, s) for e in table_engines for t in options.tasks for s in range(SEEDS)]
         compute(ROWS, [job for job in jobs if job not in done], searched, options.workers)
+        jobs = [(t, i) for t in options.tasks for i in range(STARTS)]
+        compute(ROWS, [(t, i) for t, i in jobs if (t, LABEL, i) not in done], shortened, options.workers)
         if PBT in options.engines:
             compute_pbt([t for t in PBT_TASKS if t in options.tasks], done, options.workers)
     found = rows(ROWS)

@@ -92,7 +92,7 @@ def tuned(estimator: Callable[..., Any]) -> tuple[Tensor, float]:
 
     tuner = mf.Tuner(
         model, optimizer, space, validate=lambda *_: loss(0.0), valid_loader=[None], bind=["lr"], every=1,
-        estimator=estimator, hyper_optimizer=partial(mf.SignSteps, lr=0.02),
+        estimator=estimator, hyper_optimizer=partial(mf.SignSteps, lr=0.02, agreement=0.0),
     )  # fmt: skip
     rates = []
     for _ in range(STEPS):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import midflight as mf
 from midflight.batches import EndlessBatches
 from midflight.cli import machine
+from midflight.levels import default_floor
 from midflight.study.arm import Shuffled, Split, mlp
 from midflight.study.data import load
 
@@ -37,12 +38,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: T1, T2 and test, a network, and for how long."""
+    """What is trained: T1, T2 and test, a network, and for how long; validation batches as for the tuner."""
 
     data: Callable[[], Splits]
     network: Callable[[], nn.Sequential]
     epochs: int
     batch: int
+    valid_batch: int
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 
 
@@ -82,11 +84,11 @@ def with_dropout(network: nn.Sequential, rate: mf.Hyperparameter) -> nn.Sequenti
 
 
 TASKS = {
-    "mnist_5k": Task(lambda: images("mnist", 5000, 2000), lambda: mlp(784, [200, 200], 10), 40, 128),
-    "mnist_55k": Task(lambda: images("mnist", 55000, 5000), lambda: mlp(784, [200, 200], 10), 5, 128),
-    "fashion_cnn": Task(lambda: images("fashion_mnist", 20000, 5000), cnn, 5, 128),
-    "tabular": Task(diabetes, lambda: mlp(10, [64, 64], 1), 200, 20, F.mse_loss),
-    "digits": Task(lambda: images("digits", 1000, 437), lambda: mlp(64, [100, 100], 10), 60, 50),
+    "mnist_5k": Task(lambda: images("mnist", 5000, 2000), lambda: mlp(784, [200, 200], 10), 40, 128, 128),
+    "mnist_55k": Task(lambda: images("mnist", 55000, 5000), lambda: mlp(784, [200, 200], 10), 5, 128, 128),
+    "fashion_cnn": Task(lambda: images("fashion_mnist", 20000, 5000), cnn, 5, 128, 128),
+    "tabular": Task(diabetes, lambda: mlp(10, [64, 64], 1), 200, 20, 121, F.mse_loss),
+    "digits": Task(lambda: images("digits", 1000, 437), lambda: mlp(64, [100, 100], 10), 60, 50, 437),
 }
 
 
@@ -97,14 +99,16 @@ def splits(name: str) -> Splits:
 
 
 class Training:
-    """One training of a task from a point, a step at a time, on T1 or on T1 and T2.
+    """One training of a task from a point, a step at a time, on T1 or on T1 and T2; `share` shortens it.
 
     Attributes:
         space: the hyperparameters, as many as the start has.
         steps: the length of the whole training.
     """
 
-    def __init__(self, name: str, start: Point, seed: int = 0, with_t2: bool = False) -> None:
+    def __init__(
+        self, name: str, start: Point, seed: int = 0, with_t2: bool = False, share: float = 1.0
+    ) -> None:
         self.task = TASKS[name]
         self.t1, self.t2, self.test = splits(name)
         if with_t2:
@@ -124,21 +128,24 @@ class Training:
         network = self.task.network()
         if "dropout" in names:
             network = with_dropout(network, self.space["dropout"])
-        self.model = nn.Sequential(mf.nn.GaussianNoise(self.space["noise"]), network)
+        self.noise = mf.nn.GaussianNoise(self.space["noise"], floor=0.0)
+        self.model = nn.Sequential(self.noise, network)
         options = {name: float(self.space[name]) for name in self.bound}
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True, **options)
         self.seed = seed
         self.batches = EndlessBatches(Shuffled(self.t1, self.task.batch, seed=seed + 1), "T1")
-        self.steps = self.task.epochs * (len(self.t1) // self.task.batch)
+        self.steps = int(share * self.task.epochs * (len(self.t1) // self.task.batch))
 
     def tune(self, foresight: bool = True) -> mf.Tuner:
         """A tuner at its defaults; hand it to `step`."""
-        t1, t2 = self.t1, self.t2
+        self.noise.floor = default_floor(self.space["noise"])
+        size = self.task.valid_batch
+        t1 = Shuffled(self.t1, min(size, len(self.t1)), seed=self.seed + 3) if foresight else None
         return mf.Tuner(
             self.model, self.optimizer, self.space, bind=self.bound, total_steps=self.steps,
             validate=lambda model, batch: self.task.loss(model(batch[0]), batch[1]),
-            valid_loader=Shuffled(t2, min(256, len(t2)), seed=self.seed + 2),
-            train_loader=Shuffled(t1, min(256, len(t1)), seed=self.seed + 3) if foresight else None,
+            valid_loader=Shuffled(self.t2, size, seed=self.seed + 2),
+            train_loader=t1,
         )  # fmt: skip
 
     def step(self, tuner: mf.Tuner | None = None) -> None:

@@ -56,7 +56,7 @@ def train(space: mf.Space, train: Split, valid: Split, epochs: int, tune: bool) 
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     tuner = mf.Tuner(
         model, optimizer, space, validate=cross_entropy, valid_loader=[valid], every=1,
-        total_steps=epochs * EXAMPLES // BATCH, hyper_optimizer=partial(mf.SignSteps, lr=0.2),
+        total_steps=epochs * EXAMPLES // BATCH, hyper_optimizer=partial(mf.SignSteps, lr=0.2, agreement=0.0),
     )  # fmt: skip
     if not tune:
         tuner.detach()

@@ -9,8 +9,9 @@ gone, but a step sees the present only: while the network learns what generalise
 regularisation looks better, and memorising comes later.
 
 Which of the two errs shows in C1 / C2, training over validation loss at the average. Caution rises as it
-falls below a line from 1 at the start to MEMORISED at the end of the run. docs/LOG.md has what
-was measured on the way to this.
+falls below a line from 1 at the start to MEMORISED at the end of the run. The average moves slowly, so
+that at caution 0 the v of the last few hyper-steps are averaged too, which saves validation data. docs/LOG.md
+has what was measured on the way to this.
 
 This is for what regularises. Options that say how a step is taken, such as the learning rate, pay or
 cost at once and are judged at theta'.
@@ -27,7 +28,11 @@ from torch import Tensor
 from midflight.trees import Tensors
 
 WINDOW = 0.1
-"""The average reaches back over this share of the hyper-steps so far."""
+"""The average reaches back over this share of the steps so far."""
+SAMPLED = 5
+"""The weights are counted into it at every so many steps."""
+STEADY = 0.8
+"""What v keeps of the earlier ones at caution 0."""
 LOOK = 4
 """C1 and C2 are taken at every so many hyper-steps."""
 RECENT = 0.15
@@ -47,24 +52,28 @@ class Foresight:
 
     Attributes:
         caution: in [0, MOST]; 0 judges at the average, 1 at the weights after the step.
+        best: weights and buffers where the validation loss at the average was least; empty before.
     """
 
     def __init__(self) -> None:
         self.caution = 0.0
-        self._seen = 0
+        self.best: Tensors = {}
+        self._best_loss = math.inf
+        self._looks = 0
+        self._steps = 0
         self._average: Tensors = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._losses: deque[tuple[int, float, float]] = deque()
+        self._v: Tensors = {}
+        self._weight = 0.0
 
     @torch.no_grad()
-    def follow(self, params: Mapping[str, Tensor]) -> bool:
-        """Count these weights into the average.
-
-        Returns:
-            whether it is time to `observe`.
-        """
-        self._seen += 1
-        share = min(1.0, 1 / (WINDOW * self._seen))
+    def follow(self, params: Mapping[str, Tensor], steps: int) -> None:
+        """Count the weights after this many steps into the average, if it is time or there is none yet."""
+        if self._average and steps < self._steps + SAMPLED:
+            return
+        share = min(1.0, (steps - self._steps) / (WINDOW * steps)) if steps else 1.0
+        self._steps = steps
         # halves would not add up
         now = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for n, p in params.items()}
         self._dtypes = {name: p.dtype for name, p in params.items()}
@@ -72,7 +81,6 @@ class Foresight:
             torch._foreach_lerp_([self._average[name] for name in now], list(now.values()), share)
         else:
             self._average = {name: p.clone() for name, p in now.items()}
-        return self._seen % LOOK == 1 % LOOK
 
     def average(self) -> Tensors:
         """The averaged weights, in the weights' own types; not to be changed."""
@@ -80,23 +88,47 @@ class Foresight:
 
     def forget(self) -> None:
         """The weights have jumped: begin the average and the losses anew; the caution stays."""
-        self._average, self._seen = {}, 0
+        self._average, self._v, self._weight, self._looks = {}, {}, 0.0, 0
         self._losses.clear()
 
-    def observe(self, train_loss: float, valid_loss: float, progress: float | None) -> None:
-        """C1 and C2 on one batch each, at the average; sets the caution.
+    def is_look_due(self) -> bool:
+        """Count a hyper-step; whether it is time to `observe`."""
+        self._looks += 1
+        return self._looks % LOOK == 1 % LOOK
+
+    @torch.no_grad()
+    def observe(
+        self,
+        train_loss: float,
+        valid_loss: float,
+        progress: float | None,
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """C1 and C2 on one batch each, at the average; sets the caution, and keeps the best average.
 
         Args:
             train_loss: C1.
             valid_loss: C2.
             progress: share of the run that is over, in [0, 1]; None if its length is not known.
+            buffers: of the model, kept with the weights.
         """
-        self._losses.append((self._seen, train_loss, valid_loss))
-        while self._losses[0][0] <= (1 - RECENT) * self._seen:
+        self._losses.append((self._looks, train_loss, valid_loss))
+        while len(self._losses) > 1 and self._losses[0][0] <= (1 - RECENT) * self._looks:
             self._losses.popleft()
-        c1, c2 = (sum(entry[i] for entry in self._losses) for i in (1, 2))
+        c1, c2 = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))
         if c2 > 0:
             self.caution = min(MOST, max(0.0, GAIN * (_line(progress) - c1 / c2)))
+        if c2 <= self._best_loss:
+            self._best_loss = c2
+            self.best = {n: t.clone() for n, t in {**self.average(), **(buffers or {})}.items()}
+
+    @property
+    def agreement(self) -> float:
+        """The share of a hyper-step that waits for signs to agree: a half, or less the more cautious.
+
+        Once a model memorises, hypergradients are weak and their signs disagree, yet each step counts.
+        """
+        return 0.5 * max(0.0, 1 - self.caution)
 
     @torch.no_grad()
     def judged(self, where: Callable[[], Tensors]) -> Tensors:
@@ -108,21 +140,39 @@ class Foresight:
             for name, p in where().items()
         }
 
+    @torch.no_grad()
+    def steadied(self, v: Tensors) -> Tensors:
+        """v averaged with the earlier ones, which count less the more caution there is, and not from 1 on."""
+        self._weight *= STEADY * max(0.0, 1 - self.caution)
+        self._weight += 1
+        if self._v.keys() != v.keys():
+            self._v, self._weight = {name: g.clone() for name, g in v.items()}, 1.0
+        else:
+            torch._foreach_lerp_([self._v[name] for name in v], list(v.values()), 1 / self._weight)
+        return dict(self._v)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume."""
         return {
             "caution": self.caution,
-            "seen": self._seen,
+            "best": dict(self.best),
+            "best_loss": self._best_loss,
+            "looks": self._looks,
+            "steps": self._steps,
             "average": {name: a.clone() for name, a in self._average.items()},
             "losses": list(self._losses),
+            "v": {name: g.clone() for name, g in self._v.items()},
+            "weight": self._weight,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict`."""
         self.caution = state["caution"]
-        self._seen = state["seen"]
+        self.best, self._best_loss = dict(state["best"]), state["best_loss"]
+        self._looks, self._steps = state["looks"], state["steps"]
         self._average = {name: a.clone() for name, a in state["average"].items()}
         self._losses = deque(tuple(entry) for entry in state["losses"])
+        self._v, self._weight = {name: g.clone() for name, g in state["v"].items()}, state["weight"]
 
 
 def _line(progress: float | None) -> float:

@@ -14,27 +14,46 @@ from torch import Tensor
 
 
 class SignSteps(torch.optim.Optimizer):
-    """raw -= lr sign(hypergradient).
+    """raw -= lr ((1 - a) s + a m |m|),   s = sign(hypergradient), m = mean of the recent signs
+
+    Where the signs agree a step has the full length lr, where they do not, the part a of it stays
+    away. The rest is always taken: at a bound, or where the hypergradient is weak, it is what finds the
+    way out.
 
     Args:
         params: raw coordinates of a `Space`.
-        lr: the first step, as a fraction of the range; 0.03 carried five far starts on a
-            5,000-image MNIST to within 10 % of the best of a grid.
+        lr: the longest step, as a fraction of the range.
+        agreement: a, in [0, 1]; 0 steps by the last sign alone.
+
+    Raises:
+        ValueError: lr > 0 or 0 <= agreement <= 1 does not hold.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 0.03) -> None:
+    MEMORY = 0.8
+    """What m keeps of itself at a step."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float = 0.05, agreement: float = 0.5) -> None:
         if lr <= 0:
             raise ValueError(f"lr > 0 must hold, but lr={lr}.")
-        super().__init__(params, {"lr": lr})
+        if not 0 <= agreement <= 1:
+            raise ValueError(f"0 <= agreement <= 1 must hold, but agreement={agreement}.")
+        super().__init__(params, {"lr": lr, "agreement": agreement})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Move every coordinate that has a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
+            lr, a = group["lr"], group["agreement"]
             for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(group["lr"] * p.grad.sign())
+                if p.grad is None:
+                    continue
+                state, sign = self.state[p], p.grad.sign()
+                if not state:
+                    state["step"], state["signs"] = 0, torch.zeros_like(p)
+                state["step"] += 1
+                m = state["signs"].lerp_(sign, 1 - self.MEMORY) / (1 - self.MEMORY ** state["step"])
+                p.sub_(lr * ((1 - a) * sign + a * m * m.abs()))
         return loss
 
 

@@ -4,7 +4,7 @@
 
 At level 0 a derivative says nothing: noise and its mirror image do the same, so it has mean zero, and
 a dropout that drops nothing has nothing to learn from. So a level that may be tuned down to 0 is
-drawn at no less than a floor, 1 % of its range, where the derivative still tells something, while
+drawn at no less than a floor, 5 % of its range, where the derivative still tells something, while
 the hyperparameter itself may reach 0.
 """
 
@@ -20,9 +20,9 @@ pass, one without arguments (`lambda: space["noise"][2]`); for a single call the
 
 
 def default_floor(level: Level) -> float:
-    """1 % of the range if the level is a hyperparameter that may be tuned down to 0, else 0."""
+    """5 % of the range if the level is a hyperparameter that may be tuned down to 0, else 0."""
     tuned_to_zero = isinstance(level, Hyperparameter) and level.spec.low == 0
-    return 0.01 * level.spec.high if tuned_to_zero else 0.0  # type: ignore[union-attr]
+    return 0.05 * level.spec.high if tuned_to_zero else 0.0  # type: ignore[union-attr]
 
 
 def drawn(level: Level, floor: float, like: Tensor) -> Tensor:

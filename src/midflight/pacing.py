@@ -1,5 +1,10 @@
-"""When to take a hyper-step: at every k-th training step, or as often as a share of the time allows."""
+"""When to take a hyper-step: early more often, at every k-th call, or as often as a share of the time allows.
 
+A hyperparameter far from its best spoils the weights for as long as it stays there, so most hyper-steps are
+best spent early.
+"""
+
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -41,16 +46,41 @@ class Every:
         pass
 
 
+class Early:
+    """One hyper-step for `per` calls of a run, most of them early: the n-th of N after (n / N)^2 of the run.
+
+    Args:
+        total: calls in the whole run.
+        per: calls to a hyper-step, on the whole.
+    """
+
+    def __init__(self, total: int, per: int = 10) -> None:
+        self._total, self._planned, self._taken = total, max(1, total // per), 0
+
+    def next_is_hyper(self, calls: int, hyper: bool) -> bool:
+        self._taken += hyper
+        due = (calls + 1) * self._planned**2 >= self._total * (self._taken + 1) ** 2
+        return due and calls > 0  # the first call shows how many there are to a step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._taken = state["taken"]
+
+
 class Budget:
     """As often as tuning stays below a share of the time that training takes without it.
 
     From the end of one `backward` to the end of the next is one training step of the user's loop, whatever is
     in it. What a step with a hyper-step takes over the mean of the plain ones before it is the
     cost of tuning. The next hyper-step comes when share x (time of the plain part so far) pays for
-    all hyper-steps so far and one more.
+    all hyper-steps so far and one more. If the number of calls is known, part of what the rest of the run
+    will pay is spent early: share x time x sqrt(calls in the run / calls so far).
 
     Args:
         share: of the training time, in (0, 1]; 0.05 allows 5 %.
+        total: calls in the whole run; None if not known.
         clock: seconds.
     """
 
@@ -60,11 +90,16 @@ class Budget:
     """Plain steps whose mean is the time of a plain step now."""
     PAUSE = 5.0
     """A plain step counts for at most so many medians; the rest is a pause, such as an evaluation."""
+    AHEAD = 4.0
+    """At most so many times the share is spent early."""
 
-    def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, share: float, total: int | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"0 < budget <= 1 must hold, but budget={share}.")
         self.share = share
+        self._total = total
         self._clock = clock
         self._last: float | None = None
         self._plain: deque[float] = deque(maxlen=self.AROUND)
@@ -90,7 +125,8 @@ class Budget:
             self._hyper.append(max(0.0, took - usual))
             self._tuned += self._hyper[-1]
         expected = median(self._hyper) if self._hyper else 0.0
-        return bool(self._plain) and self._tuned + expected <= self.share * self._trained
+        ahead = min(self.AHEAD, math.sqrt(max(1.0, self._total / calls))) if self._total else 1.0
+        return bool(self._plain) and self._tuned + expected <= self.share * self._trained * ahead
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from midflight.guards import Bounds, Failures, Snapshots, overfitted
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.hypergrad.one_step import one_step
 from midflight.hypersteps import SignSteps, annealing
-from midflight.pacing import Budget, Every, Pace
+from midflight.pacing import Budget, Early, Every, Pace
 from midflight.problem import Step, gradient
 from midflight.space import Space
 from midflight.training_gradient import TrainingGradient
@@ -51,9 +52,8 @@ class Tuner:
         bind: hyperparameters that are options of the optimiser: names that are both, or
             {hyperparameter: option}. The tuner writes a number into every param_group, and entry i
             of a hyperparameter of shape (number of groups,) into group i; see `param_groups`.
-        every: a hyper-step at each `every`-th call of `backward`; 10 if there is no budget. With
-            gradient accumulation choose a multiple of the number of micro-batches; the training
-            side of the hypergradient then sees the last of them.
+        every: a hyper-step at each `every`-th call of `backward`. Left out, there is one for ten
+            calls on the whole, most of them early; or at each tenth without `total_steps`.
         budget: instead of `every`: the share of the training time that tuning may add, such as
             0.05. The tuner measures what it costs and spaces its hyper-steps to keep within it, so
             two runs are no longer equal bit for bit.
@@ -63,6 +63,9 @@ class Tuner:
         hyper_optimizer: raw tensors -> torch optimiser that moves them; `SignSteps` by default.
         snapshots: keep a copy of model, optimiser and hyperparameters, renewed at every so many good
             hyper-steps, and go back to it after three failed ones in a row. None keeps no copy.
+
+    With gradient accumulation a hyper-step comes only at the last micro-batch of an optimiser step, and the
+    training side of the hypergradient sees that one.
 
     Raises:
         BindingError: a bound name is no hyperparameter, or no tunable option of the optimiser,
@@ -94,7 +97,7 @@ class Tuner:
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps >= 1 must hold, but total_steps={total_steps}.")
         self.space = space
-        self.pace: Pace = Every(10 if every is None else every) if budget is None else Budget(budget)
+        self.pace = _pace(every, budget, total_steps)
         """When hyper-steps come; with a budget, `pace.spent` is the share used so far."""
         self.hyper_optimizer = hyper_optimizer(list(space.raws.values()))
         self._model = model
@@ -109,7 +112,8 @@ class Tuner:
         """Where validation is judged; None without `train_loader`."""
         self._total_steps = total_steps
         self._calls = 0
-        self._hyper = False
+        self._steps = 0
+        self._calls_in_step, self._calls_per_step = 0, 1
         self.failures = Failures(None if snapshots is None else Snapshots(model, optimizer, space, snapshots))
         """Hyper-steps that were left out because a loss or a hypergradient was not finite."""
         factor = annealing(self._progress)
@@ -124,7 +128,7 @@ class Tuner:
         self._hypergradients: Tensors = {}
         self._binding.write()
         self._plan_next(hyper=False)
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._move())
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step())
 
     @property
     def mixed_partial(self) -> str | None:
@@ -159,6 +163,7 @@ class Tuner:
             UnsupportedParameter: a weight has a sparse gradient.
         """
         self._calls += 1
+        self._calls_in_step += 1
         hyper = self._hyper
         if not hyper:
             value = loss() if callable(loss) else loss
@@ -179,6 +184,8 @@ class Tuner:
         """Everything needed to resume, the space's values and the place in the validation data included."""
         return {
             "calls": self._calls,
+            "steps": self._steps,
+            "calls_per_step": self._calls_per_step,
             "pace": self.pace.state_dict(),
             "failures": self.failures.state_dict(),
             "bounds": self._bounds.state_dict(),
@@ -202,7 +209,8 @@ class Tuner:
                 "train_loader must be given when saving and when loading, or at neither, but only the "
                 f"{'loading' if self.foresight else 'saved'} tuner has one."
             )
-        self._calls = state["calls"]
+        self._calls, self._steps = state["calls"], state["steps"]
+        self._calls_in_step, self._calls_per_step = 0, state["calls_per_step"]
         self.failures.load_state_dict(state["failures"])
         self._bounds.load_state_dict(state["bounds"])
         self.trajectory.load_state_dict(state["trajectory"])
@@ -235,6 +243,33 @@ class Tuner:
             with evaluating(self._model), torch.no_grad():
                 found += overfitted(partial(self._validate, self._model), self._batches.loader, third)
         return found
+
+    def finish(self) -> dict[str, float]:
+        """End the run: stop tuning, and give the model the best of the weights that the run has to offer.
+
+        These are the last ones, with foresight also the average of the recent ones and the average where
+        the validation loss was least on the way. One pass through T2 decides between them.
+
+        Returns:
+            the name of each ("last", "average", "earlier") -> its validation loss, a mean over the batches
+            of `valid_loader`, the best first.
+        """
+        self.detach()
+        candidates: dict[str, Tensors] = {"last": {}}
+        if self.foresight is not None and self.foresight.best:
+            candidates |= {"average": self.foresight.average(), "earlier": self.foresight.best}
+        tensors = {**dict(self._model.named_buffers()), **self._params}
+        found: dict[str, list[float]] = {name: [] for name in candidates}
+        with evaluating(self._model), torch.no_grad():
+            for batch in self._batches.loader:
+                for name, at in candidates.items():
+                    with weights_at({n: tensors[n] for n in at}, at):
+                        found[name].append(float(self._validate(self._model, batch)))
+            losses = {name: fmean(of_batches) for name, of_batches in found.items()}
+            losses = dict(sorted(losses.items(), key=lambda item: (math.isnan(item[1]), item[1])))
+            for n, value in candidates[next(iter(losses))].items():
+                tensors[n].copy_(value)
+        return losses
 
     def detach(self) -> None:
         """Stop tuning: unhook from the optimiser; the space keeps its values."""
@@ -286,7 +321,8 @@ class Tuner:
         """Let foresight follow; False if the losses at the average are not finite."""
         if self.foresight is None or self._train_batches is None:
             return True
-        if not self.foresight.follow(self._params):
+        self.foresight.follow(self._params, self._steps)
+        if not self.foresight.is_look_due():
             return True
         with evaluating(self._model), weights_at(self._params, self.foresight.average()):
             c1, c2 = (
@@ -294,11 +330,13 @@ class Tuner:
             )
         if not math.isfinite(c1 + c2):
             return False
-        self.foresight.observe(c1, c2, self._progress())
+        self.foresight.observe(c1, c2, self._progress(), dict(self._model.named_buffers()))
         return True
 
     def _valid_grad(self, where: Callable[[], Tensors]) -> Tensors:
-        return self._gradient_at(where if self.foresight is None else partial(self.foresight.judged, where))
+        if self.foresight is None:
+            return self._gradient_at(where)
+        return self.foresight.steadied(self._gradient_at(partial(self.foresight.judged, where)))
 
     def _gradient_at(self, where: Callable[[], Tensors]) -> Tensors:
         at = where()
@@ -319,9 +357,20 @@ class Tuner:
             if self.foresight is not None:
                 self.foresight.forget()
 
+    def _after_step(self) -> None:
+        """The optimiser has taken its step."""
+        self._steps += 1
+        self._calls_per_step, self._calls_in_step = max(1, self._calls_in_step), 0
+        if self.foresight is not None:
+            self.foresight.follow(self._params, self._steps)
+        if self._hypergradients:
+            self._move()
+        self._arm()
+
     def _move(self) -> None:
-        if not self._hypergradients:
-            return
+        if self.foresight is not None and isinstance(self.hyper_optimizer, SignSteps):
+            for group in self.hyper_optimizer.param_groups:
+                group["agreement"] = self.foresight.agreement
         for name, hypergradient in self._hypergradients.items():
             self.space[name].raw.grad = hypergradient
         self.hyper_optimizer.step()
@@ -334,10 +383,22 @@ class Tuner:
         self.trajectory.record(self._calls, self.space)
 
     def _plan_next(self, hyper: bool) -> None:
+        self._due = self.pace.next_is_hyper(self._calls, hyper)
+        self._arm()
+
+    def _arm(self) -> None:
         """Only the forward pass before a hyper-step pays for the graph to the hyperparameters."""
-        self._hyper = self.pace.next_is_hyper(self._calls, hyper)
+        self._hyper = self._due and self._calls_in_step + 1 == self._calls_per_step
         self.space.requires_grad_(self._hyper)
 
     def _progress(self) -> float | None:
         """The share of the run that is over; None if its length is not known."""
         return None if self._total_steps is None else min(1.0, self._calls / self._total_steps)
+
+
+def _pace(every: int | None, budget: float | None, total_steps: int | None) -> Pace:
+    if budget is not None:
+        return Budget(budget, total_steps)
+    if every is None and total_steps is not None:
+        return Early(total_steps)
+    return Every(10 if every is None else every)

@@ -4,6 +4,8 @@ Each problem is small and built so that the better side is not in doubt, and for
 too, for that is as far as the tuner looks. It starts once at the lowest value, once at the highest.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ def tuned(spec, build, start, steps=60, every=1, seed=0, **options):
         validate=lambda m, _: valid_loss(m),
         valid_loader=[None],
         every=every,
+        hyper_optimizer=partial(mf.SignSteps, lr=0.03, agreement=0.0),
         **options,
     )
     for step in range(steps):

@@ -6,7 +6,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import midflight as mf
-from midflight.foresight import GAIN, LOOK, MEMORISED, MOST, OPEN_END, WINDOW, Foresight
+from midflight.foresight import (
+    GAIN,
+    LOOK,
+    MEMORISED,
+    MOST,
+    OPEN_END,
+    SAMPLED,
+    STEADY,
+    WINDOW,
+    Foresight,
+)
 from midflight.testing.oracles import derivative
 from midflight.updates import rule_for
 
@@ -20,7 +30,6 @@ def cross_entropy(model, batch):
 )
 def test_caution_rises_as_the_training_loss_falls_below_the_validation_loss(c1, c2, caution):
     foresight = Foresight()
-    foresight.follow({})
     foresight.observe(c1, c2, None)
     assert foresight.caution == pytest.approx(caution)
 
@@ -28,7 +37,7 @@ def test_caution_rises_as_the_training_loss_falls_below_the_validation_loss(c1, 
 def test_the_line_falls_from_1_to_memorised_over_the_run():
     foresight, cautions = Foresight(), []
     for n in range(101):
-        foresight.follow({})
+        foresight.is_look_due()
         foresight.observe(MEMORISED + 0.05, 1.0, n / 100)
         cautions.append(foresight.caution)
     assert cautions[0] == MOST
@@ -39,14 +48,13 @@ def test_the_line_falls_from_1_to_memorised_over_the_run():
 def test_caution_follows_recent_losses_only():
     foresight = Foresight()
     for c1 in [0.0] * 85 + [1.0] * 16:
-        foresight.follow({})
+        foresight.is_look_due()
         foresight.observe(c1, 1.0, None)
     assert foresight.caution == 0.0
 
 
 def test_losses_that_have_no_ratio_leave_the_caution_as_it_is():
     foresight = Foresight()
-    foresight.follow({})
     foresight.caution = 0.7
     foresight.observe(1.0, -1.0, None)
     assert foresight.caution == 0.7
@@ -55,30 +63,61 @@ def test_losses_that_have_no_ratio_leave_the_caution_as_it_is():
 def test_a_restored_foresight_judges_and_goes_on_as_the_saved_one():
     saved, restored, w = Foresight(), Foresight(), {"w": torch.ones(3)}
     for n in range(100):
-        saved.follow({"w": torch.full((3,), float(n))})
-        saved.observe(0.4, 1.0, 0.5)
+        saved.follow({"w": torch.full((3,), float(n))}, 5 * n)
+        saved.is_look_due()
+        saved.observe(0.5, 1.0 + abs(n - 50), 0.5)
+        saved.steadied({"w": torch.full((3,), float(n))})
     restored.load_state_dict(saved.state_dict())
-    assert torch.equal(saved.judged(lambda: w)["w"], restored.judged(lambda: w)["w"])
     for each in (saved, restored):
-        each.follow(w)
-        each.observe(0.5, 1.0, 0.5)
+        each.caution = 0.3
     assert torch.equal(saved.judged(lambda: w)["w"], restored.judged(lambda: w)["w"])
+    assert torch.equal(saved.best["w"], restored.best["w"])
+    for each in (saved, restored):
+        each.follow(w, 600)
+        each.is_look_due()
+        each.observe(0.5, 2.0, 0.5)
     assert saved.caution == restored.caution > 0
+    assert torch.equal(saved.judged(lambda: w)["w"], restored.judged(lambda: w)["w"])
+    assert torch.equal(saved.steadied(w)["w"], restored.steadied(w)["w"])
+    assert torch.equal(saved.best["w"], restored.best["w"])
 
 
 def test_the_average_reaches_back_over_a_share_of_the_run_also_in_bfloat16():
-    foresight, expected = Foresight(), 0.0
+    foresight, expected = Foresight(), 1.0
     for n in range(1, 201):
-        share = min(1.0, 1 / (WINDOW * n))
-        expected += share * (n - expected)
-        foresight.follow({"w": torch.full((3,), float(n), dtype=torch.bfloat16)})
+        if n > 1:
+            expected += min(1.0, 1 / (WINDOW * n)) * (n - expected)
+        foresight.follow({"w": torch.full((3,), float(n), dtype=torch.bfloat16)}, SAMPLED * n)
     average = foresight.average()["w"]
     assert average.dtype == torch.bfloat16
     assert average.float() == pytest.approx(torch.full((3,), expected), rel=1e-2)
     exact = Foresight()
     for n in range(1, 201):
-        exact.follow({"w": torch.full((3,), float(n), dtype=torch.float64)})
+        exact.follow({"w": torch.full((3,), float(n), dtype=torch.float64)}, SAMPLED * n)
+        exact.follow({"w": torch.full((3,), 1e9, dtype=torch.float64)}, SAMPLED * n + 1)  # not yet
     assert exact.average()["w"].tolist() == pytest.approx([expected] * 3, rel=1e-12)
+
+
+@pytest.mark.parametrize(("caution", "kept"), [(0.0, STEADY), (0.5, STEADY / 2), (1.0, 0.0), (3.0, 0.0)])
+def test_v_is_averaged_with_earlier_ones_the_less_the_more_caution_there_is(caution, kept):
+    foresight = Foresight()
+    foresight.caution = caution
+    for n in range(1, 5):
+        found = foresight.steadied({"w": torch.full((2,), float(n))})
+    weights = [kept ** (4 - n) for n in range(1, 5)]
+    expected = sum(n * w for n, w in zip(range(1, 5), weights, strict=True)) / sum(weights)
+    assert found["w"].tolist() == pytest.approx([expected] * 2)
+    assert foresight.steadied({"other": torch.ones(1)}).keys() == {"other"}
+
+
+def test_the_average_with_the_least_validation_loss_is_kept():
+    foresight = Foresight()
+    for n, c2 in enumerate([3.0, 1.0, 2.0, 5.0]):
+        foresight.forget()
+        foresight.follow({"w": torch.full((2,), float(n))}, n)
+        foresight.observe(1.0, c2, None, {"b": torch.tensor([-1.0 * n])})
+    assert foresight.best["w"].tolist() == [1.0, 1.0]
+    assert foresight.best["b"].tolist() == [-1.0]
 
 
 @pytest.mark.parametrize("caution", [0.0, 0.3, 1.0, 3.0])
@@ -104,9 +143,9 @@ def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(cau
         optimizer.zero_grad()
         tuner.backward(cross_entropy(model, (x, y)))
         optimizer.step()
-    monkeypatch.setattr(
-        Foresight, "observe", lambda self, c1, c2, progress: setattr(self, "caution", caution)
-    )
+    monkeypatch.setattr(Foresight, "observe", lambda self, *_: setattr(self, "caution", caution))
+    monkeypatch.setattr(Foresight, "is_look_due", lambda self: True)
+    monkeypatch.setattr(Foresight, "steadied", lambda self, v: v)  # has a test of its own
 
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     state = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in model.named_parameters()}
@@ -241,12 +280,12 @@ def test_the_losses_that_set_the_caution_are_those_of_the_average_in_eval_mode(m
         model, optimizer, space, validate=cross_entropy, valid_loader=[valid], train_loader=[train], every=1
     )
     seen = []
-    monkeypatch.setattr(Foresight, "observe", lambda self, c1, c2, progress: seen.append((c1, c2)))
+    monkeypatch.setattr(Foresight, "observe", lambda self, c1, c2, *_: seen.append((c1, c2)))
     for _ in range(4 * LOOK + 1):
         optimizer.zero_grad()
         tuner.backward(cross_entropy(model, train))
+        average = tuner.foresight.state_dict()["average"]
         optimizer.step()
-    average = tuner.foresight.state_dict()["average"]
     model.eval()
     for batch, found in ((train, seen[-1][0]), (valid, seen[-1][1])):
         expected = F.cross_entropy(torch.func.functional_call(model, average, (batch[0],)), batch[1])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import midflight as mf
-from midflight.pacing import Budget, Every
+from midflight.pacing import Budget, Early, Every
 
 
 def test_every_kth_call():
@@ -17,12 +17,28 @@ def test_every_kth_call():
     assert [calls + 1 for calls in range(10) if pace.next_is_hyper(calls, hyper=False)] == [3, 6, 9]
 
 
+def test_early_takes_a_hyper_step_for_ten_calls_most_of_them_at_first():
+    pace, at, hyper = Early(1000), [], False
+    for calls in range(1000):
+        if calls == 500:
+            saved, pace = pace.state_dict(), Early(1000)
+            pace.load_state_dict(saved)
+        hyper = pace.next_is_hyper(calls, hyper)
+        if hyper:
+            at.append(calls + 1)
+    assert len(at) == 100
+    assert at[-1] == 1000
+    for n, call in enumerate(at[20:], 21):
+        assert call == -(-1000 * n**2 // 100**2)
+
+
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.2])
 @pytest.mark.parametrize("load", ["steady", "jittery", "twice as slow half way", "a pause of 100 steps"])
-def test_a_budget_is_kept_within_a_point_over_2000_steps(share, load):
+@pytest.mark.parametrize("total", [None, 2000])
+def test_a_budget_is_kept_within_a_point_over_2000_steps(share, load, total):
     """Against the truth: what the same steps would have taken without tuning."""
     rng, now, plain_time, extra_time, hyper = random.Random(0), 0.0, 0.0, 0.0, False
-    pace = Budget(share, clock=lambda: now)
+    pace = Budget(share, total, clock=lambda: now)
     pace.next_is_hyper(0, hyper=False)
     for call in range(1, 2001):
         step = 0.01

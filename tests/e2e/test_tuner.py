@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -163,7 +164,8 @@ def test_steps_anneal_to_zero_over_the_run():
     s = space()
     model = network(s)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    t = tuner(model, optimizer, s, every=2, total_steps=40)
+    plain = partial(mf.SignSteps, lr=0.03, agreement=0.0)
+    t = tuner(model, optimizer, s, every=2, total_steps=40, hyper_optimizer=plain)
     lengths = []
     for _ in range(20):
         before = float(s["noise"].raw.detach())
@@ -173,6 +175,85 @@ def test_steps_anneal_to_zero_over_the_run():
     assert lengths[10] == pytest.approx(0.015, rel=1e-4)
     train(model, optimizer, t.backward, 2)
     assert t.hyper_optimizer.param_groups[0]["lr"] == 0
+
+
+def test_sign_steps_are_full_where_signs_agree_and_part_of_one_where_they_do_not():
+    raw = torch.tensor([0.5, 0.5], requires_grad=True)
+    steps, before = mf.SignSteps([raw], lr=0.1, agreement=0.25), [0.5, 0.5]
+    mean = [0.0, 0.0]
+    for n, signs in enumerate([(1, 1), (1, -1), (1, -1), (1, 1)], 1):
+        raw.grad = torch.tensor(signs) * torch.tensor([1e-9, 1e9])
+        steps.step()
+        mean = [0.8 * m + 0.2 * s for m, s in zip(mean, signs, strict=True)]
+        unbiased = [m / (1 - 0.8**n) for m in mean]
+        before = [
+            b - 0.1 * (0.75 * s + 0.25 * m * abs(m)) for b, s, m in zip(before, signs, unbiased, strict=True)
+        ]
+        assert raw.tolist() == pytest.approx(before, abs=1e-6)
+    assert before[0] == pytest.approx(0.1)
+
+
+def test_with_gradient_accumulation_hyper_steps_come_at_the_last_micro_batch_only():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    t = tuner(model, optimizer, s, every=None, total_steps=200)
+    at = []
+    for step in range(50):
+        optimizer.zero_grad()
+        for micro in range(4):
+            if s["noise"].raw.requires_grad:
+                at.append((step, micro))
+            t.backward(cross_entropy(model, (X, Y)) / 4)
+        optimizer.step()
+    assert {micro for _, micro in at} == {3}
+    assert len(at) == len(t.trajectory) - 1 == 20
+    assert sum(step < 25 for step, _ in at) > 13  # most of them early
+
+
+def test_finish_gives_the_model_the_weights_with_the_least_validation_loss():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    t = tuner(model, optimizer, s, train_loader=[(X, Y)], total_steps=60)
+    train(model, optimizer, t.backward, 60)
+    last = {n: p.detach().clone() for n, p in model.named_parameters()}
+    candidates = {"last": last, "average": t.foresight.average(), "earlier": t.foresight.best}
+    model.eval()
+    expected = {
+        name: float(cross_entropy(lambda x, at=at: torch.func.functional_call(model, at, x), (X, Y)).detach())
+        for name, at in candidates.items()
+    }
+    model.train()
+    losses = t.finish()
+    assert losses == pytest.approx(expected)
+    assert list(losses.values()) == sorted(expected.values())
+    best = candidates[next(iter(losses))]
+    assert all(torch.equal(p, best[n]) for n, p in model.named_parameters())
+    assert not torch.equal(best["1.weight"], last["1.weight"]) or next(iter(losses)) == "last"
+
+
+def test_finish_takes_the_last_weights_over_others_that_are_not_finite_or_worse():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    t = tuner(model, optimizer, s, train_loader=[(X, Y)], total_steps=60)
+    train(model, optimizer, t.backward, 60)
+    last = {n: p.detach().clone() for n, p in model.named_parameters()}
+    t.foresight.best = {n: torch.full_like(p, float("nan")) for n, p in last.items()}
+    t.foresight._average = {n: p + 3 for n, p in last.items()}
+    losses = t.finish()
+    assert list(losses) == ["last", "average", "earlier"]
+    assert all(torch.equal(p, last[n]) for n, p in model.named_parameters())
+
+
+def test_without_foresight_finish_has_the_last_weights_only():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    t = tuner(model, optimizer, s)
+    train(model, optimizer, t.backward, 10)
+    assert list(t.finish()) == ["last"]
 
 
 def test_raw_values_stay_in_the_unit_interval():

@@ -119,9 +119,9 @@ def test_noise_is_drawn_with_the_floor_below_it_and_keeps_its_gradient():
     layer = mf.nn.GaussianNoise(space["noise"])
     x = torch.zeros(20_000, dtype=torch.float64)
     noisy = layer(x)
-    assert float(noisy.detach().std()) == pytest.approx(0.01, rel=0.05)  # 1 % of the range
+    assert float(noisy.detach().std()) == pytest.approx(0.05, rel=0.05)  # 5 % of the range
     (gradient,) = torch.autograd.grad(noisy.square().mean(), space["noise"].raw)
-    assert float(gradient) == pytest.approx(2 * 0.01, rel=0.05)  # d std^2 / d std at the floor
+    assert float(gradient) == pytest.approx(2 * 0.05, rel=0.05)  # d std^2 / d std at the floor
     assert torch.equal(layer.eval()(x), x)
 
 

@@ -24,7 +24,7 @@ class Augment(nn.Module):
 
     Each argument is the largest amount: a hyperparameter of shape (), a function that reads some, or a
     number; 0 leaves the change out. At magnitude 0 the derivative has mean zero by symmetry, as for
-    `GaussianNoise`; so a magnitude that is tuned down to 0 is drawn at no less than 1 % of its range.
+    `GaussianNoise`; so a magnitude that is tuned down to 0 is drawn at no less than 5 % of its range.
 
     Args:
         rotation: degrees about the centre; default range 0 to 45.

@@ -37,7 +37,7 @@ class Dropout(nn.Module):
         rate: a hyperparameter of a `Space` with high < 1, of shape () or one that broadcasts against
             x; a function that reads some; or a fixed number. Default range 0.01 to 0.8 on a logit
             scale.
-        floor: smallest rate at which masks are drawn; 1 % of the range if `rate` is tuned down to 0,
+        floor: smallest rate at which masks are drawn; 5 % of the range if `rate` is tuned down to 0,
             else 0. At rate 0 nothing is ever dropped and the derivative would rest on no example.
 
     Shape:

@@ -40,7 +40,7 @@ class GaussianNoise(_Noise):
         std: a hyperparameter of a `Space`, of shape () or one that broadcasts against x (one level
             per feature, channel or unit); a function that reads some; or a fixed number. In the
             units of x; default range 0 to 0.8, for inputs of unit scale.
-        floor: smallest level drawn; 1 % of the range if std is tuned down to 0, else 0.
+        floor: smallest level drawn; 5 % of the range if std is tuned down to 0, else 0.
 
     Shape:
         any floating-point tensor; the output has the same shape and dtype.
@@ -59,7 +59,7 @@ class MultiplicativeNoise(_Noise):
     Args:
         std: as for `GaussianNoise`, but relative to x; default range 0 to 1, where 1 corresponds
             to dropping half.
-        floor: smallest level drawn; 1 % of the range if std is tuned down to 0, else 0.
+        floor: smallest level drawn; 5 % of the range if std is tuned down to 0, else 0.
 
     Shape:
         any floating-point tensor; the output has the same shape and dtype.

@@ -169,7 +169,8 @@ def _tuner(
     data: Data,
     seed: int,
 ) -> Tuner:
-    mover = {"sign": SignSteps, "adam": torch.optim.Adam}[spec.hyper_optimizer]
+    adam = partial(torch.optim.Adam, lr=spec.hyper_lr)
+    sign = partial(SignSteps, lr=spec.hyper_lr, agreement=0.0)
     return Tuner(
         model,
         optimizer,
@@ -180,7 +181,7 @@ def _tuner(
         every=spec.every,
         estimator=arm.estimator,
         total_steps=spec.steps(),
-        hyper_optimizer=partial(mover, lr=spec.hyper_lr),
+        hyper_optimizer=adam if spec.hyper_optimizer == "adam" else sign,
     )
 
 
