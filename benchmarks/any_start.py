@@ -8,8 +8,10 @@
 log10 L2 in [-7, -0.5] and input noise in [0, 1.2] are tuned. Per task: a 10 x 10 grid of fixed runs; from
 each start (the four corners and 36 Sobol points) a fixed run and a tuned one, and a tuned one without
 foresight (plain `one_step`). All runs of a task share seed, data and batches; the learning rate is constant.
-The best of the grid is the smallest of 100 validation losses, so it is a lucky one among equals. Test errors
-are computed with the final weights and used for nothing. Rows: docs/results/any_start.jsonl.
+A tuned run ends with `tuner.finish`; its last weights are compared as well, and so are fixed runs finished
+alike (the best, by validation, of last weights, their average, and 27 checkpoints). The best of the grid
+is the smallest of 100 validation losses, so it is a lucky one among equals. Test errors are used for
+nothing. Rows: docs/results/any_start.jsonl.
 
 With --four the space is log10 L2, noise, dropout in [0, 0.8] and log10 learning rate in [-5, -1]; the 100
 fixed runs are Sobol points, and the starts are the 16 corners and 24 Sobol points. Rows:
@@ -129,37 +131,48 @@ class Candidates:
         return [(valid if valid == valid else float("inf"), test) for valid, test in found]
 
 
-def losses(found: list[Row], task: str, arm: str) -> list[float]:
-    """Validation losses by index; a run that diverged counts as infinite."""
+def losses(found: list[Row], task: str, arm: str, finished: bool = False) -> list[float]:
+    """Validation losses by index, with the last weights or finished; infinite for a run that diverged."""
     chosen = sorted((r for r in found if (r["task"], r["arm"]) == (task, arm)), key=lambda r: r["index"])
-    return [r["valid_loss"] if r["valid_loss"] == r["valid_loss"] else float("inf") for r in chosen]
+    values = [r["finish"][0] if finished else r["valid_loss"] for r in chosen]
+    return [float("inf") if v is None or v != v else v for v in values]
+
+
+COMPARED = {
+    "fixed": ("fixed", False, False),
+    "one_step, last weights": ("one_step", False, False),
+    "tuned, last weights": ("tuned", False, False),
+    "tuned, finished": ("tuned", True, False),
+    "all finished": ("tuned", True, True),
+}
+"""What is compared -> arm, whether it is finished, whether the fixed runs beside it are."""
 
 
 def table(found: list[Row]) -> str:
-    """Per task and arm: how near the starts end to the best of the grid, and how many got worse."""
+    """Per task: how near the starts end to the best of the grid, and how many got worse than fixed."""
     lines = [
-        "| task | best of 100 fixed | arm | median | worst | within 10 % | within 25 % | "
+        "| task | compared | best of 100 fixed | median | worst | within 10 % | within 25 % | "
         "worse than fixed | by over 5 % |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for task in TASKS:
-        grid, fixed = losses(found, task, "grid"), losses(found, task, "fixed")
-        for arm in ("fixed", "one_step", "tuned"):
-            ends = losses(found, task, arm)
+        for name, (arm, finished, fixed_too) in COMPARED.items():
+            grid, fixed = (losses(found, task, a, fixed_too) for a in ("grid", "fixed"))
+            ends = losses(found, task, arm, finished)
             if len(grid) < ARMS["grid"] or len(ends) < ARMS[arm] or len(fixed) < ARMS["fixed"]:
                 continue
             best, n = min(grid), len(ends)
             near, nearer = (sum(e <= f * best for e in ends) for f in (1.25, 1.1))
             worse, much = (sum(e > f * b for e, b in zip(ends, fixed, strict=True)) for f in (1.0, 1.05))
             lines.append(
-                f"| {task} | {best:.4f} | {arm} | {sorted(ends)[n // 2]:.4f} | {max(ends):.4f} | "
+                f"| {task} | {name} | {best:.4f} | {sorted(ends)[n // 2]:.4f} | {max(ends):.4f} | "
                 f"{nearer}/{n} | {near}/{n} | {worse}/{n} | {much}/{n} |"
             )
     return "\n".join(lines)
 
 
 def figure(found: list[Row], path: Path) -> None:
-    """Per whole task: validation loss of the 40 starts, sorted; fixed, plain one step, tuned."""
+    """Per whole task: validation loss of the 40 starts, sorted, by arm."""
     whole = [t for t in TASKS if all(len(losses(found, t, a)) == n for a, n in ARMS.items())]
     if not whole:
         return
@@ -167,12 +180,13 @@ def figure(found: list[Row], path: Path) -> None:
     for i, task in enumerate(whole):
         ax = fig.add_subplot(1, len(whole), i + 1)
         best = min(losses(found, task, "grid"))
-        for arm, colour, label in (
-            ("fixed", "0.6", "fixed at the start"),
-            ("one_step", "tab:orange", "one_step"),
-            ("tuned", "tab:blue", "with foresight"),
+        for arm, finished, colour, label in (
+            ("fixed", False, "0.6", "fixed at the start"),
+            ("one_step", False, "tab:orange", "one_step"),
+            ("tuned", False, "tab:cyan", "tuned, last weights"),
+            ("tuned", True, "tab:blue", "tuned, finished"),
         ):
-            ends = sorted(losses(found, task, arm))
+            ends = sorted(losses(found, task, arm, finished))
             ax.plot(range(1, len(ends) + 1), ends, ".-", color=colour, markersize=4, linewidth=1, label=label)
         ax.axhspan(best, 1.1 * best, color="tab:green", alpha=0.2, label="best of 100 fixed, + 10 %")
         ax.set_yscale("log")

@@ -5,13 +5,13 @@
     python benchmarks/equal_compute.py --figure           table and figure from the stored rows alone
 
 Engines search the table that benchmarks/lattice.py trained, 10 seeds each; Ray's population-based training
-trains its members for real, where that is quick. Engines report the best model at any of 27 checkpoints;
-midflight what `tuner.finish` gives, from 20 starts in a run shortened until all of it costs 1.1 trainings, and
-from the 40 starts of any_start.py at full length, alone and as the best of n. A run of midflight counts for the
-time it takes over that of a fixed run, measured here in turns on one thread; validation passes of the engines are
-free. The last row of a task is the best of the 100 fixed runs of any_start.py, each finished as the tuned ones
-are: what averaging and checkpoints alone would give an engine. Needs the extra `bench`. Rows:
-docs/results/equal_compute.jsonl.
+trains its members for real, where that is quick. Engines report the best model at any of 27 checkpoints.
+midflight reports what `tuner.finish` gives: from 20 starts in a run shortened until all of it costs 1.1
+trainings, and from the 40 starts of any_start.py at full length, alone and as the best of n. A run of
+midflight counts for the time it takes over that of a fixed run, measured here in turns on one thread;
+validation passes of the engines are free. The last row of a task is the best of the 100 fixed runs of
+any_start.py, each finished as the tuned ones are: what averaging and checkpoints alone would give an
+engine. Needs the extra `bench`. Rows: docs/results/equal_compute.jsonl.
 """
 
 import argparse

@@ -71,6 +71,7 @@ def test_a_restored_foresight_judges_and_goes_on_as_the_saved_one():
     for each in (saved, restored):
         each.caution = 0.3
     assert torch.equal(saved.judged(lambda: w)["w"], restored.judged(lambda: w)["w"])
+    assert torch.equal(saved.steadied(w)["w"], restored.steadied(w)["w"])
     assert torch.equal(saved.best["w"], restored.best["w"])
     for each in (saved, restored):
         each.follow(w, 600)
@@ -78,7 +79,6 @@ def test_a_restored_foresight_judges_and_goes_on_as_the_saved_one():
         each.observe(0.5, 2.0, 0.5)
     assert saved.caution == restored.caution > 0
     assert torch.equal(saved.judged(lambda: w)["w"], restored.judged(lambda: w)["w"])
-    assert torch.equal(saved.steadied(w)["w"], restored.steadied(w)["w"])
     assert torch.equal(saved.best["w"], restored.best["w"])
 
 

@@ -94,7 +94,9 @@ def run_arm(
     space = _space(spec, begin)
     tuned = arm.kind == "tuned"
     network = mlp(data.t1.x.shape[1], widths(arm.network), classes=10)
-    model = nn.Sequential(GaussianNoise(space["noise"]), network).to(spec.device)
+    # the paper draws what it tunes: a floor only as high as the derivative needs in order not to vanish
+    noise = GaussianNoise(space["noise"], floor=0.01 * space["noise"].spec.high)
+    model = nn.Sequential(noise, network).to(spec.device)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=spec.lr, weight_decay=float(space["weight_decay"]), fused=True
     )
