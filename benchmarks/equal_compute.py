@@ -162,7 +162,8 @@ def figure(found: list[Row]) -> None:
         ax.set_xlabel("compute, in trainings")
         if i == 0:
             ax.set_ylabel("test error of the model chosen by validation")
-            ax.legend(fontsize=7)
+    handles = {label: h for ax in fig.axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
     fig.savefig(RESULTS / "equal_compute.png", dpi=110)
 
 
