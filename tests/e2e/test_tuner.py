@@ -127,13 +127,19 @@ def test_backward_fills_the_same_gradients_as_loss_backward():
 def test_backward_accumulates_and_reaches_leaves_that_are_not_weights():
     s = space()
     model, x = network(s), X.clone().requires_grad_()
-    t = tuner(model, torch.optim.Adam(model.parameters()), s)
-    torch.manual_seed(1)
-    t.backward(F.cross_entropy(model(x), Y))
-    once = x.grad.clone()
-    torch.manual_seed(1)
-    t.backward(F.cross_entropy(model(x), Y))
-    torch.testing.assert_close(x.grad, 2 * once)
+    optimizer = torch.optim.Adam(model.parameters())
+    t = tuner(model, optimizer, s)
+    for hyper in (False, True):  # the tuner has to see one step to know its last micro-batch
+        x.grad, before = None, s["noise"].raw.clone()
+        torch.manual_seed(1)
+        t.backward(F.cross_entropy(model(x), Y))
+        once = x.grad.clone()
+        torch.manual_seed(1)
+        assert s["noise"].raw.requires_grad == hyper
+        t.backward(F.cross_entropy(model(x), Y))
+        torch.testing.assert_close(x.grad, 2 * once)
+        optimizer.step()
+    assert not torch.equal(s["noise"].raw, before)
 
 
 @pytest.mark.parametrize("estimator", sorted(mf.ESTIMATORS))
