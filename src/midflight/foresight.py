@@ -88,8 +88,13 @@ class Foresight:
 
     def forget(self) -> None:
         """The weights have jumped: begin the average and the losses anew; the caution stays."""
-        self._average, self._v, self._weight, self._looks = {}, {}, 0.0, 0
+        self._average, self._looks = {}, 0
         self._losses.clear()
+        self.forget_v()
+
+    def forget_v(self) -> None:
+        """The last v was not finite: do not average with it."""
+        self._v, self._weight = {}, 0.0
 
     def is_look_due(self) -> bool:
         """Count a hyper-step; whether it is time to `observe`."""
@@ -123,12 +128,9 @@ class Foresight:
             self.best = {n: t.clone() for n, t in {**self.average(), **(buffers or {})}.items()}
 
     @property
-    def agreement(self) -> float:
-        """The share of a hyper-step that waits for signs to agree: a half, or less the more cautious.
-
-        Once a model memorises, hypergradients are weak and their signs disagree, yet each step counts.
-        """
-        return 0.5 * max(0.0, 1 - self.caution)
+    def calm(self) -> float:
+        """1 without caution, 0 from a caution of 1 on."""
+        return max(0.0, 1 - self.caution)
 
     @torch.no_grad()
     def judged(self, where: Callable[[], Tensors]) -> Tensors:
@@ -143,7 +145,7 @@ class Foresight:
     @torch.no_grad()
     def steadied(self, v: Tensors) -> Tensors:
         """v averaged with the earlier ones, which count less the more caution there is, and not from 1 on."""
-        self._weight *= STEADY * max(0.0, 1 - self.caution)
+        self._weight *= STEADY * self.calm
         self._weight += 1
         if self._v.keys() != v.keys():
             self._v, self._weight = {name: g.clone() for name, g in v.items()}, 1.0

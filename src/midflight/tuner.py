@@ -350,6 +350,8 @@ class Tuner:
             self.failures.good()
             return
         self._hypergradients = {}
+        if self.foresight is not None:
+            self.foresight.forget_v()
         for group in self.hyper_optimizer.param_groups:
             group["lr"] /= 2  # as the schedule will have it from the next move on
         if self.failures.failed():
@@ -369,8 +371,9 @@ class Tuner:
 
     def _move(self) -> None:
         if self.foresight is not None and isinstance(self.hyper_optimizer, SignSteps):
+            # once a model memorises, signs disagree, yet each step counts
             for group in self.hyper_optimizer.param_groups:
-                group["agreement"] = self.foresight.agreement
+                group["agreement"] = self.foresight.calm * self.hyper_optimizer.defaults["agreement"]
         for name, hypergradient in self._hypergradients.items():
             self.space[name].raw.grad = hypergradient
         self.hyper_optimizer.step()

@@ -173,6 +173,23 @@ def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(cau
     )
 
 
+@pytest.mark.parametrize(("caution", "agreement"), [(0.0, 0.2), (0.4, 0.12), (2.0, 0.0)])
+def test_under_caution_steps_wait_less_for_agreement(caution, agreement, monkeypatch):
+    monkeypatch.setattr(Foresight, "observe", lambda self, *_: setattr(self, "caution", caution))
+    model, batch = nn.Linear(2, 2), (torch.randn(4, 2), torch.randint(0, 2, (4,)))
+    space = mf.Space(weight_decay=mf.Float(1e-4, 1e-1, log=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tuner = mf.Tuner(
+        model, optimizer, space, validate=cross_entropy, valid_loader=[batch], train_loader=[batch],
+        bind=["weight_decay"], every=1, hyper_optimizer=lambda raws: mf.SignSteps(raws, agreement=0.2),
+    )  # fmt: skip
+    for _ in range(2):
+        optimizer.zero_grad()
+        tuner.backward(cross_entropy(model, batch))
+        optimizer.step()
+    assert tuner.hyper_optimizer.param_groups[0]["agreement"] == pytest.approx(agreement)
+
+
 def test_a_learning_rate_is_judged_at_the_weights_after_the_step():
     torch.manual_seed(0)
     x, y = torch.randn(32, 6, dtype=torch.float64), torch.randint(0, 3, (32,))

@@ -25,8 +25,8 @@ def training(seed=0, **options):
     )
     model = nn.Sequential(mf.nn.GaussianNoise(space["noise"]), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    options = {"bind": ["weight_decay"], "every": 1, "valid_loader": [(X, Y)], **options}
-    return space, model, optimizer, mf.Tuner(model, optimizer, space, validate=cross_entropy, **options)
+    usual = {"bind": ["weight_decay"], "every": 1, "valid_loader": [(X, Y)], "validate": cross_entropy}
+    return space, model, optimizer, mf.Tuner(model, optimizer, space, **{**usual, **options})
 
 
 def steps(model, optimizer, tuner, n, factor=1.0):
@@ -85,6 +85,23 @@ def test_without_snapshots_failures_are_left_out_and_nothing_else_happens():
     steps(model, optimizer, tuner, 2 * PATIENCE, factor=float("nan"))
     assert space.as_dict() == values
     assert (tuner.failures.skipped, tuner.failures.restored) == (2 * PATIENCE, 0)
+
+
+def test_a_validation_loss_that_is_not_finite_once_spoils_one_hyper_step_only():
+    broken = []
+
+    def validate(model, batch):
+        return cross_entropy(model, batch) * (float("nan") if broken else 1.0)
+
+    space, model, optimizer, tuner = training(validate=validate, train_loader=[(X, Y)])
+    steps(model, optimizer, tuner, 6)
+    broken.append(True)
+    steps(model, optimizer, tuner, 1)
+    broken.clear()
+    values = space.as_dict()
+    steps(model, optimizer, tuner, 3)
+    assert tuner.failures.skipped == 1
+    assert space.as_dict() != values
 
 
 def test_a_failure_halves_the_next_move_and_good_ones_bring_it_back():
