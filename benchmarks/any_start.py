@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+from lattice import CHECKPOINTS
 from matplotlib.figure import Figure
 from tasks import HIGH_OF_FOUR, LOW_OF_FOUR, RESULTS, TASKS, Point, Row, Training, compute, rows
 
@@ -106,7 +107,7 @@ class Candidates:
     def __init__(self, run: Training) -> None:
         self.run, self.average = run, Foresight()
         self.params = trained_parameters(run.model, run.optimizer)
-        self.checkpoints = {run.steps * (i + 1) // 27 for i in range(27)}
+        self.checkpoints = {run.steps * (i + 1) // CHECKPOINTS for i in range(CHECKPOINTS)}
         self.found: list[tuple[float, float]] = []
 
     def follow(self, steps: int) -> None:

@@ -57,7 +57,7 @@ def compute_pbt(tasks: list[str], done: set[Any], workers: int) -> None:
 
 
 def compute_cost(task: str) -> None:
-    """A whole tuned and a whole fixed training from the middle of the space, in turns of 20 steps."""
+    """A whole tuned and a whole fixed training from the middle of the space, a step of each in turn."""
     one_thread()
     middle = (LOW[0] + HIGH[0]) / 2, (LOW[1] + HIGH[1]) / 2
     runs = Training(task, middle), Training(task, middle)

@@ -95,6 +95,7 @@ MUTANTS = [
     ("tuner.py", "self._due and self._calls_in_step + 1 == self._calls_per_step", "self._due", TUNER),
     ("tuner.py", "(math.isnan(item[1]), item[1])", "-item[1]", TUNER),
     ("tuner.py", "tensors[n].copy_(value)", "pass", TUNER),
+    ("tuner.py", 'state["calls"], state["steps"]', 'state["calls"], 0', TUNER),
     ("capture.py", "p.data = before[name]", "pass", TUNER),
     ("capture.py", "module.training = mode", "module.training = True", TUNER),
     ("batches.py", 'for _ in range(state["used"]):', "for _ in ():", TUNER),
