@@ -27,7 +27,7 @@ MUTANTS = [
     ("updates/adam.py", 'correction = (1 - o["beta2"] ** t) ** 0.5', "correction = 1.0", ORACLES),
     ("updates/adam.py", "safe_sqrt(s) / (1 - beta2**t) ** 0.5", "safe_sqrt(s)", PARITY),
     ("updates/adam.py", '(v, -o["lr"]) if o["decoupled_weight_decay"]', "(w, 1.0) if False", ORACLES),
-    ("updates/adam.py", "both.masked_fill_(both == 0, 1)", "both", ORACLES),
+    ("updates/adam.py", ".clamp_min_(torch.finfo(root.dtype).tiny)", "", ORACLES),
     ("updates/base.py", "torch.where(positive, x, 1).sqrt() * positive", "x.sqrt()", ORACLES),
     ("updates/sgd.py", "scale = 1 + momentum * passed if", "scale = passed if", ORACLES),
     ("updates/sgd.py", '(1 - options["dampening"]) * total', "total", PARITY),

@@ -1,8 +1,8 @@
 """Where the validation loss is judged, so that a one-step hypergradient serves the whole run.
 
-    v = dC2/dtheta at   average + caution (theta' - average),   average = of the recent weights
+    v = dC2/dtheta at   average + caution (theta - average),   average = of the recent weights
 
-Judged at theta', the weights after the step (caution 1), the loss holds what the optimiser's own
+Judged at theta, the weights themselves (caution 1), the loss holds what the optimiser's own
 wandering costs at this moment, and beyond (caution over 1) more of it. More regularisation always
 lowers that cost, also where it harms the trained model. Judged at the average (caution 0) the cost is
 gone, but a step sees the present only: while the network learns what generalises, less
@@ -14,7 +14,7 @@ that at caution 0 the v of the last few hyper-steps are averaged too, which save
 has what was measured on the way to this.
 
 This is for what regularises. Options that say how a step is taken, such as the learning rate, pay or
-cost at once and are judged at theta'.
+cost at once and are judged at theta', the weights after the step.
 """
 
 import math
@@ -33,10 +33,8 @@ SAMPLED = 5
 """The weights are counted into it at every so many steps."""
 STEADY = 0.8
 """What v keeps of the earlier ones at caution 0."""
-LOOK = 4
-"""C1 and C2 are taken at every so many hyper-steps."""
 RECENT = 0.15
-"""They are averaged over this share of the hyper-steps so far."""
+"""C1 and C2 are averaged over this share of the hyper-steps so far."""
 MEMORISED = 0.35
 """C1 / C2 below this at the end of a run, and a model counts as memorising."""
 OPEN_END = 0.5
@@ -48,10 +46,10 @@ MOST = 3.0
 
 
 class Foresight:
-    """The averaged weights, and how far judgement leans from them to the weights after the step.
+    """The averaged weights, and how far judgement leans from them to the weights themselves.
 
     Attributes:
-        caution: in [0, MOST]; 0 judges at the average, 1 at the weights after the step.
+        caution: in [0, MOST]; 0 judges at the average, 1 at the weights.
         best: weights and buffers where the validation loss at the average was least; empty before.
     """
 
@@ -96,11 +94,6 @@ class Foresight:
         """The last v was not finite: do not average with it."""
         self._v, self._weight = {}, 0.0
 
-    def is_look_due(self) -> bool:
-        """Count a hyper-step; whether it is time to `observe`."""
-        self._looks += 1
-        return self._looks % LOOK == 1 % LOOK
-
     @torch.no_grad()
     def observe(
         self,
@@ -117,6 +110,7 @@ class Foresight:
             progress: share of the run that is over, in [0, 1]; None if its length is not known.
             buffers: of the model, kept with the weights.
         """
+        self._looks += 1
         self._losses.append((self._looks, train_loss, valid_loss))
         while len(self._losses) > 1 and self._losses[0][0] <= (1 - RECENT) * self._looks:
             self._losses.popleft()

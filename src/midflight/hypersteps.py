@@ -29,10 +29,10 @@ class SignSteps(torch.optim.Optimizer):
         ValueError: lr > 0 or 0 <= agreement <= 1 does not hold.
     """
 
-    MEMORY = 0.8
+    MEMORY = 0.9
     """What m keeps of itself at a step."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 0.05, agreement: float = 0.5) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float = 0.08, agreement: float = 0.75) -> None:
         if lr <= 0:
             raise ValueError(f"lr > 0 must hold, but lr={lr}.")
         if not 0 <= agreement <= 1:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from statistics import fmean, median
 from typing import Any, Protocol
 
+PER = 20
+"""Calls to a hyper-step, on the whole."""
+
 
 class Pace(Protocol):
     """Asked after each call of `backward`."""
@@ -54,7 +57,7 @@ class Early:
         per: calls to a hyper-step, on the whole.
     """
 
-    def __init__(self, total: int, per: int = 10) -> None:
+    def __init__(self, total: int, per: int = PER) -> None:
         self._total, self._planned, self._taken = total, max(1, total // per), 0
 
     def next_is_hyper(self, calls: int, hyper: bool) -> bool:

@@ -28,7 +28,7 @@ from midflight.guards import Bounds, Failures, Snapshots, overfitted
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.hypergrad.one_step import one_step
 from midflight.hypersteps import SignSteps, annealing
-from midflight.pacing import Budget, Early, Every, Pace
+from midflight.pacing import PER, Budget, Early, Every, Pace
 from midflight.problem import Step, gradient
 from midflight.space import Space
 from midflight.training_gradient import TrainingGradient
@@ -52,12 +52,13 @@ class Tuner:
         bind: hyperparameters that are options of the optimiser: names that are both, or
             {hyperparameter: option}. The tuner writes a number into every param_group, and entry i
             of a hyperparameter of shape (number of groups,) into group i; see `param_groups`.
-        every: a hyper-step at each `every`-th call of `backward`. Left out, there is one for ten
-            calls on the whole, most of them early; or at each tenth without `total_steps`.
+        every: a hyper-step at each `every`-th call of `backward`. Left out, there is one for twenty
+            calls on the whole, most of them early; or at each twentieth without `total_steps`.
         budget: instead of `every`: the share of the training time that tuning may add, such as
             0.05. The tuner measures what it costs and spaces its hyper-steps to keep within it, so
             two runs are no longer equal bit for bit.
-        estimator: of the hypergradient; a name from `midflight.ESTIMATORS` or a function.
+        estimator: of the hypergradient; a name from `midflight.ESTIMATORS` or a function. Left out,
+            "one_step"; with `train_loader`, which moves the place of judgement anyway, "one_step_cheap".
         total_steps: calls of `backward` in the whole run, over which the steps anneal to zero;
             without it they shrink slowly and never end.
         hyper_optimizer: raw tensors -> torch optimiser that moves them; `SignSteps` by default.
@@ -87,7 +88,7 @@ class Tuner:
         bind: Bind = (),
         every: int | None = None,
         budget: float | None = None,
-        estimator: str | Estimator = "one_step",
+        estimator: str | Estimator | None = None,
         total_steps: int | None = None,
         hyper_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = SignSteps,
         snapshots: int | None = None,
@@ -107,7 +108,9 @@ class Tuner:
         self._batches = EndlessBatches(valid_loader, "valid_loader")
         self._train_batches = None if train_loader is None else EndlessBatches(train_loader, "train_loader")
         self._binding = Binding(optimizer, space, bind)
-        self._estimate = estimator_for(estimator)
+        self._estimate = estimator_for(
+            estimator or ("one_step" if train_loader is None else "one_step_cheap")
+        )
         self.foresight = None if train_loader is None else Foresight()
         """Where validation is judged; None without `train_loader`."""
         self._total_steps = total_steps
@@ -322,8 +325,6 @@ class Tuner:
         if self.foresight is None or self._train_batches is None:
             return True
         self.foresight.follow(self._params, self._steps)
-        if not self.foresight.is_look_due():
-            return True
         with evaluating(self._model), weights_at(self._params, self.foresight.average()):
             c1, c2 = (
                 float(self._validate(self._model, next(b))) for b in (self._train_batches, self._batches)
@@ -404,4 +405,4 @@ def _pace(every: int | None, budget: float | None, total_steps: int | None) -> P
         return Budget(budget, total_steps)
     if every is None and total_steps is not None:
         return Early(total_steps)
-    return Every(10 if every is None else every)
+    return Every(PER if every is None else every)

@@ -8,7 +8,6 @@ from torch import nn
 import midflight as mf
 from midflight.foresight import (
     GAIN,
-    LOOK,
     MEMORISED,
     MOST,
     OPEN_END,
@@ -37,7 +36,6 @@ def test_caution_rises_as_the_training_loss_falls_below_the_validation_loss(c1, 
 def test_the_line_falls_from_1_to_memorised_over_the_run():
     foresight, cautions = Foresight(), []
     for n in range(101):
-        foresight.is_look_due()
         foresight.observe(MEMORISED + 0.05, 1.0, n / 100)
         cautions.append(foresight.caution)
     assert cautions[0] == MOST
@@ -48,7 +46,6 @@ def test_the_line_falls_from_1_to_memorised_over_the_run():
 def test_caution_follows_recent_losses_only():
     foresight = Foresight()
     for c1 in [0.0] * 85 + [1.0] * 16:
-        foresight.is_look_due()
         foresight.observe(c1, 1.0, None)
     assert foresight.caution == 0.0
 
@@ -64,7 +61,6 @@ def test_a_restored_foresight_judges_and_goes_on_as_the_saved_one():
     saved, restored, w = Foresight(), Foresight(), {"w": torch.ones(3)}
     for n in range(100):
         saved.follow({"w": torch.full((3,), float(n))}, 5 * n)
-        saved.is_look_due()
         saved.observe(0.5, 1.0 + abs(n - 50), 0.5)
         saved.steadied({"w": torch.full((3,), float(n))})
     restored.load_state_dict(saved.state_dict())
@@ -75,7 +71,6 @@ def test_a_restored_foresight_judges_and_goes_on_as_the_saved_one():
     assert torch.equal(saved.best["w"], restored.best["w"])
     for each in (saved, restored):
         each.follow(w, 600)
-        each.is_look_due()
         each.observe(0.5, 2.0, 0.5)
     assert saved.caution == restored.caution > 0
     assert torch.equal(saved.judged(lambda: w)["w"], restored.judged(lambda: w)["w"])
@@ -120,9 +115,15 @@ def test_the_average_with_the_least_validation_loss_is_kept():
     assert foresight.best["b"].tolist() == [-1.0]
 
 
-@pytest.mark.parametrize("caution", [0.0, 0.3, 1.0, 3.0])
-def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(caution, monkeypatch):
-    """<v(average + caution (theta' - average)), theta'(h)> differentiated centrally, v held fixed."""
+@pytest.mark.parametrize(
+    ("caution", "estimator"),
+    [(0.0, None), (0.3, None), (1.0, None), (3.0, None), (0.3, "one_step"), (3.0, "one_step")],
+)
+def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(caution, estimator, monkeypatch):
+    """<v(average + caution (theta - average)), theta'(h)> differentiated centrally, v held fixed.
+
+    With `one_step`, theta' in place of theta.
+    """
     torch.manual_seed(0)
     x, y = torch.randn(32, 6, dtype=torch.float64), torch.randint(0, 3, (32,))
     xv, yv = torch.randn(32, 6, dtype=torch.float64), torch.randint(0, 3, (32,))
@@ -138,13 +139,13 @@ def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(cau
     tuner = mf.Tuner(
         model, optimizer, space, validate=cross_entropy, valid_loader=[(xv, yv)], train_loader=[(x, y)],
         bind=["weight_decay"], every=1, hyper_optimizer=lambda raws: Recorder(raws, lr=1.0),
+        estimator=estimator,
     )  # fmt: skip
     for _ in range(60):  # the average and the weights part
         optimizer.zero_grad()
         tuner.backward(cross_entropy(model, (x, y)))
         optimizer.step()
     monkeypatch.setattr(Foresight, "observe", lambda self, *_: setattr(self, "caution", caution))
-    monkeypatch.setattr(Foresight, "is_look_due", lambda self: True)
     monkeypatch.setattr(Foresight, "steadied", lambda self, v: v)  # has a test of its own
 
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -162,7 +163,8 @@ def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(cau
 
     raw = float(space["weight_decay"].raw.detach())
     average = tuner.foresight.state_dict()["average"]
-    judged = {n: (average[n] + caution * (p - average[n])).requires_grad_() for n, p in after(raw).items()}
+    leant = after(raw) if estimator else before
+    judged = {n: (average[n] + caution * (p - average[n])).requires_grad_() for n, p in leant.items()}
     loss = F.cross_entropy(torch.func.functional_call(model, judged, (xv,)), yv)
     v = dict(zip(judged, torch.autograd.grad(loss, list(judged.values())), strict=True))
     truth, _ = derivative(lambda shift: float(sum((v[n] * p).sum() for n, p in after(raw + shift).items())))
@@ -298,7 +300,7 @@ def test_the_losses_that_set_the_caution_are_those_of_the_average_in_eval_mode(m
     )
     seen = []
     monkeypatch.setattr(Foresight, "observe", lambda self, c1, c2, *_: seen.append((c1, c2)))
-    for _ in range(4 * LOOK + 1):
+    for _ in range(5):
         optimizer.zero_grad()
         tuner.backward(cross_entropy(model, train))
         average = tuner.foresight.state_dict()["average"]

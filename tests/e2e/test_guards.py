@@ -142,7 +142,7 @@ def test_hyperparameters_pinned_at_their_bounds_are_reported():
 
 
 def test_a_hyperparameter_that_moves_inside_its_bounds_is_not_reported():
-    _, model, optimizer, tuner = training()
+    _, model, optimizer, tuner = training(hyper_optimizer=lambda raws: mf.SignSteps(raws, lr=0.02))
     steps(model, optimizer, tuner, 20)
     assert tuner.report() == []
 
@@ -154,7 +154,10 @@ def test_tuning_many_hyperparameters_on_few_rows_is_reported_as_overfitting():
     space = mf.Space(bias=mf.Float(-3.0, 3.0, init=0.0, shape=(20,)))
     model = nn.Linear(20, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    tuner = mf.Tuner(model, optimizer, space, validate=cross_entropy, valid_loader=t2, every=1)
+    tuner = mf.Tuner(
+        model, optimizer, space, validate=cross_entropy, valid_loader=t2, every=1,
+        hyper_optimizer=lambda raws: mf.SignSteps(raws, lr=0.05, agreement=0.0),
+    )  # fmt: skip
     assert tuner.report(third) == []
     for _ in range(300):
         optimizer.zero_grad()

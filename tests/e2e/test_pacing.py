@@ -17,19 +17,19 @@ def test_every_kth_call():
     assert [calls + 1 for calls in range(10) if pace.next_is_hyper(calls, hyper=False)] == [3, 6, 9]
 
 
-def test_early_takes_a_hyper_step_for_ten_calls_most_of_them_at_first():
-    pace, at, hyper = Early(1000), [], False
-    for calls in range(1000):
-        if calls == 500:
-            saved, pace = pace.state_dict(), Early(1000)
+def test_early_takes_a_hyper_step_for_twenty_calls_most_of_them_at_first():
+    pace, at, hyper = Early(2000), [], False
+    for calls in range(2000):
+        if calls == 1000:
+            saved, pace = pace.state_dict(), Early(2000)
             pace.load_state_dict(saved)
         hyper = pace.next_is_hyper(calls, hyper)
         if hyper:
             at.append(calls + 1)
     assert len(at) == 100
-    assert at[-1] == 1000
+    assert at[-1] == 2000
     for n, call in enumerate(at[20:], 21):
-        assert call == -(-1000 * n**2 // 100**2)
+        assert call == -(-2000 * n**2 // 100**2)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.2])

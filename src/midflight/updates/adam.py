@@ -61,9 +61,10 @@ class Adam(UpdateRule):
         scale, eps = _scale(state, o)
         # d(m / (root + eps))/dg~ = (1 - beta1 - (1 - beta2) m g~ / (root (root + eps))) / (root + eps)
         denom = root + eps
-        both = root.mul_(denom)
-        curve = m.mul_(total).div_(both.masked_fill_(both == 0, 1))  # where root is 0 so is m
-        w = curve.mul_(scale * (1 - o["beta2"])).sub_(scale * (1 - o["beta1"])).mul_(v).div_(denom)
+        w = v / denom
+        both = root.mul_(denom).clamp_min_(torch.finfo(root.dtype).tiny)  # where root is 0 so is m
+        slope = root.new_tensor(-scale * (1 - o["beta1"]))
+        w.mul_(torch.addcdiv(slope, m.mul_(total), both, value=scale * (1 - o["beta2"])))
         derivatives = {}
         if tuned:
             along, factor = (v, -o["lr"]) if o["decoupled_weight_decay"] else (w, 1.0)

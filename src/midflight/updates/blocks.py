@@ -14,7 +14,7 @@ from torch import Tensor
 from midflight.trees import Tensors
 from midflight.updates.base import Options, State, Update, UpdateRule
 
-BLOCK = 2**15
+BLOCK = 2**16
 """Entries of a block on the CPU; on other devices large weights are not cut."""
 
 Updates = Mapping[str, Update]
