@@ -179,7 +179,10 @@ MUTANTS = [
     ("pacing.py", "min(self.AHEAD, math.sqrt(", "math.exp(math.sqrt(", PACING),
     ("pacing.py", "self._tuned + expected <=", "expected <=", PACING),
     ("pacing.py", "self.PAUSE * median(self._plain)", "took", PACING),
-    ("pacing.py", "took - usual", "usual", PACING),
+    ("pacing.py", "self._tuned += took - usual", "self._tuned += usual", PACING),
+    ("pacing.py", "self._since > self.AFTERMATH and not busy", "not hyper", PACING),
+    ("pacing.py", "self._since > self.AFTERMATH and not busy", "not busy and not hyper", PACING),
+    ("pacing.py", '"since": self._since,', '"since": 0,', PACING),
 ]
 
 

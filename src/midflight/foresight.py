@@ -66,10 +66,14 @@ class Foresight:
         self._weight = 0.0
 
     @torch.no_grad()
-    def follow(self, params: Mapping[str, Tensor], steps: int) -> None:
-        """Count the weights after this many steps into the average, if it is time or there is none yet."""
+    def follow(self, params: Mapping[str, Tensor], steps: int) -> bool:
+        """Count the weights after this many steps into the average, if it is time or there is none yet.
+
+        Returns:
+            whether it did.
+        """
         if self._average and steps < self._steps + SAMPLED:
-            return
+            return False
         share = min(1.0, (steps - self._steps) / (WINDOW * steps)) if steps else 1.0
         self._steps = steps
         # halves would not add up
@@ -79,6 +83,7 @@ class Foresight:
             torch._foreach_lerp_([self._average[name] for name in now], list(now.values()), share)
         else:
             self._average = {name: p.clone() for name, p in now.items()}
+        return True
 
     def average(self) -> Tensors:
         """The averaged weights, in the weights' own types; not to be changed."""

@@ -18,12 +18,13 @@ PER = 20
 class Pace(Protocol):
     """Asked after each call of `backward`."""
 
-    def next_is_hyper(self, calls: int, hyper: bool) -> bool:
+    def next_is_hyper(self, calls: int, hyper: bool, busy: bool = False) -> bool:
         """Whether the coming call takes a hyper-step.
 
         Args:
             calls: of `backward` so far.
             hyper: whether the last of them took one.
+            busy: whether the tuner did something else for itself since the call before.
         """
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -39,7 +40,7 @@ class Every:
             raise ValueError(f"every >= 1 must hold, but every={k}.")
         self.k = k
 
-    def next_is_hyper(self, calls: int, hyper: bool) -> bool:
+    def next_is_hyper(self, calls: int, hyper: bool, busy: bool = False) -> bool:
         return (calls + 1) % self.k == 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class Early:
     def __init__(self, total: int, per: int = PER) -> None:
         self._total, self._planned, self._taken = total, max(1, total // per), 0
 
-    def next_is_hyper(self, calls: int, hyper: bool) -> bool:
+    def next_is_hyper(self, calls: int, hyper: bool, busy: bool = False) -> bool:
         self._taken += hyper
         due = (calls + 1) * self._planned**2 >= self._total * (self._taken + 1) ** 2
         return due and calls > 0  # the first call shows how many there are to a step
@@ -76,10 +77,11 @@ class Budget:
     """As often as tuning stays below a share of the time that training takes without it.
 
     From the end of one `backward` to the end of the next is one training step of the user's loop, whatever is
-    in it. What a step with a hyper-step takes over the mean of the plain ones before it is the
-    cost of tuning. The next hyper-step comes when share x (time of the plain part so far) pays for
-    all hyper-steps so far and one more. If the number of calls is known, part of what the rest of the run
-    will pay is spent early: share x time x sqrt(calls in the run / calls so far).
+    in it. Plain steps are those in which the tuner did nothing, nor just before. What the others take
+    over the mean of the plain ones is the cost of tuning. The next hyper-step comes when share x (time
+    that training takes so far) pays for all of tuning so far and one hyper-step more. If the number of calls
+    is known, part of what the rest of the run will pay is spent early: share x time x sqrt(calls in the run /
+    calls so far).
 
     Args:
         share: of the training time, in (0, 1]; 0.05 allows 5 %.
@@ -92,9 +94,12 @@ class Budget:
     AROUND = 101
     """Plain steps whose mean is the time of a plain step now."""
     PAUSE = 5.0
-    """A plain step counts for at most so many medians; the rest is a pause, such as an evaluation."""
+    """A step that is no hyper-step counts for at most so many plain ones; the rest is a pause, such as an
+    evaluation."""
     AHEAD = 4.0
     """At most so many times the share is spent early."""
+    AFTERMATH = 1
+    """So many steps after a hyper-step find caches that it has emptied, and are not plain."""
 
     def __init__(
         self, share: float, total: int | None = None, clock: Callable[[], float] = time.perf_counter
@@ -107,6 +112,7 @@ class Budget:
         self._last: float | None = None
         self._plain: deque[float] = deque(maxlen=self.AROUND)
         self._hyper: deque[float] = deque(maxlen=5)
+        self._since = self.AFTERMATH
         self._trained = 0.0
         self._tuned = 0.0
 
@@ -115,26 +121,31 @@ class Budget:
         """Time of tuning so far over that of training without it."""
         return self._tuned / self._trained if self._trained else 0.0
 
-    def next_is_hyper(self, calls: int, hyper: bool) -> bool:
+    def next_is_hyper(self, calls: int, hyper: bool, busy: bool = False) -> bool:
         now = self._clock()
         took, self._last = None if self._last is None else now - self._last, now
         if took is None or calls <= self.WARM_UP:
             return False
-        if not hyper:
-            self._plain.append(min(took, self.PAUSE * median(self._plain)) if self._plain else took)
-        usual = fmean(self._plain) if self._plain else took
-        self._trained += usual if hyper else self._plain[-1]
+        self._since = 0 if hyper else self._since + 1
+        if self._plain and not hyper:
+            took = min(took, self.PAUSE * median(self._plain))
+        plain = self._since > self.AFTERMATH and not busy
+        if plain or not self._plain:
+            self._plain.append(took)
+        usual = took if plain else fmean(self._plain)
+        self._trained += usual
+        self._tuned += took - usual
         if hyper:
-            self._hyper.append(max(0.0, took - usual))
-            self._tuned += self._hyper[-1]
+            self._hyper.append(took - usual)
         expected = median(self._hyper) if self._hyper else 0.0
         ahead = min(self.AHEAD, math.sqrt(max(1.0, self._total / calls))) if self._total else 1.0
-        return bool(self._plain) and self._tuned + expected <= self.share * self._trained * ahead
+        return self._tuned + expected <= self.share * self._trained * ahead
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "plain": list(self._plain),
             "hyper": list(self._hyper),
+            "since": self._since,
             "trained": self._trained,
             "tuned": self._tuned,
         }
@@ -143,4 +154,4 @@ class Budget:
         self._last = None  # what lay between is not training
         self._plain.extend(state["plain"])
         self._hyper.extend(state["hyper"])
-        self._trained, self._tuned = state["trained"], state["tuned"]
+        self._since, self._trained, self._tuned = state["since"], state["trained"], state["tuned"]

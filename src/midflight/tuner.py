@@ -116,7 +116,7 @@ class Tuner:
         self._total_steps = total_steps
         self._calls = 0
         self._steps = 0
-        self._calls_in_step, self._calls_per_step = 0, 1
+        self._calls_in_step, self._calls_per_step, self._busy = 0, 1, False
         self.failures = Failures(None if snapshots is None else Snapshots(model, optimizer, space, snapshots))
         """Hyper-steps that were left out because a loss or a hypergradient was not finite."""
         factor = annealing(self._progress)
@@ -364,8 +364,7 @@ class Tuner:
         """The optimiser has taken its step."""
         self._steps += 1
         self._calls_per_step, self._calls_in_step = max(1, self._calls_in_step), 0
-        if self.foresight is not None:
-            self.foresight.follow(self._params, self._steps)
+        self._busy = self.foresight is not None and self.foresight.follow(self._params, self._steps)
         if self._hypergradients:
             self._move()
         self._arm()
@@ -387,7 +386,7 @@ class Tuner:
         self.trajectory.record(self._calls, self.space)
 
     def _plan_next(self, hyper: bool) -> None:
-        self._due = self.pace.next_is_hyper(self._calls, hyper)
+        self._due = self.pace.next_is_hyper(self._calls, hyper, self._busy)
         self._arm()
 
     def _arm(self) -> None:

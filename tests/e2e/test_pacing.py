@@ -33,12 +33,14 @@ def test_early_takes_a_hyper_step_for_twenty_calls_most_of_them_at_first():
 
 
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.2])
-@pytest.mark.parametrize("load", ["steady", "jittery", "twice as slow half way", "a pause of 100 steps"])
+@pytest.mark.parametrize(
+    "load", ["steady", "jittery", "twice as slow half way", "a pause of 100 steps", "more than hyper-steps"]
+)
 @pytest.mark.parametrize("total", [None, 2000])
 def test_a_budget_is_kept_within_a_point_over_2000_steps(share, load, total):
     """Against the truth: what the same steps would have taken without tuning."""
-    rng, now, plain_time, extra_time, hyper = random.Random(0), 0.0, 0.0, 0.0, False
-    pace = Budget(share, total, clock=lambda: now)
+    rng, now, plain_time, extra_time, hyper, busy = random.Random(0), 0.0, 0.0, 0.0, False, False
+    pace, after = Budget(share, total, clock=lambda: now), False
     pace.next_is_hyper(0, hyper=False)
     for call in range(1, 2001):
         step = 0.01
@@ -47,12 +49,15 @@ def test_a_budget_is_kept_within_a_point_over_2000_steps(share, load, total):
         if load.startswith("twice") and call > 1000:
             step *= 2
         extra = 2.7 * step if hyper else 0.0
+        if load.startswith("more"):  # the average, and what hyper-steps leave behind
+            busy = call % 5 == 0
+            extra += 0.05 * step * busy + 0.4 * step * after
         if load.startswith("a pause") and call == 700:
             now += 1.0
         now += step + extra
         plain_time += step
         extra_time += extra
-        hyper = pace.next_is_hyper(call, hyper)
+        after, hyper = hyper, pace.next_is_hyper(call, hyper, busy)
     assert extra_time / plain_time == pytest.approx(share, abs=0.01)
 
 
