@@ -19,6 +19,7 @@ TUNER, STUDY = "tests/e2e/test_tuner.py", "tests/e2e/test_study.py::test_"
 FORESIGHT, PACING = "tests/e2e/test_foresight.py", "tests/e2e/test_pacing.py"
 GUARDS, ROTATION = "tests/e2e/test_guards.py", "tests/e2e/test_rotation.py"
 KINDS, ALIVE = "tests/oracles/test_kinds.py", "tests/e2e/test_alive.py"
+POPULATION = "tests/parity/test_population.py"
 KILLS = "ten_kills_at_random_moments_lose_and_repeat_nothing"
 PAIRED = "paired_arms_share_their_start_and_reruns_begin_where_tuning_ended"
 
@@ -183,6 +184,14 @@ MUTANTS = [
     ("pacing.py", "self._since > self.AFTERMATH and not busy", "not hyper", PACING),
     ("pacing.py", "self._since > self.AFTERMATH and not busy", "not busy and not hyper", PACING),
     ("pacing.py", '"since": self._since,', '"since": 0,', PACING),
+    ("population.py", "values[h].reshape(-1, *[1] * dims)", "values[h].mean()", POPULATION),
+    ("population.py", 'randomness="different"', 'randomness="same"', POPULATION),
+    ("population.py", "order[:count], order.flip(0)", "order[1 : count + 1], order.flip(0)", POPULATION),
+    ("population.py", "*self.state.values(), *histories", "*histories", POPULATION),
+    ("population.py", "*self.state.values(), *histories", "*self.state.values()", POPULATION),
+    ("population.py", 'nan_to_num(nan=float("inf"))', "nan_to_num(0.0)", POPULATION),
+    ("population.py", '"schedule": self._schedule.state_dict()', '"schedule": {}', POPULATION),
+    ("updates/blocks.py", "or _are_many(u.options)", "", POPULATION),
 ]
 
 

@@ -18,6 +18,7 @@ from midflight.errors import (
 )
 from midflight.hypergrad import ESTIMATORS, Estimator, hypergradient
 from midflight.hypersteps import SignSteps
+from midflight.population import Population, stacked
 from midflight.problem import Problem, Step
 from midflight.ranges import RANGES, default_range
 from midflight.rotation import Rotation
@@ -42,6 +43,7 @@ __all__ = [
     "NeedsClosure",
     "NoForwardMode",
     "NotTwiceDifferentiable",
+    "Population",
     "Problem",
     "Replay",
     "Rotation",
@@ -64,4 +66,5 @@ __all__ = [
     "nn",
     "param_groups",
     "penalties",
+    "stacked",
 ]

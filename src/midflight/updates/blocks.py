@@ -6,6 +6,7 @@ memory; over many small ones each would cost its call. So what can be is flat bl
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def blocks(params: Mapping[str, Tensor], states: Mapping[str, State], updates: U
     together: dict[Any, list[str]] = {}
     for name, u in updates.items():
         p, size = params[name], params[name].numel()
-        if not u.rule.elementwise or size == 0:
+        if not u.rule.elementwise or size == 0 or _are_many(u.options):
             yield Block((name,), None, u.rule, u.options)
         elif size < BLOCK:
             together.setdefault(_kin(p, states[name], u), []).append(name)
@@ -95,6 +96,11 @@ def _kin(p: Tensor, state: State, u: Update) -> tuple[Any, ...]:
     return (id(u.options), u.rule, p.dtype, p.device, tuple(state), *numbers, id(p) if alone else None)
 
 
+def _are_many(options: Options) -> bool:
+    """Whether an option is a tensor of several entries, as in a population; closed forms take numbers."""
+    return any(isinstance(value, Tensor) and value.ndim > 0 for value in options.values())
+
+
 def _is_entrywise(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
@@ -104,7 +110,8 @@ def step_ahead(params: Tensors, grads: Tensors, states: Mapping[str, State], upd
     """theta' = U(theta, s, g, phi), without graph; a second copy of the weights."""
     ahead: Tensors = {}
     for block in blocks(params, states, updates):
-        new = block.rule.ahead(block.of(params), block.of(grads), block.state(states), block.options)
+        ahead_of = partial(UpdateRule.ahead, block.rule) if _are_many(block.options) else block.rule.ahead
+        new = ahead_of(block.of(params), block.of(grads), block.state(states), block.options)
         block.put(new, ahead, params)
     return {name: ahead[name] for name in updates}
 
@@ -116,7 +123,9 @@ def pull_back(
     w: Tensors = {}
     tuned: dict[int, tuple[Tensor, Tensor]] = {}
     for block in blocks(params, states, updates):
-        part, derivatives = block.rule.pullback(
+        many = _are_many(block.options)
+        pullback = partial(UpdateRule.pullback, block.rule) if many else block.rule.pullback
+        part, derivatives = pullback(
             block.of(v), block.of(params), block.of(grads), block.state(states), block.options
         )
         block.put(part, w, params)

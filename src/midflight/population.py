@@ -1,0 +1,318 @@
+"""Many trainings as one program: the weights of all members stacked, the same pure functions batched.
+
+A hyper-step is that of the tuner: members do not see each other, so the gradient of the sum of their
+losses holds the gradient of each. What a small network wastes on launching operations is paid once for all.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from midflight.batches import EndlessBatches
+from midflight.binding import Bind, Binding
+from midflight.capture import evaluating, trained_parameters
+from midflight.errors import BindingError, UnsupportedOptimizer, UnsupportedParameter
+from midflight.hypergrad import Estimator, estimator_for
+from midflight.hypersteps import SignSteps, annealing
+from midflight.pacing import PER, Early, Every, Pace
+from midflight.problem import Step, gradient, is_reevaluating
+from midflight.space import Space
+from midflight.trees import Tensors, detach, leaves
+from midflight.updates import State, Update, Updates, read_options, rule_for
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Population:
+    """n trainings with their own weights, batches and hyperparameters; each as `Tuner` would have it.
+
+    Args:
+        n: members.
+        build: space -> model; called once for each member, under its seed. All of its randomness in
+            training must be torch's own (`torch.randn_like`, dropout), which is then drawn for each member.
+        space: what is tuned; every member begins at its values, or at `starts`.
+        optimizer: parameters -> the torch optimiser whose step is taken, such as
+            `partial(torch.optim.Adam, lr=1e-3)`.
+        loss: (model, batch of one member) -> training loss, a scalar.
+        validate: (model, batch of one member) -> validation loss, a scalar; in eval mode.
+        valid_loader: validation batches whose tensors have n as their first dimension.
+        starts: name -> n values to begin at.
+        seeds: of the members' initial weights; 0 to n - 1 if left out.
+        exploit: after every so many hyper-steps the worst fifth copies the best fifth: weights, optimiser
+            state and hyperparameters, by the mean validation loss since the last time. Its own gradients then
+            part them again. None: members never meet.
+        bind, every, estimator, total_steps, hyper_optimizer: as for `Tuner`.
+
+    Raises:
+        ValueError: n >= 1, or as many starts and seeds as members, does not hold.
+        BindingError: as for `Tuner`, or a bound hyperparameter is no single number.
+        UnsupportedOptimizer: there is no update rule, or it mixes the entries of a weight (Muon).
+        UnsupportedParameter: the model has buffers, such as running averages, or complex weights.
+
+    Source: population-based training, Jaderberg et al. 2017, with hypergradients in place of perturbations.
+    """
+
+    SHARE = 0.2
+    """Of the members that copy and are copied."""
+
+    def __init__(
+        self,
+        n: int,
+        build: Callable[[Space], nn.Module],
+        space: Space,
+        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        *,
+        loss: Loss,
+        validate: Loss,
+        valid_loader: Iterable[Any],
+        starts: Mapping[str, Sequence[Any]] | None = None,
+        seeds: Sequence[int] | None = None,
+        exploit: int | None = None,
+        bind: Bind = (),
+        every: int | None = None,
+        estimator: str | Estimator = "one_step",
+        total_steps: int | None = None,
+        hyper_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = SignSteps,
+    ) -> None:
+        seeds = range(n) if seeds is None else seeds
+        for what, given in {"seeds": seeds, **(starts or {})}.items():
+            if n < 1 or len(given) != n:
+                raise ValueError(
+                    f"n >= 1 and n {what}, one per member, must hold; n={n}, {len(given)} given."
+                )
+        self.n, self.space, self._build = n, space, build
+        self._loss, self._validate, self._exploit = loss, validate, exploit
+        models = [_seeded(build, space, seed) for seed in seeds]
+        self._model = models[0]
+        if any(True for _ in self._model.buffers()):
+            raise UnsupportedParameter("the model must have no buffers, but has some; use LayerNorm, say.")
+        self._optimizer = optimizer(self._model.parameters())
+        self._rule = rule_for(self._optimizer)
+        if not self._rule.elementwise:
+            kind = type(self._optimizer).__name__
+            raise UnsupportedOptimizer(f"the optimiser's step must be elementwise, but that of {kind} is not.")
+        self._bound = Binding(self._optimizer, space, bind).options
+        for name in self._bound:
+            if space[name].spec.shape:
+                raise BindingError(f"a bound hyperparameter must be one number here, but {name} is not.")
+        names = trained_parameters(self._model, self._optimizer)
+        self._dims = {name: p.ndim for name, p in names.items()}
+        self._groups = {
+            name: i
+            for i, group in enumerate(self._optimizer.param_groups)
+            for name, p in names.items()
+            if any(p is q for q in group["params"])
+        }
+        of_each = [dict(model.named_parameters()) for model in models]
+        self.params: Tensors = {name: torch.stack([p[name].detach() for p in of_each]) for name in names}
+        """Weights of all members, name -> tensor of shape (n, ...)."""
+        self.state: dict[str, State] = {name: {} for name in names}
+        """The optimiser's state, likewise."""
+        self.raws: Tensors = self._start(starts or {})
+        """Unit coordinates of the hyperparameters, name -> tensor of shape (n, ...)."""
+        self._estimate = estimator_for(estimator)
+        if is_reevaluating(self._estimate):
+            raise ValueError("the estimator must work on the recorded graph, such as one_step.")
+        self._calls = 0
+        self.hyper_optimizer = hyper_optimizer(list(self.raws.values()))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.hyper_optimizer,
+            annealing(lambda: min(1.0, self._calls / total_steps) if total_steps else None),
+        )
+        self.pace: Pace = Early(total_steps) if every is None and total_steps else Every(every or PER)
+        self._batches = EndlessBatches(valid_loader, "valid_loader")
+        self._moves, self._hyper = 0, self.pace.next_is_hyper(0, hyper=False)
+        self._seen: list[Tensor] = []
+
+    def step(self, batch: Any) -> Tensor:
+        """One training step of every member, with a hyper-step where one is due.
+
+        Args:
+            batch: what `loss` gets, its tensors with n as their first dimension; see `stacked`.
+
+        Returns:
+            training losses before the step, shape (n,).
+
+        Raises:
+            UnreachedHyperparameter: a hyperparameter reaches neither the training gradient nor the optimiser.
+            NotTwiceDifferentiable: the loss holds an operation that is differentiable once only.
+        """
+        self._calls += 1
+        hyper, params = self._hyper, leaves(self.params)
+        raws = {name: raw.detach().requires_grad_(hyper) for name, raw in self.raws.items()}
+        values = {name: self.space[name].transform.value(raw) for name, raw in raws.items()}
+        losses = self._losses(self._loss, params, values, batch)
+        grads = gradient(losses.sum(), params, create_graph=hyper)
+        updates = self._updates(values)
+        if hyper:
+            found = self._estimate(
+                Step(
+                    params=detach(params),
+                    grads=detach(grads),
+                    grads_with_graph={name: g for name, g in grads.items() if g.requires_grad},
+                    state=self.state,
+                    updates=updates,
+                    hparams=raws,
+                    values=values,
+                    valid_grad=self._valid_grad,
+                )
+            )
+        self._train(detach(grads), updates)
+        if hyper:
+            self._move(found)
+        self._hyper = self.pace.next_is_hyper(self._calls, hyper)
+        return losses.detach()
+
+    @torch.no_grad()
+    def losses(self, batch: Any) -> Tensor:
+        """Validation losses of all members on a batch with n as its first dimension, shape (n,)."""
+        with evaluating(self._model):
+            return self._losses(self._validate, self.params, detach(self.values), batch)
+
+    @property
+    def values(self) -> Tensors:
+        """The hyperparameters of all members, name -> tensor of shape (n, ...)."""
+        return {name: self.space[name].transform.value(raw.detach()) for name, raw in self.raws.items()}
+
+    def member(self, i: int) -> tuple[nn.Module, Space]:
+        """A model of its own with the weights of a member, and a space of its own at the member's values."""
+        space = copy.deepcopy(self.space)
+        model = self._build(space).to(next(iter(self.params.values())))
+        model.load_state_dict({name: p[i] for name, p in self.params.items()}, strict=False)
+        space.load_state_dict({"raw": {name: raw.detach()[i] for name, raw in self.raws.items()}})
+        return model, space
+
+    @torch.no_grad()
+    def exploit(self, losses: Tensor) -> list[tuple[int, int]]:
+        """Let the worst fifth copy the best fifth: weights, optimiser state, hyperparameters.
+
+        Args:
+            losses: of the members, shape (n,); NaN counts as worst.
+
+        Returns:
+            (copy, of whom) for each that copies.
+        """
+        order = losses.nan_to_num(nan=float("inf")).argsort()
+        count = min(self.n // 2, max(1, round(self.SHARE * self.n)))
+        best, worst = order[:count], order.flip(0)[:count]
+        histories = [self.hyper_optimizer.state[raw] for raw in self.raws.values()]
+        for tensors in (self.params, self.raws, *self.state.values(), *histories):
+            for t in tensors.values():
+                if isinstance(t, Tensor) and t.ndim > 0:
+                    t[worst] = t[best]
+        return list(zip(worst.tolist(), best.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to resume."""
+        return copy.deepcopy(
+            {
+                "params": self.params,
+                "state": self.state,
+                "raws": detach(self.raws),
+                "hyper_optimizer": self.hyper_optimizer.state_dict(),
+                "schedule": self._schedule.state_dict(),
+                "pace": self.pace.state_dict(),
+                "batches": self._batches.state_dict(),
+                "calls": self._calls,
+                "moves": self._moves,
+                "hyper": self._hyper,
+                "seen": self._seen,
+            }
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from `state_dict`."""
+        state = copy.deepcopy(dict(state))
+        self.params, self.state, self._seen = state["params"], state["state"], state["seen"]
+        with torch.no_grad():
+            for name, raw in self.raws.items():
+                raw.copy_(state["raws"][name])
+        self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self.pace.load_state_dict(state["pace"])
+        self._batches.load_state_dict(state["batches"])
+        self._calls, self._moves, self._hyper = state["calls"], state["moves"], state["hyper"]
+
+    def _losses(self, loss: Loss, params: Tensors, values: Tensors, batch: Any) -> Tensor:
+        def of_one(params: Tensors, values: Tensors, batch: Any) -> Tensor:
+            with self.space.seeing(values):
+                return torch.func.functional_call(_Loss(self._model, loss), params, (batch,))
+
+        named = {f"model.{name}": p for name, p in params.items()}
+        result: Tensor = torch.func.vmap(of_one, randomness="different")(named, values, batch)
+        return result
+
+    def _valid_grad(self, where: Callable[[], Tensors]) -> Tensors:
+        params = leaves(where())
+        with evaluating(self._model):
+            losses = self._losses(self._validate, params, detach(self.values), next(self._batches))
+        self._seen.append(losses.detach())
+        return gradient(losses.sum(), params)
+
+    def _updates(self, values: Tensors) -> Updates:
+        groups = [read_options(group) for group in self._optimizer.param_groups]
+        return {
+            name: Update(
+                self._rule,
+                {
+                    **groups[self._groups[name]],
+                    **{option: values[h].reshape(-1, *[1] * dims) for h, option in self._bound.items()},
+                },
+            )
+            for name, dims in self._dims.items()
+        }
+
+    @torch.no_grad()
+    def _train(self, grads: Tensors, updates: Updates) -> None:
+        for name, u in updates.items():
+            new, state = u.rule.step(self.params[name], grads[name], self.state[name], u.options)
+            self.params[name], self.state[name] = new, state
+
+    @torch.no_grad()
+    def _move(self, hypergradients: Tensors) -> None:
+        for name, raw in self.raws.items():
+            raw.grad = hypergradients[name].nan_to_num(0.0, 0.0, 0.0)  # a member that diverged stays
+        self.hyper_optimizer.step()
+        self.hyper_optimizer.zero_grad()
+        self._schedule.step()
+        for raw in self.raws.values():
+            raw.clamp_(0, 1)
+        self._moves += 1
+        if self._exploit and self._moves % self._exploit == 0:
+            self.exploit(torch.stack(self._seen).mean(0))
+        if self._exploit is None or self._moves % self._exploit == 0:
+            self._seen = []
+
+    def _start(self, starts: Mapping[str, Sequence[Any]]) -> Tensors:
+        like = next(iter(self.params.values()))
+        found = {}
+        for name in self.space:
+            spec, raw = self.space[name].spec, self.space[name].raw.detach()
+            each = [spec.transform.raw(spec.check(v)).clamp(0, 1) for v in starts.get(name, ())]
+            found[name] = torch.stack(each or [raw] * self.n).to(like.device, raw.dtype).requires_grad_()
+        return found
+
+
+def stacked(loaders: Sequence[Iterable[Any]]) -> Iterable[Any]:
+    """The batches of each member's own loader, their tensors stacked; as long as the shortest."""
+    for batches in zip(*loaders, strict=False):
+        yield tree_map(lambda *tensors: torch.stack(tensors), *batches)
+
+
+class _Loss(nn.Module):
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self._loss = model, loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._loss(self.model, batch)
+
+
+def _seeded(build: Callable[[Space], nn.Module], space: Space, seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build(space)

@@ -1,0 +1,204 @@
+"""A population equals the loop over its members, to rounding."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import midflight as mf
+
+N, STEPS = 3, 24
+STARTS = {"weight_decay": [1e-4, 1e-3, 3e-2], "noise": [0.1, 0.4, 0.9], "smoothing": [[0.0], [0.1], [0.2]]}
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+    "adam": partial(torch.optim.Adam, lr=1e-2),
+    "adamw": partial(torch.optim.AdamW, lr=1e-2, amsgrad=True),
+    "rmsprop": partial(torch.optim.RMSprop, lr=1e-2, centered=True),
+    "nadam": partial(torch.optim.NAdam, lr=1e-2),
+    "adagrad": partial(torch.optim.Adagrad, lr=1e-2),
+}
+
+
+def space():
+    return mf.Space(
+        weight_decay=mf.Float(1e-5, 1e-1, log=True, init=1e-3), noise=mf.Float(0.0, 1.0, init=0.3),
+        smoothing=mf.Float(0.0, 0.4, shape=(1,)), dtype=torch.float64,
+    )  # fmt: skip
+
+
+class Net(nn.Module):
+    def __init__(self, space):
+        super().__init__()
+        self.space = space
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def loss(model, batch):
+    x, y, draws = batch
+    logits = model(x + model.space["noise"] * draws)
+    mixed = model.space["smoothing"][0]
+    return (1 - mixed) * F.cross_entropy(logits, y) - mixed * F.log_softmax(logits, 1).mean()
+
+
+def validate(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def data(count, seed):
+    g = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(16, 6, generator=g, dtype=torch.float64),
+            torch.randint(0, 3, (16,), generator=g),
+            torch.randn(16, 6, generator=g, dtype=torch.float64),
+        )
+        for _ in range(count)
+    ]
+
+
+TRAIN, VALID = ([data(count, seed + i) for i in range(N)] for count, seed in ((STEPS, 0), (5, 100)))
+
+
+def population(optimizer="adam", **options):
+    options = {"bind": ["weight_decay"], "every": 3, "total_steps": STEPS, "starts": STARTS, **options}
+    return mf.Population(
+        N, Net, space(), OPTIMIZERS[optimizer], loss=loss, validate=validate,
+        valid_loader=list(mf.stacked(VALID)), **options,
+    )  # fmt: skip
+
+
+def alone(i, optimizer, bind, estimator):
+    """The member as a loop of its own; its training losses and what it ends with."""
+    torch.manual_seed(i)
+    own = space()
+    model = Net(own)
+    own.set(**{name: values[i] for name, values in STARTS.items()})
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    tuner = mf.Tuner(
+        model, opt, own, validate=validate, valid_loader=VALID[i], bind=bind, every=3, total_steps=STEPS,
+        estimator=estimator,
+    )  # fmt: skip
+    losses = []
+    for batch in TRAIN[i]:
+        opt.zero_grad()
+        losses.append(float(tuner.backward(loss(model, batch))))
+        opt.step()
+    return losses, model, own
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bind", "estimator"),
+    [
+        *((name, ["weight_decay"], "one_step") for name in OPTIMIZERS),
+        ("adam", {"weight_decay": "lr"}, "one_step"),
+        ("adam", {"weight_decay": "eps"}, "one_step_cheap"),
+        ("sgd", ["weight_decay"], "t1t2"),
+    ],
+)
+def test_each_member_trains_and_tunes_as_it_would_alone(optimizer, bind, estimator, monkeypatch):
+    monkeypatch.setattr("midflight.updates.blocks.BLOCK", 8)  # some weights are large
+    together = population(optimizer, bind=bind, estimator=estimator)
+    losses = torch.stack([together.step(batch) for batch in mf.stacked(TRAIN)], 1)
+    for i in range(N):
+        expected, model, own = alone(i, optimizer, bind, estimator)
+        assert losses[i].tolist() == pytest.approx(expected, rel=1e-9)
+        found, found_space = together.member(i)
+        for name, p in model.named_parameters():
+            assert torch.allclose(found.get_parameter(name), p, rtol=1e-9, atol=1e-12)
+        for name in own:
+            assert found_space[name].raw.tolist() == pytest.approx(own[name].raw.tolist(), rel=1e-9)
+            assert own.as_dict()[name] != STARTS[name][i]
+
+
+def test_a_resumed_population_goes_on_as_the_saved_one():
+    batches = list(mf.stacked(TRAIN))
+    whole, first, second = population(), population(), population(seeds=[7, 8, 9])
+    for batch in batches:
+        whole.step(batch)
+    for batch in batches[:10]:
+        first.step(batch)
+    second.load_state_dict(first.state_dict())
+    first.step(batches[0])  # the state is a copy
+    for batch in batches[10:]:
+        second.step(batch)
+    for name, p in whole.params.items():
+        assert torch.equal(second.params[name], p)
+    assert all(torch.equal(second.raws[name], raw) for name, raw in whole.raws.items())
+
+
+def test_noise_and_dropout_are_drawn_for_each_member():
+    own = mf.Space(noise=mf.Float(0.0, 1.0), rate=mf.Float(0.0, 0.8))
+
+    def build(space):
+        noise, dropout = mf.nn.GaussianNoise(space["noise"]), mf.nn.Dropout(space["rate"])
+        return nn.Sequential(noise, dropout, nn.Linear(6, 3))
+
+    x, y = torch.randn(16, 6), torch.randint(0, 3, (16,))
+    batch = x.expand(4, 16, 6), y.expand(4, 16)
+    pop = mf.Population(
+        4, build, own, partial(torch.optim.SGD, lr=0.1), loss=validate, validate=validate,
+        valid_loader=[batch], seeds=[0] * 4, every=1,
+    )  # fmt: skip
+    before = pop.raws["noise"].clone()
+    assert len(set(pop.losses(batch).tolist())) == 1
+    assert len(set(pop.step(batch).tolist())) == 4
+    assert (pop.raws["noise"] != before).all()
+
+
+def test_the_worst_copy_the_best_and_then_go_their_own_ways():
+    pop = population(every=1)
+    for batch in list(mf.stacked(TRAIN))[:3]:
+        pop.step(batch)
+    kept = {name: p.clone() for name, p in pop.params.items()}
+    assert pop.exploit(torch.tensor([float("nan"), 1.0, 2.0])) == [(0, 1)]
+    moments = [state["exp_avg"] for state in pop.state.values()]
+    signs = [pop.hyper_optimizer.state[raw]["signs"] for raw in pop.raws.values()]
+    for t in (*pop.params.values(), *pop.raws.values(), *moments):
+        assert torch.equal(t[0], t[1])
+        assert not torch.equal(t[1], t[2])
+    assert all(torch.equal(t[0], t[1]) for t in signs)
+    assert all(torch.equal(pop.params[name][1:], p[1:]) for name, p in kept.items())
+    pop.step(next(iter(mf.stacked(TRAIN))))
+    assert not torch.equal(pop.params["layers.0.weight"][0], pop.params["layers.0.weight"][1])
+
+
+def test_exploiting_comes_after_so_many_hyper_steps_by_the_mean_validation_loss(monkeypatch):
+    seen = []
+    monkeypatch.setattr(mf.Population, "exploit", lambda self, losses: seen.append((self._calls, losses)))
+    pop = population(every=3, exploit=4)
+    for batch in mf.stacked(TRAIN):
+        pop.step(batch)
+    assert [calls for calls, _ in seen] == [12, 24]
+    assert all(losses.shape == (N,) for _, losses in seen)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"starts": {"noise": [0.1]}}, ValueError, "n noise, one per member"),
+        ({"seeds": [1, 2]}, ValueError, "n seeds, one per member"),
+        ({"starts": {"noise": [0.1, 0.2, 2.0]}}, mf.SpaceError, "needed"),
+        ({"bind": ["nothing"]}, mf.BindingError, "nothing"),
+        ({"bind": {"smoothing": "lr"}}, mf.BindingError, "one number"),
+        ({"estimator": "unrolled"}, ValueError, "recorded graph"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, error, says):
+    with pytest.raises(error, match=says):
+        population(**options)
+
+
+def test_models_with_buffers_and_steps_that_mix_entries_are_refused():
+    def build(kind):
+        return lambda space: nn.Sequential(nn.Linear(4, 4, bias=False), kind(4))
+
+    options = {"loss": validate, "validate": validate, "valid_loader": [0]}
+    with pytest.raises(mf.UnsupportedParameter, match="buffers"):
+        mf.Population(2, build(nn.BatchNorm1d), space(), OPTIMIZERS["adam"], **options)
+    with pytest.raises(mf.UnsupportedOptimizer, match="elementwise"):
+        mf.Population(2, build(lambda n: nn.Linear(n, n, bias=False)), space(), torch.optim.Muon, **options)
