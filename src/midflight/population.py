@@ -94,7 +94,7 @@ class Population:
         self._rule = rule_for(self._optimizer)
         if not self._rule.elementwise:
             kind = type(self._optimizer).__name__
-            raise UnsupportedOptimizer(f"the optimiser's step must be elementwise, but that of {kind} is not.")
+            raise UnsupportedOptimizer(f"the optimiser must step elementwise, but {kind} does not.")
         self._bound = Binding(self._optimizer, space, bind).options
         for name in self._bound:
             if space[name].spec.shape:
