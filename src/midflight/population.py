@@ -240,7 +240,8 @@ class Population:
     def _losses(self, loss: Loss, params: Tensors, values: Tensors, batch: Any) -> Tensor:
         def of_one(params: Tensors, values: Tensors, batch: Any) -> Tensor:
             with self.space.seeing(values):
-                return torch.func.functional_call(_Loss(self._model, loss), params, (batch,))
+                result: Tensor = torch.func.functional_call(_Loss(self._model, loss), params, (batch,))
+            return result
 
         named = {f"model.{name}": p for name, p in params.items()}
         result: Tensor = torch.func.vmap(of_one, randomness="different")(named, values, batch)
