@@ -179,7 +179,7 @@ MUTANTS = [
     ("pacing.py", "(self._taken + 1) ** 2", "(self._taken + 1) * self._planned", PACING),
     ("pacing.py", "min(self.AHEAD, math.sqrt(", "math.exp(math.sqrt(", PACING),
     ("pacing.py", "self._tuned + expected <=", "expected <=", PACING),
-    ("pacing.py", "self.PAUSE * median(self._plain)", "took", PACING),
+    ("pacing.py", "took = alike.value", "pass", PACING),
     ("pacing.py", "self._tuned += took - usual", "self._tuned += usual", PACING),
     ("pacing.py", "self._since > self.AFTERMATH and not busy", "not hyper", PACING),
     ("pacing.py", "self._since > self.AFTERMATH and not busy", "not busy and not hyper", PACING),

@@ -6,9 +6,8 @@ best spent early.
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from statistics import fmean, median
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 PER = 20
@@ -91,11 +90,11 @@ class Budget:
 
     WARM_UP = 5
     """The first steps are slow for reasons of their own and are not counted."""
-    AROUND = 101
-    """Plain steps whose mean is the time of a plain step now."""
+    AROUND = 100
+    """Steps whose mean is the time that such a step takes now."""
     PAUSE = 5.0
-    """A step that is no hyper-step counts for at most so many plain ones; the rest is a pause, such as an
-    evaluation."""
+    """A step that takes so many plain ones more than is usual holds a pause, such as an evaluation, and
+    counts as a usual one."""
     AHEAD = 4.0
     """At most so many times the share is spent early."""
     AFTERMATH = 1
@@ -110,8 +109,7 @@ class Budget:
         self._total = total
         self._clock = clock
         self._last: float | None = None
-        self._plain: deque[float] = deque(maxlen=self.AROUND)
-        self._hyper: deque[float] = deque(maxlen=5)
+        self._plain, self._hyper = _Mean(), _Mean()
         self._since = self.AFTERMATH
         self._trained = 0.0
         self._tuned = 0.0
@@ -127,24 +125,25 @@ class Budget:
         if took is None or calls <= self.WARM_UP:
             return False
         self._since = 0 if hyper else self._since + 1
-        if self._plain and not hyper:
-            took = min(took, self.PAUSE * median(self._plain))
+        alike = self._hyper if hyper else self._plain
+        if alike.count and took > alike.value + self.PAUSE * self._plain.value:
+            took = alike.value
         plain = self._since > self.AFTERMATH and not busy
-        if plain or not self._plain:
-            self._plain.append(took)
-        usual = took if plain else fmean(self._plain)
+        if plain or not self._plain.count:
+            self._plain.add(took, self.AROUND)
+        if hyper:
+            self._hyper.add(took, self.AROUND)
+        usual = took if plain else self._plain.value
         self._trained += usual
         self._tuned += took - usual
-        if hyper:
-            self._hyper.append(took - usual)
-        expected = median(self._hyper) if self._hyper else 0.0
+        expected = self._hyper.value - self._plain.value if self._hyper.count else 0.0
         ahead = min(self.AHEAD, math.sqrt(max(1.0, self._total / calls))) if self._total else 1.0
         return self._tuned + expected <= self.share * self._trained * ahead
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "plain": list(self._plain),
-            "hyper": list(self._hyper),
+            "plain": astuple(self._plain),
+            "hyper": astuple(self._hyper),
             "since": self._since,
             "trained": self._trained,
             "tuned": self._tuned,
@@ -152,6 +151,17 @@ class Budget:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._last = None  # what lay between is not training
-        self._plain.extend(state["plain"])
-        self._hyper.extend(state["hyper"])
+        self._plain, self._hyper = _Mean(*state["plain"]), _Mean(*state["hyper"])
         self._since, self._trained, self._tuned = state["since"], state["trained"], state["tuned"]
+
+
+@dataclass
+class _Mean:
+    """Of about the last so many values."""
+
+    value: float = 0.0
+    count: int = 0
+
+    def add(self, x: float, around: int) -> None:
+        self.count = min(self.count + 1, around)
+        self.value += (x - self.value) / self.count
