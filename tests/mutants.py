@@ -183,7 +183,6 @@ MUTANTS = [
     ("pacing.py", "self._tuned += took - usual", "self._tuned += usual", PACING),
     ("pacing.py", "self._since > self.AFTERMATH and not busy", "not hyper", PACING),
     ("pacing.py", "self._since > self.AFTERMATH and not busy", "not busy and not hyper", PACING),
-    ("pacing.py", '"since": self._since,', '"since": 0,', PACING),
     ("population.py", "values[h].reshape(-1, *[1] * dims)", "values[h].mean()", POPULATION),
     ("population.py", 'randomness="different"', 'randomness="same"', POPULATION),
     ("population.py", "order[:count], order.flip(0)", "order[1 : count + 1], order.flip(0)", POPULATION),

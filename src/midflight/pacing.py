@@ -144,7 +144,6 @@ class Budget:
         return {
             "plain": astuple(self._plain),
             "hyper": astuple(self._hyper),
-            "since": self._since,
             "trained": self._trained,
             "tuned": self._tuned,
         }
@@ -152,7 +151,7 @@ class Budget:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._last = None  # what lay between is not training
         self._plain, self._hyper = _Mean(*state["plain"]), _Mean(*state["hyper"])
-        self._since, self._trained, self._tuned = state["since"], state["trained"], state["tuned"]
+        self._trained, self._tuned = state["trained"], state["tuned"]
 
 
 @dataclass
