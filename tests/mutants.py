@@ -19,7 +19,7 @@ TUNER, STUDY = "tests/e2e/test_tuner.py", "tests/e2e/test_study.py::test_"
 FORESIGHT, PACING = "tests/e2e/test_foresight.py", "tests/e2e/test_pacing.py"
 GUARDS, ROTATION = "tests/e2e/test_guards.py", "tests/e2e/test_rotation.py"
 KINDS, ALIVE = "tests/oracles/test_kinds.py", "tests/e2e/test_alive.py"
-POPULATION = "tests/parity/test_population.py"
+POPULATION, COST = "tests/parity/test_population.py", "tests/e2e/test_cost.py"
 KILLS = "ten_kills_at_random_moments_lose_and_repeat_nothing"
 PAIRED = "paired_arms_share_their_start_and_reruns_begin_where_tuning_ended"
 
@@ -191,6 +191,14 @@ MUTANTS = [
     ("population.py", 'nan_to_num(nan=float("inf"))', "nan_to_num(0.0)", POPULATION),
     ("population.py", '"schedule": self._schedule.state_dict()', '"schedule": {}', POPULATION),
     ("updates/blocks.py", "or _are_many(u.options)", "", POPULATION),
+    ("updates/blocks.py", "BLOCK = 2**16", "BLOCK = 2**12", COST),
+    ("updates/adam.py", "denom = root + eps\n        w", "denom = (root + eps).clone()\n        w", COST),
+    (
+        "tuner.py",
+        "self._hypergradients = self._estimate(step)",
+        "self._estimate(step); self._estimate(step)",
+        COST,
+    ),
 ]
 
 
