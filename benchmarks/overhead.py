@@ -9,7 +9,7 @@ is a variant's turn over plain training's turn of the same round: median and qua
 budget the sum of all turns after the first 200 steps. Both sides have the same settings of Adam: its default
 (foreach), or fused. "parts" are batches of 32 for T2 and for the mixed partial instead of 100. Memory: peak
 resident memory of a fresh process over that at its start (data and network in place), median of 5, and
-that over plain's.
+that over plain's. k "auto": midflight's default, one hyper-step for 20 (evenly spaced here), and a budget.
 
 Peers, where they are installed:  pip install higher optree graphviz
     pip install --no-deps torchopt==0.7.3;  pip install --no-deps --ignore-requires-python betty-ml==0.2.1
@@ -42,13 +42,17 @@ OURS: dict[str, Make] = {
     "one_step": Midflight,
     "one_step, parts": partial(Midflight, part=PART),
     "one_step_cheap, parts": partial(Midflight, part=PART, estimator="one_step_cheap"),
-    "one_step, parts, foresight": partial(Midflight, part=PART, foresight=True),
+    "one_step_cheap, parts, foresight": partial(Midflight, part=PART, foresight=True),
     "one_step, L2 alone": partial(Midflight, noise=False),
     "one_step, L2 alone, parts": partial(Midflight, noise=False, part=PART),
     "t1t2": partial(Midflight, estimator="t1t2"),
     "paper": partial(Midflight, estimator="paper"),
 }
-AUTO: dict[str, Make] = {f"one_step, parts, budget {BUDGET}": partial(Midflight, part=PART, budget=BUDGET)}
+AUTO: dict[str, Make] = {
+    "default (foresight, one for 20)": partial(Midflight, foresight=True),
+    "default, parts": partial(Midflight, part=PART, foresight=True),
+    f"one_step, parts, budget {BUDGET}": partial(Midflight, part=PART, budget=BUDGET),
+}
 ALL = {"plain": Training, **OURS, **AUTO, **PEERS}
 
 
@@ -62,7 +66,7 @@ def seconds(training: Training, steps: int) -> float:
 def timed(size: str, k: str, fused: bool, rounds: int) -> list[dict[str, Any]]:
     """Rows of all variants of a size, k and setting of Adam."""
     widths, steps = [int(w) for w in size.split("-")], 10
-    every = 10 if k == "auto" else int(k)
+    every = 0 if k == "auto" else int(k)
     made: dict[str, Training] = {}
     rows: list[dict[str, Any]] = []
     for name, make in {"plain": Training, **(AUTO if k == "auto" else {**OURS, **PEERS})}.items():

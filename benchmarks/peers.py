@@ -58,7 +58,7 @@ class Training:
 
     def step(self) -> None:
         self.n += 1
-        (self.hyper_step if self.n % self.k == 0 else self.plain_step)()
+        (self.hyper_step if self.k and self.n % self.k == 0 else self.plain_step)()
 
     def plain_step(self) -> None:
         x, y = next(self.train)
@@ -76,10 +76,13 @@ class Training:
 
 
 class Midflight(Training):
-    """Variants: the estimator, smaller parts of T2 and of the batch, L2 alone, foresight, a budget."""
+    """Variants: the estimator, smaller parts of T2 and of the batch, L2 alone, foresight, a budget.
+
+    With a budget the length of the run is not told, so that nothing is spent ahead; k = 0 means one for 20.
+    """
 
     def __init__(
-        self, widths: Sequence[int], k: int, fused: bool | None = None, *, estimator: str = "one_step",
+        self, widths: Sequence[int], k: int, fused: bool | None = None, *, estimator: str | None = None,
         part: int = BATCH, noise: bool = True, foresight: bool = False, budget: float | None = None,
     ) -> None:  # fmt: skip
         self.estimator, self.part, self.tunes_noise = estimator, part, noise
@@ -94,10 +97,11 @@ class Midflight(Training):
         level = space["noise"] if self.tunes_noise else START[1]
         self.model = nn.Sequential(mf.nn.GaussianNoise(level), self.net)
         self.tuner = mf.Tuner(
-            self.model, self.optimizer, space, bind=["weight_decay"], estimator=self.estimator,
+            self.model, self.optimizer, space, bind=["weight_decay"],
             validate=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
             valid_loader=Endless(self.part), train_loader=Endless(self.part) if self.foresight else None,
-            total_steps=100_000, **({"budget": self.budget} if self.budget else {"every": self.k}),
+            estimator=self.estimator, total_steps=None if self.budget else 100_000,
+            budget=self.budget, every=None if self.budget else self.k or 20,
         )  # fmt: skip
 
     def step(self) -> None:

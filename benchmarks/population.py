@@ -1,0 +1,102 @@
+"""A population against the loop over its members: time by their number and the network's size.
+
+    python benchmarks/population.py                  one thread; numbers to docs/results/population.json
+    python benchmarks/population.py --device cuda
+
+Adam, batch 100, L2 and input noise tuned by `one_step` at every 10th step. Loop and population take turns of
+10 steps; printed is the time of a step per member, median over turns.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import midflight as mf
+from midflight.cli import machine
+
+OUT = Path(__file__).parent.parent / "docs/results/population.json"
+NETWORKS = {"64-64-64-10": [64, 64, 64, 10], "784-200-200-10": [784, 200, 200, 10]}
+MEMBERS, TURNS, TURN, BATCH = [1, 4, 16, 64], 5, 10, 100
+
+
+def space() -> mf.Space:
+    return mf.Space(weight_decay=mf.Float(1e-6, 1e-2, log=True), noise=mf.Float(0.0, 0.8, init=0.3))
+
+
+def build(sizes: list[int], space: mf.Space) -> nn.Module:
+    layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(mf.nn.GaussianNoise(space["noise"]), *layers[:-1])
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def population(sizes: list[int], n: int, device: str) -> Callable[[], object]:
+    """A function that takes one step of all members together."""
+    batch = torch.rand(n, BATCH, sizes[0], device=device), torch.randint(0, 10, (n, BATCH), device=device)
+    pop = mf.Population(
+        n, lambda s: build(sizes, s).to(device), space(), torch.optim.Adam, loss=loss, validate=loss,
+        valid_loader=[batch], bind=["weight_decay"], every=10,
+    )  # fmt: skip
+    return partial(pop.step, batch)
+
+
+def loop(sizes: list[int], device: str) -> Callable[[], None]:
+    """A function that takes one step of one training."""
+    own = space()
+    batch = torch.rand(BATCH, sizes[0], device=device), torch.randint(0, 10, (BATCH,), device=device)
+    model = build(sizes, own).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    tuner = mf.Tuner(
+        model, optimizer, own, validate=loss, valid_loader=[batch], bind=["weight_decay"], every=10
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        tuner.backward(loss(model, batch))
+        optimizer.step()
+
+    return step
+
+
+def seconds(step: Callable[[], object], device: str) -> float:
+    began = time.perf_counter()
+    for _ in range(TURN):
+        step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / TURN
+
+
+def main() -> None:
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("--device", default="cpu")
+    device = parser.parse_args().device
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    found = []
+    print("| network | members | loop, ms per member | population, ms per member | loop / population |")
+    print("|---|---|---|---|---|")
+    for name, sizes in NETWORKS.items():
+        for n in MEMBERS:
+            steps = loop(sizes, device), population(sizes, n, device)
+            times = np.array([[seconds(s, device) for s in steps] for _ in range(TURNS + 1)][1:]) * 1000
+            alone, together = np.median(times, 0) / [1, n]
+            found.append({"network": name, "members": n, "loop_ms": alone, "population_ms": together})
+            print(f"| {name} | {n} | {alone:.3f} | {together:.3f} | {alone / together:.2f} |", flush=True)
+    OUT.write_text(json.dumps({"machine": machine(), "device": device, "rows": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
