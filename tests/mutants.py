@@ -190,7 +190,10 @@ MUTANTS = [
     ("population.py", "*self.state.values(), *histories", "*self.state.values()", POPULATION),
     ("population.py", 'nan_to_num(nan=float("inf"))', "nan_to_num(0.0)", POPULATION),
     ("population.py", '"schedule": self._schedule.state_dict()', '"schedule": {}', POPULATION),
-    ("updates/blocks.py", "or _are_many(u.options)", "", POPULATION),
+    ("updates/blocks.py", "option.ndim > 0", "False", POPULATION),
+    ("population.py", "if not self._rule.elementwise:", "if False:", POPULATION),
+    ("population.py", "if any(True for _ in self._model.buffers()):", "if False:", POPULATION),
+    ("population.py", "torch.stack(self._seen).mean(0)", "self._seen[0][:1]", POPULATION),
     ("updates/blocks.py", "BLOCK = 2**16", "BLOCK = 2**12", COST),
     ("updates/adam.py", "denom = root + eps\n        w", "denom = (root + eps).clone()\n        w", COST),
     (

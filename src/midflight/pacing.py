@@ -164,3 +164,12 @@ class _Mean:
     def add(self, x: float, around: int) -> None:
         self.count = min(self.count + 1, around)
         self.value += (x - self.value) / self.count
+
+
+def pace_for(every: int | None, budget: float | None, total_steps: int | None) -> Pace:
+    """What the arguments of these names of `Tuner` ask for."""
+    if budget is not None:
+        return Budget(budget, total_steps)
+    if every is None and total_steps is not None:
+        return Early(total_steps)
+    return Every(PER if every is None else every)

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_map
 
 from midflight.batches import EndlessBatches
 from midflight.binding import Bind, Binding
-from midflight.capture import evaluating, trained_parameters
+from midflight.capture import LossModule, evaluating, trained_parameters
 from midflight.errors import BindingError, UnsupportedOptimizer, UnsupportedParameter
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.hypersteps import SignSteps, annealing
-from midflight.pacing import PER, Early, Every, Pace
+from midflight.pacing import pace_for
 from midflight.problem import Step, gradient, is_reevaluating
 from midflight.space import Space
 from midflight.trees import Tensors, detach, leaves
@@ -123,7 +123,7 @@ class Population:
             self.hyper_optimizer,
             annealing(lambda: min(1.0, self._calls / total_steps) if total_steps else None),
         )
-        self.pace: Pace = Early(total_steps) if every is None and total_steps else Every(every or PER)
+        self.pace = pace_for(every, None, total_steps)
         self._batches = EndlessBatches(valid_loader, "valid_loader")
         self._moves, self._hyper = 0, self.pace.next_is_hyper(0, hyper=False)
         self._seen: list[Tensor] = []
@@ -240,7 +240,8 @@ class Population:
     def _losses(self, loss: Loss, params: Tensors, values: Tensors, batch: Any) -> Tensor:
         def of_one(params: Tensors, values: Tensors, batch: Any) -> Tensor:
             with self.space.seeing(values):
-                result: Tensor = torch.func.functional_call(_Loss(self._model, loss), params, (batch,))
+                module = LossModule(self._model, lambda: loss(self._model, batch))
+                result: Tensor = torch.func.functional_call(module, params, ())
             return result
 
         named = {f"model.{name}": p for name, p in params.items()}
@@ -302,15 +303,6 @@ def stacked(loaders: Sequence[Iterable[Any]]) -> Iterable[Any]:
     """The batches of each member's own loader, their tensors stacked; as long as the shortest."""
     for batches in zip(*loaders, strict=False):
         yield tree_map(lambda *tensors: torch.stack(tensors), *batches)
-
-
-class _Loss(nn.Module):
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model, self._loss = model, loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._loss(self.model, batch)
 
 
 def _seeded(build: Callable[[Space], nn.Module], space: Space, seed: int) -> nn.Module:

@@ -28,7 +28,7 @@ from midflight.guards import Bounds, Failures, Snapshots, overfitted
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.hypergrad.one_step import one_step
 from midflight.hypersteps import SignSteps, annealing
-from midflight.pacing import PER, Budget, Early, Every, Pace
+from midflight.pacing import pace_for
 from midflight.problem import Step, gradient
 from midflight.space import Space
 from midflight.training_gradient import TrainingGradient
@@ -98,7 +98,7 @@ class Tuner:
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps >= 1 must hold, but total_steps={total_steps}.")
         self.space = space
-        self.pace = _pace(every, budget, total_steps)
+        self.pace = pace_for(every, budget, total_steps)
         """When hyper-steps come; with a budget, `pace.spent` is the share used so far."""
         self.hyper_optimizer = hyper_optimizer(list(space.raws.values()))
         self._model = model
@@ -397,11 +397,3 @@ class Tuner:
     def _progress(self) -> float | None:
         """The share of the run that is over; None if its length is not known."""
         return None if self._total_steps is None else min(1.0, self._calls / self._total_steps)
-
-
-def _pace(every: int | None, budget: float | None, total_steps: int | None) -> Pace:
-    if budget is not None:
-        return Budget(budget, total_steps)
-    if every is None and total_steps is not None:
-        return Early(total_steps)
-    return Every(PER if every is None else every)

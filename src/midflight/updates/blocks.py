@@ -6,8 +6,7 @@ memory; over many small ones each would cost its call. So what can be is flat bl
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,8 +64,10 @@ def blocks(params: Mapping[str, Tensor], states: Mapping[str, State], updates: U
     together: dict[Any, list[str]] = {}
     for name, u in updates.items():
         p, size = params[name], params[name].numel()
-        if not u.rule.elementwise or size == 0 or _are_many(u.options):
+        if not u.rule.elementwise or size == 0:
             yield Block((name,), None, u.rule, u.options)
+        elif any(isinstance(option, Tensor) and option.ndim > 0 for option in u.options.values()):
+            yield Block((name,), None, _OfMany(u.rule), u.options)
         elif size < BLOCK:
             together.setdefault(_kin(p, states[name], u), []).append(name)
         elif p.device.type != "cpu":
@@ -96,9 +97,16 @@ def _kin(p: Tensor, state: State, u: Update) -> tuple[Any, ...]:
     return (id(u.options), u.rule, p.dtype, p.device, tuple(state), *numbers, id(p) if alone else None)
 
 
-def _are_many(options: Options) -> bool:
-    """Whether an option is a tensor of several entries, as in a population; closed forms take numbers."""
-    return any(isinstance(value, Tensor) and value.ndim > 0 for value in options.values())
+class _OfMany(UpdateRule):
+    """A rule whose options have many entries, as in a population: no closed forms, which take numbers."""
+
+    tunable: ClassVar = frozenset()
+
+    def __init__(self, rule: UpdateRule) -> None:
+        self._rule = rule
+
+    def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+        return self._rule.step(param, grad, state, options)
 
 
 def _is_entrywise(value: Any) -> bool:
@@ -110,8 +118,7 @@ def step_ahead(params: Tensors, grads: Tensors, states: Mapping[str, State], upd
     """theta' = U(theta, s, g, phi), without graph; a second copy of the weights."""
     ahead: Tensors = {}
     for block in blocks(params, states, updates):
-        ahead_of = partial(UpdateRule.ahead, block.rule) if _are_many(block.options) else block.rule.ahead
-        new = ahead_of(block.of(params), block.of(grads), block.state(states), block.options)
+        new = block.rule.ahead(block.of(params), block.of(grads), block.state(states), block.options)
         block.put(new, ahead, params)
     return {name: ahead[name] for name in updates}
 
@@ -123,9 +130,7 @@ def pull_back(
     w: Tensors = {}
     tuned: dict[int, tuple[Tensor, Tensor]] = {}
     for block in blocks(params, states, updates):
-        many = _are_many(block.options)
-        pullback = partial(UpdateRule.pullback, block.rule) if many else block.rule.pullback
-        part, derivatives = pullback(
+        part, derivatives = block.rule.pullback(
             block.of(v), block.of(params), block.of(grads), block.state(states), block.options
         )
         block.put(part, w, params)
