@@ -6,18 +6,20 @@
 
 Engines search the table that benchmarks/lattice.py trained, 10 seeds each; Ray's population-based training
 trains its members for real, where that is quick. Engines report the best model at any of 27 checkpoints.
-midflight reports what `tuner.finish` gives: from 20 starts in a run shortened until all of it costs 1.1
-trainings, and from the 40 starts of any_start.py at full length, alone and as the best of n. A run of
-midflight counts for the time it takes over that of a fixed run, measured here in turns on one thread;
-validation passes of the engines are free. The last row of a task is the best of the 100 fixed runs of
-any_start.py, each finished as the tuned ones are: what averaging and checkpoints alone would give an
-engine. Needs the extra `bench`. Rows: docs/results/equal_compute.jsonl.
+midflight reports what `tuner.finish` gives: from 20 starts with `budget=0.09`, which is within 1.1 trainings,
+and from the 40 starts of any_start.py without a budget, alone and as the best of n. A run of midflight
+counts for the time it takes over that of a fixed run, measured here in turns on one thread. Passes through
+T2 that choose the model are free for all: 27 in a training of an engine, 3 in `finish`, whose share is
+stored. The last row of a task is the best of the 100 fixed runs of any_start.py, each finished as the tuned
+ones are: what averaging and checkpoints alone would give an engine. Needs the extra `bench`. Rows:
+docs/results/equal_compute.jsonl.
 """
 
 import argparse
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -27,6 +29,8 @@ from engines import ENGINES, search
 from matplotlib.figure import Figure
 from tasks import HIGH, LOW, RESULTS, TASKS, Row, Training, append, compute, one_thread, rows
 
+import midflight as mf
+
 ROWS = RESULTS / "equal_compute.jsonl"
 BUDGETS = [1, 2, 4, 8, 16, 32]
 SEEDS = 10
@@ -34,8 +38,8 @@ PBT = "Ray PBT"
 PBT_TASKS = ("digits", "tabular")
 POPULATIONS = [4, 8, 16]
 LABEL = "midflight"
-SHORT, STARTS = 1.1, 20
-"""One run of midflight within so many trainings; from so many starts."""
+BUDGET, STARTS = 0.09, 20
+"""One run of midflight with this budget; from so many starts."""
 ALIKE = "100 fixed, finished alike"
 COST = "cost of tuning"
 
@@ -57,34 +61,36 @@ def compute_pbt(tasks: list[str], done: set[Any], workers: int) -> None:
 
 
 def compute_cost(task: str) -> None:
-    """A whole tuned and a whole fixed training from the middle of the space, a step of each in turn."""
+    """What a tuned training from the middle of the space costs."""
+    run = Training(task, ((LOW[0] + HIGH[0]) / 2, (LOW[1] + HIGH[1]) / 2))
+    ratio, finish = beside_a_fixed_one(run, run.tune())
+    append(ROWS, {"task": task, "arm": COST, "index": 0, "ratio": ratio, "finish": finish})
+
+
+def beside_a_fixed_one(run: Training, tuner: mf.Tuner) -> tuple[float, float]:
+    """Train and finish, both as times over that of the same training fixed, which has turns of 10 steps."""
     one_thread()
-    middle = (LOW[0] + HIGH[0]) / 2, (LOW[1] + HIGH[1]) / 2
-    runs = Training(task, middle), Training(task, middle)
-    tuners = None, runs[1].tune()
-    seconds = np.zeros(2)
-    for n in range(runs[0].steps):
-        first = n // 20 % 2
-        for i in (first, 1 - first):
-            began = time.perf_counter()
-            runs[i].step(tuners[i])
-            seconds[i] += time.perf_counter() - began
+    fixed = Training(run.name, run.point)
+    tuned_seconds = fixed_seconds = 0.0
+    for n in range(0, run.steps, 10):
+        steps = min(10, run.steps - n)
+        tuned_seconds += seconds(lambda steps=steps: [run.step(tuner) for _ in range(steps)])
+        fixed_seconds += seconds(lambda steps=steps: [fixed.step() for _ in range(steps)])
+    return round(tuned_seconds / fixed_seconds, 3), round(seconds(tuner.finish) / fixed_seconds, 3)
+
+
+def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
-    tuners[1].finish()
-    seconds[1] += time.perf_counter() - began
-    append(ROWS, {"task": task, "arm": COST, "index": 0, "ratio": round(float(seconds[1] / seconds[0]), 3)})
+    work()
+    return time.perf_counter() - began
 
 
-def shortened(job: tuple[str, int]) -> Row:
-    """A tuned run within SHORT trainings."""
+def within_a_budget(job: tuple[str, int]) -> Row:
+    """A tuned run that is told what it may cost."""
     task, index = job
-    run = Training(task, any_start.point("tuned", index), share=SHORT / cost(task))
-    tuner = run.tune()
-    for _ in range(run.steps):
-        run.step(tuner)
-    tuner.finish()
-    valid, test = run.losses()
-    return {"task": task, "arm": LABEL, "index": index, "best": [[SHORT, valid, test]]}
+    run = Training(task, any_start.point("tuned", index))
+    ratio, _ = beside_a_fixed_one(run, run.tune(budget=BUDGET))
+    return {"task": task, "arm": LABEL, "index": index, "best": [[ratio, *run.losses()]]}
 
 
 def cost(task: str) -> float:
@@ -186,7 +192,7 @@ def main() -> None:
         jobs = [(t, e, s) for e in table_engines for t in options.tasks for s in range(SEEDS)]
         compute(ROWS, [job for job in jobs if job not in done], searched, options.workers)
         jobs = [(t, i) for t in options.tasks for i in range(STARTS)]
-        compute(ROWS, [(t, i) for t, i in jobs if (t, LABEL, i) not in done], shortened, options.workers)
+        compute(ROWS, [(t, i) for t, i in jobs if (t, LABEL, i) not in done], within_a_budget, 1)
         if PBT in options.engines:
             compute_pbt([t for t in PBT_TASKS if t in options.tasks], done, options.workers)
     found = rows(ROWS)

@@ -99,17 +99,15 @@ def splits(name: str) -> Splits:
 
 
 class Training:
-    """One training of a task from a point, a step at a time, on T1 or on T1 and T2; `share` shortens it.
+    """One training of a task from a point, a step at a time, on T1 or on T1 and T2.
 
     Attributes:
         space: the hyperparameters, as many as the start has.
         steps: the length of the whole training.
     """
 
-    def __init__(
-        self, name: str, start: Point, seed: int = 0, with_t2: bool = False, share: float = 1.0
-    ) -> None:
-        self.task = TASKS[name]
+    def __init__(self, name: str, start: Point, seed: int = 0, with_t2: bool = False) -> None:
+        self.name, self.task = name, TASKS[name]
         self.t1, self.t2, self.test = splits(name)
         if with_t2:
             both = zip((self.t1.x, self.t1.y), (self.t2.x, self.t2.y), strict=True)
@@ -134,15 +132,15 @@ class Training:
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True, **options)
         self.seed = seed
         self.batches = EndlessBatches(Shuffled(self.t1, self.task.batch, seed=seed + 1), "T1")
-        self.steps = int(share * self.task.epochs * (len(self.t1) // self.task.batch))
+        self.steps = self.task.epochs * (len(self.t1) // self.task.batch)
 
-    def tune(self, foresight: bool = True) -> mf.Tuner:
-        """A tuner at its defaults; hand it to `step`."""
+    def tune(self, foresight: bool = True, budget: float | None = None) -> mf.Tuner:
+        """A tuner at its defaults, perhaps with a budget; hand it to `step`."""
         self.noise.floor = default_floor(self.space["noise"])
         size = self.task.valid_batch
         t1 = Shuffled(self.t1, min(size, len(self.t1)), seed=self.seed + 3) if foresight else None
         return mf.Tuner(
-            self.model, self.optimizer, self.space, bind=self.bound, total_steps=self.steps,
+            self.model, self.optimizer, self.space, bind=self.bound, total_steps=self.steps, budget=budget,
             validate=lambda model, batch: self.task.loss(model(batch[0]), batch[1]),
             valid_loader=Shuffled(self.t2, size, seed=self.seed + 2),
             train_loader=t1,

@@ -23,7 +23,7 @@ class SignSteps(torch.optim.Optimizer):
     Args:
         params: raw coordinates of a `Space`.
         lr: the longest step, as a fraction of the range.
-        agreement: a, in [0, 1]; 0 steps by the last sign alone.
+        agreement: a, in [0, 1]; 0 steps by the last sign alone. Left out: ALONE; FORESEEN under foresight.
 
     Raises:
         ValueError: lr > 0 or 0 <= agreement <= 1 does not hold.
@@ -31,13 +31,21 @@ class SignSteps(torch.optim.Optimizer):
 
     MEMORY = 0.9
     """What m keeps of itself at a step."""
+    ALONE, FORESEEN = 0.25, 0.75
+    """a, unless given. Without foresight nothing else finds the way out from where signs disagree."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 0.08, agreement: float = 0.75) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float = 0.08, agreement: float | None = None) -> None:
         if lr <= 0:
             raise ValueError(f"lr > 0 must hold, but lr={lr}.")
-        if not 0 <= agreement <= 1:
+        if agreement is not None and not 0 <= agreement <= 1:
             raise ValueError(f"0 <= agreement <= 1 must hold, but agreement={agreement}.")
-        super().__init__(params, {"lr": lr, "agreement": agreement})
+        self._given = agreement
+        super().__init__(params, {"lr": lr, "agreement": self.ALONE if agreement is None else agreement})
+
+    def foresee(self, calm: float) -> None:
+        """Step as foresight has it: once a model memorises (calm 0), signs disagree, yet each step counts."""
+        for group in self.param_groups:
+            group["agreement"] = calm * (self.FORESEEN if self._given is None else self._given)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:

@@ -17,6 +17,10 @@ PER = 20
 class Pace(Protocol):
     """Asked after each call of `backward`."""
 
+    @property
+    def stride(self) -> float:
+        """How far a hyper-step goes, in its usual lengths."""
+
     def next_is_hyper(self, calls: int, hyper: bool, busy: bool = False) -> bool:
         """Whether the coming call takes a hyper-step.
 
@@ -33,6 +37,8 @@ class Pace(Protocol):
 
 class Every:
     """At each k-th call."""
+
+    stride = 1.0
 
     def __init__(self, k: int) -> None:
         if k < 1:
@@ -56,6 +62,8 @@ class Early:
         total: calls in the whole run.
         per: calls to a hyper-step, on the whole.
     """
+
+    stride = 1.0
 
     def __init__(self, total: int, per: int = PER) -> None:
         self._total, self._planned, self._taken = total, max(1, total // per), 0
@@ -97,6 +105,8 @@ class Budget:
     counts as a usual one."""
     AHEAD = 4.0
     """At most so many times the share is spent early."""
+    STRIDES = 0.5, 2.0
+    """The shortest and the longest stride."""
     AFTERMATH = 1
     """So many steps after a hyper-step find caches that it has emptied, and are not plain."""
 
@@ -118,6 +128,16 @@ class Budget:
     def spent(self) -> float:
         """Time of tuning so far over that of training without it."""
         return self._tuned / self._trained if self._trained else 0.0
+
+    @property
+    def stride(self) -> float:
+        """sqrt(calls to a hyper-step / PER): however many there are, they wander as far in all."""
+        plain = self._plain.value
+        if not self._hyper.count or not plain:
+            return 1.0
+        shortest, longest = self.STRIDES
+        calls = (self._hyper.value - plain) / (self.share * plain)
+        return min(longest, max(shortest, math.sqrt(max(0.0, calls) / PER)))
 
     def next_is_hyper(self, calls: int, hyper: bool, busy: bool = False) -> bool:
         now = self._clock()

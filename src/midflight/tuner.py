@@ -121,7 +121,7 @@ class Tuner:
         """Hyper-steps that were left out because a loss or a hypergradient was not finite."""
         factor = annealing(self._progress)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.hyper_optimizer, lambda n: factor(n) * self.failures.shrink
+            self.hyper_optimizer, lambda n: factor(n) * self.failures.shrink * self.pace.stride
         )
         self._bounds = Bounds()
         self.trajectory = Trajectory()
@@ -371,9 +371,7 @@ class Tuner:
 
     def _move(self) -> None:
         if self.foresight is not None and isinstance(self.hyper_optimizer, SignSteps):
-            # once a model memorises, signs disagree, yet each step counts
-            for group in self.hyper_optimizer.param_groups:
-                group["agreement"] = self.foresight.calm * self.hyper_optimizer.defaults["agreement"]
+            self.hyper_optimizer.foresee(self.foresight.calm)
         for name, hypergradient in self._hypergradients.items():
             self.space[name].raw.grad = hypergradient
         self.hyper_optimizer.step()

@@ -61,6 +61,20 @@ def test_a_budget_is_kept_within_a_point_over_2000_steps(share, load, total):
     assert extra_time / plain_time == pytest.approx(share, abs=0.01)
 
 
+@pytest.mark.parametrize(("extra", "stride"), [(0.2, 0.5), (1.0, 1.0), (2.7, 2.7**0.5), (20.0, 2.0)])
+def test_the_rarer_hyper_steps_are_the_farther_each_goes(extra, stride):
+    """At 5 %, one that costs as much as a plain step comes each twentieth call."""
+    now, hyper, pace = 0.0, False, Budget(0.05, clock=lambda: now)
+    assert pace.stride == 1
+    for call in range(2000):
+        now += 1 + extra * hyper
+        hyper = pace.next_is_hyper(call, hyper)
+    assert pace.stride == pytest.approx(stride, rel=1e-6)
+    again = Budget(0.05)
+    again.load_state_dict(pace.state_dict())
+    assert again.stride == pace.stride
+
+
 def tune(steps, **options):
     torch.manual_seed(0)
     x, y = torch.randn(512, 64), torch.randint(0, 4, (512,))
@@ -87,6 +101,14 @@ def test_a_tuner_with_a_budget_keeps_it_and_still_tunes():
     assert 3 <= hypers < 60
     assert 0.03 < tuner.pace.spent <= 0.101
     assert float(tuner.space["noise"].value.detach()) != 0.5
+
+
+def test_a_stride_lengthens_the_hyper_steps():
+    tuner, _ = tune(39, every=20, total_steps=100)
+    tuner.pace.stride = 1.5
+    tuner.hyper_optimizer.step()
+    tuner._schedule.step()
+    assert tuner.hyper_optimizer.param_groups[0]["lr"] == pytest.approx(1.5 * 0.08 * (1 - 0.39))
 
 
 def test_a_budget_survives_saving():

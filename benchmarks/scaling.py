@@ -1,0 +1,189 @@
+"""How the cost of tuning grows: with the weights, with the hyperparameters, with the members of a population.
+
+    python benchmarks/scaling.py            measures, and writes docs/results/scaling.json and .png
+    python benchmarks/scaling.py --figure   the figure alone, from the stored numbers
+
+One thread, Adam, batches of 100 random images. Weights: an MLP with two equal hidden layers, 10^5 to 10^8
+weights; L2 and input noise, exact one_step. Hyperparameters: one weight of the loss for each of n training
+examples, from 2 to 10^6, on a network of 10^5 weights. Members: a `Population` of networks of 10^4 weights.
+Each measurement has a fresh process: median time of a plain step and of one with a hyper-step, peak memory.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import midflight as mf
+from midflight.cli import machine
+
+OUT = Path(__file__).parent.parent / "docs/results/scaling.json"
+BATCH = 100
+SIZES = {
+    "weights": [10**5, 10**6, 10**7, 10**8],
+    "hyperparameters": [2, 10**2, 10**4, 10**6],
+    "members": [1, 4, 16, 64, 256],
+}
+SERIES = {"plain_ms": "plain step", "hyper_ms": "step with a hyper-step"}
+
+
+def images(*shape: int) -> tuple[Tensor, Tensor]:
+    return torch.rand(*shape, 784), torch.randint(0, 10, shape)
+
+
+def mlp(weights: float) -> nn.Sequential:
+    """784-n-n-10 with about so many weights."""
+    n = round((-794 + (794**2 + 4 * weights) ** 0.5) / 2)
+    return nn.Sequential(
+        nn.Linear(784, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 10)
+    )  # fmt: skip
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def noisy() -> mf.Space:
+    return mf.Space(weight_decay=mf.Float(1e-6, 1e-2, log=True), noise=mf.Float(0.0, 0.8, init=0.3))
+
+
+def by_weights(n: int, every: int) -> Callable[[], None]:
+    space = noisy()
+    model = nn.Sequential(mf.nn.GaussianNoise(space["noise"]), mlp(n))
+    optimizer = torch.optim.Adam(model.parameters())
+    x, y = images(BATCH)
+    tuner = mf.Tuner(
+        model, optimizer, space, validate=loss, valid_loader=[(x, y)], bind=["weight_decay"], every=every
+    )
+    return stepper(optimizer, lambda: tuner.backward(loss(model, (x, y))))
+
+
+def by_hyperparameters(n: int, every: int) -> Callable[[], None]:
+    space, model = mf.Space(weight=mf.Float(0.0, 2.0, shape=(n,))), mlp(1e5)
+    optimizer = torch.optim.Adam(model.parameters())
+    x, y = images(BATCH)
+
+    def weighted() -> Tensor:
+        rows = torch.randint(n, (BATCH,))
+        return (space["weight"][rows] * F.cross_entropy(model(x), y, reduction="none")).mean()
+
+    tuner = mf.Tuner(model, optimizer, space, validate=loss, valid_loader=[(x, y)], every=every)
+    return stepper(optimizer, lambda: tuner.backward(weighted()))
+
+
+def stepper(optimizer: torch.optim.Optimizer, backward: Callable[[], object]) -> Callable[[], None]:
+    def step() -> None:
+        optimizer.zero_grad()
+        backward()
+        optimizer.step()
+
+    return step
+
+
+def by_members(n: int, every: int) -> Callable[[], object]:
+    x, y = images(n, BATCH)
+    population = mf.Population(
+        n, lambda space: nn.Sequential(mf.nn.GaussianNoise(space["noise"]), mlp(1e4)), noisy(),
+        torch.optim.Adam, loss=loss, validate=loss, valid_loader=[(x, y)], bind=["weight_decay"], every=every,
+    )  # fmt: skip
+    return lambda: population.step((x, y))
+
+
+MAKE = {"weights": by_weights, "hyperparameters": by_hyperparameters, "members": by_members}
+
+
+def measure(what: str, n: int) -> dict[str, Any]:
+    """In this process: milliseconds of both kinds of step, and MB over the start."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    row: dict[str, Any] = {"what": what, "n": n}
+    for name, every in (("hyper_ms", 1), ("plain_ms", 10**9)):
+        step = MAKE[what](n, every)
+        start = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        times, until = [], time.perf_counter() + 3
+        while len(times) < 4 or (time.perf_counter() < until and len(times) < 50):
+            began = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - began)
+        row[name] = round(1000 * float(np.median(times[2:])), 3)
+        if name == "hyper_ms":
+            row["mb"] = round(_status("VmHWM") - start, 1)
+    return row
+
+
+def _status(field: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
+
+
+def slope(rows: list[dict[str, Any]], key: str) -> float:
+    """d log(key) / d log(n), least squares over the larger half, where the fixed cost no longer counts."""
+    upper = rows[len(rows) // 2 :] if len(rows) > 3 else rows
+    return float(np.polyfit(np.log([r["n"] for r in upper]), np.log([r[key] for r in upper]), 1)[0])
+
+
+def figure(found: list[dict[str, Any]]) -> None:
+    fig = Figure(figsize=(11, 3.4), layout="constrained")
+    for i, what in enumerate(SIZES):
+        rows = [r for r in found if r["what"] == what]
+        ax = fig.add_subplot(1, len(SIZES), i + 1)
+        for key, label in SERIES.items():
+            ax.loglog(
+                [r["n"] for r in rows], [r[key] for r in rows], "o-",
+                label=f"{label}, slope {slope(rows, key):.2f}",
+            )  # fmt: skip
+        ax.set_xlabel(what)
+        ax.set_ylabel("ms" if what != "members" else "ms, all members together")
+        ax.legend(fontsize=7, loc="upper left")
+    fig.savefig(OUT.with_suffix(".png"), dpi=110)
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    lines = [
+        "| | n | plain step, ms | with a hyper-step, ms | ratio | peak MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in found:
+        ratio = r["hyper_ms"] / r["plain_ms"]
+        lines.append(
+            f"| {r['what']} | {r['n']:,} | {r['plain_ms']} | {r['hyper_ms']} | {ratio:.2f} | {r['mb']} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("--figure", action="store_true", help="compute nothing")
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        print(json.dumps(measure(options.alone[0], int(options.alone[1]))))
+        return
+    if options.figure:
+        found = json.loads(OUT.read_text())["rows"]
+    else:
+        found = []
+        for what, sizes in SIZES.items():
+            for n in sizes:
+                command = [sys.executable, __file__, "--alone", what, str(n)]
+                found.append(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
+                print(found[-1], file=sys.stderr, flush=True)
+        OUT.write_text(json.dumps({"machine": machine(), "rows": found}, indent=1) + "\n")
+    print(table(found))
+    figure(found)
+
+
+if __name__ == "__main__":
+    main()
