@@ -31,7 +31,7 @@ class SignSteps(torch.optim.Optimizer):
 
     MEMORY = 0.9
     """What m keeps of itself at a step."""
-    ALONE, FORESEEN = 0.25, 0.75
+    ALONE, FORESEEN = 0.5, 0.75
     """a, unless given. Without foresight nothing else finds the way out from where signs disagree."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.08, agreement: float | None = None) -> None:
