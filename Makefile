@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The venv stands ready once this file is newer than what it was made from.
 READY := $(VENV)/.ready
 
-.PHONY: setup study test lint clean
+.PHONY: setup study test lint peers clean
 
 setup: $(READY)
 
@@ -29,6 +29,12 @@ lint: setup
 	$(BIN)/ruff format --check src tests examples benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# The libraries beside which benchmarks/overhead.py measures; two refuse a current Python in their metadata only.
+peers: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchopt==0.7.3
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python betty-ml==0.2.1
 
 clean:
 	rm -rf $(VENV) runs

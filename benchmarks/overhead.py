@@ -11,8 +11,7 @@ budget the sum of all turns after the first 200 steps. Both sides have the same 
 resident memory of a fresh process over that at its start (data and network in place), median of 5, and
 that over plain's. k "auto": midflight's default, one hyper-step for 20 (evenly spaced here), and a budget.
 
-Peers, where they are installed:  pip install higher optree graphviz
-    pip install --no-deps torchopt==0.7.3;  pip install --no-deps --ignore-requires-python betty-ml==0.2.1
+Peers, where they are installed: `make peers`.
 """
 
 import argparse

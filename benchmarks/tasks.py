@@ -134,23 +134,25 @@ class Training:
         self.batches = EndlessBatches(Shuffled(self.t1, self.task.batch, seed=seed + 1), "T1")
         self.steps = self.task.epochs * (len(self.t1) // self.task.batch)
 
-    def tune(self, foresight: bool = True, budget: float | None = None) -> mf.Tuner:
-        """A tuner at its defaults, perhaps with a budget; hand it to `step`."""
+    def tune(self, foresight: bool = True, part: int | None = None, **options: Any) -> mf.Tuner:
+        """A tuner at its defaults but for these options; hand it to `step`. `part`: size of T2's batches."""
         self.noise.floor = default_floor(self.space["noise"])
-        size = self.task.valid_batch
+        size = part or self.task.valid_batch
         t1 = Shuffled(self.t1, min(size, len(self.t1)), seed=self.seed + 3) if foresight else None
         return mf.Tuner(
-            self.model, self.optimizer, self.space, bind=self.bound, total_steps=self.steps, budget=budget,
+            self.model, self.optimizer, self.space, bind=self.bound, total_steps=self.steps,
             validate=lambda model, batch: self.task.loss(model(batch[0]), batch[1]),
             valid_loader=Shuffled(self.t2, size, seed=self.seed + 2),
-            train_loader=t1,
+            train_loader=t1, **options,
         )  # fmt: skip
 
-    def step(self, tuner: mf.Tuner | None = None) -> None:
+    def step(self, tuner: mf.Tuner | None = None, part: int | None = None) -> None:
+        """One step; with `part` the mixed partial comes from so many examples."""
         x, y = next(self.batches)
         self.optimizer.zero_grad()
         loss = self.task.loss(self.model(x), y)
-        tuner.backward(loss) if tuner else loss.backward()
+        probe = part and (lambda: self.task.loss(self.model(x[:part]), y[:part]))
+        tuner.backward(loss, probe or None) if tuner else loss.backward()
         self.optimizer.step()
 
     def state_dict(self) -> Row:
