@@ -19,6 +19,7 @@ TUNER, STUDY = "tests/e2e/test_tuner.py", "tests/e2e/test_study.py::test_"
 FORESIGHT, PACING = "tests/e2e/test_foresight.py", "tests/e2e/test_pacing.py"
 GUARDS, ROTATION = "tests/e2e/test_guards.py", "tests/e2e/test_rotation.py"
 KINDS, ALIVE = "tests/oracles/test_kinds.py", "tests/e2e/test_alive.py"
+COHORT = "tests/parity/test_cohort.py"
 POPULATION, COST = "tests/parity/test_population.py", "tests/e2e/test_cost.py"
 KILLS = "ten_kills_at_random_moments_lose_and_repeat_nothing"
 PAIRED = "paired_arms_share_their_start_and_reruns_begin_where_tuning_ended"
@@ -199,6 +200,13 @@ MUTANTS = [
     ("population.py", "if not self._rule.elementwise:", "if False:", POPULATION),
     ("population.py", "if any(True for _ in self._model.buffers()):", "if False:", POPULATION),
     ("population.py", "torch.stack(self._seen).mean(0)", "self._seen[0][:1]", POPULATION),
+    ("population.py", "zip(*self.loaders, strict=False)", "zip(*self.loaders[:1] * 3, strict=False)", COHORT),
+    ("study/cohort.py", "seed + 1) for seed in seeds", "1) for seed in seeds", COHORT),
+    ("study/cohort.py", "seeds=seeds", "seeds=None", COHORT),
+    ("study/cohort.py", 'group["lr"] *= spec.lr_end', 'group["lr"] *= 1.0', COHORT),
+    ("study/cohort.py", "sorted(arms, key=kind), kind", "arms, kind", COHORT),
+    ("study/cohort.py", "if tuned else spec.steps() + 1", "if True else 0", COHORT),
+    ("study/cohort.py", "len(y) * population.evaluate", "population.evaluate", COHORT),
     ("updates/blocks.py", "BLOCK = 2**16", "BLOCK = 2**12", COST),
     ("updates/adam.py", "denom = root + eps\n        w", "denom = (root + eps).clone()\n        w", COST),
     (

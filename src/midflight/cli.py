@@ -57,7 +57,7 @@ class Study:
     store: Path = DEFAULT_STORE
     """SQLite file."""
     workers: int | None = None
-    """Processes, one thread each; all cores if not given. The rows do not depend on it."""
+    """Processes, one thread each; all cores if not given. The rows do not depend on it. Not for a GPU."""
     json: bool = False
     """Print the summary for machines."""
 
@@ -198,6 +198,10 @@ def _check_table(checks: list[Check]) -> Table:
 
 
 def _announce(spec: Spec, preset: Spec, workers: int) -> None:
+    if spec.device != "cpu":
+        _err.print(f"All starts of a kind of arm train together, as one population on {spec.device}.")
+        return
+    _err.print(f"Each arm trains in a process of one thread, {workers} at a time.")
     seconds = estimate_seconds(spec, workers)
     if seconds > LONG:
         _err.print(f"The training steps alone will take about {_duration(seconds)} with {workers} workers.")

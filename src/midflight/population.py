@@ -5,7 +5,8 @@ losses holds the gradient of each. What a small network wastes on launching oper
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,20 +91,21 @@ class Population:
         self._model = models[0]
         if any(True for _ in self._model.buffers()):
             raise UnsupportedParameter("the model must have no buffers, but has some; use LayerNorm, say.")
-        self._optimizer = optimizer(self._model.parameters())
-        self._rule = rule_for(self._optimizer)
+        self.optimizer = optimizer(self._model.parameters())
+        """Its options, such as the learning rate, hold for all members and may be changed between steps."""
+        self._rule = rule_for(self.optimizer)
         if not self._rule.elementwise:
-            kind = type(self._optimizer).__name__
+            kind = type(self.optimizer).__name__
             raise UnsupportedOptimizer(f"the optimiser must step elementwise, but {kind} does not.")
-        self._bound = Binding(self._optimizer, space, bind).options
+        self._bound = Binding(self.optimizer, space, bind).options
         for name in self._bound:
             if space[name].spec.shape:
                 raise BindingError(f"a bound hyperparameter must be one number here, but {name} is not.")
-        names = trained_parameters(self._model, self._optimizer)
+        names = trained_parameters(self._model, self.optimizer)
         self._dims = {name: p.ndim for name, p in names.items()}
         self._groups = {
             name: i
-            for i, group in enumerate(self._optimizer.param_groups)
+            for i, group in enumerate(self.optimizer.param_groups)
             for name, p in names.items()
             if any(p is q for q in group["params"])
         }
@@ -167,11 +169,15 @@ class Population:
         self._hyper = self.pace.next_is_hyper(self._calls, hyper)
         return losses.detach()
 
-    @torch.no_grad()
     def losses(self, batch: Any) -> Tensor:
         """Validation losses of all members on a batch with n as its first dimension, shape (n,)."""
+        return self.evaluate(self._validate, batch)
+
+    @torch.no_grad()
+    def evaluate(self, function: Loss, batch: Any) -> Tensor:
+        """`function` (model, batch of one member) -> scalar, of all members in eval mode, shape (n,)."""
         with evaluating(self._model):
-            return self._losses(self._validate, self.params, detach(self.values), batch)
+            return self._losses(function, self.params, self.values, batch)
 
     @property
     def values(self) -> Tensors:
@@ -256,7 +262,7 @@ class Population:
         return gradient(losses.sum(), params)
 
     def _updates(self, values: Tensors) -> Updates:
-        groups = [read_options(group) for group in self._optimizer.param_groups]
+        groups = [read_options(group) for group in self.optimizer.param_groups]
         return {
             name: Update(
                 self._rule,
@@ -300,9 +306,20 @@ class Population:
 
 
 def stacked(loaders: Sequence[Iterable[Any]]) -> Iterable[Any]:
-    """The batches of each member's own loader, their tensors stacked; as long as the shortest."""
-    for batches in zip(*loaders, strict=False):
-        yield tree_map(lambda *tensors: torch.stack(tensors), *batches)
+    """The batches of each member's own loader, their tensors stacked; as long as the shortest.
+
+    Iterated again, it iterates the loaders again.
+    """
+    return _Stacked(loaders)
+
+
+@dataclass(frozen=True)
+class _Stacked:
+    loaders: Sequence[Iterable[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        for batches in zip(*self.loaders, strict=False):
+            yield tree_map(lambda *tensors: torch.stack(tensors), *batches)
 
 
 def _seeded(build: Callable[[Space], nn.Module], space: Space, seed: int) -> nn.Module:

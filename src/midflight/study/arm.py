@@ -89,9 +89,9 @@ def run_arm(
     Args:
         report: called after each epoch with (epochs done, current point, validation error).
     """
-    seed = _seed(spec, 0 if arm.kind == "landscape" else arm.index)
+    seed = seed_of(spec, arm)
     torch.manual_seed(seed)
-    space = _space(spec, begin)
+    space = space_of(spec, begin)
     tuned = arm.kind == "tuned"
     network = mlp(data.t1.x.shape[1], widths(arm.network), classes=10)
     # the paper draws what it tunes: a floor only as high as the derivative needs in order not to vanish
@@ -110,7 +110,7 @@ def run_arm(
     valid_loss = float("nan")
     step = 0
     for epoch in range(spec.epochs):
-        began = _now(spec)
+        began = now(spec)
         for x, y in batches:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x), y)
@@ -122,7 +122,7 @@ def run_arm(
             step += 1
             if tuned and step % spec.every == 0:
                 trajectory.append([step, *_point(space)])
-        epoch_seconds.append(_now(spec) - began)
+        epoch_seconds.append(now(spec) - began)
         decay.step()
         valid_loss, valid_error = evaluate(model, data.t2)
         valid_errors.append(valid_error)
@@ -171,8 +171,6 @@ def _tuner(
     data: Data,
     seed: int,
 ) -> Tuner:
-    adam = partial(torch.optim.Adam, lr=spec.hyper_lr)
-    sign = partial(SignSteps, lr=spec.hyper_lr, agreement=0.0)
     return Tuner(
         model,
         optimizer,
@@ -183,11 +181,19 @@ def _tuner(
         every=spec.every,
         estimator=arm.estimator,
         total_steps=spec.steps(),
-        hyper_optimizer=adam if spec.hyper_optimizer == "adam" else sign,
+        hyper_optimizer=hyper_optimizer(spec),
     )
 
 
-def _space(spec: Spec, begin: Point) -> Space:
+def hyper_optimizer(spec: Spec) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    """What moves the hyperparameters."""
+    if spec.hyper_optimizer == "adam":
+        return partial(torch.optim.Adam, lr=spec.hyper_lr)
+    return partial(SignSteps, lr=spec.hyper_lr, agreement=0.0)
+
+
+def space_of(spec: Spec, begin: Point) -> Space:
+    """The two hyperparameters, at `begin`."""
     (l2_low, l2_high), (noise_low, noise_high) = spec.intervals()
     # a re-run may begin on a bound, which float32 rounded outwards
     l2, noise = (min(max(x, low), high) for x, (low, high) in zip(begin, spec.intervals(), strict=True))
@@ -201,11 +207,14 @@ def _point(space: Space) -> Point:
     return float(space["weight_decay"].value.detach().log10()), float(space["noise"])
 
 
-def _seed(spec: Spec, index: int) -> int:
+def seed_of(spec: Spec, arm: Arm) -> int:
+    """Of weights and batches: one for all arms of a start, and one for the landscape."""
+    index = 0 if arm.kind == "landscape" else arm.index
     return int(np.random.default_rng([spec.seed, index, 1]).integers(2**32))
 
 
-def _now(spec: Spec) -> float:
+def now(spec: Spec) -> float:
+    """Seconds, once all that was asked of the device is done."""
     if spec.device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from midflight.errors import MidflightError
 from midflight.study.arm import Data, Point, mlp, prepare, run_arm
+from midflight.study.cohort import cohorts, run_cohort
 from midflight.study.spec import Arm, Spec, widths
 from midflight.study.store import Row, Store
 
@@ -43,13 +44,16 @@ def run_study(
     workers: int,
     on_tick: Callable[[Tick], None] = lambda tick: None,
     on_row: Callable[[Row], None] = lambda row: None,
+    together: bool | None = None,
 ) -> None:
     """Run every arm of `spec` that `store` does not hold yet under the name `run`.
 
-    The rows do not depend on `workers`, nor on how often the study was interrupted.
+    On a CPU arms run in processes; the rows do not depend on `workers`, nor on how often the study was
+    interrupted. On a GPU they run together, see `midflight.study.cohort`.
 
     Args:
         workers: processes, one thread each; an arm runs in one of them.
+        together: whether arms run together; if None, on a GPU only.
         on_tick: called after each epoch of each arm.
         on_row: called after an arm was stored.
 
@@ -58,11 +62,31 @@ def run_study(
             what is stored stays.
         WorkerDied: a worker was killed, by the system for want of memory perhaps.
     """
-    prepare(spec)
+    data = prepare(spec)
     done = {row.arm: row for row in store.rows(run)}
     waiting = [arm for arm in spec.arms() if arm not in done]
-    if not waiting:
+    if together or (together is None and spec.device != "cpu"):
+        for cohort in cohorts(spec, waiting, data.t1.x.shape[1]):
+            begins = [_begin(spec, arm, done) for arm in cohort]
+            for row in run_cohort(spec, cohort, begins, data, lambda *told: on_tick(Tick(*told))):
+                store.add(run, row)
+                done[row.arm] = row
+                on_row(row)
         return
+    if waiting:
+        _run_in_processes(spec, store, run, workers, waiting, done, on_tick, on_row)
+
+
+def _run_in_processes(
+    spec: Spec,
+    store: Store,
+    run: str,
+    workers: int,
+    waiting: list[Arm],
+    done: dict[Arm, Row],
+    on_tick: Callable[[Tick], None],
+    on_row: Callable[[Row], None],
+) -> None:
     context = multiprocessing.get_context("spawn")
     ticks: Any = context.Queue()
     running: set[Future[Row]] = set()

@@ -1,0 +1,97 @@
+"""A cohort of the study equals its arms run alone, noise apart, which it draws for all members together."""
+
+import pytest
+import torch
+
+from midflight.nn import GaussianNoise
+from midflight.study.arm import prepare, run_arm
+from midflight.study.cohort import cohorts, run_cohort
+from midflight.study.run import run_study
+from midflight.study.spec import Arm, preset
+from midflight.study.store import Store
+
+SPEC = preset(
+    "smoke", train=200, valid=100, epochs=3, networks=("16-16",), starts=3, landscape=2,
+    estimator=("one_step", "t1t2"),
+)  # fmt: skip
+NETWORK = SPEC.networks[0]
+
+
+def without_draws(self, x):
+    """The level in place of a draw: the same in a cohort and alone, and still differentiable."""
+    return self.std * torch.cos(torch.arange(x.shape[-1], dtype=x.dtype))
+
+
+@pytest.mark.parametrize(
+    ("kind", "estimator"), [("initial", ""), ("tuned", "one_step"), ("tuned", "t1t2"), ("landscape", "")]
+)
+@pytest.mark.parametrize("hyper_optimizer", ["sign", "adam"])
+def test_a_cohort_equals_its_arms_run_alone(kind, estimator, hyper_optimizer, monkeypatch):
+    monkeypatch.setattr(GaussianNoise, "noise", without_draws)
+    spec = preset("smoke", **{**vars(SPEC), "hyper_optimizer": hyper_optimizer})
+    arms = [Arm(NETWORK, kind, estimator, i) for i in range(3)]
+    begins = [spec.grid_point(i) if kind == "landscape" else spec.start(i) for i in range(3)]
+    data, told = prepare(spec), []
+    together = run_cohort(spec, arms, begins, data, lambda *tick: told.append(tick))
+    for arm, begin, row in zip(arms, begins, together, strict=True):
+        alone = run_arm(spec, arm, begin, data, lambda *_: None).result
+        assert row.arm == arm
+        assert row.result.start == begin
+        assert row.result.valid_errors == pytest.approx(alone.valid_errors, abs=0.011)  # one image of 100
+        assert row.result.valid_loss == pytest.approx(alone.valid_loss, rel=1e-3)  # float32, 12 steps of Adam
+        assert row.result.end == pytest.approx(alone.end, abs=1e-3)
+        assert (row.result.test_error is None) == (kind == "landscape")
+        if kind != "landscape":
+            assert row.result.test_error == pytest.approx(alone.test_error, abs=0.006)
+        assert len(row.result.trajectory) == len(alone.trajectory)
+        for ours, theirs in zip(row.result.trajectory, alone.trajectory, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-3)
+        epoch, point, error = [t[1:] for t in told if t[0] == arm][-1]
+        assert (epoch, error) == (3, row.result.valid_error)
+        assert point == pytest.approx(row.result.end, abs=1e-6)
+
+
+def test_members_are_told_apart():
+    """Other starts, other weights: three different rows."""
+    arms = [Arm(NETWORK, "tuned", "one_step", i) for i in range(3)]
+    rows = run_cohort(SPEC, arms, [SPEC.start(i) for i in range(3)], prepare(SPEC), lambda *_: None)
+    assert len({row.result.valid_loss for row in rows}) == 3
+    assert len({row.result.end for row in rows}) == 3
+
+
+def test_a_study_in_cohorts_is_whole_resumes_and_reruns_follow_their_tuned_twin(tmp_path):
+    with Store(tmp_path / "s.sqlite") as store:
+        store.open_run("r", SPEC, "here")
+        seen = []
+
+        def stop_half_way(row):
+            seen.append(row)
+            if len(seen) == 8:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_study(SPEC, store, "r", 1, on_row=stop_half_way, together=True)
+        assert len(store.rows("r")) == 8
+        run_study(SPEC, store, "r", 1, on_row=seen.append, together=True)
+        rows = {row.arm: row for row in store.rows("r")}
+        assert len(seen) == len(rows) == len(list(SPEC.arms()))
+        for arm, row in rows.items():
+            if arm.kind == "rerun":
+                tuned = rows[Arm(NETWORK, "tuned", arm.estimator, arm.index)]
+                assert row.result.start == row.result.end == tuned.result.end
+        run_study(SPEC, store, "r", 1, on_row=lambda row: pytest.fail("ran twice"), together=True)
+
+
+def test_cohorts_hold_one_kind_and_estimator_each_and_no_more_members_than_fit(monkeypatch):
+    arms = list(SPEC.arms())
+    groups = list(cohorts(SPEC, arms, 64))
+    assert sorted(str(arm) for group in groups for arm in group) == sorted(map(str, arms))
+    assert [(g[0].kind, g[0].estimator, len(g)) for g in groups] == [
+        ("initial", "", 3), ("tuned", "one_step", 3), ("tuned", "t1t2", 3),
+        ("rerun", "one_step", 3), ("rerun", "t1t2", 3), ("landscape", "", 3), ("landscape", "", 1),
+    ]  # fmt: skip
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: (4 * 16 * (64 * 16 + 16 * 27 + 42) * 2.6, 0)
+    )
+    on_gpu = preset("smoke", **{**vars(SPEC), "device": "cuda"})
+    assert [len(g) for g in cohorts(on_gpu, arms, 64)][:2] == [2, 1]
