@@ -42,8 +42,10 @@ OURS: dict[str, Make] = {
     "one_step, parts": partial(Midflight, part=PART),
     "one_step_cheap, parts": partial(Midflight, part=PART, estimator="one_step_cheap"),
     "one_step_cheap, parts, foresight": partial(Midflight, part=PART, foresight=True),
+    "one_step, parts, compiled": partial(Midflight, part=PART, compile=True),
     "one_step, L2 alone": partial(Midflight, noise=False),
     "one_step, L2 alone, parts": partial(Midflight, noise=False, part=PART),
+    "one_step, L2 alone, parts, compiled": partial(Midflight, noise=False, part=PART, compile=True),
     "t1t2": partial(Midflight, estimator="t1t2"),
     "paper": partial(Midflight, estimator="paper"),
 }

@@ -76,7 +76,7 @@ class Training:
 
 
 class Midflight(Training):
-    """Variants: the estimator, smaller parts of T2 and of the batch, L2 alone, foresight, a budget.
+    """Variants: the estimator, smaller parts of T2 and of the batch, L2 alone, foresight, a budget, compiled.
 
     With a budget the length of the run is not told, so that nothing is spent ahead; k = 0 means one for 20.
     """
@@ -84,9 +84,10 @@ class Midflight(Training):
     def __init__(
         self, widths: Sequence[int], k: int, fused: bool | None = None, *, estimator: str | None = None,
         part: int = BATCH, noise: bool = True, foresight: bool = False, budget: float | None = None,
+        compile: bool = False,
     ) -> None:  # fmt: skip
         self.estimator, self.part, self.tunes_noise = estimator, part, noise
-        self.foresight, self.budget = foresight, budget
+        self.foresight, self.budget, self.compile = foresight, budget, compile
         super().__init__(widths, k, fused)
 
     def set_up(self) -> None:
@@ -101,7 +102,7 @@ class Midflight(Training):
             validate=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
             valid_loader=Endless(self.part), train_loader=Endless(self.part) if self.foresight else None,
             estimator=self.estimator, total_steps=None if self.budget else 100_000,
-            budget=self.budget, every=None if self.budget else self.k or 20,
+            budget=self.budget, every=None if self.budget else self.k or 20, compile=self.compile,
         )  # fmt: skip
 
     def step(self) -> None:

@@ -19,7 +19,7 @@ TUNER, STUDY = "tests/e2e/test_tuner.py", "tests/e2e/test_study.py::test_"
 FORESIGHT, PACING = "tests/e2e/test_foresight.py", "tests/e2e/test_pacing.py"
 GUARDS, ROTATION = "tests/e2e/test_guards.py", "tests/e2e/test_rotation.py"
 KINDS, ALIVE = "tests/oracles/test_kinds.py", "tests/e2e/test_alive.py"
-COHORT = "tests/parity/test_cohort.py"
+COMPILED, COHORT = "tests/oracles/test_compiled.py", "tests/parity/test_cohort.py"
 POPULATION, COST = "tests/parity/test_population.py", "tests/e2e/test_cost.py"
 KILLS = "ten_kills_at_random_moments_lose_and_repeat_nothing"
 PAIRED = "paired_arms_share_their_start_and_reruns_begin_where_tuning_ended"
@@ -207,6 +207,11 @@ MUTANTS = [
     ("study/cohort.py", "sorted(arms, key=kind), kind", "arms, kind", COHORT),
     ("study/cohort.py", "if tuned else spec.steps() + 1", "if True else 0", COHORT),
     ("study/cohort.py", "len(y) * population.evaluate", "population.evaluate", COHORT),
+    ("updates/adam.py", "return shrink * p - a", "return p - a", COMPILED),
+    ("updates/adam.py", "m * total / both - (1 - beta1)", "m * total / both - 1.0", COMPILED),
+    ("updates/adam.py", '-o["lr"] * v_theta', "-o['lr'] * w_theta", COMPILED),
+    ("updates/adam.py", "return not state or", "return not state and", COMPILED),
+    ("binding.py", "if compile else", "if False else", COMPILED),
     ("updates/blocks.py", "BLOCK = 2**16", "BLOCK = 2**12", COST),
     ("updates/adam.py", "denom = root + eps\n        w", "denom = (root + eps).clone()\n        w", COST),
     (

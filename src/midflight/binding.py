@@ -24,19 +24,23 @@ class Binding:
         optimizer: a torch optimiser with an update rule.
         space: where the hyperparameters are.
         bind: which of them are options.
+        compile: whether the update rule is compiled, where it can be.
 
     Raises:
         BindingError: a name is no hyperparameter, or no tunable option of the optimiser; or its
             param_groups differ in an option to which one number is bound.
         UnsupportedOptimizer: there is no update rule for the optimiser.
+        NoCompiler: it cannot be compiled here.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, space: Space, bind: Bind) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, space: Space, bind: Bind, compile: bool = False
+    ) -> None:
         if isinstance(bind, str):
             raise BindingError(f'bind must be a list such as ["{bind}"], but got the text "{bind}".')
         self._optimizer = optimizer
         self._space = space
-        self._rule = rule_for(optimizer)
+        self._rule = rule_for(optimizer).compiled() if compile else rule_for(optimizer)
         self.options = dict(bind) if isinstance(bind, Mapping) else {name: name for name in bind}
         for name, option in self.options.items():
             self._check(name, option)

@@ -37,6 +37,10 @@ class UnsupportedParameter(MidflightError, TypeError):
     """A weight whose update cannot be differentiated (sparse gradient, complex dtype)."""
 
 
+class NoCompiler(MidflightError, RuntimeError):
+    """torch.compile was asked for and does not work here."""
+
+
 class MissingExtra(MidflightError, ImportError):
     """An optional dependency is needed and not installed."""
 

@@ -64,6 +64,8 @@ class Tuner:
         hyper_optimizer: raw tensors -> torch optimiser that moves them; `SignSteps` by default.
         snapshots: keep a copy of model, optimiser and hyperparameters, renewed at every so many good
             hyper-steps, and go back to it after three failed ones in a row. None keeps no copy.
+        compile: have torch.compile make one pass over the weights of what a hyper-step does with them. Takes
+            half a minute at first and a C++ compiler; for Adam and AdamW, others stay as they are.
 
     With gradient accumulation a hyper-step comes only at the last micro-batch of an optimiser step, and the
     training side of the hypergradient sees that one.
@@ -74,6 +76,7 @@ class Tuner:
         UnsupportedOptimizer: there is no update rule for the optimiser.
         UnsupportedParameter: a weight is complex.
         UnknownName: there is no such estimator.
+        NoCompiler: torch.compile does not work here.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Tuner:
         total_steps: int | None = None,
         hyper_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = SignSteps,
         snapshots: int | None = None,
+        compile: bool = False,
     ) -> None:
         if every is not None and budget is not None:
             raise ValueError(f"one of every and budget can be given, but got {every} and {budget}.")
@@ -107,7 +111,7 @@ class Tuner:
         self._validate = validate
         self._batches = EndlessBatches(valid_loader, "valid_loader")
         self._train_batches = None if train_loader is None else EndlessBatches(train_loader, "train_loader")
-        self._binding = Binding(optimizer, space, bind)
+        self._binding = Binding(optimizer, space, bind, compile)
         self._estimate = estimator_for(
             estimator or ("one_step" if train_loader is None else "one_step_cheap")
         )

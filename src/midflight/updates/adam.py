@@ -6,11 +6,14 @@ theta' = theta - lr m^ / (sqrt(s^) + eps),    m^ = m' / (1 - beta1^t),  s^ = s' 
 theta' -= lr weight_decay theta               (AdamW: decoupled)
 """
 
-from typing import ClassVar
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from midflight.errors import NoCompiler
 from midflight.updates.base import (
     Options,
     State,
@@ -70,6 +73,96 @@ class Adam(UpdateRule):
             along, factor = (v, -o["lr"]) if o["decoupled_weight_decay"] else (w, 1.0)
             derivatives["weight_decay"] = factor * torch.dot(along.reshape(-1), param.reshape(-1))
         return (w.neg_() if o["maximize"] else w), derivatives
+
+    def compiled(self) -> UpdateRule:
+        return CompiledAdam()
+
+
+class CompiledAdam(Adam):
+    """Adam whose dozen of elementwise operations are compiled into one pass over memory.
+
+    Raises:
+        NoCompiler: torch.compile does not work here; it needs a C++ compiler.
+    """
+
+    one_pass: ClassVar = True
+
+    def __init__(self) -> None:
+        some, number = torch.ones(8), torch.tensor(0.5, dtype=torch.float64)
+        try:
+            _compiled(_ahead)(*[some] * 4, *[number] * 6)
+            _compiled(_pullback)(*[some] * 5, *[number] * 5)
+        except Exception as error:  # torch has no common class for what can go wrong here
+            raise NoCompiler(
+                "compile=True needs a C++ compiler that torch.compile finds, but it said: "
+                f"{str(error).strip().splitlines()[0]}; install one (g++, say), or leave compile=True out."
+            ) from error
+
+    @torch.no_grad()
+    def ahead(self, param: Tensor, grad: Tensor, state: State, options: Options) -> Tensor:
+        if _is_rare(state, options):
+            return super().ahead(param, grad, state, options)
+        o = numbers(options)
+        coupled, shrink = (0.0, 1 - o["lr"] * o["weight_decay"]) if o["decoupled_weight_decay"] else (
+            o["weight_decay"], 1.0
+        )  # fmt: skip
+        arrays, along = (
+            _flat(param, grad, state),
+            (coupled, shrink, *_scale(state, o), o["beta1"], o["beta2"]),
+        )
+        result: Tensor = _compiled(_ahead)(*arrays, *_scalars(along, param))
+        return result.view(param.shape)
+
+    @torch.no_grad()
+    def pullback(
+        self, v: Tensor, param: Tensor, grad: Tensor, state: State, options: Options
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        tuned = tuned_options(options)
+        if _is_rare(state, options) or set(tuned) - {"weight_decay"}:
+            return super().pullback(v, param, grad, state, options)
+        o = numbers(options)
+        decoupled = o["decoupled_weight_decay"]
+        along = (0.0 if decoupled else o["weight_decay"], *_scale(state, o), o["beta1"], o["beta2"])
+        arrays = (v.reshape(-1), *_flat(param, grad, state))
+        w, w_theta, v_theta = _compiled(_pullback)(*arrays, *_scalars(along, param))
+        derivatives = {"weight_decay": -o["lr"] * v_theta if decoupled else w_theta} if tuned else {}
+        return w.view(param.shape), derivatives
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _ahead(p: Tensor, g: Tensor, m: Tensor, s: Tensor, coupled: Tensor, shrink: Tensor, a: Tensor, e: Tensor,
+           beta1: Tensor, beta2: Tensor) -> Tensor:  # fmt: skip
+    total = g + coupled * p
+    m = beta1 * m + (1 - beta1) * total
+    return shrink * p - a * m / ((beta2 * s + (1 - beta2) * total * total).sqrt() + e)
+
+
+def _pullback(v: Tensor, p: Tensor, g: Tensor, m: Tensor, s: Tensor, coupled: Tensor, a: Tensor, e: Tensor,
+              beta1: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    total = g + coupled * p
+    m = beta1 * m + (1 - beta1) * total
+    root = (beta2 * s + (1 - beta2) * total * total).sqrt()
+    both = (root * (root + e)).clamp_min(torch.finfo(p.dtype).tiny)  # where root is 0 so is m
+    w = a * v / (root + e) * ((1 - beta2) * m * total / both - (1 - beta1))
+    return w, (w * p).sum(), (v * p).sum()
+
+
+def _is_rare(state: State, options: Options) -> bool:
+    """Not worth a program of its own."""
+    return not state or options["amsgrad"] or options["maximize"]
+
+
+def _flat(param: Tensor, grad: Tensor, state: State) -> tuple[Tensor, ...]:
+    return tuple(t.reshape(-1) for t in (param, grad, state["exp_avg"], state["exp_avg_sq"]))
+
+
+def _scalars(numbers: Iterable[float], like: Tensor) -> list[Tensor]:
+    """As tensors: a number would be compiled into the program. In float64, for 1 - beta2 is small."""
+    return [torch.tensor(x, dtype=torch.float64, device=like.device) for x in numbers]
 
 
 def _moments(param: Tensor, grad: Tensor, state: State, o: Options) -> tuple[Tensor, Tensor, Tensor]:

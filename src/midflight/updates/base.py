@@ -22,6 +22,12 @@ class UpdateRule(ABC):
     """The options with respect to which the step can be differentiated."""
     elementwise: ClassVar[bool] = True
     """Whether an entry of the new weight depends on the same entry of the rest, and on numbers, alone."""
+    one_pass: ClassVar[bool] = False
+    """Whether `ahead` and `pullback` go through memory once and gain nothing from working in pieces."""
+
+    def compiled(self) -> "UpdateRule":
+        """The same rule, faster by torch.compile; itself where there is no such thing."""
+        return self
 
     @abstractmethod
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:

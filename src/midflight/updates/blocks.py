@@ -70,7 +70,7 @@ def blocks(params: Mapping[str, Tensor], states: Mapping[str, State], updates: U
             yield Block((name,), None, _OfMany(u.rule), u.options)
         elif size < BLOCK:
             together.setdefault(_kin(p, states[name], u), []).append(name)
-        elif p.device.type != "cpu":
+        elif p.device.type != "cpu" or u.rule.one_pass:
             yield Block((name,), None, u.rule, u.options)
         else:
             for start in range(0, size, BLOCK):

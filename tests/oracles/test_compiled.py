@@ -1,0 +1,91 @@
+"""The compiled rule is the rule."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import midflight as mf
+from midflight.updates import Update, pull_back, read_options, rule_for, step_ahead
+from midflight.updates.adam import Adam, CompiledAdam, _compiled
+
+SHAPES = [(70_000,), (300, 7), (5,), (1,), ()]  # the first is cut into blocks unless the rule is compiled
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    try:
+        return CompiledAdam()
+    except mf.NoCompiler as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"eps": 1e-3}], ids=str)
+def test_step_and_pullback_equal_those_of_the_plain_rule(compiled, kind, options):
+    torch.manual_seed(0)
+    params = {str(i): torch.randn(s, dtype=torch.float64) for i, s in enumerate(SHAPES)}
+    optimizer = kind(params.values(), lr=1e-2, weight_decay=0.3, **options)
+    for _ in range(3):
+        for p in params.values():
+            p.grad = torch.randn(p.shape, dtype=p.dtype)
+        optimizer.step()
+    grads = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in params.items()}
+    v = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in params.items()}
+    states = {n: optimizer.state[p] for n, p in params.items()}
+    decay = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for rule in (rule_for(optimizer), compiled):
+        updates = dict.fromkeys(
+            params, Update(rule, {**read_options(optimizer.param_groups[0]), "weight_decay": decay})
+        )
+        w, [(_, derivative)] = pull_back(v, params, grads, states, updates)
+        found.append((step_ahead(params, grads, states, updates), w, derivative))
+    for ours, plain in zip(found[1][:2], found[0][:2], strict=True):
+        for n in params:
+            torch.testing.assert_close(ours[n], plain[n], rtol=1e-11, atol=1e-13)
+    assert float(found[1][2]) == pytest.approx(float(found[0][2]), rel=1e-11)
+
+
+def test_a_tuner_with_a_compiled_rule_moves_alike_and_uses_it(compiled, monkeypatch):
+    def run(compile):
+        torch.manual_seed(0)
+        x, y = torch.randn(32, 6, dtype=torch.float64), torch.randint(0, 3, (32,))
+        space = mf.Space(
+            weight_decay=mf.Float(1e-5, 1e-1, log=True), noise=mf.Float(0.0, 1.0), dtype=torch.float64
+        )
+        model = nn.Sequential(
+            mf.nn.GaussianNoise(space["noise"]), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)
+        )
+        optimizer = torch.optim.Adam(model.double().parameters(), lr=1e-2)
+        tuner = mf.Tuner(
+            model, optimizer, space, validate=lambda m, b: F.cross_entropy(m(b[0]), b[1]),
+            valid_loader=[(x, y)], bind=["weight_decay"], every=2, compile=compile,
+        )  # fmt: skip
+        for _ in range(12):
+            optimizer.zero_grad()
+            tuner.backward(F.cross_entropy(model(x), y))
+            optimizer.step()
+        return {name: float(raw) for name, raw in space.raws.items()}
+
+    asked = []
+    plain = run(compile=False)
+    monkeypatch.setattr("midflight.updates.adam._compiled", lambda f: asked.append(f) or _compiled(f))
+    assert run(compile=True) == pytest.approx(plain, rel=1e-9)
+    assert {f.__name__ for f in asked} == {"_ahead", "_pullback"}
+
+
+def test_a_missing_compiler_is_told_in_a_sentence(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no g++ here\nand more")
+
+    _compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(mf.NoCompiler, match=r"C\+\+ compiler .* no g\+\+ here; install"):
+        Adam().compiled()
+    _compiled.cache_clear()
+
+
+def test_rules_without_a_compiled_form_stay_as_they_are():
+    rule = rule_for(torch.optim.SGD([torch.zeros(1)], lr=0.1))
+    assert rule.compiled() is rule
