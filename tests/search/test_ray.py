@@ -19,8 +19,9 @@ pytestmark = [
 def cluster():
     """One for both tests; `search.run` uses a cluster that is there."""
     pytest.importorskip("ray")
-    import midflight.search.engines.ray  # quietens Ray before it starts
     import ray
+
+    import midflight.search.engines.ray  # noqa: F401 - quietens Ray before it starts
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
@@ -69,4 +70,4 @@ def test_population_based_training_clones_what_is_good_and_moves_only_floats(
 def test_a_failing_objective_is_told_as_by_every_engine(cluster, objective_file):
     what = problem(f"{objective_file}:breaks")
     with pytest.raises(search.ObjectiveFailed, match="KeyError: 'no such layer'"):
-        search.run(what.objective, what.space, engine="ray", trials=5, epochs=2, workers=1)
+        search.run(what.objective, what.space, engine="ray", trials=5, epochs=2, workers=2)

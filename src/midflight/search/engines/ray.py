@@ -87,7 +87,7 @@ def _fit(
         if not jobs:
             return
         how, space = {}, {"job": tune.grid_search(jobs)}
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(train, objective=objective), {"cpu": 1}),
         param_space=space,
         tune_config=tune.TuneConfig(
@@ -98,7 +98,10 @@ def _fit(
             name=uuid.uuid4().hex, storage_path=str(storage), verbose=0, stop=Stops(book),
             callbacks=[Watch(book)], failure_config=tune.FailureConfig(max_failures=RETRIES),
         ),
-    ).fit()  # fmt: skip
+    )  # fmt: skip
+    tuner.fit()
+    if book.error is not None:
+        raise book.error
 
 
 def train(config: dict[str, Any], objective: Objective) -> None:
@@ -139,6 +142,16 @@ class Book:
         self.search = search
         self.jobs: dict[str, Job] = {}
         self.failed: dict[str, str] = {}
+        self.error: Exception | None = None
+        """What went wrong in this process; Ray would only log it."""
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Keep an error of the block for later; Ray is then told to stop."""
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
 
     def next_jobs(self, most: int) -> list[Job]:
         """Up to so many jobs at once."""
@@ -179,7 +192,9 @@ class Jobs(Searcher):
         self._book = book
 
     def suggest(self, trial_id: str) -> Any:
-        job = self._book.search.next_job()
+        job = None
+        with self._book.guarded():
+            job = None if self._book.error else self._book.search.next_job()
         return Searcher.FINISHED if job is None else {"job": job}
 
     def on_trial_complete(
@@ -201,10 +216,13 @@ class Stops(tune.Stopper):
         self._book = book
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return not self._book.heard(trial_id, result)
+        goes_on = False
+        with self._book.guarded():
+            goes_on = self._book.heard(trial_id, result)
+        return not goes_on
 
     def stop_all(self) -> bool:
-        return self._book.search.is_over
+        return self._book.error is not None or self._book.search.is_over
 
 
 class Watch(tune.Callback):
@@ -226,10 +244,12 @@ class Watch(tune.Callback):
             part.replace(job.checkpoint)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._book.ended(trial.trial_id, (trial.last_result or {}).get("epoch", 0), error=False)
+        with self._book.guarded():
+            self._book.ended(trial.trial_id, (trial.last_result or {}).get("epoch", 0), error=False)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._book.ended(trial.trial_id, 0, error=True)
+        with self._book.guarded():
+            self._book.ended(trial.trial_id, 0, error=True)
 
 
 def _scheduler(name: str, task: Task) -> Any:
