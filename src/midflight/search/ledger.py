@@ -129,7 +129,7 @@ class Ledger:
         return self.folder / f"{root}.pt"
 
     def clear_checkpoints(self) -> None:
-        """Delete what no trial can continue, all but the best one's."""
+        """Delete what no trial will continue, all but the best one's."""
         records = self.records()
         chosen = best(records)
         kept = {r.root for r in records if r.state == "unfinished"} | ({chosen.root} if chosen else set())
