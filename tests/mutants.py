@@ -257,7 +257,7 @@ MUTANTS = [
     ("search/problems.py", 'optimizer.load_state_dict(state["optimizer"])', "pass", BITS),
     ("search/problems.py", 'batches.generator.set_state(state["batches"])', "pass", BITS),
     ("search/problems.py", 'tuner.load_state_dict(state["tuner"])', "pass", BITS),
-    ("search/search.py", "starts = earlier[0].starts", "pass", PROMOTED),
+    ("search/search.py", "starts = earlier[0].starts", "pass", "tests/search/test_engines.py"),
     (
         "search/search.py",
         'trial.set_user_attr("root", earlier[0].root if earlier else trial.number)',
@@ -265,7 +265,12 @@ MUTANTS = [
         PROMOTED,
     ),
     ("search/search.py", "self._to_continue.appendleft(trial)", "pass", WORKERS),
-    ("search/trial.py", "self._tell(saved.points)", "pass", WORKERS),
+    (
+        "search/trial.py",
+        "self._tell(saved.points)",
+        "pass",
+        RESUME + "a_report_that_was_saved_but_not_heard_is_told_when_the_trial_goes_on",
+    ),
     (
         "search/search.py",
         "if deaths >= DEATHS:",

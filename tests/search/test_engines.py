@@ -90,3 +90,14 @@ def test_an_engine_with_fidelity_stops_most_trials_early(engine, stops):
     assert (early > 10) if stops else early == 0
     spent = sum(r.epoch - r.from_epoch for r in records)
     assert (spent < 0.7 * 30 * 9) if stops else spent == 30 * 9
+
+
+def test_a_promoted_trial_starts_where_its_configuration_first_started():
+    records = search.run(objective, SPACE, engine="smac", trials=45, epochs=9).records
+    promoted = [r for r in records if r.root != r.number]
+    assert any(r.starts["decay"] == pytest.approx(1e-3) for r in promoted)  # a warm one
+    for r in promoted:
+        first = records[r.root]
+        assert (r.config, r.starts) == (first.config, first.starts)
+        assert r.from_epoch >= first.epoch
+        assert {epoch: r.losses[epoch] for epoch in first.losses} == first.losses

@@ -316,3 +316,23 @@ def test_the_stored_study_is_an_ordinary_one_of_optuna(storage, objective_file, 
     assert study.best_value == found.best.loss
     assert study.best_params == found.best.config
     assert [t.params for t in study.trials] == [r.config for r in found.records]
+
+
+def test_a_report_that_was_saved_but_not_heard_is_told_when_the_trial_goes_on(objective_file, tmp_path):
+    what = problem(f"{objective_file}:objective")
+    config = {"layers": 1, "optimizer": "adam", "lr": 1e-2}
+    job = Job(0, config, what.space.starts(config), 3, 0, what.space, tmp_path / "0.pt")
+    heard = []
+
+    def dies(points):
+        if points[-1].epoch == 2:
+            raise KeyboardInterrupt  # saved, and killed before anybody heard of it
+        heard.extend(points)
+        return True
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, what.objective, dies)
+    assert [p.epoch for p in heard] == [1]
+    told = []
+    run_job(job, what.objective, lambda points: told.append([p.epoch for p in points]) or True)
+    assert told == [[1, 2], [3]]
