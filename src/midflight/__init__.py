@@ -22,7 +22,7 @@ from midflight.population import Population, stacked
 from midflight.problem import Problem, Step
 from midflight.ranges import RANGES, default_range
 from midflight.rotation import Rotation
-from midflight.space import Float, Hyperparameter, Space
+from midflight.space import Categorical, Float, Hyperparameter, Int, Space
 from midflight.trajectory import Replay, Trajectory
 from midflight.tuner import Tuner
 from midflight.updates import RULES, Update, UpdateRule
@@ -34,10 +34,12 @@ __all__ = [
     "RANGES",
     "RULES",
     "BindingError",
+    "Categorical",
     "CheckReport",
     "Estimator",
     "Float",
     "Hyperparameter",
+    "Int",
     "MidflightError",
     "MissingExtra",
     "NeedsClosure",

@@ -7,8 +7,8 @@ replace it. Its hypergradient lands in `raw.grad`, so any torch optimiser can mo
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from midflight.transforms import Linear, Log, Logit, Transform
 from midflight.trees import Tensors
 
 Value = float | Sequence[float] | Tensor
+Choice: TypeAlias = str | int | float | bool | None
+When: TypeAlias = Mapping[str, Choice | tuple[Choice, ...]]
+"""Name of an `Int` or `Categorical` -> the value, or a tuple of values, that it must have; all must hold."""
 ROUNDING = 1e-6  # a few float32 roundings
 
 
@@ -34,6 +37,9 @@ class Float:
             (log, logit) range if not given.
         shape: of the value; () for one number, (n,) for one per parameter group, layer, class or
             training example.
+        online: in `midflight.search`: tuned inside each trial instead of searched.
+        when: in `midflight.search`: part of a configuration only where other hyperparameters have
+            these values; see `When`.
 
     Raises:
         SpaceError: one of the conditions above does not hold.
@@ -45,6 +51,8 @@ class Float:
     init: Value | None = None
     logit: bool = False
     shape: tuple[int, ...] = ()
+    online: bool = field(default=False, kw_only=True)
+    when: When | None = field(default=None, kw_only=True, hash=False)
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
@@ -82,6 +90,66 @@ class Float:
     def transform(self) -> Transform:
         """The map from the unit interval onto [low, high]."""
         return (Log if self.log else Logit if self.logit else Linear)(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Int:
+    """A whole number between `low` and `high`, both included; searched by an engine of `midflight.search`.
+
+    Args:
+        low: smallest value.
+        high: largest value; low < high.
+        log: search on a logarithmic scale; needs low > 0.
+        when: part of a configuration only where other hyperparameters have these values; see `When`.
+
+    Raises:
+        SpaceError: one of the conditions above does not hold.
+    """
+
+    low: int
+    high: int
+    log: bool = False
+    when: When | None = field(default=None, kw_only=True, hash=False)
+
+    def __post_init__(self) -> None:
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if isinstance(bound, bool) or not isinstance(bound, int):
+                raise SpaceError(f"{name} must be a whole number, but got {bound!r}; use Float for others.")
+        if not self.low < self.high:
+            raise SpaceError(f"low < high must hold, but low={self.low} and high={self.high}.")
+        if self.log and self.low <= 0:
+            raise SpaceError(
+                f"low > 0 must hold for log=True, but low={self.low}; pass log=False or a positive low."
+            )
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """One of a few values without an order; searched by an engine of `midflight.search`.
+
+    Args:
+        choices: strings, numbers, booleans or None, no two equal.
+        when: part of a configuration only where other hyperparameters have these values; see `When`.
+
+    Raises:
+        SpaceError: there is no choice, two are equal, or one is of another type.
+    """
+
+    choices: Sequence[Choice]
+    when: When | None = field(default=None, kw_only=True, hash=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.choices, str) or not len(self.choices):
+            raise SpaceError(f"choices must be a list of at least one value, but got {self.choices!r}.")
+        object.__setattr__(self, "choices", tuple(self.choices))
+        for n, choice in enumerate(self.choices):
+            if not isinstance(choice, str | int | float | bool | None):
+                raise SpaceError(
+                    f"a choice must be a string, a number, a boolean or None, but got {choice!r}; "
+                    "name it and look it up in your own code."
+                )
+            if choice in self.choices[:n]:
+                raise SpaceError(f"choices must differ, but {choice!r} came twice (1 equals 1.0 and True).")
 
 
 class Hyperparameter:
@@ -226,6 +294,11 @@ class Space:
         if not specs:
             raise SpaceError("a Space needs at least one hyperparameter, such as noise=Float(0, 0.8).")
         for name, spec in specs.items():
+            if isinstance(spec, Int | Categorical):
+                raise SpaceError(
+                    f"{name} must be a Float to be tuned while the model trains, but is {spec!r}, which has "
+                    "no gradient; declare it in a midflight.search.Space and an engine searches it."
+                )
             if not isinstance(spec, Float):
                 raise SpaceError(f"{name} must be a Float, but got {spec!r}.")
         dtype = dtype or torch.get_default_dtype()

@@ -1,0 +1,100 @@
+"""One file per training: where it stands, with everything that a bit-for-bit continuation needs.
+
+Tensors and plain values only, so that a file in a shared folder cannot run code when it is read.
+"""
+
+import os
+import pickle
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from midflight.search.errors import SearchError
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a trial reported after an epoch.
+
+    Attributes:
+        epoch: epochs done, from 1.
+        loss: validation loss, what the search minimises.
+        online: values of the hyperparameters that are tuned inside.
+        extra: whatever else was reported, such as a test error; shown, never used.
+    """
+
+    epoch: int
+    loss: float
+    online: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training after an epoch; `points` are its reports so far, `state` is what the objective gave."""
+
+    points: list[Point]
+    state: Any
+    random_state: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            torch.save({**vars(self), "points": [asdict(point) for point in self.points]}, part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def load(path: Path) -> Checkpoint | None:
+    """The checkpoint in `path`; None if there is none.
+
+    Raises:
+        SearchError: the file holds more than tensors and plain values, or is damaged.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise SearchError(
+            f"a checkpoint must hold tensors, strings, numbers and lists or dicts of them, but {path.name} "
+            f"does not ({str(error).splitlines()[0]}); give `trial.report` a state of those, arrays by "
+            "torch.from_numpy."
+        ) from error
+    return Checkpoint([Point(**point) for point in saved["points"]], saved["state"], saved["random_state"])
+
+
+def random_state() -> dict[str, Any]:
+    """The global generators of torch, numpy and random, as tensors and plain values."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "random": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the global generators back to where `random_state` found them."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = state["random"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch, numpy and random."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

@@ -1,0 +1,185 @@
+"""SMAC3: a random forest proposes, Hyperband promotes; a promoted configuration goes on from its checkpoint.
+
+SMAC is asked and told in this process. What it proposes becomes a trial of the Optuna study through a
+sampler that returns the proposal, and a pruner that ends the trial at SMAC's budget. Before each proposal
+SMAC is told what the study holds and it does not know yet: its own trials, and after a restart those of an
+earlier process.
+"""
+
+import math
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ConfigSpace
+from optuna.distributions import BaseDistribution
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+from smac import HyperparameterOptimizationFacade, MultiFidelityFacade, Scenario
+from smac.main.exceptions import ConfigurationSpaceExhaustedException
+from smac.runhistory import StatusType, TrialInfo, TrialValue
+
+from midflight.search.engines import Engine, Task
+from midflight.search.space import Config, Space, Spec, conditions
+from midflight.space import Categorical, Int
+
+UNTIL = "smac:until"
+"""System attribute of a trial: the epoch at which SMAC wants to hear of it."""
+UNLIMITED = 10_000  # trials SMAC plans for if only time limits a search
+
+
+def smac(task: Task) -> Engine:
+    """SMAC3's multi-fidelity facade at its defaults; with a single epoch, its random-forest facade."""
+    sampler = SmacSampler(task)
+    return Engine(sampler, UntilPruner(), promotes=True, prepare=sampler.prepare)
+
+
+class SmacSampler(BaseSampler):
+    """Hands SMAC's proposals to Optuna."""
+
+    def __init__(self, task: Task) -> None:
+        self._space, self._epochs = task.space, task.epochs
+        self._configs = configuration_space(task.space, task.seed)
+        self._facade = _facade(self._configs, task)
+        self._proposal: tuple[TrialInfo, Config] | None = None
+        self._asked: dict[int, tuple[TrialInfo, Config]] = {}
+        self._told: set[int] = set()
+
+    def prepare(self, study: Study) -> bool:
+        """Tell SMAC the news and have it propose; False if it has seen every configuration."""
+        self._tell(study.get_trials(deepcopy=False))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of scikit-learn's and SMAC's own making
+                info = self._facade.ask()
+        except (ConfigurationSpaceExhaustedException, StopIteration):
+            return False
+        self._proposal = info, to_config(self._space, info.config)
+        return True
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        if UNTIL in trial.system_attrs:
+            return  # a trial of another process, to be continued
+        if self._proposal is None:
+            self.prepare(study)
+        assert self._proposal is not None
+        self._asked[trial.number] = self._proposal
+        info, self._proposal = self._proposal[0], None
+        until = self._epochs if info.budget is None else min(self._epochs, max(1, round(info.budget)))
+        study._storage.set_trial_system_attr(trial._trial_id, UNTIL, until)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._asked[trial.number][1][param_name]
+
+    def _tell(self, trials: Iterable[FrozenTrial]) -> None:
+        finished = [t for t in trials if t.state.is_finished() and (t.params or not self._space.searched)]
+        losses = [t.value for t in finished if t.value is not None and math.isfinite(t.value)]
+        for trial in finished:
+            if trial.number in self._told:
+                continue
+            self._told.add(trial.number)
+            good = trial.value is not None and math.isfinite(trial.value)
+            # a forest cannot learn from infinity: what failed counts as the worst that did not
+            cost = float(trial.value or 0.0) if good else max(losses, default=1.0)
+            status = StatusType.SUCCESS if good else StatusType.CRASHED
+            self._facade.tell(self._info(trial), TrialValue(cost=cost, status=status), save=False)
+
+    def _info(self, trial: FrozenTrial) -> TrialInfo:
+        if trial.number in self._asked:
+            return self._asked.pop(trial.number)[0]
+        budget = None if self._epochs == 1 else float(trial.system_attrs.get(UNTIL, trial.last_step or 1))
+        return TrialInfo(from_config(self._space, self._configs, trial.params), seed=0, budget=budget)
+
+
+class UntilPruner(BasePruner):
+    """Ends a trial at the epoch that SMAC asked for."""
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        until = trial.system_attrs.get(UNTIL)
+        return until is not None and trial.last_step is not None and trial.last_step >= until
+
+
+def configuration_space(space: Space, seed: int) -> ConfigSpace.ConfigurationSpace:
+    """The searched part of a space in ConfigSpace's words; a category is its place among the choices."""
+    found = ConfigSpace.ConfigurationSpace(seed=seed)
+    made = {name: _hyperparameter(name, spec) for name, spec in space.searched.items()}
+    found.add(*made.values())
+    for name, spec in space.searched.items():
+        terms = [
+            ConfigSpace.InCondition(made[name], made[parent], [_inside(space[parent], v) for v in values])
+            for parent, values in conditions(spec).items()
+        ]
+        if terms:
+            found.add(terms[0] if len(terms) == 1 else ConfigSpace.AndConjunction(*terms))
+    return found
+
+
+def to_config(space: Space, configuration: ConfigSpace.Configuration) -> Config:
+    """What a ConfigSpace configuration says, active hyperparameters only."""
+    return {
+        name: _outside(spec, configuration[name])
+        for name, spec in space.searched.items()
+        if name in configuration
+    }
+
+
+def from_config(
+    space: Space, configs: ConfigSpace.ConfigurationSpace, config: Config
+) -> ConfigSpace.Configuration:
+    """The other way round."""
+    return ConfigSpace.Configuration(
+        configs, values={name: _inside(space[name], value) for name, value in config.items()}
+    )
+
+
+def _hyperparameter(name: str, spec: Spec) -> Any:
+    if isinstance(spec, Categorical):
+        return ConfigSpace.CategoricalHyperparameter(name, list(range(len(spec.choices))))
+    if isinstance(spec, Int):
+        return ConfigSpace.UniformIntegerHyperparameter(name, spec.low, spec.high, log=spec.log)
+    return ConfigSpace.UniformFloatHyperparameter(name, spec.low, spec.high, log=spec.log)
+
+
+def _inside(spec: Spec, value: Any) -> Any:
+    return spec.choices.index(value) if isinstance(spec, Categorical) else value
+
+
+def _outside(spec: Spec, value: Any) -> Any:
+    if isinstance(spec, Categorical):
+        return spec.choices[int(value)]
+    if isinstance(spec, Int):
+        return int(value)
+    return min(max(float(value), spec.low), spec.high)  # exp and log may round over a bound
+
+
+def _facade(configs: ConfigSpace.ConfigurationSpace, task: Task) -> Any:
+    folder = Path(tempfile.mkdtemp())
+    trials = task.trials or UNLIMITED
+    budgets: dict[str, Any] = {"min_budget": 1, "max_budget": task.epochs} if task.epochs > 1 else {}
+    scenario = Scenario(
+        configs, deterministic=True, n_trials=trials, seed=task.seed, output_directory=folder, **budgets
+    )
+    kind = MultiFidelityFacade if task.epochs > 1 else HyperparameterOptimizationFacade
+    facade = kind(scenario, _asked_and_told, logging_level=False, overwrite=True)
+    weakref.finalize(facade, shutil.rmtree, folder, ignore_errors=True)
+    return facade
+
+
+def _asked_and_told(config: ConfigSpace.Configuration, seed: int, budget: float) -> float:
+    raise AssertionError("SMAC is asked and told, it never calls a function.")
