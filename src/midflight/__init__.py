@@ -1,5 +1,7 @@
 """Tune the hyperparameters while the model trains."""
 
+from typing import TYPE_CHECKING, Any
+
 from midflight import losses, nn, penalties
 from midflight.capture import param_groups
 from midflight.checking import CheckReport, check
@@ -27,12 +29,17 @@ from midflight.trajectory import Replay, Trajectory
 from midflight.tuner import Tuner
 from midflight.updates import RULES, Update, UpdateRule
 
+if TYPE_CHECKING:
+    from midflight.automl import AutoClassifier, AutoRegressor, OnlineMLPClassifier, OnlineMLPRegressor
+
 __version__ = "0.1.0"
 
 __all__ = [
     "ESTIMATORS",
     "RANGES",
     "RULES",
+    "AutoClassifier",
+    "AutoRegressor",
     "BindingError",
     "Categorical",
     "CheckReport",
@@ -45,6 +52,8 @@ __all__ = [
     "NeedsClosure",
     "NoForwardMode",
     "NotTwiceDifferentiable",
+    "OnlineMLPClassifier",
+    "OnlineMLPRegressor",
     "Population",
     "Problem",
     "Replay",
@@ -70,3 +79,12 @@ __all__ = [
     "penalties",
     "stacked",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs scikit-learn is imported when it is first used."""
+    if name not in ("AutoClassifier", "AutoRegressor", "OnlineMLPClassifier", "OnlineMLPRegressor"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from midflight import automl
+
+    return getattr(automl, name)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,8 +78,13 @@ class Shuffled:
 
     def __iter__(self) -> Iterator[Rows]:
         order = torch.randperm(len(self.rows), generator=self.generator)
-        for chosen in order[: len(self) * self.batch].split(self.batch):
+        for chosen in torch.split(order[: len(self) * self.batch], self.batch):
             yield self.rows[chosen]
+
+
+def space_at(starts: dict[str, float]) -> Space:
+    """weight_decay, noise and dropout in their default ranges, each at its start."""
+    return Space({name: default_range(name, init=start) for name, start in starts.items()})
 
 
 class Training:
@@ -89,9 +93,7 @@ class Training:
     def __init__(self, rows: Rows, outputs: int, loss: Loss, recipe: Recipe) -> None:
         torch.manual_seed(recipe.seed)
         self.rows, self.loss, self.recipe = rows, loss, recipe
-        self.space = Space(
-            {name: default_range(name, init=recipe.starts[name]) for name in ("weight_decay", "noise", "dropout")}
-        )
+        self.space = space_at(recipe.starts)
         layers: list[nn.Module] = [GaussianNoise(self.space["noise"])]
         inputs = rows.x.shape[1]
         for units in recipe.hidden:
@@ -172,7 +174,7 @@ def tuned(t1: Rows, t2: Rows, outputs: int, loss: Loss, recipe: Recipe) -> Tuned
 def followed(
     rows: Rows, outputs: int, loss: Loss, recipe: Recipe, trajectory: Trajectory, passes: float, stop: float
 ) -> nn.Sequential:
-    """A network trained along a trajectory that took `passes` passes, for `stop` of them; its averaged weights."""
+    """A network trained along a trajectory of `passes` passes, for `stop` of them; its averaged weights."""
     run = Training(rows, outputs, loss, recipe)
     steps = max(1, round(stop * run.pass_steps))
     replay = Replay(
@@ -188,21 +190,3 @@ def followed(
         for name, value in average.average().items():
             params[name].copy_(value)
     return run.plain()
-
-
-def held_out(y: np.ndarray[Any, Any], share: float, seed: int, classes: bool) -> np.ndarray[Any, Any]:
-    """Which rows are T2: evenly spread over the sorted targets; of each class the first row stays in T1.
-
-    Returns:
-        bool, shape (n,); nothing is held out from fewer than 10 rows.
-    """
-    chosen = np.zeros(len(y), dtype=bool)
-    if len(y) < 10:
-        return chosen
-    order = np.random.default_rng(seed).permutation(len(y))
-    order = order[np.argsort(y[order], kind="stable")]
-    every = max(2, round(1 / share))
-    chosen[order[every // 2 :: every]] = True
-    if classes:
-        chosen[order[np.unique(y[order], return_index=True)[1]]] = False
-    return chosen

@@ -10,9 +10,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from midflight.automl.network import Loss, Recipe, Rows, followed, held_out, tuned
-from midflight.ranges import default_range
-from midflight.space import Space
+from midflight.automl.network import Loss, Recipe, Rows, followed, space_at, tuned
+from midflight.automl.validation import held_out
 from midflight.trajectory import Trajectory
 
 Array = np.ndarray[Any, Any]
@@ -51,7 +50,7 @@ class _OnlineMLP(BaseEstimator):
         self._refuse()
         x = self._standardised(x, fit=True)
         recipe = self._recipe(len(x))
-        rows = Rows(torch.from_numpy(x), torch.from_numpy(target))
+        rows = Rows(torch.from_numpy(x).float(), torch.from_numpy(target))
         t2 = held_out(target.reshape(len(x)), self.validation_fraction, recipe.seed, classes)
         with torch.random.fork_rng(devices=[]):
             if t2.any():
@@ -60,21 +59,23 @@ class _OnlineMLP(BaseEstimator):
                 self.values_, self.valid_losses_ = run.values, run.losses
                 passes, stop = run.passes, run.best_passes
             else:
-                space = Space({name: default_range(name, init=at) for name, at in recipe.starts.items()})
+                space = space_at(recipe.starts)
                 self.trajectory_ = Trajectory()
                 self.trajectory_.record(0, space)
                 self.values_, self.valid_losses_ = space.as_dict(), {}
                 passes = stop = float(recipe.steps)  # a pass is one batch
             if self.refit or not t2.any():
                 self.network_ = followed(rows, outputs, loss, recipe, self.trajectory_, passes, stop)
+        # in float32 a row's prediction would depend on which rows are predicted with it
+        self.network_.double()
 
     def _refuse(self) -> None:
         if not 0 < self.validation_fraction <= 0.5:
-            raise ValueError(
-                f"0 < validation_fraction <= 0.5 must hold, but got {self.validation_fraction}."
-            )
+            raise ValueError(f"0 < validation_fraction <= 0.5 must hold, but got {self.validation_fraction}.")
         if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden needs a positive number of units for each layer, but got {self.hidden}.")
+            raise ValueError(
+                f"hidden needs a positive number of units for each layer, but got {self.hidden}."
+            )
 
     def _recipe(self, n: int) -> Recipe:
         batch = self.batch_size or min(256, max(16, n // 50))
@@ -84,14 +85,15 @@ class _OnlineMLP(BaseEstimator):
         return Recipe(tuple(self.hidden), self.lr, batch, steps, self.patience, starts, seed)
 
     def _standardised(self, x: Array, fit: bool = False) -> Array:
-        """By the mean and standard deviation of the columns; float32."""
+        """By the mean and standard deviation of the columns."""
         if fit:
             self.mean_, deviation = x.mean(0), x.std(0)
             self.scale_ = np.where(deviation > 0, deviation, 1.0)
-        standardised: Array = ((x - self.mean_) / self.scale_).astype(np.float32)
+        standardised: Array = (x - self.mean_) / self.scale_
         return standardised
 
     def _outputs(self, x: Any) -> torch.Tensor:
+        """Of the network, shape (n, outputs)."""
         check_is_fitted(self)
         x = validate_data(self, x, dtype=np.float64, reset=False)
         with torch.no_grad():
@@ -99,13 +101,13 @@ class _OnlineMLP(BaseEstimator):
         return outputs
 
 
-class OnlineMLPClassifier(ClassifierMixin, _OnlineMLP):  # type: ignore[misc]
+class OnlineMLPClassifier(ClassifierMixin, _OnlineMLP):
     """A multilayer perceptron that tunes its weight decay, input noise and dropout while it trains.
 
     One training finds them: part of the rows is held out (T2), evenly over the classes, and
     `midflight.Tuner` moves the three along the gradient of its log loss. T2 also ends the training early and
     chooses the weights. Then a second training follows the trajectory of the three on all rows. Columns
-    are standardised, the network works in float32, and torch's global random state is left as it was.
+    are standardised, training is in float32, and torch's global random state is left as it was.
 
     Args:
         hidden: units of each hidden layer, with ReLU.
@@ -132,7 +134,7 @@ class OnlineMLPClassifier(ClassifierMixin, _OnlineMLP):  # type: ignore[misc]
     """
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Tune and train on X, shape (n, features), finite numbers, and y, shape (n,), of two classes or more."""
+        """Tune and train on X, shape (n, features), finite, and y, shape (n,), of two classes or more."""
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         self.classes_, target = np.unique(y, return_inverse=True)
@@ -143,20 +145,21 @@ class OnlineMLPClassifier(ClassifierMixin, _OnlineMLP):  # type: ignore[misc]
 
     def predict_proba(self, X: Any) -> Array:
         """Probability of each class, shape (n, classes)."""
-        probabilities: Array = self._outputs(X).double().softmax(1).numpy()
+        probabilities: Array = self._outputs(X).softmax(1).numpy()
         return probabilities
 
     def predict(self, X: Any) -> Array:
         """The most probable class, shape (n,)."""
-        predicted: Array = self.classes_[self._outputs(X).argmax(1).numpy()]
+        most_probable = self._outputs(X).argmax(1).numpy()
+        predicted: Array = self.classes_[most_probable]
         return predicted
 
 
-class OnlineMLPRegressor(RegressorMixin, _OnlineMLP):  # type: ignore[misc]
+class OnlineMLPRegressor(RegressorMixin, _OnlineMLP):
     """A multilayer perceptron that tunes its weight decay, input noise and dropout while it trains.
 
-    As `OnlineMLPClassifier`, with the squared error in place of the log loss; the target is standardised, too.
-    T2 is spread evenly over the sorted target.
+    As `OnlineMLPClassifier`, with the squared error in place of the log loss. The target is standardised,
+    too, and T2 is spread evenly over it.
 
     Args:
         hidden, lr, batch_size, max_steps, patience, validation_fraction, weight_decay, noise, dropout, refit,
@@ -179,5 +182,6 @@ class OnlineMLPRegressor(RegressorMixin, _OnlineMLP):  # type: ignore[misc]
 
     def predict(self, X: Any) -> Array:
         """Expected target, shape (n,)."""
-        predicted: Array = self._outputs(X)[:, 0].double().numpy() * self.target_scale_ + self.target_mean_
+        standardised = self._outputs(X)[:, 0].numpy()
+        predicted: Array = self.target_mean_ + self.target_scale_ * standardised
         return predicted
