@@ -3,24 +3,28 @@
   midflight study PRESET   reproduce the paper: smoke, quick or paper
   midflight report RUN     figures and one HTML page from the stored rows of a study
   midflight check          hypergradients against central differences, in float64
+  midflight search SPACE   search what has no gradient, tune the rest while each trial trains
+  midflight report STUDY --storage URL
 
 Examples:
   midflight study smoke
   midflight study quick --run mine --starts 20 --estimator one_step t1t2
   midflight study paper --networks 1000-1000-1000 --device cuda
   midflight report quick --json
+  midflight search mlp --data mnist --engine bohb --time 5m
+  midflight search mine.py:objective --engine smac --trials 50 --storage postgresql://user@host/database
 
 `midflight COMMAND --help` lists the options. Exit codes: 0 done; 1 the environment failed (no data
-to be had, disk full) or a check did not pass; 2 bad input; 130 interrupted.
+to be had, disk full), a check did not pass or every trial failed; 2 bad input; 130 interrupted.
 """
 
 import json
+import math
 import os
-import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -28,6 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from midflight.errors import MidflightError
+from midflight.machine import machine
+from midflight.search.errors import ObjectiveFailed, SearchError, StorageLost
 from midflight.study.data import DatasetUnavailable
 from midflight.study.progress import showing_progress
 from midflight.study.report import as_json, summary_table, write_report
@@ -38,6 +44,8 @@ from midflight.study.summary import summarise
 from midflight.testing.table import Check, Skipped, as_dicts, run_checks
 
 DEFAULT_STORE = Path("runs/midflight.sqlite")
+DEFAULT_STORAGE = "runs/search.sqlite"
+DEFAULT_TIME = "5m"
 LONG = 3600.0  # seconds above which a study says beforehand how long it will take
 
 _out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
@@ -64,12 +72,14 @@ class Study:
 
 @dataclass(frozen=True)
 class Report:
-    """Write the figures and report.html of a study from its stored rows."""
+    """Write the figures and report.html of a study, or with --storage of a search, from its stored rows."""
 
     run: tyro.conf.Positional[str]
     """The study's name in the store."""
     store: Path = DEFAULT_STORE
     """SQLite file."""
+    storage: str | None = None
+    """Of a search: a .sqlite or .journal file, or a URL."""
     out: Path | None = None
     """Folder to write to; runs/RUN beside the store if not given."""
     json: bool = False
@@ -86,10 +96,53 @@ class CheckCommand:
     """Print the table for machines."""
 
 
+@dataclass(frozen=True)
+class SearchCommand:
+    """Search a space for the least validation loss; what is declared online is tuned inside each trial.
+
+    Every report of a trial is stored at once; the same command resumes where it stopped.
+    """
+
+    space: tyro.conf.Positional[str]
+    """mlp, or FILE.py:FUNCTION with a `space` in the file; see docs/search.md."""
+    data: str | None = None
+    """For mlp: mnist, fashion_mnist or digits; digits if not given."""
+    train: int | None = None
+    """For mlp: training images, fewer for a quicker search."""
+    engine: str = "bohb"
+    """random, tpe, bohb (TPE with Hyperband), smac (random forest with Hyperband) or ray."""
+    trials: int | None = None
+    """Trials in the whole study."""
+    time: str | None = None
+    """How long to search now, such as 90s, 5m or 2h; 5m if neither this nor --trials is given."""
+    epochs: int = 9
+    """Of a whole training; Hyperband compares after 1, 3, 9, ... of them."""
+    workers: int | None = None
+    """Trials at once, each in a process of its own; all cores if not given."""
+    storage: str = DEFAULT_STORAGE
+    """A .sqlite or .journal file, or a URL such as postgresql://user@host/database."""
+    study: str | None = None
+    """Its name in the storage; made of space, data and engine if not given."""
+    seed: int = 0
+    """Of the engine and of every trial."""
+    offline: bool = False
+    """Tune nothing inside the trials: the engine searches everything."""
+    warm_start: bool = True
+    """Start what is tuned inside where the nearest good configuration ended."""
+    address: str | None = None
+    """For ray: a running cluster; one is started here if not given."""
+    scheduler: str = "asha"
+    """For ray: asha, hyperband, median, pbt or fifo."""
+    out: Path | None = None
+    """Folder of the report; one of the study's name beside the storage if not given."""
+    json: bool = False
+    """Print the trials for machines."""
+
+
 def main() -> None:
     """Entry point of the command `midflight`."""
     arguments = sys.argv[1:]
-    commands = {"study": _study, "report": _report, "check": _check}
+    commands = {"study": _study, "report": _report, "check": _check, "search": _search}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         sys.exit(0 if arguments else 2)
@@ -97,7 +150,7 @@ def main() -> None:
         _fail(f"the command must be one of {', '.join(commands)}; got {arguments[0]!r}.", 2)
     try:
         sys.exit(commands[arguments[0]](arguments[1:]))
-    except (DatasetUnavailable, StoreUnavailable, WorkerDied) as error:
+    except (DatasetUnavailable, StoreUnavailable, WorkerDied, StorageLost, ObjectiveFailed) as error:
         _fail(str(error), 1)
     except MidflightError as error:
         _fail(str(error), 2)
@@ -138,6 +191,8 @@ def _study(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     report = tyro.cli(Report, args=arguments, prog="midflight report")
+    if report.storage is not None:
+        return _search_report(report.run, report.storage, report.out, report.json)
     with Store(report.store, create=False) as store:
         if report.json:
             print(as_json(store, report.run))
@@ -150,6 +205,78 @@ def _report(arguments: list[str]) -> int:
         _out.print(summary_table(summarise(store.spec(report.run), store.rows(report.run))))
     _out.print(f"Report: {page.resolve()}")
     return 0
+
+
+def _search(arguments: list[str]) -> int:
+    command = tyro.cli(SearchCommand, args=arguments, prog="midflight search")
+    needs_search_extra()
+    from midflight.search.problems import problem
+    from midflight.search.progress import showing_trials
+    from midflight.search.search import run
+
+    if command.trials is None and command.time is None:
+        command = replace(command, time=DEFAULT_TIME)
+    seconds = None if command.time is None else parse_seconds(command.time)
+    what = problem(command.space, command.data, command.train)
+    space = what.space.offline() if command.offline else what.space
+    name = command.study or _study_name(command)
+    cores = len(os.sched_getaffinity(0))
+    options: dict[str, Any] = {}
+    if command.engine == "ray":
+        options = {"address": command.address, "scheduler": command.scheduler}
+    with showing_trials(_err, command.epochs, command.trials, seconds) as table:
+        run(
+            what.objective, space, engine=command.engine, trials=command.trials, seconds=seconds,
+            epochs=command.epochs, workers=cores if command.workers is None else command.workers,
+            storage=command.storage, name=name, seed=command.seed, warm_start=command.warm_start,
+            label=what.label, callbacks=[table.on_record], **options,
+        )  # fmt: skip
+    return _search_report(name, command.storage, command.out, command.json)
+
+
+def _search_report(name: str, storage: str, out: Path | None, as_text: bool) -> int:
+    needs_search_extra()
+    from midflight.search import report
+    from midflight.search.ledger import default_folder, read_study, shown, storage_errors
+
+    ledger, declaration = read_study(storage, name)
+    with storage_errors(storage):
+        records = ledger.records()
+    if as_text:
+        print(report.as_json(name, declaration, records))
+        return 0
+    with _err.status("drawing the report"):
+        page = report.write_report(name, declaration, records, out or default_folder(storage, name))
+    _out.print(report.summary_table(records))
+    _out.print(f"Stored as {name} in {shown(storage)}. Report: {page.resolve()}", markup=False)
+    return 0
+
+
+def _study_name(command: SearchCommand) -> str:
+    space = Path(command.space.partition(":")[0]).stem
+    data = (command.data or "digits") if space == "mlp" else ""
+    size = f"{command.train}" if command.train else ""
+    parts = (space, data, size, command.engine, "offline" if command.offline else "")
+    return "-".join(part for part in parts if part)
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of 90, 90s, 5m or 2h; raises `SearchError`."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in tuple("smh") else (text, "s")
+    try:
+        seconds = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise SearchError(f"--time must be a duration such as 90s, 5m or 2h, but got {text!r}.")
+    return seconds
+
+
+def needs_search_extra() -> None:
+    """Raise `MissingExtra` if the extra `search` is not installed."""
+    from midflight.search.engines import need
+
+    need("optuna", "search")
 
 
 def _check(arguments: list[str]) -> int:
@@ -218,25 +345,6 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds / 60:.0f} minutes"
-
-
-def machine() -> str:
-    """This machine in words, for the store and the report."""
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return (
-        f"{_processor()}, {os.cpu_count()} cores{gpu}; {platform.system()}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}"
-    )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
 
 
 def _fail(sentence: str, code: int) -> None:

@@ -57,6 +57,7 @@ class Record:
         root: number of the first trial of this configuration, whose checkpoint it continues; its own if none.
         from_epoch: epochs that it did not train itself, but found in a checkpoint of an earlier trial.
         seconds: from its beginning to its end.
+        engine: that proposed it.
     """
 
     number: int
@@ -70,6 +71,7 @@ class Record:
     root: int = 0
     from_epoch: int = 0
     seconds: float = math.nan
+    engine: str = ""
 
     @property
     def epoch(self) -> int:
@@ -209,6 +211,7 @@ def record(trial: FrozenTrial) -> Record:
         root=attrs.get("root", trial.number),
         from_epoch=attrs.get("from_epoch", 0),
         seconds=duration.total_seconds() if duration else math.nan,
+        engine=attrs.get("engine", ""),
     )
 
 

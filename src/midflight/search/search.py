@@ -19,6 +19,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from midflight.machine import machine
 from midflight.search import checkpoint
 from midflight.search.checkpoint import Point
 from midflight.search.engines import Engine, Task, build
@@ -128,7 +129,7 @@ def run(
     )
     with storage_errors(storage):
         ledger = open_study(
-            storage, name, Declaration(space, epochs, seed, label), where,
+            storage, name, Declaration(space, epochs, seed, label, machine()), where,
             sampler=built.sampler, pruner=built.pruner,
         )  # fmt: skip
         if temporary:
@@ -308,6 +309,7 @@ class Search:
         """What the trial continues, or where its tuned hyperparameters start."""
         records = [r for r in self.ledger.records() if r.number < trial.number]
         earlier = [r for r in records if r.config == config] if self._engine.promotes else []
+        trial.set_user_attr("engine", self._engine.name)
         trial.set_user_attr("root", earlier[0].root if earlier else trial.number)
         trial.set_user_attr("from_epoch", max((r.epoch for r in earlier), default=0))
         starts = self.space.starts(config)
@@ -352,6 +354,6 @@ def nearest_values(space: Space, config: Config, records: Sequence[Record]) -> C
         (r for r in records if r.state == "complete" and r.trajectory and math.isfinite(r.loss)),
         key=lambda r: r.loss,
     )
-    good = tuned[: math.ceil(len(tuned) / 2)]
+    good = tuned[: len(tuned) // 2]  # of a single one nobody knows whether it is good
     nearest = min(good, key=lambda r: (space.distance(config, r.config), r.loss), default=None)
     return dict(nearest.online) if nearest else {}

@@ -133,7 +133,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def trajectories(spec: Spec, rows: list[Row]) -> Figure:
     """Fig. 1: where tuning moves (log10 L2, noise), over the validation error of fixed runs."""
-    with _style():
+    with style():
         figure, panels = _grid(spec, "Where tuning moves the hyperparameters")
         (l2_low, l2_high), (noise_low, noise_high) = spec.intervals()
         for network, tuning, axis in _each(spec, rows, panels):
@@ -210,7 +210,7 @@ def end_and_rerun(spec: Spec, rows: list[Row]) -> Figure:
 
 def time_per_epoch(spec: Spec, rows: list[Row]) -> Figure:
     """Fig. 4: seconds per epoch, plain and tuned, start by start, and what tuning adds."""
-    with _style():
+    with style():
         networks, names = measure(spec, rows).networks, estimators(spec)
         size = (2 * PANEL + 1.2, 3.3 * len(networks) + 0.7)
         figure = Figure(figsize=size, layout="constrained")
@@ -227,7 +227,7 @@ def time_per_epoch(spec: Spec, rows: list[Row]) -> Figure:
 
 def eq6(spec: Spec, rows: list[Row]) -> Figure:
     """Fig. 5: `paper` (Eq. 6 as printed) beside the study's other estimator, from the same starts."""
-    with _style():
+    with style():
         names = (reference(spec), "paper")
         networks = measure(spec, rows).networks
         figure = Figure(
@@ -246,7 +246,8 @@ def eq6(spec: Spec, rows: list[Row]) -> Figure:
         return figure
 
 
-def _style() -> Any:
+def style() -> Any:
+    """A context in which every figure of midflight is drawn, whatever the user's settings."""
     settings: Any = _DEFAULTS | _STYLE
     return matplotlib.rc_context(settings)
 
@@ -258,7 +259,7 @@ _DEFAULTS: dict[str, Any] = {
 
 def _render(figure: Figure, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    with _style():
+    with style():
         if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # it would move things a little at each drawing
@@ -415,7 +416,7 @@ def _scatter(
     panel: Callable[[Axes, list[Start], Tuning], str],
 ) -> Figure:
     """A square panel per network and estimator; the panels of a network share their axes."""
-    with _style():
+    with style():
         figure, panels = _grid(spec, title)
         each = _each(spec, rows, panels)
         found = {(n.network, t.estimator): starts(rows, n.network, t.estimator) for n, t, _ in each}

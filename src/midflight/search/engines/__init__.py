@@ -5,7 +5,7 @@ all engines stand in one Optuna study. A new engine is one file and one row in `
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
@@ -44,12 +44,14 @@ class Engine:
 
     Attributes:
         promotes: whether it may propose a configuration again, to be trained for longer.
+        name: in `ENGINES`.
         prepare: called before each proposal; False if there is nothing to propose any more.
     """
 
     sampler: "BaseSampler"
     pruner: "BasePruner"
     promotes: bool = False
+    name: str = ""
     prepare: Callable[["Study"], bool] = lambda study: True
 
 
@@ -66,7 +68,7 @@ def build(name: str, task: Task) -> Engine:
     need("optuna", "search")
     need(module, "ray" if module == "ray" else "search")
     make: Any = getattr(import_module(f"{__name__}.{module}"), function)
-    return cast(Engine, make(task))
+    return replace(cast(Engine, make(task)), name=name)
 
 
 def need(module: str, extra: str) -> None:

@@ -1,0 +1,224 @@
+"""What `midflight search` searches: a multilayer perceptron on images, or an objective in a file of yours."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import midflight.nn as mfnn
+from midflight.errors import MidflightError
+from midflight.ranges import default_range
+from midflight.search.errors import SearchError
+from midflight.search.space import Config, Space
+from midflight.search.trial import Objective, Trial
+from midflight.space import Categorical, Float, Int
+from midflight.space import Space as TunedSpace
+from midflight.study.arm import Shuffled, Split, evaluate
+from midflight.study.data import DATASETS, load
+from midflight.tuner import Tuner
+
+BATCH = 128
+VALID = 1 / 6  # of the training images tune and judge, as 10,000 of MNIST's 60,000 usually do
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
+MLP_SPACE = Space(
+    layers=Int(1, 4),
+    width=Int(32, 512, log=True),
+    activation=Categorical(list(ACTIVATIONS)),
+    batch_norm=Categorical([False, True]),
+    optimizer=Categorical(["adam", "adamw", "sgd"]),
+    # searched, not tuned: seen one step ahead, a smaller learning rate always looks better (Wu 2018)
+    lr=Float(1e-4, 0.3, log=True),
+    momentum=Float(0.0, 0.98, when={"optimizer": "sgd"}),
+    weight_decay=default_range("weight_decay", online=True),
+    noise=default_range("noise", online=True),
+    dropout=default_range("dropout", online=True),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An objective, its space, and the name under which a study knows it."""
+
+    objective: Objective
+    space: Space
+    label: str
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Trains a multilayer perceptron on a dataset of `midflight.study.data`; searched over `MLP_SPACE`.
+
+    The validation loss is that of the weights at hand; after the last epoch, of those that
+    `Tuner.finish` chose. The test error is reported beside it and used for nothing.
+    """
+
+    data: str
+    train: int | None = None
+    """Training images, fewer than there are for a quicker search."""
+
+    def __call__(self, trial: Trial) -> None:
+        t1, t2, test = splits(self.data, self.train)
+        online, params = trial.online(), trial.params
+        torch.manual_seed(trial.seed)
+        levels: dict[str, Any] = {name: online[name] for name in online} if online else {}
+        model = network(t1.x.shape[1], int(t1.y.max()) + 1, {**params, **levels})
+        optimizer = optimizer_for(model, params)
+        batches = Shuffled(t1, min(BATCH, len(t1)), trial.seed + 1)
+        tuner = _tuner(model, optimizer, online, t1, t2, trial) if online else None
+        state = trial.load()
+        done = 0
+        if state is not None:
+            done = state["epoch"]
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            batches.generator.set_state(state["batches"])
+            if tuner:
+                tuner.load_state_dict(state["tuner"])
+        for epoch in range(done + 1, trial.epochs + 1):
+            for x, y in batches:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                tuner.backward(loss) if tuner else loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            if tuner and epoch == trial.epochs:
+                tuner.finish()
+            valid, _ = evaluate(model, t2)
+            _, test_error = evaluate(model, test)
+            state = {
+                "epoch": epoch,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "batches": batches.generator.get_state(),
+                "tuner": tuner and tuner.state_dict(),
+            }
+            trial.report(epoch, valid, state, online, test_error=test_error)
+
+
+@dataclass(frozen=True)
+class FileObjective:
+    """A function in a Python file, found again in every worker process."""
+
+    path: Path
+    name: str
+
+    def __call__(self, trial: Trial) -> float | None:
+        function: Callable[[Trial], float | None] = getattr(_module(self.path), self.name)
+        return function(trial)
+
+
+def problem(what: str, data: str | None = None, train: int | None = None) -> Problem:
+    """What to search, by the words of the command line.
+
+    Args:
+        what: "mlp", or FILE.py:FUNCTION, a file that also holds a `midflight.search.Space` named `space`.
+        data: for mlp: one of `DATASETS`; digits if not given.
+        train: for mlp: how many training images.
+
+    Raises:
+        SearchError: there is no such file, function or space, or it cannot be imported.
+        UnknownName: there is no such dataset.
+        SpaceError: the space in the file cannot be.
+    """
+    if what in ("mlp",):
+        data = data or "digits"
+        split = splits(data, train)[0]
+        return Problem(Mlp(data, train), MLP_SPACE, f"mlp on {data}, {len(split)} images")
+    path, _, name = what.partition(":")
+    if not path.endswith(".py") or not name.isidentifier():
+        raise SearchError(f"what to search must be mlp or FILE.py:FUNCTION, but got {what!r}.")
+    if data is not None or train is not None:
+        raise SearchError(f"--data and --train are for mlp; {path} loads its own data.")
+    module = _module(Path(path).resolve())
+    if not callable(getattr(module, name, None)):
+        raise SearchError(f"{path} must hold a function {name}(trial), but has none of this name.")
+    space = getattr(module, "space", None)
+    if not isinstance(space, Space):
+        raise SearchError(f"{path} must hold `space = midflight.search.Space(...)`, but space is {space!r}.")
+    return Problem(FileObjective(Path(path).resolve(), name), space, f"{Path(path).name}:{name}")
+
+
+@cache
+def splits(data: str, train: int | None = None) -> tuple[Split, Split, Split]:
+    """(training, validation, test) of a dataset, the same in every process.
+
+    Raises:
+        UnknownName: there is no such dataset.
+        SearchError: there are not so many training images.
+    """
+    arrays = load(data)
+    order = torch.randperm(len(arrays.train_y), generator=torch.Generator().manual_seed(0))
+    valid = round(len(order) * VALID)
+    most = len(order) - valid
+    if train is not None and not 1 <= train <= most:
+        raise SearchError(f"1 <= train <= {most} must hold for {data}, but train={train}.")
+    x, y = torch.from_numpy(arrays.train_x), torch.from_numpy(arrays.train_y)
+    first, second = order[valid:][:train], order[:valid]
+    test = Split(torch.from_numpy(arrays.test_x), torch.from_numpy(arrays.test_y))
+    return Split(x[first], y[first]), Split(x[second], y[second]), test
+
+
+def network(inputs: int, classes: int, params: Config) -> nn.Sequential:
+    """Noise on the inputs, then layers of linear, batch norm, activation and dropout; logits come out."""
+    layers: list[nn.Module] = [mfnn.GaussianNoise(params["noise"])]
+    for _ in range(params["layers"]):
+        layers.append(nn.Linear(inputs, params["width"]))
+        if params["batch_norm"]:
+            layers.append(nn.BatchNorm1d(params["width"]))
+        layers += [ACTIVATIONS[params["activation"]](), mfnn.Dropout(params["dropout"])]
+        inputs = params["width"]
+    return nn.Sequential(*layers, nn.Linear(inputs, classes))
+
+
+def optimizer_for(model: nn.Module, params: Config) -> torch.optim.Optimizer:
+    """The optimiser of a configuration."""
+    options = {"lr": params["lr"], "weight_decay": params["weight_decay"]}
+    if params["optimizer"] == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=params["momentum"], **options)
+    kind = torch.optim.AdamW if params["optimizer"] == "adamw" else torch.optim.Adam
+    return kind(model.parameters(), fused=True, **options)
+
+
+def _tuner(
+    model: nn.Module, optimizer: torch.optim.Optimizer, online: TunedSpace, t1: Split, t2: Split, trial: Trial
+) -> Tuner:
+    size = min(BATCH, len(t1), len(t2))
+    return Tuner(
+        model, optimizer, online, validate=_cross_entropy,
+        valid_loader=Shuffled(t2, size, trial.seed + 2), train_loader=Shuffled(t1, size, trial.seed + 3),
+        bind=["weight_decay"], total_steps=trial.epochs * (len(t1) // min(BATCH, len(t1))),
+    )  # fmt: skip
+
+
+def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@cache
+def _module(path: Path) -> ModuleType:
+    name = f"midflight_search_{path.stem}"
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise SearchError(f"the objective must be in a Python file, but {path} is not there.")
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses in the file look themselves up there
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except MidflightError:
+        raise
+    except Exception as error:
+        raise SearchError(f"{path.name} cannot be imported: {type(error).__name__}: {error}.") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+__all__ = ["DATASETS", "FileObjective", "Mlp", "Problem", "problem"]
