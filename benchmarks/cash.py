@@ -38,7 +38,7 @@ from tasks import RESULTS, Row, append, one_thread, rows
 import midflight as mf
 from midflight.cli import machine
 
-ROWS = RESULTS / os.environ.get("CASH_ROWS", "cash.jsonl")
+ROWS = RESULTS / "cash.jsonl"
 SECONDS = 20.0
 SEEDS = 5
 Arrays = tuple[np.ndarray, np.ndarray]

@@ -63,12 +63,12 @@ class _Auto(BaseEstimator):
         if len(y) < FEWEST:
             raise ValueError(f"X must have at least {FEWEST} rows, but n_samples = {len(y)}.")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        seconds = math.inf if self.seconds is None else self.seconds
         problem = Problem(
-            X=X, y=y, task=task, classes=classes, columns=columns_of(X), folds=folds_of(y, seed),
+            X=X, y=y, task=task, classes=classes, columns=columns_of(X), folds=folds_of(y, seed, seconds),
             loss=loss_of(self.scoring, classes), seed=seed,
         )  # fmt: skip
-        deadline = math.inf if self.seconds is None else began + self.seconds
-        judge = Judge(problem, deadline)
+        judge = Judge(problem, deadline=began + seconds)
         interrupted = False
         try:
             run(
@@ -109,14 +109,14 @@ class _Auto(BaseEstimator):
         assert judge.best is not None
         chosen = [judge.best] if alone else together(judge, self.ensemble)
         self.best_params_ = judge.best.config
-        self.best_estimator_ = judge.problem.refitted(judge.best.config)
+        self.best_estimator_ = judge.last_fit(judge.best)
         self.members_ = []
         weights = Counter(map(id, chosen))
         for row in {id(row): row for row in chosen}.values():
             if row is judge.best:
                 self.members_.append((weights[id(row)], self.best_estimator_))
             elif judge.refit_seconds(row) <= judge.seconds_left_in_all:
-                self.members_.append((weights[id(row)], judge.problem.refitted(row.config)))
+                self.members_.append((weights[id(row)], judge.last_fit(row)))
             else:
                 del weights[id(row)]
         self.leaderboard_ = [{**row.shown(), "weight": weights[id(row)]} for row in judge.ranked()]

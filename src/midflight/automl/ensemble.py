@@ -9,6 +9,9 @@ import numpy as np
 from midflight.automl.judge import Judge, Row
 from midflight.automl.validation import Array, Loss, Parts
 
+ROUNDING = 1e-6
+"""Relative gains below this are none."""
+
 
 def together(judge: Judge, size: int) -> list[Row]:
     """The members, the best configuration first, each as often as it counts; it alone if none helps."""
@@ -37,7 +40,7 @@ def greedy(predictions: Sequence[Array], parts: Parts, loss: Loss, size: int) ->
     while len(chosen) < size:
         losses = [mean_loss((total + p) / (len(chosen) + 1), parts, loss) for p in predictions]
         n = int(np.argmin(losses))
-        if chosen and not losses[n] < best:
+        if chosen and not losses[n] < best - ROUNDING * abs(best):
             break
         chosen, total, best = [*chosen, n], total + predictions[n], losses[n]
     return chosen

@@ -16,13 +16,26 @@ import numpy as np
 from midflight.automl.columns import Columns
 from midflight.automl.families import FAMILIES, Params, Task, pipeline
 from midflight.automl.limit import OutOfTime, limit
-from midflight.automl.validation import FOLDS, Array, Loss, Parts, fitted, predictions_of, rows_of
+from midflight.automl.validation import (
+    FOLDS,
+    Array,
+    Fold,
+    Loss,
+    Parts,
+    fitted,
+    predictions_of,
+    rows_of,
+    spread,
+    thinned,
+)
 from midflight.search.trial import Trial
 
 PILOT = 1000
 """Rows on which a family is timed before its first fold, if a fold has more than twice as many."""
 MARGIN = 0.1
-"""Share of the budget that is kept for the last fits."""
+"""Share of the time that is kept for the last fits if there are several."""
+MOST_LAST = 0.3
+"""The same for that of the best one, if it takes so long."""
 KEPT = 5
 """So many of the best configurations, and the best of each family, keep their predictions for an ensemble."""
 
@@ -39,7 +52,7 @@ class Problem:
         X: an array or a frame of n rows.
         y: shape (n,).
         classes: sorted; None for a regression.
-        folds: rows of each validation fold.
+        folds: rows that train and rows that validate.
         loss: (predictions, targets) -> what is to be made small.
         seed: of the learners.
     """
@@ -49,7 +62,7 @@ class Problem:
     task: Task
     classes: Array | None
     columns: Columns
-    folds: list[Array]
+    folds: list[Fold]
     loss: Loss
     seed: int
 
@@ -57,19 +70,20 @@ class Problem:
         """The unfitted pipeline of a configuration."""
         return pipeline(self.task, config, self.columns, self.seed)
 
-    def refitted(self, config: Params) -> Any:
-        """The pipeline of a configuration, fitted on all rows."""
-        return fitted(self.pipeline(config), self.X, self.y)
+    def fit(self, config: Params, rows: Array) -> Any:
+        """The pipeline of a configuration, fitted on these rows."""
+        return fitted(self.pipeline(config), rows_of(self.X, rows), self.y[rows])
 
     @property
     def parts(self) -> Parts:
         """The folds as they lie one after the other in `Row.predictions`; a single one is cut in five."""
-        count = sum(map(len, self.folds))
-        if len(self.folds) == 1:
+        sizes = [len(validating) for _, validating in self.folds]
+        count = sum(sizes)
+        if len(sizes) == 1:
             places = [np.arange(k, count, FOLDS) for k in range(FOLDS)]
         else:
-            places = np.split(np.arange(count), np.cumsum([len(fold) for fold in self.folds])[:-1])
-        target = self.y[np.concatenate(self.folds)]
+            places = np.split(np.arange(count), np.cumsum(sizes)[:-1])
+        target = self.y[np.concatenate([validating for _, validating in self.folds])]
         return [(place, target[place]) for place in places]
 
 
@@ -127,7 +141,7 @@ class Judge:
         self.best: Row | None = None
         self._clock = clock
         self._deadline = deadline
-        self._margin = MARGIN * (deadline - clock()) if math.isfinite(deadline) else 0.0
+        self._seconds = deadline - clock() if math.isfinite(deadline) else 0.0
         self._fold_seconds: dict[str, list[float]] = {}
 
     def __call__(self, trial: Trial) -> float:
@@ -152,8 +166,7 @@ class Judge:
     @property
     def seconds_left(self) -> float:
         """For the search; time for the last fits is put aside."""
-        last_fits = max(self._margin, self.refit_seconds(self.best)) if self.best else 0.0
-        return self._deadline - last_fits - self._clock()
+        return self._deadline - self._last_fits() - self._clock()
 
     @property
     def seconds_left_in_all(self) -> float:
@@ -162,9 +175,23 @@ class Judge:
 
     def refit_seconds(self, row: Row) -> float:
         """What fitting on all rows will take, about."""
-        n, fold = len(self.problem.y), len(self.problem.folds[0])
-        seconds: float = row.fit_seconds * (n / max(1, n - fold)) ** FAMILIES[row.family].growth
+        more = len(self.problem.y) / len(self.problem.folds[0][0])
+        seconds: float = row.fit_seconds * more ** FAMILIES[row.family].growth
         return seconds
+
+    def last_fit(self, row: Row) -> Any:
+        """The pipeline of a row, fitted on all rows; on fewer if the time left is not enough for them.
+
+        They are never fewer than in the search.
+        """
+        p = self.problem
+        rows, searched = np.arange(len(p.y)), len(p.folds[0][0])
+        left, needed = self._deadline - self._clock(), self.refit_seconds(row)
+        if needed > left:
+            share = max(left, 0.0) / needed
+            most = max(searched, len(rows) * share ** (1 / FAMILIES[row.family].growth))
+            rows = thinned(spread(p.y, p.seed), most)
+        return p.fit(row.config, rows)
 
     def leaders(self) -> list[Row]:
         """Complete rows whose predictions are kept, the best first."""
@@ -176,6 +203,14 @@ class Judge:
         """All rows: the complete ones, those given up, and the others; each by loss."""
         order = ["complete", "behind", "skipped", "failed"]
         return sorted(self.rows, key=lambda row: (order.index(row.state), row.loss))
+
+    def _last_fits(self) -> float:
+        """Seconds for the best configuration, and for others as far as the margin goes."""
+        if self.best is None:
+            return 0.0
+        of_all = sum(map(self.refit_seconds, self.leaders()))
+        of_best = self.refit_seconds(self.best)
+        return max(min(of_best, MOST_LAST * self._seconds), min(of_all, MARGIN * self._seconds))
 
     def _forget(self) -> None:
         """Drop the predictions of all but the leaders."""
@@ -191,7 +226,8 @@ class Judge:
             allowed = math.inf  # a model there must be
         else:
             needed = self._expected(row, first)
-            allowed = self.seconds_left / 2 if first else self.seconds_left
+            # no single trial may eat up the search, but the last one may have what is left
+            allowed = max(self.seconds_left / 2, min(self.seconds_left, 2 * needed))
             if needed > allowed:
                 if all(fmean(s) > self.seconds_left for s in self._fold_seconds.values() if s):
                     raise Enough
@@ -210,17 +246,16 @@ class Judge:
         if self.best is None or row.loss < self.best.loss:
             self.best = row
 
-    def _fold(self, row: Row, fold: Array, allowed: float, seen: list[float]) -> Array:
-        """Predictions for a fold by a model of the other rows; their loss joins the row."""
+    def _fold(self, row: Row, fold: Fold, allowed: float, seen: list[float]) -> Array:
+        """Predictions of what a fold validates by a model of what it trains; their loss joins the row."""
         p, began = self.problem, self._clock()
-        training = np.setdiff1d(np.arange(len(p.y)), fold)
+        training, validating = fold
         try:
             with limit(allowed):
-                model = fitted(p.pipeline(row.config), rows_of(p.X, training), p.y[training])
-                predictions = predictions_of(model, rows_of(p.X, fold), p.classes)
+                predictions = predictions_of(p.fit(row.config, training), rows_of(p.X, validating), p.classes)
         finally:
             seen.append(self._clock() - began)
-        row.fold_losses.append(p.loss(predictions, p.y[fold]))
+        row.fold_losses.append(p.loss(predictions, p.y[validating]))
         n = len(row.fold_losses)
         row.fit_seconds = fmean(seen[-n:])
         row.loss = fmean(row.fold_losses)
@@ -242,13 +277,11 @@ class Judge:
         if not first:
             return fmean(self._fold_seconds[row.family])
         p = self.problem
-        training = np.setdiff1d(np.arange(len(p.y)), p.folds[0])
+        training, validating = p.folds[0]
         if not math.isfinite(self._deadline) or len(training) <= 2 * PILOT:
             return 0.0
-        few = training[:: len(training) // PILOT]
-        began = self._clock()
+        few, began = thinned(training, PILOT), self._clock()
         with limit(self.seconds_left / 4):
-            model = fitted(p.pipeline(row.config), rows_of(p.X, few), p.y[few])
-            predictions_of(model, rows_of(p.X, few), p.classes)
+            predictions_of(p.fit(row.config, few), rows_of(p.X, thinned(validating, PILOT)), p.classes)
         growth: float = (len(training) / len(few)) ** FAMILIES[row.family].growth
         return (self._clock() - began) * growth

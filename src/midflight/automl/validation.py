@@ -1,9 +1,11 @@
 """How a configuration is judged: by folds of the rows that it was not trained on.
 
-Fewer than 5,000 rows are cut into five folds, and each is predicted by a model of the other four. Of more,
-one fifth is held out once. Folds are stratified by the target, a continuous one by its order.
+A few rows are cut into five folds, and each is predicted by a model of the other four. Of more, one fifth
+is held out once, and of many the models see a sample. How many are few and many depends on the time. Folds
+and samples are stratified by the target, a continuous one by its order.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,15 +21,34 @@ Loss = Callable[[Array, Array], float]
 """(predictions, targets) -> what is to be made small; predictions as of `predictions_of`."""
 Parts = Sequence[tuple[Array, Array]]
 """(places among the predictions, targets there) of each part over which a loss is averaged."""
-FOLDS, HOLDOUT_FROM = 5, 5000
+Fold = tuple[Array, Array]
+"""(rows that train, rows that validate)"""
+FOLDS = 5
+FEW, FEW_PER_SECOND, FEWEST = 5000, 100, 500
+"""Rows below which there are five folds: so many, or fewer where a second must do for more than its share."""
+TRAINED_PER_SECOND, TRAINED = 200, 2000
+"""Rows of the sample that trains, for each second of the search, and at least."""
+VALIDATED = 10_000
+"""Rows held out, at most."""
 
 
-def folds_of(y: Array, seed: int) -> list[Array]:
-    """Rows of each validation fold; all other rows train."""
+def folds_of(y: Array, seed: int, seconds: float = math.inf) -> list[Fold]:
+    """What trains and what validates, for a search that may take so many seconds."""
     order = spread(y, seed)
-    count = min(FOLDS, len(y))
-    folds = [np.sort(order[k::count]) for k in range(count)]
-    return folds[:1] if len(y) >= HOLDOUT_FROM else folds
+    if len(y) < min(FEW, max(FEWEST, FEW_PER_SECOND * seconds)):
+        validate = [np.sort(order[k::FOLDS]) for k in range(min(FOLDS, len(y)))]
+        return [(np.setdiff1d(order, rows), rows) for rows in validate]
+    held_out = np.arange(len(y)) % FOLDS == FOLDS // 2
+    most = max(TRAINED, TRAINED_PER_SECOND * seconds)
+    return [(np.sort(thinned(order[~held_out], most)), np.sort(thinned(order[held_out], VALIDATED)))]
+
+
+def thinned(rows: Array, most: float) -> Array:
+    """At most so many of the rows, evenly spread."""
+    if len(rows) <= most:
+        return rows
+    chosen: Array = rows[np.linspace(0, len(rows) - 1, int(most)).round().astype(int)]
+    return chosen
 
 
 def spread(y: Array, seed: int) -> Array:
