@@ -201,7 +201,7 @@ class AutoClassifier(ClassifierMixin, _Auto):
         check_classification_targets(y)
         self.classes_ = np.unique(y)
         if len(self.classes_) < 2:
-            raise ValueError(f"y must hold at least two classes, but got one class, {self.classes_[0]!r}.")
+            raise ValueError(f"y must hold at least two classes, but got one class, {self.classes_[0]}.")
         self._search(X, y, "classification", self.classes_, began)
         return self
 

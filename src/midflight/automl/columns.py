@@ -1,9 +1,10 @@
 """Tables made into what a learner can read: numbers without gaps and on one scale, or as they are."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.compose import ColumnTransformer
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
@@ -80,7 +81,7 @@ def coded(columns: Columns) -> ColumnTransformer:
     codes = OrdinalEncoder(
         handle_unknown="use_encoded_value", unknown_value=np.nan, max_categories=MOST_CODES
     )
-    return _by_kind(columns, "passthrough", codes)
+    return _by_kind(columns, NoEmptyColumns(), codes)
 
 
 def _by_kind(columns: Columns, numbers: Any, categories: Any) -> ColumnTransformer:
@@ -89,6 +90,17 @@ def _by_kind(columns: Columns, numbers: Any, categories: Any) -> ColumnTransform
         text = FunctionTransformer(as_text, feature_names_out="one-to-one")
         parts.append(("categories", make_pipeline(text, categories), list(columns.categories)))
     return ColumnTransformer(parts)
+
+
+class NoEmptyColumns(TransformerMixin, BaseEstimator):
+    """Columns that held nothing but gaps become 0: scikit-learn's histograms stumble over them."""
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        self.empty_ = np.isnan(np.asarray(X, dtype=float)).all(0)
+        return self
+
+    def transform(self, X: Any) -> np.ndarray[Any, Any]:
+        return np.where(self.empty_, 0.0, np.asarray(X, dtype=float))
 
 
 def as_text(X: Any) -> np.ndarray[Any, Any]:

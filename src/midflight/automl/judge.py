@@ -92,6 +92,7 @@ class Row:
     """What is known of one configuration.
 
     Attributes:
+        number: from 0, in the order of time.
         config: `family`, and `family.name` for each hyperparameter.
         state: "complete", "behind" if it was given up, "skipped" for want of time, or "failed".
         loss: mean over the folds; estimated if it was given up; infinite without any.
@@ -102,6 +103,7 @@ class Row:
         predictions: of the rows of all folds, in their order; None if not complete, or no longer kept.
     """
 
+    number: int
     config: Params
     state: Literal["complete", "behind", "skipped", "failed"] = "complete"
     loss: float = math.inf
@@ -117,7 +119,7 @@ class Row:
 
     def shown(self) -> dict[str, Any]:
         """As plain values, for a leaderboard."""
-        names = ("family", "loss", "state", "config", "fold_losses", "seconds", "message")
+        names = ("number", "family", "loss", "state", "config", "fold_losses", "seconds", "message")
         return {name: getattr(self, name) for name in names}
 
 
@@ -151,7 +153,7 @@ class Judge:
             return known.loss
         if self.best is not None and self.seconds_left <= 0:
             raise Enough
-        row, began = Row(dict(trial.params)), self._clock()
+        row, began = Row(len(self.rows), dict(trial.params)), self._clock()
         try:
             self._judge(row)
         except OutOfTime as error:

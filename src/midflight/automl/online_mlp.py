@@ -73,9 +73,7 @@ class _OnlineMLP(BaseEstimator):
         if not 0 < self.validation_fraction <= 0.5:
             raise ValueError(f"0 < validation_fraction <= 0.5 must hold, but got {self.validation_fraction}.")
         if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(
-                f"hidden needs a positive number of units for each layer, but got {self.hidden}."
-            )
+            raise ValueError(f"hidden must name the units of each layer, at least 1, but is {self.hidden}.")
 
     def _recipe(self, n: int) -> Recipe:
         batch = self.batch_size or min(256, max(16, n // 50))
@@ -139,7 +137,7 @@ class OnlineMLPClassifier(ClassifierMixin, _OnlineMLP):
         check_classification_targets(y)
         self.classes_, target = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"y must hold at least two classes, but got one class, {self.classes_[0]!r}.")
+            raise ValueError(f"y must hold at least two classes, but got one class, {self.classes_[0]}.")
         self._train(X, target, len(self.classes_), F.cross_entropy, classes=True)
         return self
 
