@@ -8,9 +8,9 @@
 Eight tables that come with scikit-learn (friedman1 and moons are synthetic, from its generators), five random
 splits each: 70 % to learn from, 30 % to test, read once. One process, one thread, 28 minutes. midflight
 and FLAML have 20 seconds each; two learners of scikit-learn at their defaults take what they take.
-Loss: log loss, or the squared error over the variance of the test target. "midflight, best alone" is the best configuration of the
-same search, without the ensemble. An arm that cannot be run leaves a row with its error. FLAML is not
-a dependency of midflight: pip install 'flaml[automl]'. Rows: docs/results/cash.jsonl.
+Loss: log loss, or the squared error over the variance of the test target. "midflight, best alone" is the best
+configuration of the same search, without the ensemble. An arm that cannot be run leaves a row with its error.
+FLAML is not a dependency of midflight: pip install 'flaml[automl]'. Rows: docs/results/cash.jsonl.
 """
 
 import argparse

@@ -237,10 +237,9 @@ def _search(arguments: list[str]) -> int:
 def _search_report(name: str, storage: str, out: Path | None, as_text: bool) -> int:
     needs_search_extra()
     from midflight.search import report
-    from midflight.search.ledger import default_folder, read_study, shown, storage_errors
+    from midflight.search.ledger import default_folder, read_study, shown
 
-    ledger, declaration = read_study(storage, name)
-    with storage_errors(storage):
+    with read_study(storage, name) as (ledger, declaration):
         records = ledger.records()
     if as_text:
         print(report.as_json(name, declaration, records))

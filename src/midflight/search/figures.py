@@ -132,7 +132,7 @@ def configurations(space: Space, records: list[Record]) -> Figure:
 def online(space: Space, records: list[Record]) -> Figure:
     """What was tuned inside the best trial, epoch by epoch; the other trials behind it."""
     chosen = best(records)
-    names = list(chosen.starts) if chosen else []
+    names = list({**chosen.starts, **chosen.online}) if chosen else []
     size = (max(6.4, 3.3 * len(names)), 3.5)
     figure, axes = _figure(max(1, len(names)), "Tuned inside the best trial", size)
     if chosen is None or not names:
@@ -143,7 +143,7 @@ def online(space: Space, records: list[Record]) -> Figure:
         spec = space[name]
         assert isinstance(spec, Float)
         for r in records:
-            if r.trajectory and name in r.starts and r.number != chosen.number:
+            if r.trajectory and name in r.online and r.number != chosen.number:
                 axis.plot(*_path(r, name), color=RULE, lw=0.8, zorder=1)
         x, y = _path(chosen, name)
         axis.plot(x, y, color=ACCENT, lw=2, zorder=3)
@@ -158,8 +158,8 @@ def online(space: Space, records: list[Record]) -> Figure:
 
 def _path(record: Record, name: str) -> tuple[list[int], list[float]]:
     """Epochs and values; of a hyperparameter with several entries, their mean."""
-    points = [(0, record.starts), *record.trajectory]
-    return [epoch for epoch, _ in points], [float(np.mean(values[name])) for _, values in points]
+    points = [(e, values[name]) for e, values in [(0, record.starts), *record.trajectory] if name in values]
+    return [epoch for epoch, _ in points], [float(np.mean(value)) for _, value in points]
 
 
 def _coordinates(space: Space, config: Config) -> list[float]:

@@ -21,15 +21,17 @@ import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from midflight.errors import MissingExtra, UnknownName
 from midflight.search.errors import SearchError, StorageLost
 from midflight.search.space import Config, Space
 
+DECLARATION = "midflight"  # the attribute of a study that says what it searches
 SQLITE, JOURNAL = (".sqlite", ".sqlite3", ".db"), (".journal", ".log")
 BEAT = 30.0  # seconds between two signs of life of a searching process
 STALE = 5 * 60.0  # seconds without one after which its trials are taken over
+TRIES = 5  # to find the tables of a database as another process makes them
 PAUSE = 0.3  # seconds in which two claims to one trial meet in the storage
 
 STATES = {
@@ -48,7 +50,8 @@ class Record:
     Attributes:
         number: in its study, from 0.
         state: "unfinished" (running, or cut off and to be continued), "complete", "pruned" or "failed".
-        config: what the engine chose; active hyperparameters only.
+        config: what the engine chose, or what population-based training made of it; active
+            hyperparameters only.
         starts: where those that are tuned inside began.
         losses: epoch -> validation loss.
         trajectory: [epoch, {name: value}] of what is tuned inside.
@@ -165,6 +168,7 @@ class Ledger:
             while not ended.wait(BEAT):
                 with suppress(Exception):  # the storage's trouble is told by those who need an answer from it
                     beat()
+            self.study._storage.remove_session()
 
         beat()
         thread = threading.Thread(target=beats, daemon=True)
@@ -202,7 +206,7 @@ def record(trial: FrozenTrial) -> Record:
     return Record(
         number=trial.number,
         state=STATES[trial.state],
-        config=dict(trial.params),
+        config=dict(attrs.get("config", trial.params)),
         starts=attrs.get("starts", {}),
         losses=dict(sorted(trial.intermediate_values.items())),
         trajectory=[(epoch, values) for epoch, values in attrs.get("trajectory", [])],
@@ -225,52 +229,43 @@ def best(records: list[Record]) -> Record | None:
     return min(ended, key=lambda r: (r.loss, r.number), default=None)
 
 
+@contextmanager
 def open_study(
     storage: str | None, name: str, declaration: Declaration, folder: Path, **engine: Any
-) -> Ledger:
-    """Begin the study `name`, or go on with it.
+) -> Iterator[Ledger]:
+    """Begin the study `name`, or go on with it; its storage is open in the block.
 
     Raises:
         SearchError: the storage cannot be reached, or `name` is another search there.
     """
-    backend = open_storage(storage)
-    with storage_errors(storage):
+    with _opened(storage) as backend:
         study = optuna.create_study(
             storage=backend, study_name=name, direction="minimize", load_if_exists=True, **engine
         )
-        stored = study.user_attrs
-        if "space" not in stored:
+        if DECLARATION not in study.user_attrs:
             if study.get_trials(deepcopy=False):
                 raise SearchError(f"the study {name!r} is not one of midflight; choose another name.")
-            for key, value in _as_attrs(declaration).items():
-                study.set_user_attr(key, value)
-            stored = study.user_attrs
-    before = _declaration(stored)
-    for what in ("space", "epochs", "seed", "objective"):
-        if getattr(before, what) != getattr(declaration, what):
-            raise SearchError(
-                f"the study {name!r} has another {what} than this search "
-                f"({_shown(before, what)}, not {_shown(declaration, what)}); give this one a name of its own."
-            )
-    return Ledger(study, folder)
+            study.set_user_attr(DECLARATION, {**vars(declaration), "space": declaration.space.to_json()})
+        _check_same(name, _declaration(study), declaration)
+        yield Ledger(study, folder)
 
 
-def read_study(storage: str, name: str) -> tuple[Ledger, Declaration]:
-    """A stored search, for a report.
+@contextmanager
+def read_study(storage: str, name: str) -> Iterator[tuple[Ledger, Declaration]]:
+    """A stored search, for a report; its storage is open in the block.
 
     Raises:
         SearchError: the storage cannot be reached, or holds no search of midflight under this name.
         UnknownName: there is no such study.
     """
-    backend = open_storage(storage, create=False)
-    with storage_errors(storage):
+    with _opened(storage, create=False) as backend:
         names = [summary.study_name for summary in optuna.get_all_study_summaries(backend)]
         if name not in names:
             raise UnknownName(f"a study in {shown(storage)}", name, names or ["(none yet)"])
         study = optuna.load_study(storage=backend, study_name=name)
-        if "space" not in study.user_attrs:
+        if DECLARATION not in study.user_attrs:
             raise SearchError(f"the study {name!r} is not one of midflight's searches.")
-        return Ledger(study, default_folder(storage, name)), _declaration(study.user_attrs)
+        yield Ledger(study, default_folder(storage, name)), _declaration(study)
 
 
 def open_storage(storage: str | None, create: bool = True) -> optuna.storages.BaseStorage:
@@ -302,6 +297,15 @@ def open_storage(storage: str | None, create: bool = True) -> optuna.storages.Ba
     return _database(storage if path is None else f"sqlite:///{path}")
 
 
+def _check_same(name: str, before: Declaration, now: Declaration) -> None:
+    for what in ("space", "epochs", "seed", "objective"):
+        if getattr(before, what) != getattr(now, what):
+            raise SearchError(
+                f"the study {name!r} has another {what} than this search "
+                f"({_shown(before, what)}, not {_shown(now, what)}); give this one a name of its own."
+            )
+
+
 def default_folder(storage: str | None, name: str) -> Path:
     """Where a study's checkpoints and report go: a folder of its name beside its file, or in runs."""
     path = _path(storage) if storage else None
@@ -318,15 +322,21 @@ def shown(storage: str) -> str:
 
 
 @contextmanager
-def storage_errors(storage: str | None) -> Iterator[None]:
-    """In the block, trouble with the storage becomes a `StorageLost`."""
+def _opened(storage: str | None, create: bool = True) -> Iterator[optuna.storages.BaseStorage]:
+    """An open storage; in the block, trouble with it becomes a `StorageLost`."""
+    backend = open_storage(storage, create)
     try:
-        yield
+        yield backend
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise StorageLost(
             f"the storage {shown(storage or 'memory')} failed: {_first_line(error)}; what was stored is "
             "safe, run the same command again when it can be reached."
         ) from error
+    finally:
+        database = getattr(backend, "_backend", backend)
+        if isinstance(database, optuna.storages.RDBStorage):
+            database.scoped_session.remove()
+            database.engine.dispose()
 
 
 def _path(storage: str) -> Path | None:
@@ -367,10 +377,17 @@ def _database(url: str) -> optuna.storages.BaseStorage:
         options["connect_args"] = {"connect_timeout": 10}
     elif parsed.drivername.startswith("sqlite"):
         options["connect_args"] = {"timeout": 60}
+    address = parsed.render_as_string(hide_password=False)
     try:
-        return optuna.storages.get_storage(
-            optuna.storages.RDBStorage(parsed.render_as_string(hide_password=False), engine_kwargs=options)
-        )
+        for _ in range(TRIES):
+            try:
+                return optuna.storages.get_storage(optuna.storages.RDBStorage(address, engine_kwargs=options))
+            except SQLAlchemyError as error:  # another process makes the tables in this very moment
+                if not isinstance(error, IntegrityError) and "already exists" not in str(error):
+                    raise
+                problem = error
+                time.sleep(PAUSE)
+        raise problem
     except (ImportError, NoSuchModuleError) as error:
         raise MissingExtra(
             f"the driver of {shown(url)} is not installed ({_first_line(error)}); for PostgreSQL "
@@ -401,14 +418,9 @@ def _lives(beat: Mapping[str, Any]) -> bool:
     return True
 
 
-def _as_attrs(declaration: Declaration) -> dict[str, Any]:
-    return {**vars(declaration), "space": declaration.space.to_json()}
-
-
-def _declaration(attrs: Mapping[str, Any]) -> Declaration:
-    names = Declaration.__dataclass_fields__
-    known = {name: attrs[name] for name in names if name in attrs}
-    return Declaration(**{**known, "space": Space.from_json(attrs["space"])})
+def _declaration(study: Study) -> Declaration:
+    stored = study.user_attrs[DECLARATION]
+    return Declaration(**{**stored, "space": Space.from_json(stored["space"])})
 
 
 def _shown(declaration: Declaration, what: str) -> str:

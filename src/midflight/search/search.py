@@ -33,7 +33,6 @@ from midflight.search.ledger import (
     best,
     default_folder,
     open_study,
-    storage_errors,
 )
 from midflight.search.space import Config, Space
 from midflight.search.trial import Job, Objective, Outcome, run_job
@@ -90,7 +89,7 @@ def run(
         engine: "random"; "tpe"; "bohb", which is TPE with Hyperband; "smac", which is SMAC3's random forest
             with Hyperband; "ray", which is Ray Tune on many machines.
         trials: trials in the whole study, those of earlier calls included. A configuration that SMAC
-            promotes counts again.
+            promotes counts again. Each of several processes that share the study may add one too many.
         seconds: time for this call; what is cut off then is continued by the next one.
         epochs: of a whole training. Hyperband compares after 1, 3, 9, ... of them.
         workers: trials at once, each in a process of its own; with 1 they run in this process.
@@ -121,24 +120,23 @@ def run(
         raise SearchError(
             "a search needs something to search, but all of the space is tuned online; use midflight.Tuner."
         )
-    built = build(engine, Task(space, epochs, trials, seed))
+    built = build(engine, Task(space, epochs, trials, seed), options)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     temporary = folder is None and storage is None
     where = (
         Path(tempfile.mkdtemp()) if temporary else (folder or default_folder(storage, name) / "checkpoints")
     )
-    with storage_errors(storage):
-        ledger = open_study(
-            storage, name, Declaration(space, epochs, seed, label, machine()), where,
-            sampler=built.sampler, pruner=built.pruner,
-        )  # fmt: skip
+    declaration = Declaration(space, epochs, seed, label, machine())
+    with open_study(storage, name, declaration, where, sampler=built.sampler, pruner=built.pruner) as ledger:
         if temporary:
             weakref.finalize(ledger, shutil.rmtree, where, ignore_errors=True)
         search = Search(ledger, space, built, epochs, trials, seconds, seed, warm_start, first, callbacks)
         try:
             with ledger.alive():
                 search.take_over()
-                if workers == 1:
+                if built.drive is not None:
+                    built.drive(search, objective, workers)
+                elif workers == 1:
                     _run_here(search, objective)
                 else:
                     from midflight.search.workers import run_in_workers
@@ -253,6 +251,10 @@ class Search:
         if points and points[-1].extra:
             running.trial.set_user_attr("extra", points[-1].extra)
 
+    def became(self, number: int, config: Config) -> None:
+        """A trial has another configuration from here on; population-based training does that."""
+        self._running[number].trial.set_user_attr("config", config)
+
     def ended(self, number: int, outcome: Outcome) -> None:
         """A job is over."""
         running = self._running.pop(number)
@@ -262,7 +264,7 @@ class Search:
         message = running.stop or outcome.message
         if message:
             trial.set_user_attr("message", message)
-        if running.stop:
+        if running.stop or outcome.how == "stopped":
             self._study.tell(trial, state=TrialState.PRUNED)
         elif outcome.how == "failed":
             self._study.tell(trial, state=TrialState.FAIL)

@@ -77,7 +77,7 @@ class _Worker:
     """A process and what it is doing."""
 
     def __init__(self, parcel: bytes, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, parcel, threads))
         self.process.start()
@@ -106,7 +106,7 @@ class _Worker:
                     self.ready = True
                 else:
                     raise SearchError(message)
-            alive = self.process.is_alive()
+            alive = bool(self.process.is_alive())
         except (EOFError, OSError):
             alive = False
         if not alive and self.job is not None:
@@ -118,6 +118,15 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.pipe.close()
+
+
+def _context() -> Any:
+    """Fresh processes; where the system can, forked from one that has imported torch and nothing else."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _serve(pipe: Connection, parcel: bytes, threads: int) -> None:

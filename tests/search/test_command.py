@@ -1,0 +1,211 @@
+"""`midflight search` as a person runs it: to a report, again from the storage, and given bad input."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from midflight import cli
+from midflight.search.ledger import read_study
+
+TINY = ["--trials", "4", "--epochs", "3", "--workers", "1"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """(exit code, standard output, standard error) of the command, in this process and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["midflight", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize("engine", ["random", "tpe", "bohb", "smac"])
+def test_a_search_runs_to_a_report(call, engine, tmp_path):
+    code, out, _ = call("search", "mlp", "--train", 300, "--engine", engine, *TINY)
+    assert code == 0
+    folder = tmp_path / "runs" / f"mlp-digits-300-{engine}"
+    page = (folder / "report.html").read_text()
+    assert str(folder / "report.html") in out.replace("\n", "")
+    for name in ("history", "importance", "configurations", "online"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f'<figure id="{name}">' in page
+    assert page.count("data:image/svg+xml;base64,") == 4
+    assert "<script" not in page
+    for name in ("layers", "optimizer", "weight_decay", "dropout"):
+        assert f'<th scope="row">{name}</th>' in page
+    with read_study("runs/search.sqlite", f"mlp-digits-300-{engine}") as (ledger, declaration):
+        records = ledger.records()
+    assert len(records) == 4
+    assert declaration.objective == "mlp on digits, 300 images"
+    losses = [r.loss for r in records if r.state == "complete"] or [r.loss for r in records]
+    assert f"Validation loss {min(losses):.4g}" in page
+
+
+def test_a_report_is_made_again_from_the_stored_rows_alone(call, tmp_path):
+    call("search", "mlp", "--train", 300, "--study", "s", "--storage", "x.journal", *TINY)
+    page = (tmp_path / "s/report.html").read_text()
+    code, _, _ = call("report", "s", "--storage", "x.journal", "--out", "again")
+    assert code == 0
+    assert (tmp_path / "again/report.html").read_text() == page
+    assert (tmp_path / "again/history.png").read_bytes() == (tmp_path / "s/history.png").read_bytes()
+    code, out, _ = call("report", "s", "--storage", "x.journal", "--json")
+    found = json.loads(out)
+    assert len(found["trials"]) == found["summary"]["trials"] == 4
+    assert set(found["space"]) >= {"layers", "noise"}
+    assert found["trials"][found["best"]]["state"] == "complete"
+
+
+def test_the_same_command_goes_on_and_offline_is_a_study_of_its_own(call):
+    for trials in (2, 4):
+        code, *_ = call(
+            "search",
+            "mlp",
+            "--train",
+            200,
+            "--trials",
+            trials,
+            "--epochs",
+            2,
+            "--workers",
+            1,
+            "--engine",
+            "tpe",
+        )
+        assert code == 0
+    call(
+        "search",
+        "mlp",
+        "--train",
+        200,
+        "--trials",
+        2,
+        "--epochs",
+        2,
+        "--workers",
+        1,
+        "--engine",
+        "tpe",
+        "--offline",
+    )
+    with read_study("runs/search.sqlite", "mlp-digits-200-tpe") as (ledger, _):
+        assert [r.state for r in ledger.records()] == ["complete"] * 4
+        assert all(r.trajectory for r in ledger.records())
+    with read_study("runs/search.sqlite", "mlp-digits-200-tpe-offline") as (ledger, declaration):
+        assert not declaration.space.online
+        assert all({"noise", "dropout"} <= set(r.config) and not r.starts for r in ledger.records())
+
+
+def test_time_ends_a_search(call):
+    code, *_ = call("search", "mlp", "--train", 200, "--time", "2s", "--epochs", 3, "--workers", 1)
+    assert code == 0
+    with read_study("runs/search.sqlite", "mlp-digits-200-bohb") as (ledger, _):
+        assert len(ledger.records()) > 1
+
+
+SPACES = {
+    "empty": ("search.Space()", "needs at least one hyperparameter"),
+    "twice": ("search.Space({'n': mf.Int(1, 2)}, n=mf.Int(1, 2))", "n came twice"),
+    "repeated": ("search.Space(n=mf.Int(1, 2), n=mf.Int(1, 2))", "keyword argument repeated: n"),
+    "impossible": ("search.Space(n=mf.Int(1, 2), m=mf.Int(1, 2, when={'n': 3}))", "n=3, but that is a whole"),
+    "cyclic": (
+        "search.Space(n=mf.Int(1, 2, when={'m': 1}), m=mf.Int(1, 2, when={'n': 1}))",
+        "must not run in a circle",
+    ),
+    "online Int": ("search.Space(n=mf.Int(1, 2, online=True))", "'online'"),
+    "not a space": ("3", "space is 3"),
+    "tuned only": ("search.Space(d=mf.Float(0, 1, online=True))", "use midflight.Tuner"),
+}
+
+
+@pytest.mark.parametrize("case", SPACES)
+def test_a_bad_space_is_one_sentence_and_exit_code_2(call, tmp_path, case):
+    space, message = SPACES[case]
+    file = tmp_path / f"bad_{case.replace(' ', '_')}.py"
+    file.write_text(
+        f"import midflight as mf\nfrom midflight import search\nspace = {space}\ndef f(trial): ...\n"
+    )
+    assert_refused(call("search", f"{file}:f", *TINY), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["mlp", "--engine", "annealing"],
+            "engine must be one of random, tpe, bohb, smac, ray; got 'annealing'",
+        ),
+        (["mlp", "--data", "cifar"], "dataset must be one of mnist, fashion_mnist, digits"),
+        (["mpl"], r"must be mlp or FILE\.py:FUNCTION, but got 'mpl'"),
+        (["nowhere.py:f"], "must be in a Python file, but .*nowhere.py is not there"),
+        (["nowhere.py:f", "--data", "digits"], "--data and --train are for mlp"),
+        (["mlp", "--train", "99999"], "1 <= train <= 1197 must hold for digits, but train=99999"),
+        (["mlp", "--time", "soon"], "--time must be a duration such as 90s, 5m or 2h, but got 'soon'"),
+        (["mlp", "--time", "-5m"], "--time must be a duration"),
+        (["mlp", "--trials", "0"], "trials > 0 must hold"),
+        (["mlp", "--workers", "0"], "workers > 0 must hold"),
+        (["mlp", "--storage", "study.txt"], "must be a file that ends in .sqlite"),
+        (["mlp", "--storage", "/proc/no/s.sqlite"], "folder of the storage /proc/no/s.sqlite cannot be made"),
+        (["mlp", "--storage", "oracle://x"], "driver of oracle://x is not installed"),
+        (["mlp", "--storage", "postgresql://u:secret@127.0.0.1:1/d"], r"reached, but .*127\.0\.0\.1:1/d"),
+        (["mlp", "--storage", "postgresql://u@:port/d"], "must have an address such as"),
+        (["mlp", "--engine", "ray", "--address", "127.0.0.1:1"], "at 127.0.0.1:1 is none"),
+        (["mlp", "--engine", "ray", "--address", "somewhere"], "must be auto or host:port"),
+        (["mlp", "--engine", "ray", "--scheduler", "fair"], "scheduler of Ray must be one of asha"),
+        (["mlp", "--engine", "ray", "--scheduler", "pbt", "--time", "5s"], "needs trials="),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(call, arguments, message):
+    more = [] if {"--trials", "--workers", "--time"} & set(arguments) else TINY
+    found = call("search", *arguments, *more)
+    assert_refused(found, message)
+    assert "secret" not in found[2]
+
+
+def test_a_report_on_what_is_not_there_is_one_sentence_and_exit_code_2(call, tmp_path):
+    assert_refused(
+        call("report", "s", "--storage", "no.sqlite"), "no.sqlite is not there; run the search first"
+    )
+    call("search", "mlp", "--train", 200, "--study", "s", *TINY)
+    assert_refused(call("report", "t", "--storage", "runs/search.sqlite"), "must be one of s; got 't'")
+    (tmp_path / "junk.sqlite").write_text("not a database, but longer than a header of one" * 9)
+    assert_refused(call("report", "s", "--storage", "junk.sqlite"), "file is not a database")
+    (tmp_path / "junk.journal").write_text("not json\n" * 3)
+    assert_refused(call("report", "s", "--storage", "junk.journal"), "must be a journal file of Optuna")
+
+
+def test_a_study_is_not_resumed_as_another_search(call):
+    call("search", "mlp", "--train", 200, "--study", "s", *TINY)
+    for change, message in (
+        (["--epochs", 4], "another epochs than this search .3, not 4."),
+        (["--seed", 1], "another seed"),
+        (["--offline"], "another space"),
+        (["--train", 201], "another objective"),
+    ):
+        arguments = ["--train", 200, "--study", "s", *TINY, *change]
+        assert_refused(call("search", "mlp", *arguments), message)
+
+
+def assert_refused(found, message):
+    code, out, err = found
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    text = " ".join(err.split())
+    assert text.startswith("midflight: ")
+    assert re.search(message, text), text
+
+
+def test_an_objective_that_always_fails_ends_the_search_with_its_message(call, objective_file):
+    code, _, err = call("search", f"{objective_file}:breaks", *TINY)
+    assert code == 1
+    assert "the first 3 trials all failed, the last one by KeyError: 'no such layer' (mine.py:" in " ".join(
+        err.split()
+    )

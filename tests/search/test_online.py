@@ -1,0 +1,228 @@
+"""What is tuned inside the trials: where it starts, what flows back, and what an objective may do."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import midflight as mf
+from midflight import search
+from midflight.search.ledger import Record, best
+from midflight.search.search import nearest_values
+
+SPACE = search.Space(
+    layers=mf.Int(1, 9),
+    net=mf.Categorical(["mlp", "cnn"]),
+    decay=mf.Float(1e-6, 1e-2, log=True, init=1e-4, online=True),
+    shift=mf.Float(0.0, 1.0, init=0.25, online=True, when={"net": "cnn"}),
+)
+
+
+def record(number, loss, layers, net="mlp", state="complete", **online):
+    config = {"layers": layers, "net": net}
+    return Record(number, state, config, losses={1: loss}, trajectory=[(1, online)] if online else [])
+
+
+def test_the_start_is_where_the_nearest_of_the_better_half_ended():
+    earlier = [
+        record(0, 0.10, layers=9, decay=1e-3),
+        record(1, 0.20, layers=3, decay=1e-5),
+        record(2, 0.90, layers=2, decay=1e-2),  # nearest, but of the worse half
+        record(3, 0.80, layers=2, decay=1e-2),
+        record(4, 0.01, layers=2, decay=1e-2, state="pruned"),
+        record(5, 0.01, layers=2),  # tuned nothing
+    ]
+    assert nearest_values(SPACE, {"layers": 2, "net": "mlp"}, earlier) == {"decay": 1e-5}
+    assert nearest_values(SPACE, {"layers": 8, "net": "mlp"}, earlier) == {"decay": 1e-3}
+    assert nearest_values(SPACE, {"layers": 2, "net": "mlp"}, earlier[:1]) == {}
+    # of two that are equally near, the better one
+    assert nearest_values(SPACE, {"layers": 6, "net": "mlp"}, earlier) == {"decay": 1e-3}
+
+
+def tunes(trial):
+    """Ends with decay = 1e-5 for mlp and 1e-3 for cnn, with a loss that does not depend on it."""
+    tuned = trial.online()
+    tuned["decay"].set(1e-5 if trial.params["net"] == "mlp" else 1e-3)
+    trial.report(1, 1 / trial.params["layers"], space=tuned)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_later_trials_start_from_what_earlier_ones_learned(warm):
+    found = search.run(tunes, SPACE, engine="random", trials=30, epochs=1, warm_start=warm)
+    for r in found.records:
+        expected = {"decay": 1e-4, **({"shift": 0.25} if r.config["net"] == "cnn" else {})}
+        if warm and (values := nearest_values(SPACE, r.config, found.records[: r.number])):
+            expected |= {name: values[name] for name in expected if name in values}
+        assert r.starts == pytest.approx(expected)
+    learned = [r.starts["decay"] for r in found.records[10:]]
+    assert (min(learned) < 2e-5 and max(learned) > 5e-4) if warm else all(x == learned[0] for x in learned)
+    assert found.best.params == {**found.best.config, **found.best.online}
+    assert found.best.params["decay"] == pytest.approx(1e-5 if found.best.config["net"] == "mlp" else 1e-3)
+
+
+def test_online_hyperparameters_come_as_a_space_for_the_tuner_only_where_they_are_active():
+    seen = []
+
+    def objective(trial):
+        tuned = trial.online()
+        assert isinstance(tuned, mf.Space)
+        assert tuned.as_dict() == pytest.approx({n: trial.params[n] for n in tuned})
+        seen.append((trial.params["net"], *tuned))
+        return 1.0
+
+    search.run(objective, SPACE, engine="random", trials=12, epochs=1)
+    assert set(seen) == {("mlp", "decay"), ("cnn", "decay", "shift")}
+    offline = search.run(
+        lambda trial: float(trial.online() is not None), SPACE.offline(), engine="random", trials=3, epochs=1
+    )
+    assert [r.loss for r in offline.records] == [0.0] * 3
+    assert all("decay" in r.config for r in offline.records)
+
+
+def test_a_trial_may_return_its_loss_instead_of_reporting():
+    found = search.run(lambda trial: trial.params["layers"], SPACE, engine="tpe", trials=5, epochs=3)
+    assert all(r.losses == {3: r.config["layers"]} for r in found.records)
+
+
+def test_a_diverged_loss_ends_a_trial_and_is_the_worst():
+    def objective(trial):
+        for epoch in range(1, 4):
+            trial.report(epoch, math.nan if trial.number % 2 and epoch == 2 else 1.0, state={"epoch": epoch})
+
+    for engine in ("random", "tpe", "smac"):
+        found = search.run(objective, SPACE, engine=engine, trials=8, epochs=3)
+        odd = [r for r in found.records if r.number % 2 and r.epoch >= 2]
+        assert odd
+        assert all(r.state == "pruned" and r.message == "the loss was not finite" for r in odd)
+        assert all(r.losses[2] == math.inf for r in odd)
+        assert found.best.number not in [r.number for r in odd]
+
+
+def test_failed_trials_are_told_and_the_search_goes_on():
+    def objective(trial):
+        if trial.number in (1, 3, 4, 5):
+            raise ValueError("a shape does not fit")
+        return 1.0
+
+    found = search.run(objective, SPACE, engine="random", trials=7, epochs=1)
+    failed = [r for r in found.records if r.state == "failed"]
+    assert [r.number for r in failed] == [1, 3, 4, 5]
+    assert all(r.message.startswith("ValueError: a shape does not fit (test_online.py:") for r in failed)
+
+    def hopeless(trial):
+        raise ValueError("no data")
+
+    with pytest.raises(search.ObjectiveFailed, match=r"the first 3 trials all failed.*no data") as raised:
+        search.run(hopeless, SPACE, engine="random", trials=7, epochs=1)
+    assert isinstance(raised.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "message"), [((1, 1), "1 < epoch <= 2"), ((3,), "0 < epoch <= 2"), ((), "did neither")]
+)
+def test_reports_must_go_forward(epochs, message):
+    def objective(trial):
+        for epoch in epochs:
+            trial.report(epoch, 1.0)
+
+    with pytest.raises(search.ObjectiveFailed, match=message):
+        search.run(objective, SPACE, engine="random", trials=3, epochs=2)
+
+
+def test_a_state_that_cannot_be_read_safely_is_refused_at_its_first_report():
+    with pytest.raises(search.ObjectiveFailed, match=r"must hold tensors.*arrays by torch\.from_numpy"):
+        search.run(
+            lambda trial: trial.report(1, 1.0, state={"x": np.ones(3)}),
+            SPACE,
+            engine="random",
+            trials=3,
+            epochs=2,
+        )
+
+
+def test_trials_are_seeded_alike_and_the_callers_generators_are_left_alone():
+    drawn = []
+
+    def objective(trial):
+        drawn.append((float(torch.rand(())), float(np.random.rand())))
+        return 1.0
+
+    torch.manual_seed(5)
+    expected = float(torch.rand(()))
+    torch.manual_seed(5)
+    search.run(objective, SPACE, engine="random", trials=3, epochs=1)
+    assert len(set(drawn)) == 1
+    assert float(torch.rand(())) == expected
+
+
+def test_ctrl_c_leaves_what_was_found():
+    def objective(trial):
+        if trial.number == 2:
+            raise KeyboardInterrupt
+        trial.report(1, 1.0 + trial.number, state={"number": trial.number})
+
+    with pytest.raises(search.Interrupted) as stopped:
+        search.run(objective, SPACE, engine="random", trials=9, epochs=1)
+    result = stopped.value.result
+    assert isinstance(stopped.value, KeyboardInterrupt)
+    assert [r.state for r in result.records] == ["complete", "complete", "unfinished"]
+    assert result.load() == {"number": 0}
+
+
+def test_time_ends_a_search_in_the_middle_of_a_trial():
+    def objective(trial):
+        for epoch in range(1, 10_000):
+            trial.report(epoch, 1 / epoch, state={"epoch": epoch})
+
+    found = search.run(objective, SPACE, engine="random", seconds=0.3, epochs=10_000)
+    assert [r.state for r in found.records] == ["unfinished"]
+    assert found.best.number == 0
+    assert found.load() == {"epoch": found.best.epoch}
+
+
+def test_the_best_is_the_least_of_those_trained_to_the_end():
+    assert best([]) is None
+    assert best([record(0, math.nan, 1)]) is None
+    records = [
+        record(0, 0.5, 1, state="pruned"),
+        record(1, 0.7, 1),
+        record(2, 0.6, 1),
+        record(3, 0.1, 1, state="failed"),
+    ]
+    assert best(records).number == 2
+    longer = Record(4, "pruned", {}, losses={1: 0.9, 2: 0.8})
+    assert best([records[0], longer]).number == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "one of trials and seconds"),
+        ({"trials": 1, "address": "auto"}, "address= is no option of the engine random; it has none"),
+        ({"trials": 1, "epochs": 0}, "epochs > 0"),
+        ({"trials": 1, "workers": 2}, "must be a function at the top of a module"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(search.SearchError, match=message):
+        search.run(lambda trial: 1.0, SPACE, engine="random", **arguments)
+
+
+def test_importing_the_search_imports_no_engine():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, midflight, midflight.search; "
+        "assert not {'optuna', 'smac', 'ConfigSpace', 'ray', 'sklearn', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_missing_engine_names_its_extra(monkeypatch):
+    from midflight.search import engines
+
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "smac" else True)
+    with pytest.raises(mf.MissingExtra, match=r"pip install 'midflight\[search\]'"):
+        search.run(lambda trial: 1.0, SPACE, engine="smac", trials=1)

@@ -1,0 +1,318 @@
+"""Whatever is killed, and wherever it is stored: nothing is lost, nothing counted twice."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from midflight import search
+from midflight.search import checkpoint
+from midflight.search.ledger import read_study
+from midflight.search.problems import MLP_SPACE, Mlp, problem
+from midflight.search.trial import Job, run_job
+
+
+def table(records):
+    """What a trial is and measured, whoever ran it and however often it was killed."""
+    return {r.number: (r.state, r.config, r.starts, r.losses, r.trajectory) for r in records}
+
+
+def by_command(objective_file, storage, *more, name="s", **environment):
+    command = [
+        sys.executable, "-m", "midflight.cli", "search", f"{objective_file}:objective", "--study", name,
+        "--storage", str(storage), "--engine", "random", "--epochs", "4", "--out",
+        str(Path(objective_file).parent / "report"), *more,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command, env={**os.environ, **environment}, start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def test_ten_killed_workers_of_four_lose_and_repeat_nothing(objective_file, tmp_path, trace, monkeypatch):
+    monkeypatch.setenv("NAP", "0.02")
+    what = problem(f"{objective_file}:objective")
+    moments, killed = random.Random(0), []
+
+    def kill(record):
+        """A worker that just reported dies where it waits, or a moment later in its next epoch."""
+        if record.state != "unfinished" or not record.extra or len(killed) >= 10:
+            return
+        if (
+            killed.count(record.number) < 2 and moments.random() < 0.3
+        ):  # a third death would be the trial's end
+            killed.append(record.number)
+            pid = int(record.extra["pid"])
+            threading.Timer(moments.choice([0, 0.01, 0.03]), _kill, [pid]).start()
+
+    options = {"engine": "random", "trials": 24, "epochs": 6}
+    found = search.run(
+        what.objective, what.space, workers=4, storage=str(tmp_path / "s.sqlite"), callbacks=[kill], **options
+    )
+    assert len(killed) == 10
+    trained = trace()
+    undisturbed = search.run(what.objective, what.space, **options)
+    assert table(found.records) == table(undisturbed.records)
+    assert {r.state for r in found.records} == {"complete"}
+    assert set(trained) == {(n, e) for n in range(24) for e in range(1, 7)}
+    assert len(trained) <= 24 * 6 + 10  # the epoch in which a worker died is all that is trained again
+
+
+def _kill(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_search_whose_own_process_is_killed_goes_on_where_it_was(objective_file, tmp_path, trace):
+    storage, moments = tmp_path / "s.journal", random.Random(1)
+    for _ in range(2):
+        before = len(_read(tmp_path / "trace"))
+        process = by_command(objective_file, storage, "--trials", "8", "--workers", "2", NAP="0.1")
+        began = time.monotonic()
+        while len(_read(tmp_path / "trace")) < before + 3 and time.monotonic() - began < 60:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
+        assert process.poll() is None, "the search was over before it was killed"
+        process.kill()
+        process.wait()
+        assert group_ends(process.pid), "workers outlived their parent"
+    process = by_command(objective_file, storage, "--trials", "8", "--workers", "2")
+    assert process.wait(60) == 0
+    what = problem(f"{objective_file}:objective")
+    with read_study(str(storage), "s") as (ledger, _):
+        records = ledger.records()
+    undisturbed = search.run(what.objective, what.space, engine="random", trials=8, epochs=4)
+    assert {r.state for r in records} == {"complete"}
+    # a sampler draws anew after a restart, so configurations differ, but each was trained once and to its end
+    assert len(records) == len(undisturbed.records) == 8
+    trained = _read(tmp_path / "trace")[: -8 * 4]
+    assert set(trained) == {f"{n} {e}" for n in range(8) for e in range(1, 5)}
+    assert len(trained) <= 8 * 4 + 2 * 2
+
+
+def _read(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def group_ends(group, seconds=20):
+    """Whether no process of the group is left within some seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_two_processes_share_one_study(objective_file, tmp_path, trace):
+    storage = tmp_path / "s.sqlite"
+    processes = [
+        by_command(objective_file, storage, "--trials", "12", "--workers", "1", NAP="0.02") for _ in range(2)
+    ]
+    for process in processes:
+        assert process.wait(60) == 0
+    with read_study(str(storage), "s") as (ledger, _):
+        records, owners = ledger.records(), {t.user_attrs["owner"] for t in ledger.study.trials}
+    assert {r.state for r in records} == {"complete"}
+    assert 12 <= len(records) <= 13  # each looks before it asks
+    assert sorted(trace()) == [(n, e) for n in range(len(records)) for e in range(1, 5)]
+    assert len(owners) == 2
+
+
+def test_a_trial_that_kills_its_worker_three_times_is_failed_and_the_search_goes_on(
+    objective_file, monkeypatch
+):
+    what = problem(f"{objective_file}:kills_itself")
+    found = search.run(what.objective, what.space, engine="random", trials=2, epochs=4, workers=2)
+    assert [(r.state, r.message) for r in found.records] == [
+        ("failed", "its worker process died 3 times")
+    ] * 2  # fmt: skip
+
+
+def test_an_interrupted_trial_continues_bit_for_bit(tmp_path):
+    """Weights, optimiser, tuner, hyperparameters, noise and dropout masks, and the order of the data."""
+    objective, storage = Mlp("digits", train=400), str(tmp_path / "s.sqlite")
+
+    def interrupted(trial):
+        report = trial.report
+
+        def cut(epoch, *rest, **more):
+            report(epoch, *rest, **more)
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+        trial.report = cut
+        objective(trial)
+
+    options = {"engine": "random", "trials": 1, "epochs": 5, "seed": 3}
+    with pytest.raises(search.Interrupted) as stopped:
+        search.run(interrupted, MLP_SPACE, storage=storage, **options)
+    assert [(r.state, r.epoch) for r in stopped.value.result.records] == [("unfinished", 2)]
+    assert stopped.value.result.best.number == 0
+    resumed = search.run(objective, MLP_SPACE, storage=storage, **options)
+    whole = search.run(objective, MLP_SPACE, **options)
+    assert table(resumed.records) == table(whole.records)
+    assert list(whole.records[0].losses) == [1, 2, 3, 4, 5]
+    assert_equal(resumed.load(), whole.load())
+
+
+def test_a_promoted_trial_continues_bit_for_bit(tmp_path):
+    objective = Mlp("digits", train=300)
+    found = search.run(
+        objective,
+        MLP_SPACE,
+        engine="smac",
+        trials=14,
+        epochs=9,
+        folder=tmp_path,
+        storage=str(tmp_path / "s.db"),
+    )
+    promoted = [r for r in found.records if r.from_epoch]
+    assert promoted
+    r = max(promoted, key=lambda r: r.epoch)
+    assert r.root < r.number
+    assert r.losses == {**found.records[r.root].losses, **r.losses}
+    points = []
+    job = Job(r.number, r.config, r.starts, 9, 0, MLP_SPACE, tmp_path / "whole.pt")
+    run_job(job, objective, lambda new: points.extend(new) or len(points) < r.epoch)
+    assert {p.epoch: p.loss for p in points} == r.losses
+    assert [(p.epoch, p.online) for p in points] == r.trajectory
+    continued, whole = checkpoint.load(tmp_path / f"{r.root}.pt"), checkpoint.load(tmp_path / "whole.pt")
+    assert_equal(continued.state, whole.state)
+    assert_equal(continued.random_state, whole.random_state)
+
+
+def assert_equal(a, b):
+    """Nested states, bit for bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def test_smac_is_told_what_an_earlier_process_found(tmp_path):
+    what = {"engine": "smac", "epochs": 3, "storage": str(tmp_path / "s.sqlite")}
+    told = []
+
+    def objective(trial):
+        for epoch in range((trial.load() or 0) + 1, trial.epochs + 1):
+            trial.report(epoch, 1.0 / trial.params["layers"], state=epoch)
+
+    from midflight.search.engines import smac
+
+    first = search.run(objective, MLP_SPACE, trials=6, **what)
+    original = smac.SmacSampler._tell
+
+    def spy(self, trials):
+        original(self, trials)
+        told.append(len(self._facade.runhistory))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smac.SmacSampler, "_tell", spy)
+        second = search.run(objective, MLP_SPACE, trials=9, **what)
+    assert told[0] == len(first.records) == 6
+    assert len(second.records) == 9
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    """The URL of a server that is started here."""
+    folder = _programs()
+    if folder is None:
+        pytest.skip("PostgreSQL's initdb and pg_ctl are not installed")
+    user = "nobody" if os.getuid() == 0 else None
+    if user and not shutil.which("runuser"):
+        pytest.skip("PostgreSQL does not run as root, and there is no runuser")
+    home = Path(tempfile.mkdtemp(prefix="midflight-pg-"))
+    if user:
+        shutil.chown(home, user)
+
+    def call(*command):
+        prefix = ["runuser", "-u", user, "--"] if user else []
+        done = subprocess.run([*prefix, *command], capture_output=True, text=True, cwd=home, timeout=60)
+        if done.returncode:
+            pytest.skip(f"PostgreSQL does not start here: {done.stderr.strip()[-200:]}")
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    data = home / "data"
+    call(str(folder / "initdb"), "-D", str(data), "-U", "midflight", "--auth=trust", "--no-sync")
+    options = f"-p {port} -k {home} -c listen_addresses=127.0.0.1 -c fsync=off"
+    call(str(folder / "pg_ctl"), "-D", str(data), "-w", "-l", str(home / "log"), "-o", options, "start")
+    yield f"postgresql://midflight@127.0.0.1:{port}/postgres"
+    call(str(folder / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _programs():
+    on_path = shutil.which("initdb")
+    of_debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    found = Path(on_path) if on_path else of_debian[-1] if of_debian else None
+    return found.parent if found else None
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal", "postgres"])
+def test_every_storage_holds_the_same_and_resumes(kind, request, objective_file, tmp_path):
+    storage = request.getfixturevalue("postgres") if kind == "postgres" else str(tmp_path / f"s.{kind}")
+    what = problem(f"{objective_file}:objective")
+    options = {"engine": "random", "epochs": 4, "folder": tmp_path, "name": "one"}
+    cut = []
+
+    def stop(record):
+        if record.number == 3 and record.epoch == 2 and not cut:
+            cut.append(record.number)
+            raise KeyboardInterrupt
+
+    with pytest.raises(search.Interrupted):
+        search.run(what.objective, what.space, trials=6, storage=storage, callbacks=[stop], **options)
+    with read_study(storage, "one") as (ledger, declaration):
+        assert [r.state for r in ledger.records()] == ["complete"] * 3 + ["unfinished"]
+    assert declaration.space == what.space
+    found = search.run(what.objective, what.space, trials=6, storage=storage, **options)
+    memory = search.run(what.objective, what.space, trials=6, engine="random", epochs=4)
+    assert [r.state for r in found.records] == ["complete"] * 6
+    assert table(found.records[:4]) == table(memory.records[:4])
+    assert all(list(r.losses) == [1, 2, 3, 4] for r in found.records)
+
+
+@pytest.mark.parametrize("storage", ["sqlite", "journal"])
+def test_the_stored_study_is_an_ordinary_one_of_optuna(storage, objective_file, tmp_path):
+    import optuna
+
+    path = tmp_path / f"s.{storage}"
+    what = problem(f"{objective_file}:objective")
+    found = search.run(
+        what.objective, what.space, engine="tpe", trials=4, epochs=3, storage=str(path), name="x"
+    )
+    backend = (
+        f"sqlite:///{path}"
+        if storage == "sqlite"
+        else optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+    )
+    study = optuna.load_study(study_name="x", storage=backend)
+    assert study.best_value == found.best.loss
+    assert study.best_params == found.best.config
+    assert [t.params for t in study.trials] == [r.config for r in found.records]
