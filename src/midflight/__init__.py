@@ -30,7 +30,10 @@ from midflight.tuner import Tuner
 from midflight.updates import RULES, Update, UpdateRule
 
 if TYPE_CHECKING:
-    from midflight.automl import AutoClassifier, AutoRegressor, OnlineMLPClassifier, OnlineMLPRegressor
+    from midflight.automl import AutoClassifier as AutoClassifier
+    from midflight.automl import AutoRegressor as AutoRegressor
+    from midflight.automl import OnlineMLPClassifier as OnlineMLPClassifier
+    from midflight.automl import OnlineMLPRegressor as OnlineMLPRegressor
 
 __version__ = "0.1.0"
 
@@ -38,8 +41,6 @@ __all__ = [
     "ESTIMATORS",
     "RANGES",
     "RULES",
-    "AutoClassifier",
-    "AutoRegressor",
     "BindingError",
     "Categorical",
     "CheckReport",
@@ -52,8 +53,6 @@ __all__ = [
     "NeedsClosure",
     "NoForwardMode",
     "NotTwiceDifferentiable",
-    "OnlineMLPClassifier",
-    "OnlineMLPRegressor",
     "Population",
     "Problem",
     "Replay",
@@ -85,6 +84,10 @@ def __getattr__(name: str) -> Any:
     """What needs scikit-learn is imported when it is first used."""
     if name not in ("AutoClassifier", "AutoRegressor", "OnlineMLPClassifier", "OnlineMLPRegressor"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from midflight.search.engines import need
+
+    need("sklearn", "automl")
+    need("optuna", "automl")
     from midflight import automl
 
     return getattr(automl, name)

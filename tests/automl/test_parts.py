@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from smac import HyperparameterOptimizationFacade
 
 import midflight as mf
 from midflight.automl.columns import as_text, coded, columns_of, scaled
@@ -157,18 +158,36 @@ def test_scaled_tables_have_no_gaps_and_coded_ones_keep_them():
     np.testing.assert_array_equal(codes.transform(new), [[0, np.nan]])
 
 
+def distance(config):
+    return abs(config.get("x", config.get("y")) - 0.25)
+
+
+KINDS = Space(
+    kind=mf.Categorical(["a", "b"]),
+    x=mf.Float(0.0, 1.0, when={"kind": "a"}),
+    y=mf.Float(0.0, 1.0, when={"kind": "b"}),
+)
+FIRST = [{"kind": "a", "x": 0.25}, {"kind": "b", "y": 0.75}]
+
+
 @pytest.mark.parametrize("engine", ["tpe", "smac", "random"])
-def test_a_search_tries_the_first_configurations_first_and_learns_from_them(engine):
-    space = Space(
-        kind=mf.Categorical(["a", "b"]),
-        x=mf.Float(0.0, 1.0, when={"kind": "a"}), y=mf.Float(0.0, 1.0, when={"kind": "b"}),
-    )  # fmt: skip
-    first = [{"kind": "a", "x": 0.25}, {"kind": "b", "y": 0.75}]
-    result = run(
-        lambda trial: abs(trial.params.get("x", trial.params.get("y")) - 0.25), space, engine=engine,
-        trials=5, epochs=1, first=first,
-    )  # fmt: skip
-    assert [record.config for record in result.records[:2]] == first
+def test_a_search_tries_the_first_configurations_first(engine):
+    result = run(lambda trial: distance(trial.params), KINDS, engine=engine, trials=5, epochs=1, first=FIRST)
+    assert [record.config for record in result.records[:2]] == FIRST
     assert len(result.records) == 5
-    assert result.best.config == first[0]
-    assert result.best.loss == 0
+    assert (result.best.config, result.best.loss) == (FIRST[0], 0)
+
+
+def test_smac_is_told_the_loss_of_each_configuration_that_was_tried(monkeypatch):
+    told = []
+    tell = HyperparameterOptimizationFacade.tell
+
+    def spy(self, info, value, **options):
+        told.append((dict(info.config), value.cost))
+        return tell(self, info, value, **options)
+
+    monkeypatch.setattr(HyperparameterOptimizationFacade, "tell", spy)
+    run(lambda trial: distance(trial.params), KINDS, engine="smac", trials=5, epochs=1, first=FIRST)
+    assert len(told) >= 4  # the last one need not be told
+    for config, cost in told:
+        assert cost == pytest.approx(distance(config))

@@ -132,32 +132,39 @@ class _Auto(BaseEstimator):
 
     def _checked(self, X: Any, y: Any) -> tuple[Any, Array]:
         """X as `_table` gives it, and y, shape (n,), without gaps."""
-        self._mixed = is_frame(X) and bool(columns_of(X).categories)
-        if not self._mixed:
+        self._columns = columns_of(X) if is_frame(X) else None
+        if not self._has_categories:
             X, y = validate_data(self, X, y, dtype=np.float64, ensure_all_finite="allow-nan")
             return X, y
         validate_data(self, X, y, skip_check_array=True)
         y = column_or_1d(y, warn=True)
         check_consistent_length(X, y)
         assert_all_finite(y, input_name="y")
-        return self._finite(X), y
+        return self._with_floats(X), y
 
     def _table(self, X: Any) -> Any:
         """Floats that may have gaps; or, where `fit` saw categories, a frame."""
-        if not self._mixed:
+        if not self._has_categories:
             return validate_data(self, X, dtype=np.float64, ensure_all_finite="allow-nan", reset=False)
         if not is_frame(X):
             raise TypeError(
                 f"X must be a pandas frame with the columns seen in fit, but is a {type(X).__name__}."
             )
         validate_data(self, X, skip_check_array=True, reset=False)
-        return self._finite(X)
+        return self._with_floats(X)
 
-    def _finite(self, X: Any) -> Any:
-        """The frame, whose numbers must be finite or missing."""
-        numbers = X.iloc[:, list(columns_of(X).numbers)]
-        if numbers.shape[1]:
-            check_array(numbers, dtype=np.float64, ensure_all_finite="allow-nan")
+    @property
+    def _has_categories(self) -> bool:
+        return self._columns is not None and bool(self._columns.categories)
+
+    def _with_floats(self, X: Any) -> Any:
+        """The frame, its numbers as floats, finite or NaN."""
+        numbers = list(self._columns.numbers) if self._columns else []
+        X = X.copy()
+        if numbers:
+            values = check_array(X.iloc[:, numbers], dtype=np.float64, ensure_all_finite="allow-nan")
+            for column, of_column in zip(numbers, values.T, strict=True):
+                X.isetitem(column, of_column)
         return X
 
 

@@ -105,5 +105,6 @@ class NoEmptyColumns(TransformerMixin, BaseEstimator):
 
 def as_text(X: Any) -> np.ndarray[Any, Any]:
     """Categories as strings, so that they can be sorted; a gap is a category of its own, the empty string."""
-    text = [["" if gap else str(v) for v, gap in zip(X[c], X[c].isna(), strict=True)] for c in X]
+    columns = [X.iloc[:, i] for i in range(X.shape[1])]
+    text = [["" if gap else str(v) for v, gap in zip(c, c.isna(), strict=True)] for c in columns]
     return np.array(text, dtype=object).T.reshape(X.shape)

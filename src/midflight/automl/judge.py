@@ -233,7 +233,6 @@ class Judge:
             if needed > allowed:
                 if all(fmean(s) > self.seconds_left for s in self._fold_seconds.values() if s):
                     raise Enough
-                seen.append(needed)
                 raise OutOfTime(f"a fold would take about {needed:.3g} s, of {allowed:.3g} s left for it")
         predictions = []
         until = self._clock() + allowed
@@ -283,7 +282,11 @@ class Judge:
         if not math.isfinite(self._deadline) or len(training) <= 2 * PILOT:
             return 0.0
         few, began = thinned(training, PILOT), self._clock()
-        with limit(self.seconds_left / 4):
-            predictions_of(p.fit(row.config, few), rows_of(p.X, thinned(validating, PILOT)), p.classes)
-        growth: float = (len(training) / len(few)) ** FAMILIES[row.family].growth
-        return (self._clock() - began) * growth
+        try:
+            with limit(self.seconds_left / 4):
+                predictions_of(p.fit(row.config, few), rows_of(p.X, thinned(validating, PILOT)), p.classes)
+        finally:
+            growth: float = (len(training) / len(few)) ** FAMILIES[row.family].growth
+            expected = (self._clock() - began) * growth
+            self._fold_seconds[row.family].append(expected)
+        return expected
