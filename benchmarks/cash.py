@@ -4,6 +4,7 @@
     python benchmarks/cash.py --datasets wine iris --arms midflight
     python benchmarks/cash.py --table             the tables from the stored rows alone
     python benchmarks/cash.py --figure            and the figure
+    python benchmarks/cash.py --time              whether the time is kept, by rows and seconds; four minutes
 
 Eight tables that come with scikit-learn (friedman1 and moons are synthetic, from its generators), five random
 splits each: 70 % to learn from, 30 % to test, read once. One process, one thread, 28 minutes. midflight
@@ -42,6 +43,8 @@ from midflight.cli import machine
 ROWS = RESULTS / "cash.jsonl"
 SECONDS = 20.0
 SEEDS = 5
+TIMES = [(500, 10.0), (5000, 10.0), (50_000, 10.0), (500_000, 10.0), (5000, 60.0), (50_000, 60.0)]
+"""(rows, seconds) at which it is measured whether the time is kept."""
 Arrays = tuple[np.ndarray, np.ndarray]
 Models = dict[str, Any]
 """Name of an arm -> its fitted model."""
@@ -139,6 +142,28 @@ def chosen(model: Any) -> str:
     if hasattr(model, "leaderboard_"):
         return " ".join(f"{row['family']}*{row['weight']}" for row in model.leaderboard_ if row["weight"])
     return ""
+
+
+def time_kept(n: int, seconds: float) -> Row:
+    """A fit on a synthetic table of n rows and 30 columns, 3 classes."""
+    x, y = datasets.make_classification(n, 30, n_informative=15, n_classes=3, flip_y=0.05, random_state=0)
+    began = time.perf_counter()
+    model = mf.AutoClassifier(seconds=seconds, random_state=0).fit(x, y)
+    took = time.perf_counter() - began
+    states = [row["state"] for row in model.leaderboard_]
+    counts = {state: states.count(state) for state in ("complete", "behind", "skipped", "failed")}
+    return {"task": "time", "arm": f"{n} rows", "index": n, "budget": seconds, "took": round(took, 2),
+            "chosen": chosen(model), **counts}  # fmt: skip
+
+
+def time_table(found: Sequence[Row]) -> str:
+    lines = ["| rows | seconds given | taken | configurations complete, given up, skipped, failed | chosen |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for r in found:
+        if r["task"] == "time":
+            counts = ", ".join(str(r[state]) for state in ("complete", "behind", "skipped", "failed"))
+            lines.append(f"| {r['index']:,} | {r['budget']:g} | {r['took']:.1f} | {counts} | {r['chosen']} |")
+    return "\n".join(lines)
 
 
 def by_seed(found: Sequence[Row], name: str) -> dict[str, list[float]]:
@@ -245,8 +270,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
     parser.add_argument("--table", action="store_true", help="compute nothing")
     parser.add_argument("--figure", action="store_true", help="compute nothing, draw the figure as well")
+    parser.add_argument("--time", action="store_true", help="measure whether the time is kept, nothing else")
     options = parser.parse_args()
-    if not (options.table or options.figure):
+    if options.time:
+        one_thread()
+        append(ROWS, {"machine": machine()})
+        for n, seconds in TIMES:
+            append(ROWS, time_kept(n, seconds))
+    elif not (options.table or options.figure):
         one_thread()
         done = {(row["task"], row["arm"], row["index"]) for row in rows(ROWS)}
         append(ROWS, {"machine": machine(), "seconds": SECONDS})
@@ -260,7 +291,7 @@ def main() -> None:
     found = rows(ROWS)
     if options.figure:
         figure(found)
-    print(table(found))
+    print(table(found), time_table(found), sep="\n\n")
 
 
 if __name__ == "__main__":

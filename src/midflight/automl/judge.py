@@ -51,7 +51,9 @@ class Problem:
     Attributes:
         X: an array or a frame of n rows.
         y: shape (n,).
+        task: "classification" or "regression".
         classes: sorted; None for a regression.
+        columns: which of X are numbers, which categories.
         folds: rows that train and rows that validate.
         loss: (predictions, targets) -> what is to be made small.
         seed: of the learners.
@@ -160,6 +162,8 @@ class Judge:
             row.state, row.message = "skipped", str(error)
         except Exception as error:  # whatever a learner raises is its own loss, not the search's end
             row.state, row.message = "failed", f"{type(error).__name__}: {error}"
+        if math.isnan(row.loss):
+            row.loss = math.inf
         row.seconds = self._clock() - began
         self.rows.append(row)
         self._forget()

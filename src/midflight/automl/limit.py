@@ -20,6 +20,8 @@ def limit(seconds: float) -> Iterator[None]:
     compiled code ends first. In other threads, on Windows, or where somebody else has set the alarm, there
     is no limit.
     """
+    if seconds <= 0:
+        raise OutOfTime("no time was left")
     if math.isinf(seconds) or not _can_alarm():
         yield
         return
@@ -28,7 +30,7 @@ def limit(seconds: float) -> Iterator[None]:
         raise OutOfTime(f"not done within {seconds:.3g} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
