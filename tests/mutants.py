@@ -283,6 +283,12 @@ MUTANTS = [
         PARTS + "an_alarm_of_somebody_else_is_not_touched",
     ),
     (
+        "automl/limit.py",
+        "signal.setitimer(signal.ITIMER_REAL, AGAIN)",
+        "pass",
+        PARTS + "the_alarm_rings_again_if_it_was_not_heard",
+    ),
+    (
         "automl/columns.py",
         '"" if gap else str(v)',
         "str(v)",

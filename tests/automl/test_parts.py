@@ -1,5 +1,6 @@
 """The parts of the search, each against what it must do."""
 
+import contextlib
 import itertools
 import signal
 import threading
@@ -11,6 +12,7 @@ import pytest
 from smac import HyperparameterOptimizationFacade
 
 import midflight as mf
+from midflight.automl import limit as module
 from midflight.automl.columns import as_text, coded, columns_of, scaled
 from midflight.automl.ensemble import greedy, helps
 from midflight.automl.limit import OutOfTime, limit
@@ -108,6 +110,20 @@ def test_time_runs_out_in_the_middle_of_a_loop_and_the_alarm_is_given_back():
     assert time.monotonic() - began < 1
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_the_alarm_rings_again_if_it_was_not_heard(monkeypatch):
+    monkeypatch.setattr(module, "AGAIN", 0.1)
+    began = time.monotonic()
+
+    def deaf():
+        with contextlib.suppress(OutOfTime):
+            time.sleep(10)
+        time.sleep(10)
+
+    with pytest.raises(OutOfTime), limit(0.1):
+        deaf()
+    assert 0.2 <= time.monotonic() - began < 2
 
 
 def test_a_block_that_is_quick_enough_and_another_thread_are_left_alone():

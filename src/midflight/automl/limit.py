@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+AGAIN = 2.0
+"""Seconds after which the alarm rings once more: Python drops what is raised in a destructor, for one."""
+
 
 class OutOfTime(Exception):
     """The block took too long."""
@@ -27,6 +30,7 @@ def limit(seconds: float) -> Iterator[None]:
         return
 
     def ring(*_: Any) -> None:
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
         raise OutOfTime(f"not done within {seconds:.3g} s")
 
     before = signal.signal(signal.SIGALRM, ring)
