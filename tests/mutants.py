@@ -268,7 +268,7 @@ MUTANTS = [
         "automl/ensemble.py",
         "enumerate(parts) if i != k]",
         "enumerate(parts)]",
-        PARTS + "a_choice_made_on_noise_does_not_help",
+        PARTS + "what_helps_only_where_it_was_chosen_does_not_help",
     ),
     (
         "automl/limit.py",

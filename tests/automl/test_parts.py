@@ -77,11 +77,12 @@ def test_copies_of_one_model_do_not_help():
     assert not helps(predictions, parts, squared_error, 8)
 
 
-def test_a_choice_made_on_noise_does_not_help():
-    rng = np.random.default_rng(0)
-    y = np.zeros(50)
-    predictions = [y + 0.01, *(y + rng.choice([-1, 1]) * rng.normal(1, 0.01, 50) for _ in range(5))]
-    parts = [(np.arange(k, 50, 5), y[k::5]) for k in range(5)]
+def test_what_helps_only_where_it_was_chosen_does_not_help():
+    y, part = np.zeros(50), np.arange(50) % 5
+    # with the first one, candidate k is right on part k, and a little worse than it elsewhere
+    predictions = [y + 1, *(np.where(part == k, -1.0, 1.05) for k in range(5))]
+    parts = [(np.flatnonzero(part == k), y[part == k]) for k in range(5)]
+    assert len(greedy(predictions, parts, squared_error, 8)) > 1
     assert not helps(predictions, parts, squared_error, 8)
 
 
