@@ -62,6 +62,11 @@ class Family:
     growth: float = 1.0
 
 
+def _calibrated(classifier: Any) -> Any:
+    """Probabilities from a logistic curve (Platt 1999): margins are none, shares of neighbours may be 0."""
+    return CalibratedClassifierCV(classifier, cv=3, ensemble=False)
+
+
 def _forest(random: Any, extra: Any) -> Build:
     def build(params: Params, seed: int) -> Any:
         kind = {"random": random, "extra": extra}[params["kind"]]
@@ -135,7 +140,7 @@ FAMILIES: dict[str, Family] = {
     "svm": Family(
         {"C": Float(1e-2, 1e3, log=True), "gamma": Float(1e-3, 10.0, log=True)},
         {"C": 1.0, "gamma": 0.05},
-        lambda params, seed: CalibratedClassifierCV(SVC(**LIBSVM, **params), cv=3, ensemble=False),
+        lambda params, seed: _calibrated(SVC(**LIBSVM, **params)),
         lambda params, seed: SVR(**LIBSVM, **params),
         needs_scale=True,
         growth=2.0,
@@ -147,7 +152,7 @@ FAMILIES: dict[str, Family] = {
             "p": Int(1, 2),
         },
         {"n_neighbors": 5, "weights": "distance", "p": 2},
-        lambda params, seed: KNeighborsClassifier(**params),
+        lambda params, seed: _calibrated(KNeighborsClassifier(**params)),
         lambda params, seed: KNeighborsRegressor(**params),
         needs_scale=True,
         growth=1.5,
