@@ -178,8 +178,15 @@ def test_ctrl_c_leaves_the_best_so_far(monkeypatch, ensemble):
 
     monkeypatch.setitem(FAMILIES, "interrupted", fake(Spoilt(interrupt), needs_scale=True))
     auto = mf.AutoClassifier(families=["tree", "linear", "interrupted"], ensemble=ensemble, random_state=0)
+
+    def fit():
+        try:
+            auto.fit(*WINE)
+        except KeyboardInterrupt:
+            pytest.fail("Ctrl-C came through")
+
     with pytest.warns(UserWarning, match="interrupted after 2 configurations"):
-        auto.fit(*WINE)
+        fit()
     assert auto.score(*WINE) > 0.95
     assert auto.best_params_["family"] == "linear"
     assert [weight for weight, _ in auto.members_] == [1]

@@ -112,6 +112,7 @@ def test_t2_is_stratified_and_leaves_one_row_of_each_class():
     y = np.array([0] * 50 + [1] * 27 + [2])  # each fifth would be the only row of 2, too
     t2 = held_out(y, 0.2, seed=0, classes=True)
     assert [int(t2[y == k].sum()) for k in (0, 1, 2)] == [10, 5, 0]
+    assert held_out(np.arange(100_000), 0.2, seed=0, classes=False).sum() == 10_000
     assert not held_out(np.arange(9.0), 0.2, seed=0, classes=False).any()
 
 

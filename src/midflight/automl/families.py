@@ -135,7 +135,7 @@ FAMILIES: dict[str, Family] = {
         _mlp(OnlineMLPClassifier),
         _mlp(OnlineMLPRegressor),
         needs_scale=True,
-        growth=0.2,
+        growth=0.4,
     ),
     "svm": Family(
         {"C": Float(1e-2, 1e3, log=True), "gamma": Float(1e-3, 10.0, log=True)},

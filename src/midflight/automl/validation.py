@@ -59,7 +59,7 @@ def spread(y: Array, seed: int) -> Array:
 
 
 def held_out(y: Array, share: float, seed: int, classes: bool) -> Array:
-    """About this share of the rows, stratified; of each class one row at least is left.
+    """About this share of the rows, at most 10,000, stratified; of each class one row at least is left.
 
     Returns:
         bool, shape (n,); nothing is held out from fewer than 10 rows.
@@ -67,7 +67,7 @@ def held_out(y: Array, share: float, seed: int, classes: bool) -> Array:
     chosen = np.zeros(len(y), dtype=bool)
     if len(y) < 10:
         return chosen
-    order, every = spread(y, seed), max(2, round(1 / share))
+    order, every = spread(y, seed), max(2, round(1 / share), math.ceil(len(y) / VALIDATED))
     chosen[order[every // 2 :: every]] = True
     if classes:
         chosen[order[np.unique(y[order], return_index=True)[1]]] = False
