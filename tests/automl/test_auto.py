@@ -243,7 +243,7 @@ def test_a_learner_that_fails_is_a_row_with_its_message(monkeypatch):
     ("changes", "sentence"),
     [
         ({"seconds": None}, "one of seconds and trials must be given"),
-        ({"families": ["svn"]}, "a family must be one of linear, boosting, .*; got 'svn'"),
+        ({"families": ["svn"]}, "a family must be one of linear, tree, .*; got 'svn'"),
         ({"families": []}, "families must name one of linear"),
         ({"engine": "smack"}, "engine must be one of .*smac.*; got 'smack'"),
         ({"ensemble": 0}, "ensemble >= 1 must hold"),

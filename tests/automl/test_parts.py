@@ -34,8 +34,8 @@ def test_few_rows_make_five_stratified_folds_that_hold_each_row_once():
     [
         (4999, np.inf, None, None),
         (5000, np.inf, 4000, 1000),
-        (1999, 20.0, None, None),
-        (2000, 20.0, 1600, 400),
+        (999, 20.0, None, None),
+        (1000, 20.0, 800, 200),
         (20_000, 20.0, 4000, 4000),
         (400, 1.0, None, None),
         (100_000, 60.0, 12_000, 10_000),

@@ -22,6 +22,7 @@ from midflight.automl.columns import columns_of, is_frame
 from midflight.automl.ensemble import together
 from midflight.automl.families import FAMILIES, Task, default_of, space_of
 from midflight.automl.judge import Enough, Judge, Problem
+from midflight.automl.network import warm_up
 from midflight.automl.validation import Array, folds_of, loss_of, predictions_of
 from midflight.errors import UnknownName
 from midflight.search.errors import SearchError
@@ -68,6 +69,7 @@ class _Auto(BaseEstimator):
             X=X, y=y, task=task, classes=classes, columns=columns_of(X), folds=folds_of(y, seed, seconds),
             loss=loss_of(self.scoring, classes), seed=seed,
         )  # fmt: skip
+        warm_up()
         judge = Judge(problem, deadline=began + seconds)
         interrupted = False
         try:

@@ -96,6 +96,32 @@ FAMILIES: dict[str, Family] = {
         lambda params, seed: Ridge(alpha=params["strength"]),
         needs_scale=True,
     ),
+    "tree": Family(
+        {"max_depth": Int(1, 20, log=True), "min_samples_leaf": Int(1, 50, log=True)},
+        {"max_depth": 6, "min_samples_leaf": 5},
+        lambda params, seed: DecisionTreeClassifier(random_state=seed, **params),
+        lambda params, seed: DecisionTreeRegressor(random_state=seed, **params),
+    ),
+    "knn": Family(
+        {
+            "n_neighbors": Int(1, 50, log=True),
+            "weights": Categorical(["uniform", "distance"]),
+            "p": Int(1, 2),
+        },
+        {"n_neighbors": 5, "weights": "distance", "p": 2},
+        lambda params, seed: _calibrated(KNeighborsClassifier(**params)),
+        lambda params, seed: KNeighborsRegressor(**params),
+        needs_scale=True,
+        growth=1.5,
+    ),
+    "svm": Family(
+        {"C": Float(1e-2, 1e3, log=True), "gamma": Float(1e-3, 10.0, log=True)},
+        {"C": 1.0, "gamma": 0.05},
+        lambda params, seed: _calibrated(SVC(**LIBSVM, **params)),
+        lambda params, seed: SVR(**LIBSVM, **params),
+        needs_scale=True,
+        growth=2.0,
+    ),
     "boosting": Family(
         {
             "learning_rate": Float(0.01, 0.5, log=True),
@@ -113,16 +139,6 @@ FAMILIES: dict[str, Family] = {
         _boosting(HistGradientBoostingRegressor),
         growth=0.5,
     ),
-    "forest": Family(
-        {
-            "kind": Categorical(["random", "extra"]),
-            "max_features": Float(0.05, 1.0),
-            "min_samples_leaf": Int(1, 20, log=True),
-        },
-        {"kind": "extra", "max_features": 0.5, "min_samples_leaf": 1},
-        _forest(RandomForestClassifier, ExtraTreesClassifier),
-        _forest(RandomForestRegressor, ExtraTreesRegressor),
-    ),
     "mlp": Family(
         {
             "layers": Int(1, 3),
@@ -137,31 +153,15 @@ FAMILIES: dict[str, Family] = {
         needs_scale=True,
         growth=0.4,
     ),
-    "svm": Family(
-        {"C": Float(1e-2, 1e3, log=True), "gamma": Float(1e-3, 10.0, log=True)},
-        {"C": 1.0, "gamma": 0.05},
-        lambda params, seed: _calibrated(SVC(**LIBSVM, **params)),
-        lambda params, seed: SVR(**LIBSVM, **params),
-        needs_scale=True,
-        growth=2.0,
-    ),
-    "knn": Family(
+    "forest": Family(
         {
-            "n_neighbors": Int(1, 50, log=True),
-            "weights": Categorical(["uniform", "distance"]),
-            "p": Int(1, 2),
+            "kind": Categorical(["random", "extra"]),
+            "max_features": Float(0.05, 1.0),
+            "min_samples_leaf": Int(1, 20, log=True),
         },
-        {"n_neighbors": 5, "weights": "distance", "p": 2},
-        lambda params, seed: _calibrated(KNeighborsClassifier(**params)),
-        lambda params, seed: KNeighborsRegressor(**params),
-        needs_scale=True,
-        growth=1.5,
-    ),
-    "tree": Family(
-        {"max_depth": Int(1, 20, log=True), "min_samples_leaf": Int(1, 50, log=True)},
-        {"max_depth": 6, "min_samples_leaf": 5},
-        lambda params, seed: DecisionTreeClassifier(random_state=seed, **params),
-        lambda params, seed: DecisionTreeRegressor(random_state=seed, **params),
+        {"kind": "extra", "max_features": 0.5, "min_samples_leaf": 1},
+        _forest(RandomForestClassifier, ExtraTreesClassifier),
+        _forest(RandomForestRegressor, ExtraTreesRegressor),
     ),
     "elastic_net": Family(
         {"strength": Float(1e-3, 100.0, log=True), "l1_ratio": Float(0.0, 1.0)},
@@ -174,7 +174,7 @@ FAMILIES: dict[str, Family] = {
         needs_scale=True,
     ),
 }  # fmt: skip
-"""Name -> family, in the order in which the defaults are tried."""
+"""Name -> family, in the order in which the defaults are tried: the quick ones first."""
 
 
 def space_of(families: Sequence[str]) -> Space:

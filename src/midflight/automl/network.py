@@ -87,6 +87,11 @@ def space_at(starts: dict[str, float]) -> Space:
     return Space({name: default_range(name, init=start) for name, start in starts.items()})
 
 
+def warm_up() -> None:
+    """Have torch import what it leaves until its first optimiser: an alarm in the middle would break it."""
+    torch.optim.Adam([torch.zeros(1)])
+
+
 class Training:
     """One training of the network on some rows, a step at a time; draws from torch's global generator."""
 

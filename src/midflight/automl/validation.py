@@ -24,7 +24,7 @@ Parts = Sequence[tuple[Array, Array]]
 Fold = tuple[Array, Array]
 """(rows that train, rows that validate)"""
 FOLDS = 5
-FEW, FEW_PER_SECOND, FEWEST = 5000, 100, 500
+FEW, FEW_PER_SECOND, FEWEST = 5000, 50, 500
 """Rows below which there are five folds: so many, or fewer where a second must do for more than its share."""
 TRAINED_PER_SECOND, TRAINED = 200, 2000
 """Rows of the sample that trains, for each second of the search, and at least."""
