@@ -18,6 +18,11 @@ ORACLES, PARITY, PROPERTY = "tests/oracles", "tests/parity", "tests/property"
 TUNER, STUDY = "tests/e2e/test_tuner.py", "tests/e2e/test_study.py::test_"
 FORESIGHT, PACING = "tests/e2e/test_foresight.py", "tests/e2e/test_pacing.py"
 GUARDS, ROTATION = "tests/e2e/test_guards.py", "tests/e2e/test_rotation.py"
+SPACES, ONLINE = "tests/search/test_space.py", "tests/search/test_online.py"
+RESUME = "tests/search/test_resume.py::test_"
+BITS = RESUME + "an_interrupted_trial_continues_bit_for_bit"
+PROMOTED = RESUME + "a_promoted_trial_continues_bit_for_bit"
+WORKERS = RESUME + "ten_killed_workers_of_four_lose_and_repeat_nothing"
 KINDS, ALIVE = "tests/oracles/test_kinds.py", "tests/e2e/test_alive.py"
 POPULATION, COST = "tests/parity/test_population.py", "tests/e2e/test_cost.py"
 MLP, AUTO, PARTS = (f"tests/automl/test_{name}.py::test_" for name in ("online_mlp", "auto", "parts"))
@@ -366,6 +371,69 @@ MUTANTS = [
         "",
         PARTS + "smac_is_told_the_loss_of_each_configuration_that_was_tried",
     ),
+    ("search/space.py", "1.0 if (name in a) != (name in b)", "0.0 if (name in a) != (name in b)", SPACES),
+    ("search/space.py", "config[parent] in values", "True", SPACES),
+    ("search/space.py", "if not both:", "if False:", SPACES),
+    (
+        "search/engines/optuna.py",
+        "suggest_int(name, spec.low, spec.high, log=spec.log)",
+        "suggest_int(name, spec.low, spec.high)",
+        SPACES,
+    ),
+    (
+        "search/engines/smac.py",
+        "terms[0] if len(terms) == 1 else ConfigSpace.AndConjunction(*terms)",
+        "terms[0]",
+        SPACES,
+    ),
+    ("search/engines/smac.py", "return spec.choices[int(value)]", "return int(value)", SPACES),
+    (
+        "search/engines/smac.py",
+        "self._tell(study.get_trials(deepcopy=False))",
+        "pass",
+        RESUME + "smac_is_told_what_an_earlier_process_found",
+    ),
+    (
+        "search/checkpoint.py",
+        '"torch": torch.get_rng_state()',
+        '"torch": torch.Generator().get_state()',
+        BITS,
+    ),
+    ("search/trial.py", "checkpoint.set_random_state(saved.random_state)", "pass", BITS),
+    ("search/problems.py", 'optimizer.load_state_dict(state["optimizer"])', "pass", BITS),
+    ("search/problems.py", 'batches.generator.set_state(state["batches"])', "pass", BITS),
+    ("search/problems.py", 'tuner.load_state_dict(state["tuner"])', "pass", BITS),
+    ("search/search.py", "starts = earlier[0].starts", "pass", PROMOTED),
+    (
+        "search/search.py",
+        'trial.set_user_attr("root", earlier[0].root if earlier else trial.number)',
+        'trial.set_user_attr("root", trial.number)',
+        PROMOTED,
+    ),
+    ("search/search.py", "self._to_continue.appendleft(trial)", "pass", WORKERS),
+    ("search/trial.py", "self._tell(saved.points)", "pass", WORKERS),
+    (
+        "search/search.py",
+        "if deaths >= DEATHS:",
+        "if deaths > DEATHS:",
+        RESUME + "a_trial_that_kills_its_worker_three_times_is_failed_and_the_search_goes_on",
+    ),
+    (
+        "search/ledger.py",
+        "if not self._is_cared_for(trial, owners, others_live)",
+        "if False",
+        RESUME + "every_storage_holds_the_same_and_resumes",
+    ),
+    (
+        "search/ledger.py",
+        'return owner == self.owner or _lives(owners.get(owner, {"seen": 0.0}))',
+        "return owner == self.owner",
+        RESUME + "two_processes_share_one_study",
+    ),
+    ("search/search.py", "good = tuned[: len(tuned) // 2]", "good = tuned", ONLINE),
+    ("search/search.py", "space.distance(config, r.config), r.loss", "r.loss, r.loss", ONLINE),
+    ("search/search.py", "point.loss if math.isfinite(point.loss) else math.inf", "point.loss", ONLINE),
+    ("search/ledger.py", 'ended = [r for r in good if r.state == "complete"]', "ended = good", ONLINE),
 ]
 
 

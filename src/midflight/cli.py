@@ -121,6 +121,8 @@ class SearchCommand:
     """Trials at once, each in a process of its own; all cores if not given."""
     storage: str = DEFAULT_STORAGE
     """A .sqlite or .journal file, or a URL such as postgresql://user@host/database."""
+    folder: Path | None = None
+    """Of the checkpoints, where several machines share a study; beside the storage if not given."""
     study: str | None = None
     """Its name in the storage; made of space, data and engine if not given."""
     seed: int = 0
@@ -228,8 +230,8 @@ def _search(arguments: list[str]) -> int:
         run(
             what.objective, space, engine=command.engine, trials=command.trials, seconds=seconds,
             epochs=command.epochs, workers=cores if command.workers is None else command.workers,
-            storage=command.storage, name=name, seed=command.seed, warm_start=command.warm_start,
-            label=what.label, callbacks=[table.on_record], **options,
+            storage=command.storage, folder=command.folder, name=name, seed=command.seed,
+            warm_start=command.warm_start, label=what.label, callbacks=[table.on_record], **options,
         )  # fmt: skip
     return _search_report(name, command.storage, command.out, command.json)
 

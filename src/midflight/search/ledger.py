@@ -129,12 +129,13 @@ class Ledger:
         return self.folder / f"{root}.pt"
 
     def clear_checkpoints(self) -> None:
-        """Delete what no trial can continue, all but the best one's."""
+        """Delete what no trial will continue, all but the best one's."""
         records = self.records()
         chosen = best(records)
-        for one in records:
-            if one.state in ("complete", "pruned", "failed") and (chosen is None or one.root != chosen.root):
-                self.checkpoint(one.root).unlink(missing_ok=True)
+        kept = {r.root for r in records if r.state == "unfinished"} | ({chosen.root} if chosen else set())
+        for path in self.folder.glob("*.pt"):
+            if path.stem.isdigit() and int(path.stem) not in kept:
+                path.unlink(missing_ok=True)
 
     def orphans(self) -> list[FrozenTrial]:
         """Unfinished trials whose process is gone, now claimed by this one."""

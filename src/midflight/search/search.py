@@ -313,7 +313,8 @@ class Search:
         earlier = [r for r in records if r.config == config] if self._engine.promotes else []
         trial.set_user_attr("engine", self._engine.name)
         trial.set_user_attr("root", earlier[0].root if earlier else trial.number)
-        trial.set_user_attr("from_epoch", max((r.epoch for r in earlier), default=0))
+        saved = checkpoint.load(self.ledger.checkpoint(earlier[0].root)) if earlier else None
+        trial.set_user_attr("from_epoch", saved.points[-1].epoch if saved else 0)
         starts = self.space.starts(config)
         if earlier:
             starts = earlier[0].starts

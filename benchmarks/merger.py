@@ -1,0 +1,322 @@
+"""Search and tuning merged: tune inside the trials what has a gradient, or search it with the rest?
+
+    python benchmarks/merger.py                       all tasks, arms and seeds; takes up where it stopped
+    python benchmarks/merger.py --tasks digits --seeds 3
+    python benchmarks/merger.py --figure              table and figure from the stored rows alone
+
+A small network with discrete choices (layers, width, activation, optimiser) and a searched learning rate.
+Weight decay, input noise and dropout are tuned inside each trial, starting where the nearest good
+configuration ended (`merged`) or at their defaults (`merged, cold`), or searched by the same engine like
+everything else (`searched`). Each search has 16 whole trainings to spend; an epoch of a tuned trial counts
+for as many plain ones as it takes, measured here in turns on one thread. Validation passes are free for all,
+and so is the engine's own time. A searched trial is finished as a tuned one: the best, by validation, of its
+last weights, their average, and the best earlier average. Best so far is the model of least validation loss
+at any epoch of any trial; its test error is reported and used for nothing. Needs the extra `search`. Rows:
+docs/results/merger.jsonl.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from tasks import RESULTS, Row, Splits, append, compute, diabetes, images, one_thread, rows
+from torch import Tensor
+
+import midflight as mf
+from midflight import search
+from midflight.capture import evaluating, trained_parameters, weights_at
+from midflight.foresight import Foresight
+from midflight.search.problems import MLP_SPACE, network, optimizer_for
+from midflight.study.arm import Shuffled
+from midflight.trees import Tensors
+
+ROWS = RESULTS / "merger.jsonl"
+SEEDS, EPOCHS, TRAININGS = 10, 27, 16
+BUDGETS = [1, 2, 4, 8, 16]
+ENGINES = ["bohb", "smac"]
+ARMS = ["merged", "merged, cold", "searched"]
+COST = "cost of tuning"
+SPACE = search.Space(
+    {name: spec for name, spec in MLP_SPACE.specs.items() if name not in ("layers", "width", "batch_norm")},
+    layers=mf.Int(1, 3), width=mf.Int(16, 128, log=True),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data, batch size, width of the output, loss, and error of outputs against targets."""
+
+    data: Callable[[], Splits]
+    batch: int
+    outputs: int = 10
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+
+    def error(self, outputs: Tensor, y: Tensor) -> float:
+        """A share of wrong classes, or the squared error."""
+        if self.loss is F.mse_loss:
+            return float(F.mse_loss(outputs, y))
+        return float((outputs.argmax(1) != y).float().mean())
+
+
+TASKS = {
+    "digits": Task(lambda: images("digits", 1000, 437), 50),
+    "mnist_2k": Task(lambda: images("mnist", 2000, 1000), 100),
+    "tabular": Task(diabetes, 20, 1, F.mse_loss),
+}
+
+
+@cache
+def splits(name: str) -> Splits:
+    """The data of a task, read once per process."""
+    return TASKS[name].data()
+
+
+class Training:
+    """One training of a configuration: tuned by a tuner at its defaults, or fixed and averaged alike."""
+
+    def __init__(self, name: str, params: dict[str, Any], online: mf.Space | None, seed: int) -> None:
+        self.task, self.seed = TASKS[name], seed
+        self.t1, self.t2, self.test = splits(name)
+        torch.manual_seed(seed)
+        levels = {n: online[n] for n in online} if online else {}
+        self.model = network(self.t1.x.shape[1], self.task.outputs, {**params, **levels, "batch_norm": False})
+        self.optimizer = optimizer_for(self.model, params)
+        self.batches = Shuffled(self.t1, self.task.batch, seed + 1)
+        self.steps, self.total = 0, EPOCHS * (len(self.t1) // self.task.batch)
+        self.params = trained_parameters(self.model, self.optimizer)
+        self.average, self.earlier = Foresight(), (float("inf"), {})
+        size = min(128, len(self.t2), len(self.t1))
+        self.tuner = online and mf.Tuner(
+            self.model, self.optimizer, online, validate=lambda m, b: self.task.loss(m(b[0]), b[1]),
+            valid_loader=Shuffled(self.t2, size, seed + 2), train_loader=Shuffled(self.t1, size, seed + 3),
+            bind=["weight_decay"], total_steps=self.total,
+        )  # fmt: skip
+
+    def epoch(self) -> None:
+        for x, y in self.batches:
+            self.optimizer.zero_grad()
+            loss = self.task.loss(self.model(x), y)
+            self.tuner.backward(loss) if self.tuner else loss.backward()
+            self.optimizer.step()
+            self.steps += 1
+            if not self.tuner:
+                self.average.follow(self.params, self.steps)
+
+    @torch.no_grad()
+    def valid(self, weights: Tensors) -> float:
+        """Validation loss at these weights; at those of the model if there are none."""
+        with evaluating(self.model), weights_at({n: self.params[n] for n in weights}, weights):
+            return float(self.task.loss(self.model(self.t2.x), self.t2.y))
+
+    @torch.no_grad()
+    def test_error(self, weights: Tensors) -> float:
+        """The same on the test set."""
+        with evaluating(self.model), weights_at({n: self.params[n] for n in weights}, weights):
+            return self.task.error(self.model(self.test.x), self.test.y)
+
+    def report(self) -> tuple[float, Tensors]:
+        """What the search hears after an epoch: of the last weights, in the end of the best there are."""
+        ends = self.steps == self.total
+        if self.tuner:
+            if ends:
+                self.tuner.finish()
+            return self.valid({}), {}
+        average = self.average.average()
+        averaged = self.valid(average), average
+        if averaged[0] < self.earlier[0]:
+            self.earlier = averaged[0], {name: a.clone() for name, a in average.items()}
+        last = self.valid({}), {}
+        return min(last, averaged, self.earlier, key=lambda found: found[0]) if ends else last
+
+    def state_dict(self) -> Row:
+        return {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": self.steps,
+            "batches": self.batches.generator.get_state(), "average": self.average.state_dict(),
+            "earlier": list(self.earlier), "tuner": self.tuner and self.tuner.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Row) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.generator.set_state(state["batches"])
+        self.average.load_state_dict(state["average"])
+        self.steps, self.earlier = state["steps"], tuple(state["earlier"])
+        if self.tuner:
+            self.tuner.load_state_dict(state["tuner"])
+
+
+@dataclass
+class Purse:
+    """Trains trials until the budget is spent, and remembers the best so far."""
+
+    task: str
+    price: float
+    spent: float = 0.0
+    best: float = float("inf")
+    trace: list[list[float]] = field(default_factory=list)
+
+    def __call__(self, trial: search.Trial) -> None:
+        training = Training(self.task, trial.params, online := trial.online(), trial.seed)
+        done = 0
+        if (state := trial.load()) is not None:
+            training.load_state_dict(state)
+            done = training.steps * EPOCHS // training.total
+        for epoch in range(done + 1, EPOCHS + 1):
+            if self.spent >= TRAININGS:
+                raise KeyboardInterrupt
+            training.epoch()
+            self.spent += self.price / EPOCHS
+            valid, weights = training.report()
+            if valid < self.best:
+                self.best = valid
+                self.trace.append([round(self.spent, 4), valid, training.test_error(weights)])
+            trial.report(epoch, valid, training.state_dict(), online)
+
+
+def searched(job: tuple[str, str, str, int]) -> Row:
+    """One search, as a row; its trace is [trainings spent, validation loss, test error] of the best."""
+    task, engine, arm, seed = job
+    purse = Purse(task, 1.0 if arm == "searched" else cost(task))
+    space = SPACE.offline() if arm == "searched" else SPACE
+    began = time.perf_counter()
+    try:
+        search.run(
+            purse, space, engine=engine, trials=1000, epochs=EPOCHS, seed=seed, warm_start=arm == "merged"
+        )
+    except search.Interrupted as stopped:
+        trials = len(stopped.result.records)
+    return {
+        "task": task, "engine": engine, "arm": arm, "index": seed, "trace": purse.trace, "trials": trials,
+        "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+
+
+def compute_cost(task: str, pairs: int = 12) -> None:
+    """What a tuned epoch takes over a plain one, in whole trainings of each, an epoch of either in turn."""
+    one_thread()
+    seconds = np.zeros(2)
+    rng = np.random.default_rng(0)
+    for n in range(pairs):
+        params = {
+            "layers": int(rng.integers(1, 4)), "width": int(rng.integers(16, 129)), "activation": "relu",
+            "optimizer": ["adam", "sgd"][n % 2], "lr": 1e-3, "momentum": 0.9,
+        }  # fmt: skip
+        online = SPACE.tuned(SPACE.starts(params))
+        runs = [Training(task, {**params, **SPACE.starts(params)}, space, n) for space in (None, online)]
+        for epoch in range(EPOCHS):
+            for i in (epoch % 2, 1 - epoch % 2):
+                began = time.perf_counter()
+                runs[i].epoch()
+                seconds[i] += time.perf_counter() - began
+        began = time.perf_counter()
+        runs[1].tuner.finish()
+        seconds[1] += time.perf_counter() - began
+    append(ROWS, {"task": task, "arm": COST, "index": 0, "ratio": round(float(seconds[1] / seconds[0]), 3)})
+
+
+def cost(task: str) -> float:
+    """What an epoch of a tuned trial costs in plain ones."""
+    return next(r["ratio"] for r in reversed(rows(ROWS)) if (r["task"], r["arm"]) == (task, COST))
+
+
+def at(trace: list[list[float]], budget: float) -> float:
+    """Test error of the best so far when so many trainings were spent; NaN before the first report."""
+    seen = [test for spent, _, test in trace if spent <= budget + 1e-9]
+    return seen[-1] if seen else float("nan")
+
+
+def errors(found: list[Row], task: str, engine: str, arm: str, budget: float) -> list[float]:
+    """Test errors by seed."""
+    mine = {r["index"]: r for r in found if (r["task"], r.get("engine"), r["arm"]) == (task, engine, arm)}
+    return [at(mine[seed]["trace"], budget) for seed in sorted(mine)]
+
+
+def table(found: list[Row]) -> str:
+    """Median test error [quartiles] by budget; in how many seeds an arm beats `searched`, and loses."""
+    heads = [f"{b} trainings" for b in BUDGETS]
+    lines = [
+        f"| task | engine | arm | {' | '.join(heads)} | better / worse at {BUDGETS[-1]} |",
+        "|---|---|---|" + "---|" * (len(BUDGETS) + 1),
+    ]
+    for task, engine, arm in product(TASKS, ENGINES, ARMS):
+        cells = []
+        for budget in BUDGETS:
+            e = errors(found, task, engine, arm, budget)
+            low, mid, high = np.nanquantile(e, (0.25, 0.5, 0.75)) if e else (0, 0, 0)
+            cells.append(f"{mid:.4f} [{low:.4f}, {high:.4f}]" if e else "")
+        mine, theirs = (errors(found, task, engine, a, BUDGETS[-1]) for a in (arm, "searched"))
+        pairs = list(zip(mine, theirs, strict=False))
+        against = (
+            f"{sum(a < b for a, b in pairs)} / {sum(a > b for a, b in pairs)}" if arm != "searched" else ""
+        )
+        if any(cells):
+            lines.append(f"| {task} | {engine} | {arm} | {' | '.join(cells)} | {against} |")
+    return "\n".join(lines)
+
+
+def figure(found: list[Row]) -> None:
+    fig = Figure(figsize=(3.4 * len(TASKS), 5.6), layout="constrained")
+    axes = fig.subplots(len(ENGINES), len(TASKS), squeeze=False)
+    budgets = np.geomspace(1, TRAININGS, 40)
+    for (i, engine), (k, task) in product(enumerate(ENGINES), enumerate(TASKS)):
+        axis = axes[i][k]
+        for arm, colour in zip(ARMS, ("tab:blue", "tab:cyan", "tab:grey"), strict=True):
+            e = np.array([errors(found, task, engine, arm, b) for b in budgets])
+            if not e.size:
+                continue
+            low, mid, high = np.nanquantile(e, (0.25, 0.5, 0.75), axis=1)
+            axis.plot(budgets, mid, color=colour, label=arm, lw=2 if arm == "merged" else 1.3)
+            axis.fill_between(budgets, low, high, color=colour, alpha=0.15, lw=0)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(BUDGETS, [str(b) for b in BUDGETS])
+        axis.set_yscale("log")
+        axis.set_title(f"{task.replace('_', ' ')}, {engine}")
+        if i == len(ENGINES) - 1:
+            axis.set_xlabel("compute, in plain trainings")
+        if k == 0:
+            axis.set_ylabel("test error of the best so far")
+    handles = {
+        label: h for axis in fig.axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)
+    fig.savefig(RESULTS / "merger.png", dpi=110)
+
+
+def main() -> None:
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--figure", action="store_true", help="compute nothing")
+    options = parser.parse_args()
+    if not options.figure:
+        known = {row["task"] for row in rows(ROWS) if row["arm"] == COST}
+        for task in options.tasks:
+            if task not in known:
+                compute_cost(task)
+        done = {(r["task"], r.get("engine"), r["arm"], r["index"]) for r in rows(ROWS)}
+        jobs = [
+            (t, e, a, s)
+            for t in options.tasks
+            for s in range(options.seeds)
+            for e in options.engines
+            for a in ARMS
+        ]
+        compute(ROWS, [job for job in jobs if job not in done], searched, options.workers)
+    found = rows(ROWS)
+    print(table(found))
+    figure(found)
+
+
+if __name__ == "__main__":
+    main()
