@@ -9,8 +9,8 @@ CHEAP = {"seconds": None, "trials": 2, "families": ["linear", "tree"], "random_s
 
 @parametrize_with_checks(
     [
-        mf.OnlineMLPClassifier(max_steps=300, random_state=0),
-        mf.OnlineMLPRegressor(max_steps=300, random_state=0),
+        mf.OnlineMLPClassifier(max_steps=150, random_state=0),
+        mf.OnlineMLPRegressor(max_steps=150, random_state=0),
         mf.AutoClassifier(**CHEAP),
         mf.AutoRegressor(**CHEAP),
     ]

@@ -181,9 +181,13 @@ class Judge:
 
     def refit_seconds(self, row: Row) -> float:
         """What fitting on all rows will take, about."""
+        return self._on_all_rows(row.fit_seconds, row.family)
+
+    def _on_all_rows(self, seconds: float, family: str) -> float:
+        """What a fit of so many seconds in the search takes on all rows, about."""
         more = len(self.problem.y) / len(self.problem.folds[0][0])
-        seconds: float = row.fit_seconds * more ** FAMILIES[row.family].growth
-        return seconds
+        longer: float = seconds * more ** FAMILIES[family].growth
+        return longer
 
     def last_fit(self, row: Row) -> Any:
         """The pipeline of a row, fitted on all rows; on fewer if the time left is not enough for them.
@@ -232,8 +236,11 @@ class Judge:
             allowed = math.inf  # a model there must be
         else:
             needed = self._expected(row, first)
+            # it may become the best one, and be fitted on all rows
+            last_fit = min(self._on_all_rows(needed, row.family), MOST_LAST * self._seconds)
+            left = min(self.seconds_left, self.seconds_left_in_all - last_fit)
             # no single trial may eat up the search, but the last one may have what is left
-            allowed = max(self.seconds_left / 2, min(self.seconds_left, 2 * needed))
+            allowed = max(left / 2, min(left, 2 * needed))
             if needed > allowed:
                 if all(fmean(s) > self.seconds_left for s in self._fold_seconds.values() if s):
                     raise Enough
