@@ -26,6 +26,7 @@ WORKERS = RESUME + "ten_killed_workers_of_four_lose_and_repeat_nothing"
 KINDS, ALIVE = "tests/oracles/test_kinds.py", "tests/e2e/test_alive.py"
 COMPILED, COHORT = "tests/oracles/test_compiled.py", "tests/parity/test_cohort.py"
 POPULATION, COST = "tests/parity/test_population.py", "tests/e2e/test_cost.py"
+MLP, AUTO, PARTS = (f"tests/automl/test_{name}.py::test_" for name in ("online_mlp", "auto", "parts"))
 KILLS = "ten_kills_at_random_moments_lose_and_repeat_nothing"
 PAIRED = "paired_arms_share_their_start_and_reruns_begin_where_tuning_ended"
 
@@ -224,6 +225,169 @@ MUTANTS = [
         "self._hypergradients = self._estimate(step)",
         "self._estimate(step); self._estimate(step)",
         COST,
+    ),
+    (
+        "automl/network.py",
+        "step - best_step <= recipe.patience * recipe.steps",
+        "True",
+        MLP + "training_ends_once_t2_has_had_no_new_best_for_long_enough",
+    ),
+    (
+        "automl/network.py",
+        "max(steps, round(passes * run.pass_steps))",
+        "steps",
+        MLP + "following_equals_a_loop_written_by_hand",
+    ),
+    (
+        "automl/network.py",
+        "params[name].copy_(value)",
+        "pass",
+        MLP + "following_equals_a_loop_written_by_hand",
+    ),
+    (
+        "automl/network.py",
+        "run.step(tuner)",
+        "run.step()",
+        MLP + "the_three_move_from_their_starts_and_stay_in_their_ranges",
+    ),
+    (
+        "automl/online_mlp.py",
+        "with torch.random.fork_rng(devices=[]):",
+        "if True:",
+        MLP + "equal_seeds_give_equal_networks_and_leave_the_global_generator_alone",
+    ),
+    (
+        "automl/online_mlp.py",
+        "followed(rows, outputs",
+        "followed(rows[~t2], outputs",
+        MLP + "the_second_training_follows_the_first_on_all_rows",
+    ),
+    (
+        "automl/validation.py",
+        "chosen[order[np.unique(y[order], return_index=True)[1]]] = False",
+        "pass",
+        MLP + "t2_is_stratified_and_leaves_one_row_of_each_class",
+    ),
+    (
+        "automl/validation.py",
+        'order[np.argsort(y[order], kind="stable")]',
+        "order",
+        PARTS + "few_rows_make_five_stratified_folds_that_hold_each_row_once",
+    ),
+    (
+        "automl/validation.py",
+        "FEW_PER_SECOND * seconds",
+        "math.inf",
+        PARTS + "many_rows_for_the_time_are_held_out_once_and_sampled",
+    ),
+    ("automl/validation.py", "np.finfo(np.float32).eps", "0.0", PARTS + "losses_equal_those_of_scikit_learn"),
+    (
+        "automl/ensemble.py",
+        "not losses[n] < best - ROUNDING * abs(best)",
+        "False",
+        PARTS + "copies_of_one_model_do_not_help",
+    ),
+    (
+        "automl/ensemble.py",
+        "enumerate(parts) if i != k]",
+        "enumerate(parts)]",
+        PARTS + "what_helps_only_where_it_was_chosen_does_not_help",
+    ),
+    (
+        "automl/limit.py",
+        "signal.signal(signal.SIGALRM, before)",
+        "pass",
+        PARTS + "time_runs_out_in_the_middle_of_a_loop_and_the_alarm_is_given_back",
+    ),
+    (
+        "automl/limit.py",
+        "and signal.getitimer(signal.ITIMER_REAL)[0] == 0",
+        "",
+        PARTS + "an_alarm_of_somebody_else_is_not_touched",
+    ),
+    (
+        "automl/limit.py",
+        "signal.setitimer(signal.ITIMER_REAL, AGAIN)",
+        "pass",
+        PARTS + "the_alarm_rings_again_if_it_was_not_heard",
+    ),
+    (
+        "automl/columns.py",
+        '"" if gap else str(v)',
+        "str(v)",
+        PARTS + "categories_become_text_and_a_gap_is_one_of_them",
+    ),
+    (
+        "automl/columns.py",
+        "np.where(self.empty_, 0.0, ",
+        "(",
+        AUTO + "each_family_learns_from_numbers_categories_and_gaps",
+    ),
+    (
+        "automl/auto.py",
+        "X.isetitem(column, of_column)",
+        "pass",
+        AUTO + "pandas_own_types_and_their_gaps_are_read",
+    ),
+    (
+        "automl/families.py",
+        "early_stopping=False",
+        "max_bins=16",
+        AUTO + "the_best_equals_its_row_built_by_hand",
+    ),
+    (
+        "automl/judge.py",
+        'row.state = "behind"',
+        'row.state = "complete"',
+        AUTO + "defaults_come_first_in_the_order_of_the_table_and_the_leaderboard_is_sorted",
+    ),
+    (
+        "automl/judge.py",
+        "row.loss += self.best.loss - fmean(self.best.fold_losses[:n])",
+        "pass",
+        AUTO + "a_configuration_that_falls_behind_is_given_up_and_its_loss_estimated",
+    ),
+    (
+        "automl/judge.py",
+        "with limit(allowed):",
+        "if True:",
+        AUTO + "a_learner_that_hangs_does_not_break_the_time",
+    ),
+    (
+        "automl/judge.py",
+        "expected = (self._clock() - began) * growth",
+        "expected = 0.0",
+        AUTO + "a_family_that_would_take_too_long_on_all_rows_is_skipped_after_a_fit_on_a_few",
+    ),
+    (
+        "automl/judge.py",
+        "(order.index(row.state), row.loss)",
+        "row.number",
+        AUTO + "defaults_come_first_in_the_order_of_the_table_and_the_leaderboard_is_sorted",
+    ),
+    (
+        "automl/auto.py",
+        "except KeyboardInterrupt:",
+        "except ZeroDivisionError:",
+        AUTO + "ctrl_c_leaves_the_best_so_far",
+    ),
+    (
+        "automl/auto.py",
+        "axis=0, weights=weights",
+        "axis=0",
+        AUTO + "the_ensemble_predicts_the_weighted_mean_of_its_members",
+    ),
+    (
+        "automl/auto.py",
+        "first=[default_of(name) for name in names],",
+        "",
+        AUTO + "defaults_come_first_in_the_order_of_the_table_and_the_leaderboard_is_sorted",
+    ),
+    (
+        "search/engines/smac.py",
+        ' or "fixed_params" in trial.system_attrs',
+        "",
+        PARTS + "smac_is_told_the_loss_of_each_configuration_that_was_tried",
     ),
     ("search/space.py", "1.0 if (name in a) != (name in b)", "0.0 if (name in a) != (name in b)", SPACES),
     ("search/space.py", "config[parent] in values", "True", SPACES),

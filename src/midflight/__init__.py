@@ -1,5 +1,7 @@
 """Tune the hyperparameters while the model trains."""
 
+from typing import TYPE_CHECKING, Any
+
 from midflight import losses, nn, penalties
 from midflight.capture import param_groups
 from midflight.checking import CheckReport, check
@@ -27,6 +29,12 @@ from midflight.space import Categorical, Float, Hyperparameter, Int, Space
 from midflight.trajectory import Replay, Trajectory
 from midflight.tuner import Tuner
 from midflight.updates import RULES, Update, UpdateRule
+
+if TYPE_CHECKING:
+    from midflight.automl import AutoClassifier as AutoClassifier
+    from midflight.automl import AutoRegressor as AutoRegressor
+    from midflight.automl import OnlineMLPClassifier as OnlineMLPClassifier
+    from midflight.automl import OnlineMLPRegressor as OnlineMLPRegressor
 
 __version__ = "0.1.0"
 
@@ -72,3 +80,16 @@ __all__ = [
     "penalties",
     "stacked",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs scikit-learn is imported when it is first used."""
+    if name not in ("AutoClassifier", "AutoRegressor", "OnlineMLPClassifier", "OnlineMLPRegressor"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from midflight.search.engines import need
+
+    need("sklearn", "automl")
+    need("optuna", "automl")
+    from midflight import automl
+
+    return getattr(automl, name)

@@ -76,6 +76,7 @@ def run(
     seed: int = 0,
     folder: Path | None = None,
     warm_start: bool = True,
+    first: Sequence[Config] = (),
     callbacks: Sequence[Callback] = (),
     label: str = "",
     **options: Any,
@@ -98,6 +99,7 @@ def run(
         folder: of the checkpoints; beside the storage, or temporary, if not given. Processes on several
             machines continue each other's trials if it is shared.
         warm_start: whether what is tuned inside starts where the nearest good configuration ended.
+        first: configurations to be tried before the engine proposes any; not with Hyperband of SMAC.
         callbacks: called with the `Record` of a trial when it begins, reports or ends.
         label: the objective's name in the study; a study is not resumed under another.
         options: of the engine ray: `address`, `scheduler`.
@@ -128,7 +130,7 @@ def run(
     with open_study(storage, name, declaration, where, sampler=built.sampler, pruner=built.pruner) as ledger:
         if temporary:
             weakref.finalize(ledger, shutil.rmtree, where, ignore_errors=True)
-        search = Search(ledger, space, built, epochs, trials, seconds, seed, warm_start, callbacks)
+        search = Search(ledger, space, built, epochs, trials, seconds, seed, warm_start, first, callbacks)
         try:
             with ledger.alive():
                 search.take_over()
@@ -167,6 +169,7 @@ class Search:
         seconds: float | None,
         seed: int,
         warm_start: bool,
+        first: Sequence[Config],
         callbacks: Sequence[Callback],
     ) -> None:
         self.ledger = ledger
@@ -177,6 +180,7 @@ class Search:
         self._engine = engine
         self._seed = seed
         self._warm_start = warm_start
+        self._first = deque(first)
         self._callbacks = callbacks
         self._deadline = math.inf if seconds is None else time.monotonic() + seconds
         self._beat = time.monotonic()
@@ -210,7 +214,9 @@ class Search:
             return self._begin(self._to_continue.popleft())
         if self.trials is not None and len(self._study.get_trials(deepcopy=False)) >= self.trials:
             return None
-        if not self._engine.prepare(self._study):
+        if self._first:
+            self._study.enqueue_trial(self._first.popleft())
+        elif not self._engine.prepare(self._study):
             return None
         return self._begin(self._study.ask())
 

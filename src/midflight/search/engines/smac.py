@@ -64,8 +64,8 @@ class SmacSampler(BaseSampler):
         return True
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        if UNTIL in trial.system_attrs:
-            return  # a trial of another process, to be continued
+        if UNTIL in trial.system_attrs or "fixed_params" in trial.system_attrs:
+            return  # a trial of another process, to be continued; or one of the user's own
         if self._proposal is None:
             self.prepare(study)
         assert self._proposal is not None

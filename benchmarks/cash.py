@@ -1,0 +1,302 @@
+"""Which learner, how configured, in a given time: midflight.AutoClassifier and AutoRegressor against peers.
+
+    python benchmarks/cash.py                     all datasets and arms; takes up where it stopped
+    python benchmarks/cash.py --datasets wine iris --arms midflight
+    python benchmarks/cash.py --table             the tables from the stored rows alone
+    python benchmarks/cash.py --figure            and the figure
+    python benchmarks/cash.py --time              whether the time is kept, by rows and seconds; four minutes
+
+Eight tables that come with scikit-learn (friedman1 and moons are synthetic, from its generators), five random
+splits each: 70 % to learn from, 30 % to test, read once. One process, one thread, 28 minutes. midflight
+and FLAML have 20 seconds each; two learners of scikit-learn at their defaults take what they take.
+Loss: log loss, or the squared error over the variance of the test target. "midflight, best alone" is the best
+configuration of the same search, without the ensemble. An arm that cannot be run leaves a row with its error.
+FLAML is not a dependency of midflight: pip install 'flaml[automl]'. Rows: docs/results/cash.jsonl.
+"""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import rankdata
+from sklearn import datasets
+from sklearn.ensemble import (
+    HistGradientBoostingClassifier,
+    HistGradientBoostingRegressor,
+    RandomForestClassifier,
+    RandomForestRegressor,
+)
+from sklearn.metrics import log_loss
+from sklearn.model_selection import train_test_split
+from tasks import RESULTS, Row, append, one_thread, rows
+
+import midflight as mf
+from midflight.cli import machine
+
+ROWS = RESULTS / "cash.jsonl"
+SECONDS = 20.0
+SEEDS = 5
+TIMES = [(500, 10.0), (5000, 10.0), (50_000, 10.0), (500_000, 10.0), (5000, 60.0), (50_000, 60.0)]
+"""(rows, seconds) at which it is measured whether the time is kept."""
+Arrays = tuple[np.ndarray, np.ndarray]
+Models = dict[str, Any]
+"""Name of an arm -> its fitted model."""
+
+
+def linnerud() -> Arrays:
+    """20 men; their weight, the first target, by three exercises."""
+    x, y = datasets.load_linnerud(return_X_y=True)
+    return x, y[:, 0]
+
+
+CLASSIFICATIONS: dict[str, Callable[[], Arrays]] = {
+    "breast_cancer": partial(datasets.load_breast_cancer, return_X_y=True),
+    "wine": partial(datasets.load_wine, return_X_y=True),
+    "iris": partial(datasets.load_iris, return_X_y=True),
+    "digits": partial(datasets.load_digits, return_X_y=True),
+    "moons": partial(datasets.make_moons, 500, noise=0.3, random_state=0),
+}
+REGRESSIONS: dict[str, Callable[[], Arrays]] = {
+    "diabetes": partial(datasets.load_diabetes, return_X_y=True),
+    "linnerud": linnerud,
+    "friedman1": partial(datasets.make_friedman1, 600, noise=1.0, random_state=0),
+}
+DATASETS = CLASSIFICATIONS | REGRESSIONS
+
+
+def midflight(x: np.ndarray, y: np.ndarray, classes: bool, seed: int) -> Models:
+    kind = mf.AutoClassifier if classes else mf.AutoRegressor
+    model = kind(seconds=SECONDS, random_state=seed).fit(x, y)
+    return {"midflight": model, "midflight, best alone": model.best_estimator_}
+
+
+def forest(x: np.ndarray, y: np.ndarray, classes: bool, seed: int) -> Models:
+    kind = RandomForestClassifier if classes else RandomForestRegressor
+    return {"random forest": kind(random_state=seed).fit(x, y)}
+
+
+def boosting(x: np.ndarray, y: np.ndarray, classes: bool, seed: int) -> Models:
+    kind = HistGradientBoostingClassifier if classes else HistGradientBoostingRegressor
+    return {"boosting": kind(random_state=seed).fit(x, y)}
+
+
+def flaml(x: np.ndarray, y: np.ndarray, classes: bool, seed: int) -> Models:
+    from flaml import AutoML
+
+    task, metric = ("classification", "log_loss") if classes else ("regression", "mse")
+    model = AutoML()
+    model.fit(
+        x, y, task=task, metric=metric, time_budget=SECONDS, seed=seed, n_jobs=1, verbose=0, log_file_name=""
+    )
+    return {"FLAML": model}
+
+
+ARMS: dict[str, Callable[..., Models]] = {
+    "midflight": midflight, "FLAML": flaml, "random forest": forest, "boosting": boosting
+}  # fmt: skip
+SHOWN = ["midflight", "midflight, best alone", "FLAML", "random forest", "boosting"]
+
+
+def run(name: str, arm: str, seed: int) -> list[Row]:
+    """The rows of one arm on one split."""
+    x, y = DATASETS[name]()
+    classes = name in CLASSIFICATIONS
+    x, test_x, y, test_y = train_test_split(
+        x, y, test_size=0.3, random_state=seed, stratify=y if classes else None
+    )
+    began = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            models = ARMS[arm](x, y, classes, seed)
+            seconds = time.perf_counter() - began
+            losses = {label: loss(model, test_x, test_y, classes) for label, model in models.items()}
+    except Exception as error:  # a peer that cannot be run is a row, too
+        said = f"{type(error).__name__}: {error}"
+        return [{"task": name, "arm": arm, "index": seed, "error": said}]
+    return [
+        {"task": name, "arm": label, "index": seed, "loss": at, "seconds": round(seconds, 2),
+         "chosen": chosen(models[label])}
+        for label, at in losses.items()
+    ]  # fmt: skip
+
+
+def loss(model: Any, x: np.ndarray, y: np.ndarray, classes: bool) -> float:
+    """Log loss, or squared error over the variance of the target."""
+    if classes:
+        return float(log_loss(y, model.predict_proba(x)))
+    return float(np.mean((model.predict(x) - y) ** 2) / np.var(y))
+
+
+def chosen(model: Any) -> str:
+    """The kind of learner."""
+    if hasattr(model, "best_estimator"):
+        return str(model.best_estimator)
+    if hasattr(model, "leaderboard_"):
+        return " ".join(f"{row['family']}*{row['weight']}" for row in model.leaderboard_ if row["weight"])
+    return ""
+
+
+def time_kept(n: int, seconds: float) -> Row:
+    """A fit on a synthetic table of n rows and 30 columns, 3 classes."""
+    x, y = datasets.make_classification(n, 30, n_informative=15, n_classes=3, flip_y=0.05, random_state=0)
+    began = time.perf_counter()
+    model = mf.AutoClassifier(seconds=seconds, random_state=0).fit(x, y)
+    took = time.perf_counter() - began
+    states = [row["state"] for row in model.leaderboard_]
+    counts = {state: states.count(state) for state in ("complete", "behind", "skipped", "failed")}
+    return {"task": "time", "arm": f"{n} rows", "index": n, "budget": seconds, "took": round(took, 2),
+            "chosen": chosen(model), **counts}  # fmt: skip
+
+
+def time_table(found: Sequence[Row]) -> str:
+    lines = ["| rows | seconds given | taken | configurations complete, given up, skipped, failed | chosen |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for r in found:
+        if r["task"] == "time":
+            counts = ", ".join(str(r[state]) for state in ("complete", "behind", "skipped", "failed"))
+            lines.append(f"| {r['index']:,} | {r['budget']:g} | {r['took']:.1f} | {counts} | {r['chosen']} |")
+    return "\n".join(lines)
+
+
+def by_seed(found: Sequence[Row], name: str) -> dict[str, list[float]]:
+    """Arm -> losses of the seeds that all arms have, in the order of the seeds."""
+    losses = {
+        arm: {r["index"]: r["loss"] for r in found if (r["task"], r["arm"]) == (name, arm) and "loss" in r}
+        for arm in SHOWN
+    }
+    losses = {arm: of_seed for arm, of_seed in losses.items() if of_seed}
+    seeds = sorted(set.intersection(*map(set, losses.values()))) if losses else []
+    return {arm: [of_seed[s] for s in seeds] for arm, of_seed in losses.items()}
+
+
+def ranks(losses: dict[str, list[float]]) -> dict[str, float]:
+    """Arm -> mean rank over the seeds, 1 being the best; ensemble and best alone do not both take part."""
+    arms = [arm for arm in SHOWN if arm in losses and arm != "midflight, best alone"]
+    of_seed = np.array([rankdata([losses[arm][s] for arm in arms]) for s in range(len(losses[arms[0]]))])
+    return dict(zip(arms, of_seed.mean(0).tolist(), strict=True))
+
+
+def table(found: Sequence[Row]) -> str:
+    """Mean test loss [least, greatest] per dataset, mean ranks, wins and losses of midflight, and seconds."""
+    lines = [f"| dataset | {' | '.join(SHOWN)} |", "|---|" + "---|" * len(SHOWN)]
+    all_ranks: dict[str, list[float]] = {arm: [] for arm in SHOWN}
+    for name in DATASETS:
+        losses = by_seed(found, name)
+        if not losses:
+            continue
+        best = min(float(np.mean(v)) for v in losses.values())
+        cells = []
+        for arm in SHOWN:
+            if arm not in losses:
+                cells.append("-")
+                continue
+            mean = float(np.mean(losses[arm]))
+            text = f"{mean:.4f} [{min(losses[arm]):.4f}, {max(losses[arm]):.4f}]"
+            cells.append(f"**{text}**" if mean == best else text)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        for arm, rank in ranks(losses).items():
+            all_ranks[arm].append(rank)
+    cells = [f"{np.mean(all_ranks[arm]):.2f}" if all_ranks[arm] else "" for arm in SHOWN]
+    lines.append(f"| mean rank of {len(SHOWN) - 1} | {' | '.join(cells)} |")
+    cells = []
+    for arm in SHOWN:
+        seconds = [r["seconds"] for r in found if r["arm"] == arm and "seconds" in r]
+        cells.append(f"{np.mean(seconds):.1f}, most {max(seconds):.1f}" if seconds else "-")
+    lines.append(f"| seconds | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *duels(found), "", *errors(found)])
+
+
+def duels(found: Sequence[Row]) -> list[str]:
+    """Against each other arm: on how many splits midflight has the lower loss, and where it is behind."""
+    lines = []
+    for other in SHOWN[1:]:
+        won, splits, behind = 0, 0, []
+        for name in DATASETS:
+            losses = by_seed(found, name)
+            if "midflight" not in losses or other not in losses:
+                continue
+            pairs = list(zip(losses["midflight"], losses[other], strict=True))
+            won, splits = won + sum(a < b for a, b in pairs), splits + len(pairs)
+            if np.mean(losses["midflight"]) > np.mean(losses[other]):
+                behind.append(name)
+        if splits:
+            lines.append(
+                f"midflight against {other}: lower on {won} of {splits} splits; behind on the mean of "
+                f"{', '.join(behind) or 'no dataset'}."
+            )
+    return lines
+
+
+def errors(found: Sequence[Row]) -> list[str]:
+    return [f"{r['arm']} on {r['task']}, seed {r['index']}: {r['error']}" for r in found if "error" in r]
+
+
+def figure(found: Sequence[Row]) -> None:
+    """Test loss of each split over that of the default random forest."""
+    arms = [arm for arm in SHOWN if arm != "random forest"]
+    fig = Figure(figsize=(9, 3.6), layout="constrained")
+    ax = fig.subplots()
+    for k, arm in enumerate(arms):
+        for i, name in enumerate(DATASETS):
+            losses = by_seed(found, name)
+            if arm not in losses or "random forest" not in losses:
+                continue
+            ratio = np.array(losses[arm]) / np.array(losses["random forest"])
+            x = i + 0.18 * (k - 1.5)
+            ax.plot(np.full(len(ratio), x), ratio, ".", color=f"C{k}", alpha=0.5, markersize=5)
+            ax.plot(x, np.exp(np.log(ratio).mean()), "_", color=f"C{k}", markersize=14, markeredgewidth=2.5,
+                    label=arm if i == 0 else None)  # fmt: skip
+    ax.axhline(1, color="grey", linewidth=1)
+    ax.set_yscale("log")
+    ax.set_xticks(range(len(DATASETS)), list(DATASETS))
+    ax.set_ylabel("test loss / default random forest")
+    fig.legend(loc="outside lower center", ncols=len(arms), fontsize=8)
+    fig.savefig(RESULTS / "cash.png", dpi=110)
+
+
+def main() -> None:
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
+    parser.add_argument("--table", action="store_true", help="compute nothing")
+    parser.add_argument("--figure", action="store_true", help="compute nothing, draw the figure as well")
+    parser.add_argument("--time", action="store_true", help="measure whether the time is kept, nothing else")
+    options = parser.parse_args()
+    if options.time:
+        one_thread()
+        append(ROWS, {"machine": machine()})
+        for n, seconds in TIMES:
+            append(ROWS, time_kept(n, seconds))
+    elif not (options.table or options.figure):
+        one_thread()
+        done = {(row["task"], row["arm"], row["index"]) for row in rows(ROWS)}
+        append(ROWS, {"machine": machine(), "seconds": SECONDS})
+        for seed in options.seeds:
+            for name in options.datasets:
+                for arm in options.arms:
+                    if (name, arm, seed) not in done:
+                        for row in run(name, arm, seed):
+                            append(ROWS, row)
+                            print(row, flush=True)
+    found = rows(ROWS)
+    if options.figure:
+        figure(found)
+    print(table(found), time_table(found), sep="\n\n")
+
+
+if __name__ == "__main__":
+    # one thread for all, before anything loads a numeric library
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    main()

@@ -1,0 +1,46 @@
+"""Choose the algorithm and its configuration together, and look at what was found.
+
+    python examples/automl.py             # about half a minute; needs scikit-learn and Optuna
+    python examples/automl.py --quick
+
+Wine: 178 rows of 13 chemical measurements, three growers. A fixed learner first, then a network that tunes
+its own weight decay, noise and dropout while it trains, then a search over eight families of learners.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+from sklearn.datasets import load_wine
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.metrics import log_loss
+from sklearn.model_selection import train_test_split
+
+import midflight as mf
+
+
+def main(quick: bool = False) -> dict[str, Any]:
+    X, y = load_wine(return_X_y=True)
+    X, held_out_X, y, held_out_y = train_test_split(X, y, test_size=0.5, stratify=y, random_state=0)
+
+    forest = RandomForestClassifier(random_state=0).fit(X, y)
+    network = mf.OnlineMLPClassifier(random_state=0).fit(X, y)
+    print("tuned while it trained:", {name: f"{value:.3g}" for name, value in network.values_.items()})
+
+    auto = mf.AutoClassifier(seconds=5 if quick else 30, random_state=0).fit(X, y)
+    for row in auto.leaderboard_[:8]:
+        print(f"{row['loss']:.4f}  weight {row['weight']}  {row['family']:12} {row['config']}")
+
+    models = {"fixed": forest, "network": network, "tuned": auto}
+    losses = {
+        name: float(log_loss(held_out_y, model.predict_proba(held_out_X))) for name, model in models.items()
+    }
+    print("held-out log loss", "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    return {"valid": losses}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a shortened run")
+    torch.set_num_threads(1)  # more would only get into each other's way on tables this small
+    main(**vars(parser.parse_args()))

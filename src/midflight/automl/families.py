@@ -1,0 +1,210 @@
+"""The families of learners that can be chosen, each with its space, its default and how it is built.
+
+A new family is one row in `FAMILIES`; the row gives it a place in the search and every test.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.ensemble import (
+    ExtraTreesClassifier,
+    ExtraTreesRegressor,
+    HistGradientBoostingClassifier,
+    HistGradientBoostingRegressor,
+    RandomForestClassifier,
+    RandomForestRegressor,
+)
+from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, SVR
+from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
+
+from midflight.automl.columns import Columns, coded, scaled
+from midflight.automl.online_mlp import OnlineMLPClassifier, OnlineMLPRegressor
+from midflight.search.space import Space, Spec
+from midflight.space import Categorical, Float, Int
+
+Params = dict[str, Any]
+Task = Literal["classification", "regression"]
+Build = Callable[[Params, int], Any]
+"""(the family's own hyperparameters, seed) -> scikit-learn estimator"""
+
+SCALING = Categorical(["standard", "normal"])
+"""How numbers are scaled for the families that need it; see `columns.scaled`."""
+LIBSVM = {"max_iter": 50_000}
+"""A machine that has not converged by then is taken as it is: libsvm cannot be interrupted."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of learner.
+
+    Attributes:
+        space: name -> what is searched; what is tuned while it trains is not among it.
+        default: where the search begins.
+        classifier: builds one with `predict_proba`.
+        regressor: builds one.
+        needs_scale: whether it reads scaled numbers without gaps and one-hot categories, or the table as
+            it is.
+        growth: time grows about as the number of rows to this power; measured from 1,000 to 16,000.
+    """
+
+    space: Mapping[str, Spec]
+    default: Params
+    classifier: Build
+    regressor: Build
+    needs_scale: bool = False
+    growth: float = 1.0
+
+
+def _calibrated(classifier: Any) -> Any:
+    """Probabilities from a logistic curve (Platt 1999): margins are none, shares of neighbours may be 0."""
+    return CalibratedClassifierCV(classifier, cv=3, ensemble=False)
+
+
+def _forest(random: Any, extra: Any) -> Build:
+    def build(params: Params, seed: int) -> Any:
+        kind = {"random": random, "extra": extra}[params["kind"]]
+        return kind(200, random_state=seed, **{k: v for k, v in params.items() if k != "kind"})
+
+    return build
+
+
+def _boosting(kind: Any) -> Build:
+    return lambda params, seed: kind(random_state=seed, early_stopping=False, **params)
+
+
+def _mlp(kind: Any) -> Build:
+    def build(params: Params, seed: int) -> Any:
+        hidden = (params["width"],) * params["layers"]
+        rest = {name: params[name] for name in ("lr", "max_steps", "refit")}
+        return kind(hidden=hidden, random_state=seed, **rest)
+
+    return build
+
+
+FAMILIES: dict[str, Family] = {
+    "linear": Family(
+        {"strength": Float(1e-5, 1e3, log=True)},
+        {"strength": 1.0},
+        lambda params, seed: LogisticRegression(C=1 / params["strength"], max_iter=500),
+        lambda params, seed: Ridge(alpha=params["strength"]),
+        needs_scale=True,
+    ),
+    "tree": Family(
+        {"max_depth": Int(1, 20, log=True), "min_samples_leaf": Int(1, 50, log=True)},
+        {"max_depth": 6, "min_samples_leaf": 5},
+        lambda params, seed: DecisionTreeClassifier(random_state=seed, **params),
+        lambda params, seed: DecisionTreeRegressor(random_state=seed, **params),
+    ),
+    "knn": Family(
+        {
+            "n_neighbors": Int(1, 50, log=True),
+            "weights": Categorical(["uniform", "distance"]),
+            "p": Int(1, 2),
+        },
+        {"n_neighbors": 5, "weights": "distance", "p": 2},
+        lambda params, seed: _calibrated(KNeighborsClassifier(**params)),
+        lambda params, seed: KNeighborsRegressor(**params),
+        needs_scale=True,
+        growth=1.5,
+    ),
+    "svm": Family(
+        {"C": Float(1e-2, 1e3, log=True), "gamma": Float(1e-3, 10.0, log=True)},
+        {"C": 1.0, "gamma": 0.05},
+        lambda params, seed: _calibrated(SVC(**LIBSVM, **params)),
+        lambda params, seed: SVR(**LIBSVM, **params),
+        needs_scale=True,
+        growth=2.0,
+    ),
+    "boosting": Family(
+        {
+            "learning_rate": Float(0.01, 0.5, log=True),
+            "max_iter": Int(20, 300, log=True),
+            "max_leaf_nodes": Int(3, 63, log=True),
+            "min_samples_leaf": Int(1, 50, log=True),
+            "l2_regularization": Float(1e-6, 100.0, log=True),
+            "max_features": Float(0.2, 1.0),
+        },
+        {
+            "learning_rate": 0.1, "max_iter": 100, "max_leaf_nodes": 31, "min_samples_leaf": 20,
+            "l2_regularization": 1e-6, "max_features": 1.0,
+        },
+        _boosting(HistGradientBoostingClassifier),
+        _boosting(HistGradientBoostingRegressor),
+        growth=0.5,
+    ),
+    "mlp": Family(
+        {
+            "layers": Int(1, 3),
+            "width": Int(16, 256, log=True),
+            "lr": Float(5e-4, 2e-2, log=True),
+            "max_steps": Int(500, 4000, log=True),
+            "refit": Categorical([True, False]),
+        },
+        {"layers": 2, "width": 64, "lr": 3e-3, "max_steps": 1000, "refit": True},
+        _mlp(OnlineMLPClassifier),
+        _mlp(OnlineMLPRegressor),
+        needs_scale=True,
+        growth=0.4,
+    ),
+    "forest": Family(
+        {
+            "kind": Categorical(["random", "extra"]),
+            "max_features": Float(0.05, 1.0),
+            "min_samples_leaf": Int(1, 20, log=True),
+        },
+        {"kind": "extra", "max_features": 0.5, "min_samples_leaf": 1},
+        _forest(RandomForestClassifier, ExtraTreesClassifier),
+        _forest(RandomForestRegressor, ExtraTreesRegressor),
+    ),
+    "elastic_net": Family(
+        {"strength": Float(1e-3, 100.0, log=True), "l1_ratio": Float(0.0, 1.0)},
+        {"strength": 1.0, "l1_ratio": 0.5},
+        lambda params, seed: LogisticRegression(
+            C=1 / params["strength"], l1_ratio=params["l1_ratio"], solver="saga", random_state=seed
+        ),
+        # it divides the loss by the number of rows, where the others sum: as for a hundred rows
+        lambda params, seed: ElasticNet(alpha=params["strength"] / 100, l1_ratio=params["l1_ratio"]),
+        needs_scale=True,
+    ),
+}  # fmt: skip
+"""Name -> family, in the order in which the defaults are tried: the quick ones first."""
+
+
+def space_of(families: Sequence[str]) -> Space:
+    """The conditional space over some families: `family`, and `family.name` for what is each one's own."""
+    specs: dict[str, Spec] = {"family": Categorical(list(families))}
+    for name in families:
+        own = dict(FAMILIES[name].space) | ({"scaling": SCALING} if FAMILIES[name].needs_scale else {})
+        specs |= {f"{name}.{key}": replace(spec, when={"family": name}) for key, spec in own.items()}
+    return Space(specs)
+
+
+def default_of(family: str) -> Params:
+    """The configuration with which a family is first tried, in the names of `space_of`."""
+    own = FAMILIES[family].default | ({"scaling": "standard"} if FAMILIES[family].needs_scale else {})
+    return {"family": family, **{f"{family}.{key}": value for key, value in own.items()}}
+
+
+def pipeline(task: Task, config: Params, columns: Columns, seed: int) -> Pipeline:
+    """The unfitted pipeline of a configuration, from the raw table to predictions."""
+    name = config["family"]
+    family = FAMILIES[name]
+    params = {key.removeprefix(f"{name}."): value for key, value in config.items() if key != "family"}
+    scaling = params.pop("scaling", None)
+    build = family.classifier if task == "classification" else family.regressor
+    learner = build(params, seed)
+    if not family.needs_scale:
+        if "categorical_features" in learner.get_params():
+            first = len(columns.numbers)
+            learner.set_params(categorical_features=range(first, first + len(columns.categories)))
+        return Pipeline([("table", coded(columns)), ("learner", learner)])
+    if task == "regression":
+        learner = TransformedTargetRegressor(learner, transformer=StandardScaler())
+    return Pipeline([("table", scaled(columns, scaling)), ("learner", learner)])

@@ -1,0 +1,197 @@
+"""A network whose weight decay, input noise and dropout are tuned while it trains.
+
+The rows are split in two. T1 updates the weights; T2 tunes, says how long to train, and chooses the
+weights to keep. A second network may then follow the tuned values on all rows, for as many passes as
+were best (Luketina et al. 2016, section 4).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from midflight.batches import EndlessBatches
+from midflight.capture import evaluating, weights_at
+from midflight.foresight import Foresight
+from midflight.nn import Dropout, GaussianNoise
+from midflight.ranges import default_range
+from midflight.space import Space
+from midflight.trajectory import Replay, Trajectory
+from midflight.tuner import Tuner
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+LOOKS = 50
+"""So often in a run the loss on all of T2 is looked at."""
+VALID_BATCH = 256
+"""Rows of T1 and of T2 in a hyper-step, at most."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the network is and how it is trained.
+
+    Attributes:
+        hidden: units of each hidden layer.
+        lr: learning rate of Adam.
+        batch: rows of a step, at most.
+        steps: of the tuned run, at most.
+        patience: share of the steps that T2's loss may go without a new best before the run ends.
+        starts: weight_decay, noise and dropout, from which they are tuned.
+        seed: of weights, batches and noise.
+    """
+
+    hidden: tuple[int, ...]
+    lr: float
+    batch: int
+    steps: int
+    patience: float
+    starts: dict[str, float]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs, shape (n, features), and targets, shape (n, ...)."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, chosen: Any) -> "Rows":
+        return Rows(self.x[chosen], self.y[chosen])
+
+
+class Shuffled:
+    """Batches in a new order at each pass; an incomplete last one is left out."""
+
+    def __init__(self, rows: Rows, batch: int, seed: int) -> None:
+        self.rows, self.batch = rows, min(batch, len(rows))
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.batch
+
+    def __iter__(self) -> Iterator[Rows]:
+        order = torch.randperm(len(self.rows), generator=self.generator)
+        for chosen in torch.split(order[: len(self) * self.batch], self.batch):
+            yield self.rows[chosen]
+
+
+def space_at(starts: dict[str, float]) -> Space:
+    """weight_decay, noise and dropout in their default ranges, each at its start."""
+    return Space({name: default_range(name, init=start) for name, start in starts.items()})
+
+
+def warm_up() -> None:
+    """Have torch import what it leaves until its first optimiser: an alarm in the middle would break it."""
+    torch.optim.Adam([torch.zeros(1)])
+
+
+class Training:
+    """One training of the network on some rows, a step at a time; draws from torch's global generator."""
+
+    def __init__(self, rows: Rows, outputs: int, loss: Loss, recipe: Recipe) -> None:
+        torch.manual_seed(recipe.seed)
+        self.rows, self.loss, self.recipe = rows, loss, recipe
+        self.space = space_at(recipe.starts)
+        layers: list[nn.Module] = [GaussianNoise(self.space["noise"])]
+        inputs = rows.x.shape[1]
+        for units in recipe.hidden:
+            layers += [nn.Linear(inputs, units), nn.ReLU(), Dropout(self.space["dropout"])]
+            inputs = units
+        self.model = nn.Sequential(*layers, nn.Linear(inputs, outputs))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.lr, fused=True)
+        loader = Shuffled(rows, recipe.batch, recipe.seed + 1)
+        self.pass_steps = len(loader)
+        self._batches = EndlessBatches(loader, "T1")
+
+    def step(self, tuner: Tuner | None = None) -> None:
+        """One optimiser step, through the tuner if there is one."""
+        batch = next(self._batches)
+        self.optimizer.zero_grad()
+        loss = self.loss(self.model(batch.x), batch.y)
+        tuner.backward(loss) if tuner else loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+    def validate(self, model: nn.Module, rows: Rows) -> Tensor:
+        """The loss of `model` on `rows`."""
+        return self.loss(model(rows.x), rows.y)
+
+    def plain(self) -> nn.Sequential:
+        """The trained network without what only training needs."""
+        kept = (m for m in self.model if isinstance(m, nn.Linear | nn.ReLU))
+        return nn.Sequential(*kept).requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a tuned run leaves.
+
+    Attributes:
+        network: with the weights that T2 chose, in eval mode.
+        trajectory: of weight decay, noise and dropout.
+        values: where they ended.
+        losses: on T2, the best first; see `Tuner.finish`.
+        passes: through T1 in the whole run.
+        best_passes: after which the loss on T2 was least.
+    """
+
+    network: nn.Sequential
+    trajectory: Trajectory
+    values: dict[str, float]
+    losses: dict[str, float]
+    passes: float
+    best_passes: float
+
+
+def tuned(t1: Rows, t2: Rows, outputs: int, loss: Loss, recipe: Recipe) -> Tuned:
+    """Train on T1 while T2 tunes, until T2's loss at the averaged weights has had no new best for a while."""
+    run = Training(t1, outputs, loss, recipe)
+    tuner = Tuner(
+        run.model, run.optimizer, run.space, validate=run.validate, bind=["weight_decay"],
+        valid_loader=Shuffled(t2, VALID_BATCH, recipe.seed + 2),
+        train_loader=Shuffled(t1, VALID_BATCH, recipe.seed + 3),
+        total_steps=recipe.steps,
+    )  # fmt: skip
+    params = dict(run.model.named_parameters())
+    between = max(1, recipe.steps // LOOKS)
+    best, best_step, step = math.inf, 0, 0
+    while step < recipe.steps and step - best_step <= recipe.patience * recipe.steps:
+        run.step(tuner)
+        step += 1
+        if step % between == 0 and tuner.foresight is not None:
+            with torch.no_grad(), evaluating(run.model), weights_at(params, tuner.foresight.average()):
+                now = float(run.validate(run.model, t2))
+            if now < best:
+                best, best_step = now, step
+    losses = tuner.finish()
+    return Tuned(
+        run.plain(), tuner.trajectory, run.space.as_dict(), losses,
+        step / run.pass_steps, (best_step or step) / run.pass_steps,
+    )  # fmt: skip
+
+
+def followed(
+    rows: Rows, outputs: int, loss: Loss, recipe: Recipe, trajectory: Trajectory, passes: float, stop: float
+) -> nn.Sequential:
+    """A network trained along a trajectory of `passes` passes, for `stop` of them; its averaged weights."""
+    run = Training(rows, outputs, loss, recipe)
+    steps = max(1, round(stop * run.pass_steps))
+    replay = Replay(
+        trajectory, run.space, run.optimizer, bind=["weight_decay"],
+        total_steps=max(steps, round(passes * run.pass_steps)),
+    )  # fmt: skip
+    average, params = Foresight(), dict(run.model.named_parameters())
+    for step in range(1, steps + 1):
+        run.step()
+        average.follow(params, step)
+    replay.detach()
+    with torch.no_grad():
+        for name, value in average.average().items():
+            params[name].copy_(value)
+    return run.plain()

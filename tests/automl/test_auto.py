@@ -1,0 +1,297 @@
+"""AutoClassifier and AutoRegressor: what is searched, what comes out, and what the time does."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.base import clone
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine, make_classification
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import get_scorer, log_loss
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import midflight as mf
+from midflight.automl import FAMILIES, Family, judge
+from midflight.automl.families import default_of
+from midflight.automl.validation import folds_of
+from midflight.search import SearchError
+
+WINE = load_wine(return_X_y=True)
+CHEAP = {"seconds": None, "families": ["linear", "tree"], "random_state": 0}
+
+
+def fake(learner, **about):
+    """A family with one hyperparameter that it does not read."""
+    return Family({"a": mf.Float(0.0, 1.0)}, {"a": 0.5}, *(lambda params, seed: learner,) * 2, **about)
+
+
+class Spoilt(LogisticRegression):
+    """Does something else before it fits."""
+
+    def __init__(self, do):
+        super().__init__()
+        self.do = do
+
+    def fit(self, X, y):
+        self.do(X)
+        return super().fit(X, y)
+
+
+@pytest.fixture
+def mixed():
+    """A frame with numbers, gaps, categories and a new category in the part that is predicted."""
+    rng = np.random.default_rng(0)
+    n = 160
+    frame = pd.DataFrame(
+        {
+            "number": rng.normal(size=n),
+            "gaps": np.where(rng.random(n) < 0.2, np.nan, rng.normal(size=n)),
+            "colour": rng.choice(["red", "green", "blue"], n),
+            "shape": pd.Categorical(rng.choice(["round", "square"], n)),
+            "empty": np.full(n, np.nan),
+        }
+    )
+    frame.loc[::9, "colour"] = None
+    signal = frame["number"] + 3 * (frame["colour"] == "red") + 2 * (frame["shape"] == "round")
+    frame.loc[n - 1, "colour"] = "never seen"
+    return frame, signal.to_numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_learns_from_numbers_categories_and_gaps(family, mixed, monkeypatch):
+    monkeypatch.setitem(FAMILIES["mlp"].default, "max_steps", 500)  # enough for this, and quick
+    frame, signal = mixed
+    y = np.where(signal > np.median(signal), "high", "low")
+    settings = {"seconds": None, "trials": 1, "families": [family], "random_state": 0}
+    classifier = mf.AutoClassifier(**settings).fit(frame[:120], y[:120])
+    assert log_loss(y[120:], classifier.predict_proba(frame[120:])) < 0.8 * np.log(2)
+    assert set(classifier.predict(frame)) == {"high", "low"}
+    regressor = mf.AutoRegressor(**settings).fit(frame[:120], signal[:120])
+    assert regressor.score(frame[120:], signal[120:]) > 0.3
+    assert [row["state"] for row in classifier.leaderboard_ + regressor.leaderboard_] == ["complete"] * 2
+
+
+def test_the_best_equals_its_row_built_by_hand():
+    X, y = WINE
+    auto = mf.AutoClassifier(seconds=None, trials=5, families=["boosting"], ensemble=1, random_state=0).fit(
+        X, y
+    )
+    best = auto.leaderboard_[0]
+    params = {k.removeprefix("boosting."): v for k, v in best["config"].items() if k != "family"}
+    seed = np.random.RandomState(0).randint(2**31 - 1)
+    by_hand = HistGradientBoostingClassifier(early_stopping=False, random_state=seed, **params)
+    np.testing.assert_array_equal(auto.predict_proba(X), clone(by_hand).fit(X, y).predict_proba(X))
+    losses = [
+        log_loss(y[valid], clone(by_hand).fit(X[train], y[train]).predict_proba(X[valid]))
+        for train, valid in folds_of(y, seed)
+    ]
+    assert best["fold_losses"] == pytest.approx(losses)
+    assert best["loss"] == pytest.approx(np.mean(losses))
+
+
+def test_a_scaled_regression_equals_its_row_built_by_hand():
+    X, y = load_diabetes(return_X_y=True)
+    auto = mf.AutoRegressor(seconds=None, trials=1, families=["linear"], random_state=0).fit(X, y)
+    table = make_pipeline(SimpleImputer(strategy="median"), StandardScaler())
+    by_hand = make_pipeline(table, TransformedTargetRegressor(Ridge(1.0), transformer=StandardScaler()))
+    np.testing.assert_allclose(auto.predict(X), by_hand.fit(X, y).predict(X), rtol=1e-12)  # float64
+    assert auto.best_params_ == {"family": "linear", "linear.strength": 1.0, "linear.scaling": "standard"}
+
+
+def test_the_ensemble_predicts_the_weighted_mean_of_its_members():
+    X, y = load_diabetes(return_X_y=True)
+    families = ["svm", "elastic_net", "forest", "knn"]
+    auto = mf.AutoRegressor(seconds=None, trials=4, families=families, random_state=0).fit(X, y)
+    members = [row for row in auto.leaderboard_ if row["weight"]]
+    assert len(auto.members_) == len(members) > 1
+    assert len({weight for weight, _ in auto.members_}) > 1
+    assert auto.members_[0][1] is auto.best_estimator_
+    assert sorted(weight for weight, _ in auto.members_) == sorted(row["weight"] for row in members)
+    total = sum(weight * model.predict(X) for weight, model in auto.members_)
+    expected = total / sum(weight for weight, _ in auto.members_)
+    np.testing.assert_allclose(auto.predict(X), expected, rtol=1e-12)  # float64
+    alone = clone(auto).set_params(ensemble=1).fit(X, y)
+    np.testing.assert_array_equal(alone.predict(X), auto.best_estimator_.predict(X))
+
+
+@pytest.mark.parametrize("engine", ["tpe", "smac", "random"])
+def test_equal_seeds_and_trials_give_equal_searches(engine):
+    def search(seed):
+        auto = mf.AutoClassifier(seconds=None, trials=5, families=["linear", "tree"], engine=engine,
+                                 random_state=seed).fit(*WINE)  # fmt: skip
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in auto.leaderboard_]
+        return rows, auto.predict_proba(WINE[0])
+
+    (rows, predicted), (again, predicted_again), (other, _) = search(0), search(0), search(1)
+    assert rows == again
+    np.testing.assert_array_equal(predicted, predicted_again)
+    assert rows != other
+
+
+def test_defaults_come_first_in_the_order_of_the_table_and_the_leaderboard_is_sorted():
+    families = ["tree", "knn", "linear"]
+    auto = mf.AutoClassifier(seconds=None, trials=25, families=families, random_state=0).fit(*WINE)
+    by_number = sorted(auto.leaderboard_, key=lambda row: row["number"])
+    assert [row["config"] for row in by_number[:3]] == [default_of(f) for f in families]
+    order = ["complete", "behind", "skipped", "failed"]
+    keys = [(order.index(row["state"]), row["loss"]) for row in auto.leaderboard_]
+    assert keys == sorted(keys)
+    assert {row["state"] for row in auto.leaderboard_} >= {"complete", "behind"}
+
+
+def test_a_configuration_that_falls_behind_is_given_up_and_its_loss_estimated():
+    auto = mf.AutoClassifier(seconds=None, trials=25, families=["linear", "tree"], random_state=0).fit(*WINE)
+    behind = [row for row in auto.leaderboard_ if row["state"] == "behind"]
+    assert behind
+    assert all(1 <= len(row["fold_losses"]) < 5 for row in behind)
+    for row in behind:
+        complete = [r for r in auto.leaderboard_ if r["state"] == "complete" and r["number"] < row["number"]]
+        best = min(complete, key=lambda r: r["loss"])
+        n = len(row["fold_losses"])
+        difference = np.mean(np.subtract(row["fold_losses"], best["fold_losses"][:n]))
+        assert row["loss"] == pytest.approx(best["loss"] + difference)
+        assert difference > 0
+
+
+def test_a_score_of_scikit_learn_is_what_the_search_makes_large():
+    X, y = load_breast_cancer(return_X_y=True)
+    auto = mf.AutoClassifier(trials=1, scoring="roc_auc", **CHEAP).fit(X, y)
+    seed = np.random.RandomState(0).randint(2**31 - 1)
+    scores = [
+        get_scorer("roc_auc")(clone(auto.best_estimator_).fit(X[train], y[train]), X[valid], y[valid])
+        for train, valid in folds_of(y, seed)
+    ]
+    assert auto.leaderboard_[0]["loss"] == pytest.approx(-np.mean(scores))
+
+
+@pytest.mark.parametrize("ensemble", [1, 8])
+def test_ctrl_c_leaves_the_best_so_far(monkeypatch, ensemble):
+    def interrupt(X):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(FAMILIES, "interrupted", fake(Spoilt(interrupt), needs_scale=True))
+    auto = mf.AutoClassifier(families=["tree", "linear", "interrupted"], ensemble=ensemble, random_state=0)
+
+    def fit():
+        try:
+            auto.fit(*WINE)
+        except KeyboardInterrupt:
+            pytest.fail("Ctrl-C came through")
+
+    with pytest.warns(UserWarning, match="interrupted after 2 configurations"):
+        fit()
+    assert auto.score(*WINE) > 0.95
+    assert auto.best_params_["family"] == "linear"
+    assert [weight for weight, _ in auto.members_] == [1]
+
+
+def test_ctrl_c_before_there_is_a_model_is_ctrl_c(monkeypatch):
+    def interrupt(X):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(FAMILIES, "interrupted", fake(Spoilt(interrupt), needs_scale=True))
+    with pytest.raises(KeyboardInterrupt):
+        mf.AutoClassifier(families=["interrupted"], random_state=0).fit(*WINE)
+
+
+def test_a_learner_that_hangs_does_not_break_the_time(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "hangs", fake(Spoilt(lambda X: time.sleep(20)), needs_scale=True))
+    began = time.monotonic()
+    auto = mf.AutoClassifier(seconds=3, families=["tree", "hangs", "linear"], random_state=0).fit(*WINE)
+    assert time.monotonic() - began < 3 + 1.5  # 0.1 on a quiet machine
+    assert auto.best_params_["family"] == "linear"
+    assert {row["state"] for row in auto.leaderboard_ if row["family"] == "hangs"} == {"skipped"}
+
+
+def test_a_family_that_would_take_too_long_on_all_rows_is_skipped_after_a_fit_on_a_few(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(judge, "PILOT", 500)
+
+    def slow(X):
+        sizes.append(len(X))
+        time.sleep(0.3 * (len(X) / 500) ** 2)
+
+    monkeypatch.setitem(FAMILIES, "slow", fake(Spoilt(slow), needs_scale=True, growth=2.0))
+    X, y = make_classification(9000, random_state=0)
+    auto = mf.AutoClassifier(seconds=3, families=["linear", "slow"], random_state=0).fit(X, y)
+    assert sizes == [500]  # of the 2,000 that train in a search of 3 seconds, which would take 5
+    row = next(row for row in auto.leaderboard_ if row["family"] == "slow")
+    assert row["state"] == "skipped"
+    assert "a fold would take about" in row["message"]
+
+
+def test_a_learner_that_fails_is_a_row_with_its_message(monkeypatch):
+    def fail(X):
+        raise ValueError("not today")
+
+    monkeypatch.setitem(FAMILIES, "fails", fake(Spoilt(fail), needs_scale=True))
+    auto = mf.AutoClassifier(seconds=None, trials=4, families=["fails", "linear"], random_state=0).fit(*WINE)
+    assert auto.leaderboard_[-1]["message"] == "ValueError: not today"
+    assert auto.leaderboard_[-1]["loss"] == np.inf
+    with pytest.raises(SearchError, match="none did; the last: ValueError: not today"):
+        mf.AutoClassifier(seconds=None, trials=2, families=["fails"]).fit(*WINE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"seconds": None}, "one of seconds and trials must be given"),
+        ({"families": ["svn"]}, "a family must be one of linear, tree, .*; got 'svn'"),
+        ({"families": []}, "families must name one of linear"),
+        ({"engine": "smack"}, "engine must be one of .*smac.*; got 'smack'"),
+        ({"ensemble": 0}, "ensemble >= 1 must hold"),
+        ({"seconds": 0}, "seconds > 0 must hold"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        mf.AutoClassifier(**changes).fit(*WINE)
+
+
+def test_targets_and_tables_that_do_not_fit_are_refused(mixed):
+    frame, signal = mixed
+    with pytest.raises(TypeError, match="y must hold numbers for AutoRegressor, but its first value is"):
+        mf.AutoRegressor(trials=1, **CHEAP).fit(frame, ["a", "b"] * 80)
+    with pytest.raises(ValueError, match="at least two classes, but got one class, a"):
+        mf.AutoClassifier(trials=1, **CHEAP).fit(frame, ["a"] * 160)
+    with pytest.raises(ValueError, match="Unknown label type: continuous"):
+        mf.AutoClassifier(trials=1, **CHEAP).fit(frame, signal)
+    with pytest.raises(ValueError, match="columns must be numbers or categories, but 'day' is datetime64"):
+        mf.AutoRegressor(trials=1, **CHEAP).fit(frame.assign(day=pd.Timestamp("2026-01-01")), signal)
+    with pytest.raises(ValueError, match="contains infinity"):
+        mf.AutoRegressor(trials=1, **CHEAP).fit(frame.assign(number=np.inf), signal)
+    auto = mf.AutoRegressor(trials=1, **CHEAP).fit(frame, signal)
+    with pytest.raises(TypeError, match="X must be a pandas frame"):
+        auto.predict(frame.to_numpy())
+
+
+def test_pandas_own_types_and_their_gaps_are_read():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "whole": pd.array(rng.integers(0, 9, 60), dtype="Int64"),
+            "yes": rng.random(60) < 0.5,
+            "text": pd.array(rng.choice(["u", "v"], 60), dtype="string"),
+        }
+    )
+    y = pd.Series(np.where(frame["whole"] > 4, "many", "few"))
+    frame.loc[3, "whole"], frame.loc[5, "text"] = pd.NA, pd.NA
+    for families in (["linear"], ["boosting"]):
+        auto = mf.AutoClassifier(seconds=None, trials=1, families=families, random_state=0).fit(frame, y)
+        assert auto.score(frame, y) > 0.95
+        assert auto.feature_names_in_.tolist() == ["whole", "yes", "text"]
+
+
+def test_importing_midflight_loads_no_scikit_learn():
+    code = (
+        "import sys, midflight; assert not {'sklearn', 'pandas', 'optuna'} & set(sys.modules); "
+        "midflight.AutoClassifier; assert 'sklearn' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

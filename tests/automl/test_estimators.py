@@ -1,0 +1,19 @@
+"""scikit-learn's own contract, for all four estimators."""
+
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import midflight as mf
+
+CHEAP = {"seconds": None, "trials": 2, "families": ["linear", "tree"], "random_state": 0}
+
+
+@parametrize_with_checks(
+    [
+        mf.OnlineMLPClassifier(max_steps=150, random_state=0),
+        mf.OnlineMLPRegressor(max_steps=150, random_state=0),
+        mf.AutoClassifier(**CHEAP),
+        mf.AutoRegressor(**CHEAP),
+    ]
+)
+def test_an_estimator_keeps_the_contract_of_scikit_learn(estimator, check):
+    check(estimator)

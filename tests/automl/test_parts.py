@@ -1,0 +1,210 @@
+"""The parts of the search, each against what it must do."""
+
+import contextlib
+import itertools
+import signal
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from smac import HyperparameterOptimizationFacade
+
+import midflight as mf
+from midflight.automl import limit as module
+from midflight.automl.columns import as_text, coded, columns_of, scaled
+from midflight.automl.ensemble import greedy, helps
+from midflight.automl.limit import OutOfTime, limit
+from midflight.automl.validation import folds_of, log_loss, loss_of, squared_error
+from midflight.search import Space, run
+
+
+def test_few_rows_make_five_stratified_folds_that_hold_each_row_once():
+    y = np.repeat([0, 1], [400, 100])
+    folds = folds_of(y, seed=0)
+    assert sorted(np.concatenate([valid for _, valid in folds])) == list(range(500))
+    for train, valid in folds:
+        assert sorted([*train, *valid]) == list(range(500))
+        assert np.bincount(y[valid]).tolist() == [80, 20]
+
+
+@pytest.mark.parametrize(
+    ("n", "seconds", "trains", "validates"),
+    [
+        (4999, np.inf, None, None),
+        (5000, np.inf, 4000, 1000),
+        (999, 20.0, None, None),
+        (1000, 20.0, 800, 200),
+        (20_000, 20.0, 4000, 4000),
+        (400, 1.0, None, None),
+        (100_000, 60.0, 12_000, 10_000),
+    ],
+)
+def test_many_rows_for_the_time_are_held_out_once_and_sampled(n, seconds, trains, validates):
+    y = np.random.default_rng(0).normal(size=n)
+    folds = folds_of(y, 0, seconds)
+    if trains is None:
+        assert len(folds) == 5
+        return
+    ((train, valid),) = folds
+    assert (len(train), len(valid)) == (trains, validates)
+    assert not set(train) & set(valid)
+    for part in (train, valid):
+        # evenly spread over the sorted target: a random sample would be off by ten times as much
+        expected = np.quantile(y, [0.1, 0.5, 0.9])
+        np.testing.assert_allclose(np.quantile(y[part], [0.1, 0.5, 0.9]), expected, atol=0.02)
+
+
+def test_two_models_that_err_on_opposite_sides_are_better_together():
+    rng = np.random.default_rng(0)
+    y, error = rng.normal(size=100), rng.normal(size=100)
+    predictions = [y + error, y - 0.9 * error, y + 2 * error]
+    parts = [(np.arange(k, 100, 5), y[k::5]) for k in range(5)]
+    chosen = greedy(predictions, parts, squared_error, 2)
+    pairs = itertools.combinations_with_replacement(range(3), 2)
+    best = min(pairs, key=lambda pair: squared_error(np.mean([predictions[i] for i in pair], axis=0), y))
+    assert set(chosen) == set(best) == {0, 1}
+    assert chosen[0] == 1  # the best one alone
+    assert helps(predictions, parts, squared_error, 2)
+
+
+def test_copies_of_one_model_do_not_help():
+    y = np.random.default_rng(0).normal(size=100)
+    predictions = [y + 0.1, y + 0.1]
+    parts = [(np.arange(k, 100, 5), y[k::5]) for k in range(5)]
+    assert len(greedy(predictions, parts, squared_error, 8)) == 1
+    assert not helps(predictions, parts, squared_error, 8)
+
+
+def test_what_helps_only_where_it_was_chosen_does_not_help():
+    y, part = np.zeros(50), np.arange(50) % 5
+    # with the first one, candidate k is right on part k, and a little worse than it elsewhere
+    predictions = [y + 1, *(np.where(part == k, -1.0, 1.05) for k in range(5))]
+    parts = [(np.flatnonzero(part == k), y[part == k]) for k in range(5)]
+    assert len(greedy(predictions, parts, squared_error, 8)) > 1
+    assert not helps(predictions, parts, squared_error, 8)
+
+
+def test_losses_equal_those_of_scikit_learn():
+    from sklearn import metrics
+
+    rng = np.random.default_rng(0)
+    classes, p = np.array(["a", "b", "c"]), rng.dirichlet([1, 1, 1], 30)
+    y = rng.choice(classes, 30)
+    assert loss_of(None, classes)(p, y) == pytest.approx(metrics.log_loss(y, p))
+    assert loss_of("accuracy", classes)(p, y) == -metrics.accuracy_score(y, classes[p.argmax(1)])
+    assert loss_of("r2", None)(p[:, 0], p[:, 1]) == pytest.approx(-metrics.r2_score(p[:, 1], p[:, 0]))
+    assert np.isfinite(log_loss(np.array([[1.0, 0.0]]), np.array([1])))
+
+
+def test_time_runs_out_in_the_middle_of_a_loop_and_the_alarm_is_given_back():
+    before = signal.getsignal(signal.SIGALRM)
+    began = time.monotonic()
+
+    def loop():
+        while time.monotonic() - began < 10:
+            pass
+
+    with pytest.raises(OutOfTime, match=r"not done within 0.1 s"), limit(0.1):
+        loop()
+    assert time.monotonic() - began < 1
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_the_alarm_rings_again_if_it_was_not_heard(monkeypatch):
+    monkeypatch.setattr(module, "AGAIN", 0.1)
+    began = time.monotonic()
+
+    def deaf():
+        with contextlib.suppress(OutOfTime):
+            time.sleep(10)
+        time.sleep(10)
+
+    with pytest.raises(OutOfTime), limit(0.1):
+        deaf()
+    assert 0.2 <= time.monotonic() - began < 2
+
+
+def test_a_block_that_is_quick_enough_and_another_thread_are_left_alone():
+    with limit(0.05):
+        pass
+    time.sleep(0.1)
+    done = []
+
+    def in_thread():
+        with limit(0.01):
+            time.sleep(0.05)
+            done.append(True)
+
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    assert done == [True]
+
+
+def test_an_alarm_of_somebody_else_is_not_touched():
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with limit(0.01):
+            time.sleep(0.2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert rung == [True]
+
+
+def test_categories_become_text_and_a_gap_is_one_of_them():
+    frame = pd.DataFrame({"a": ["x", None, 3], "b": pd.Categorical(["u", "v", None])})
+    assert as_text(frame).tolist() == [["x", "u"], ["", "v"], ["3", ""]]
+
+
+def test_scaled_tables_have_no_gaps_and_coded_ones_keep_them():
+    frame = pd.DataFrame({"c": ["x", "y", None, "x"] * 10, "n": [1.0, 2.0, np.nan, 3.0] * 10})
+    columns = columns_of(frame)
+    assert (columns.numbers, columns.categories) == ((1,), (0,))
+    plain = scaled(columns, "standard").fit_transform(frame)
+    assert plain.shape == (40, 2 + 3)  # the number and its marker, three values
+    assert np.isfinite(plain).all()
+    np.testing.assert_allclose(plain[:, :2].std(0), 1)
+    codes = coded(columns).fit(frame)
+    np.testing.assert_array_equal(codes.transform(frame)[:4], [[1, 1], [2, 2], [np.nan, 0], [3, 1]])
+    new = pd.DataFrame({"c": ["never seen"], "n": [0.0]})
+    np.testing.assert_array_equal(codes.transform(new), [[0, np.nan]])
+
+
+def distance(config):
+    return abs(config.get("x", config.get("y")) - 0.25)
+
+
+KINDS = Space(
+    kind=mf.Categorical(["a", "b"]),
+    x=mf.Float(0.0, 1.0, when={"kind": "a"}),
+    y=mf.Float(0.0, 1.0, when={"kind": "b"}),
+)
+FIRST = [{"kind": "a", "x": 0.25}, {"kind": "b", "y": 0.75}]
+
+
+@pytest.mark.parametrize("engine", ["tpe", "smac", "random"])
+def test_a_search_tries_the_first_configurations_first(engine):
+    result = run(lambda trial: distance(trial.params), KINDS, engine=engine, trials=5, epochs=1, first=FIRST)
+    assert [record.config for record in result.records[:2]] == FIRST
+    assert len(result.records) == 5
+    assert (result.best.config, result.best.loss) == (FIRST[0], 0)
+
+
+def test_smac_is_told_the_loss_of_each_configuration_that_was_tried(monkeypatch):
+    told = []
+    tell = HyperparameterOptimizationFacade.tell
+
+    def spy(self, info, value, **options):
+        told.append((dict(info.config), value.cost))
+        return tell(self, info, value, **options)
+
+    monkeypatch.setattr(HyperparameterOptimizationFacade, "tell", spy)
+    run(lambda trial: distance(trial.params), KINDS, engine="smac", trials=5, epochs=1, first=FIRST)
+    assert len(told) >= 4  # the last one need not be told
+    for config, cost in told:
+        assert cost == pytest.approx(distance(config))
