@@ -263,10 +263,11 @@ def table(found: list[Row]) -> str:
 
 
 def figure(found: list[Row]) -> None:
-    fig = Figure(figsize=(3.4 * len(TASKS), 5.6), layout="constrained")
-    axes = fig.subplots(len(ENGINES), len(TASKS), squeeze=False)
+    shown = [task for task in TASKS if any(r["task"] == task and r["arm"] != COST for r in found)]
+    fig = Figure(figsize=(3.4 * len(shown) + 0.4, 5.6), layout="constrained")
+    axes = fig.subplots(len(ENGINES), len(shown), squeeze=False)
     budgets = np.geomspace(1, TRAININGS, 40)
-    for (i, engine), (k, task) in product(enumerate(ENGINES), enumerate(TASKS)):
+    for (i, engine), (k, task) in product(enumerate(ENGINES), enumerate(shown)):
         axis = axes[i][k]
         for arm, colour in zip(ARMS, ("tab:blue", "tab:cyan", "tab:grey"), strict=True):
             e = np.array([errors(found, task, engine, arm, b) for b in budgets])
