@@ -1,5 +1,8 @@
 """Every test starts from the same random state, in one thread."""
 
+import os
+import time
+
 import hypothesis
 import pytest
 import torch
@@ -12,3 +15,20 @@ hypothesis.settings.load_profile("any machine")
 def _reproducible():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def group_ends():
+    """(process group) -> whether no process of it is left within some seconds."""
+
+    def ends(group, seconds=20):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            try:
+                os.killpg(group, 0)
+            except ProcessLookupError:
+                return True
+            time.sleep(0.05)
+        return False
+
+    return ends

@@ -160,7 +160,7 @@ MUTANTS = [
     ("foresight.py", "(1 - RECENT) * self._looks", "0", FORESIGHT),
     ("foresight.py", "STEADY * self.calm", "STEADY", FORESIGHT),
     ("tuner.py", "self.foresight.forget_v()", "pass", GUARDS),
-    ("tuner.py", "self.foresight.calm * ", "", FORESIGHT),
+    ("tuner.py", "foresee(self.foresight.calm)", "foresee(1.0)", FORESIGHT),
     ("foresight.py", "if c2 <= self._best_loss:", "if True:", FORESIGHT),
     ("foresight.py", '"v": {name: g.clone() for name, g in self._v.items()}', '"v": {}', FORESIGHT),
     ("foresight.py", "math.sqrt(progress)", "0.0", FORESIGHT),

@@ -53,7 +53,7 @@ def call(monkeypatch, capsys, *arguments):
     return ended.value.code, captured.out, captured.err
 
 
-def test_ten_kills_at_random_moments_lose_and_repeat_nothing(tmp_path):
+def test_ten_kills_at_random_moments_lose_and_repeat_nothing(tmp_path, group_ends):
     killed, whole = tmp_path / "killed.sqlite", tmp_path / "whole.sqlite"
     moments = random.Random(0)
     for kill in range(10):
@@ -84,18 +84,6 @@ def test_ten_kills_at_random_moments_lose_and_repeat_nothing(tmp_path):
         )
     assert len(results(whole)) == 12 * 5 + 4
     assert results(killed) == results(whole)
-
-
-def group_ends(group, seconds=20):
-    """Whether no process of the group is left within some seconds."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_done(tmp_path):

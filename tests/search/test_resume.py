@@ -74,7 +74,9 @@ def _kill(pid):
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_search_whose_own_process_is_killed_goes_on_where_it_was(objective_file, tmp_path, trace):
+def test_a_search_whose_own_process_is_killed_goes_on_where_it_was(
+    objective_file, tmp_path, trace, group_ends
+):
     storage, moments = tmp_path / "s.journal", random.Random(1)
     for _ in range(2):
         before = len(_read(tmp_path / "trace"))
@@ -103,18 +105,6 @@ def test_a_search_whose_own_process_is_killed_goes_on_where_it_was(objective_fil
 
 def _read(path):
     return path.read_text().splitlines() if path.exists() else []
-
-
-def group_ends(group, seconds=20):
-    """Whether no process of the group is left within some seconds."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_two_processes_share_one_study(objective_file, tmp_path, trace):
