@@ -49,9 +49,8 @@ def test_ten_killed_workers_of_four_lose_and_repeat_nothing(objective_file, tmp_
         """A worker that just reported dies where it waits, or a moment later in its next epoch."""
         if record.state != "unfinished" or not record.extra or len(killed) >= 10:
             return
-        if (
-            killed.count(record.number) < 2 and moments.random() < 0.3
-        ):  # a third death would be the trial's end
+        # a third death would be the trial's end; and two naps more keep the worker at this trial until it dies
+        if killed.count(record.number) < 2 and record.epoch <= 4 and moments.random() < 0.3:
             killed.append(record.number)
             pid = int(record.extra["pid"])
             threading.Timer(moments.choice([0, 0.01, 0.03]), _kill, [pid]).start()
