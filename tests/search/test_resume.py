@@ -49,7 +49,7 @@ def test_ten_killed_workers_of_four_lose_and_repeat_nothing(objective_file, tmp_
         """A worker that just reported dies where it waits, or a moment later in its next epoch."""
         if record.state != "unfinished" or not record.extra or len(killed) >= 10:
             return
-        # a third death would be the trial's end; and two naps more keep the worker at this trial until it dies
+        # a third death would be the trial's end; two naps more keep the worker at it until it dies
         if killed.count(record.number) < 2 and record.epoch <= 4 and moments.random() < 0.3:
             killed.append(record.number)
             pid = int(record.extra["pid"])
