@@ -32,10 +32,10 @@ from torch import Tensor
 
 import midflight as mf
 from midflight import search
+from midflight.batches import Shuffled
 from midflight.capture import evaluating, trained_parameters, weights_at
 from midflight.foresight import Foresight
 from midflight.search.problems import MLP_SPACE, network, optimizer_for
-from midflight.study.arm import Shuffled
 from midflight.trees import Tensors
 
 ROWS = RESULTS / "merger.jsonl"

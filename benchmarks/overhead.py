@@ -114,13 +114,14 @@ def alone(name: str, widths: Sequence[int]) -> None:
     (warm @ warm).sum().backward()
     training = ALL[name](list(widths), 10)
     gc.collect()
-    start = _status("VmRSS")
+    start = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     seconds(training, 30)
-    print(_status("VmHWM") - start)
+    print(status("VmHWM") - start)
 
 
-def _status(field: str) -> float:
+def status(field: str) -> float:
+    """A field of this process's memory, in MB."""
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
 

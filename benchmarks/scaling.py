@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from overhead import status
 from torch import Tensor, nn
 
 import midflight as mf
@@ -110,7 +111,7 @@ def measure(what: str, n: int) -> dict[str, Any]:
     row: dict[str, Any] = {"what": what, "n": n}
     for name, every in (("hyper_ms", 1), ("plain_ms", 10**9)):
         step = MAKE[what](n, every)
-        start = _status("VmRSS")
+        start = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         times, until = [], time.perf_counter() + 3
         while len(times) < 4 or (time.perf_counter() < until and len(times) < 50):
@@ -119,12 +120,8 @@ def measure(what: str, n: int) -> dict[str, Any]:
             times.append(time.perf_counter() - began)
         row[name] = round(1000 * float(np.median(times[2:])), 3)
         if name == "hyper_ms":
-            row["mb"] = round(_status("VmHWM") - start, 1)
+            row["mb"] = round(status("VmHWM") - start, 1)
     return row
-
-
-def _status(field: str) -> float:
-    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
 
 def slope(rows: list[dict[str, Any]], key: str) -> float:

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import midflight as mf
-from midflight.batches import EndlessBatches
+from midflight.batches import EndlessBatches, Shuffled, Split
 from midflight.cli import machine
 from midflight.levels import default_floor
-from midflight.study.arm import Shuffled, Split, mlp
+from midflight.study.arm import mlp
 from midflight.study.data import load
 
 RESULTS = Path(__file__).parent.parent / "docs/results"
@@ -51,10 +51,9 @@ class Task:
 def images(name: str, train: int, valid: int) -> Splits:
     a = load(name)
     order = torch.randperm(len(a.train_y), generator=torch.Generator().manual_seed(7))
-    x, y = torch.from_numpy(a.train_x), torch.from_numpy(a.train_y)
-    first, second = order[:train], order[train : train + valid]
+    images = Split(torch.from_numpy(a.train_x), torch.from_numpy(a.train_y))
     test = Split(torch.from_numpy(a.test_x), torch.from_numpy(a.test_y))
-    return Split(x[first], y[first]), Split(x[second], y[second]), test
+    return images[order[:train]], images[order[train : train + valid]], test
 
 
 def diabetes() -> Splits:
@@ -65,7 +64,8 @@ def diabetes() -> Splits:
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(7))
     x, y = x[order], y[order, None]
     x, y = (x - x[:200].mean(0)) / x[:200].std(0), (y - y[:200].mean()) / y[:200].std()
-    return Split(x[:200], y[:200]), Split(x[200:321], y[200:321]), Split(x[321:], y[321:])
+    patients = Split(x, y)
+    return patients[:200], patients[200:321], patients[321:]
 
 
 def cnn() -> nn.Sequential:

@@ -1,13 +1,44 @@
-"""An endless stream of batches that can be put to sleep and woken at the same place."""
+"""Data in memory, batches of it in random order, and an endless stream of any loader's batches."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs, shape (n, ...), and targets, shape (n, ...), on one device."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, chosen: Any) -> "Split":
+        return Split(self.x[chosen], self.y[chosen])
+
+
+class Shuffled:
+    """Batches (x, y) of a split in a new random order at each pass; an incomplete last one is left out."""
+
+    def __init__(self, split: Split, batch: int, seed: int) -> None:
+        self.split = split
+        self.batch = batch
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.split), generator=self.generator).to(self.split.x.device)
+        for i in range(0, len(order) - self.batch + 1, self.batch):
+            chosen = order[i : i + self.batch]
+            yield self.split.x[chosen], self.split.y[chosen]
 
 
 class EndlessBatches(Iterator[Any]):
-    """Goes through a loader again and again; remembers where it is.
+    """Goes through a loader again and again; can be put to sleep and woken at the same place.
 
     A loader that shuffles draws its order when a pass begins, from its own generator or the global
     one. The state keeps that generator as it was then, so that a restored stream draws the same

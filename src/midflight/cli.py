@@ -134,7 +134,7 @@ class SearchCommand:
     address: str | None = None
     """For ray: a running cluster; one is started here if not given."""
     scheduler: str = "asha"
-    """For ray: asha, hyperband, median, pbt or fifo."""
+    """For ray: asha, median, pbt or fifo."""
     out: Path | None = None
     """Folder of the report; one of the study's name beside the storage if not given."""
     json: bool = False

@@ -11,8 +11,9 @@ from sklearn.metrics import log_loss, mean_squared_error
 
 import midflight as mf
 from midflight.automl import network, online_mlp
-from midflight.automl.network import Recipe, Rows, followed, tuned
+from midflight.automl.network import Recipe, followed, tuned
 from midflight.automl.validation import held_out
+from midflight.batches import Split
 
 STARTS = {"weight_decay": 1e-4, "noise": 0.2, "dropout": 0.1}
 
@@ -24,7 +25,7 @@ def recipe(**changes):
 
 def moons(n=400, seed=0):
     x, y = make_moons(n, noise=0.3, random_state=seed)
-    return Rows(torch.tensor(x, dtype=torch.float32), torch.tensor(y))
+    return Split(torch.tensor(x, dtype=torch.float32), torch.tensor(y))
 
 
 def test_the_three_move_from_their_starts_and_stay_in_their_ranges():
@@ -101,7 +102,7 @@ def test_following_equals_a_loop_written_by_hand():
 
 def test_training_ends_once_t2_has_had_no_new_best_for_long_enough():
     t1, t2 = moons(60), moons(60, seed=1)
-    noise = Rows(t1.x, torch.randint(2, (60,)))  # nothing to be learnt: T2 gets worse from the start
+    noise = Split(t1.x, torch.randint(2, (60,)))  # nothing to be learnt: T2 gets worse from the start
     run = tuned(noise, t2, 2, torch.nn.functional.cross_entropy, recipe(steps=1000, patience=0.1, lr=1e-2))
     whole = 1000 / (60 // 16)
     assert run.passes < 0.5 * whole

@@ -6,14 +6,13 @@ were best (Luketina et al. 2016, section 4).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from midflight.batches import EndlessBatches
+from midflight.batches import EndlessBatches, Shuffled, Split
 from midflight.capture import evaluating, weights_at
 from midflight.foresight import Foresight
 from midflight.nn import Dropout, GaussianNoise
@@ -26,7 +25,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 LOOKS = 50
 """So often in a run the loss on all of T2 is looked at."""
 VALID_BATCH = 256
-"""Rows of T1 and of T2 in a hyper-step, at most."""
+"""Split of T1 and of T2 in a hyper-step, at most."""
 
 
 @dataclass(frozen=True)
@@ -52,36 +51,6 @@ class Recipe:
     seed: int
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Inputs, shape (n, features), and targets, shape (n, ...)."""
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __getitem__(self, chosen: Any) -> "Rows":
-        return Rows(self.x[chosen], self.y[chosen])
-
-
-class Shuffled:
-    """Batches in a new order at each pass; an incomplete last one is left out."""
-
-    def __init__(self, rows: Rows, batch: int, seed: int) -> None:
-        self.rows, self.batch = rows, min(batch, len(rows))
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.rows) // self.batch
-
-    def __iter__(self) -> Iterator[Rows]:
-        order = torch.randperm(len(self.rows), generator=self.generator)
-        for chosen in torch.split(order[: len(self) * self.batch], self.batch):
-            yield self.rows[chosen]
-
-
 def space_at(starts: dict[str, float]) -> Space:
     """weight_decay, noise and dropout in their default ranges, each at its start."""
     return Space({name: default_range(name, init=start) for name, start in starts.items()})
@@ -95,7 +64,7 @@ def warm_up() -> None:
 class Training:
     """One training of the network on some rows, a step at a time; draws from torch's global generator."""
 
-    def __init__(self, rows: Rows, outputs: int, loss: Loss, recipe: Recipe) -> None:
+    def __init__(self, rows: Split, outputs: int, loss: Loss, recipe: Recipe) -> None:
         torch.manual_seed(recipe.seed)
         self.rows, self.loss, self.recipe = rows, loss, recipe
         self.space = space_at(recipe.starts)
@@ -106,21 +75,21 @@ class Training:
             inputs = units
         self.model = nn.Sequential(*layers, nn.Linear(inputs, outputs))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.lr, fused=True)
-        loader = Shuffled(rows, recipe.batch, recipe.seed + 1)
-        self.pass_steps = len(loader)
-        self._batches = EndlessBatches(loader, "T1")
+        batch = min(recipe.batch, len(rows))
+        self.pass_steps = len(rows) // batch
+        self._batches = EndlessBatches(Shuffled(rows, batch, recipe.seed + 1), "T1")
 
     def step(self, tuner: Tuner | None = None) -> None:
         """One optimiser step, through the tuner if there is one."""
-        batch = next(self._batches)
+        x, y = next(self._batches)
         self.optimizer.zero_grad()
-        loss = self.loss(self.model(batch.x), batch.y)
+        loss = self.loss(self.model(x), y)
         tuner.backward(loss) if tuner else loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
-    def validate(self, model: nn.Module, rows: Rows) -> Tensor:
-        """The loss of `model` on `rows`."""
-        return self.loss(model(rows.x), rows.y)
+    def validate(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss of `model` on a batch."""
+        return self.loss(model(batch[0]), batch[1])
 
     def plain(self) -> nn.Sequential:
         """The trained network without what only training needs."""
@@ -149,13 +118,13 @@ class Tuned:
     best_passes: float
 
 
-def tuned(t1: Rows, t2: Rows, outputs: int, loss: Loss, recipe: Recipe) -> Tuned:
+def tuned(t1: Split, t2: Split, outputs: int, loss: Loss, recipe: Recipe) -> Tuned:
     """Train on T1 while T2 tunes, until T2's loss at the averaged weights has had no new best for a while."""
     run = Training(t1, outputs, loss, recipe)
     tuner = Tuner(
         run.model, run.optimizer, run.space, validate=run.validate, bind=["weight_decay"],
-        valid_loader=Shuffled(t2, VALID_BATCH, recipe.seed + 2),
-        train_loader=Shuffled(t1, VALID_BATCH, recipe.seed + 3),
+        valid_loader=Shuffled(t2, min(VALID_BATCH, len(t2)), recipe.seed + 2),
+        train_loader=Shuffled(t1, min(VALID_BATCH, len(t1)), recipe.seed + 3),
         total_steps=recipe.steps,
     )  # fmt: skip
     params = dict(run.model.named_parameters())
@@ -166,7 +135,7 @@ def tuned(t1: Rows, t2: Rows, outputs: int, loss: Loss, recipe: Recipe) -> Tuned
         step += 1
         if step % between == 0 and tuner.foresight is not None:
             with torch.no_grad(), evaluating(run.model), weights_at(params, tuner.foresight.average()):
-                now = float(run.validate(run.model, t2))
+                now = float(run.validate(run.model, (t2.x, t2.y)))
             if now < best:
                 best, best_step = now, step
     losses = tuner.finish()
@@ -177,7 +146,7 @@ def tuned(t1: Rows, t2: Rows, outputs: int, loss: Loss, recipe: Recipe) -> Tuned
 
 
 def followed(
-    rows: Rows, outputs: int, loss: Loss, recipe: Recipe, trajectory: Trajectory, passes: float, stop: float
+    rows: Split, outputs: int, loss: Loss, recipe: Recipe, trajectory: Trajectory, passes: float, stop: float
 ) -> nn.Sequential:
     """A network trained along a trajectory of `passes` passes, for `stop` of them; its averaged weights."""
     run = Training(rows, outputs, loss, recipe)

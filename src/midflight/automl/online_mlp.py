@@ -10,8 +10,9 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from midflight.automl.network import Loss, Recipe, Rows, followed, space_at, tuned
+from midflight.automl.network import Loss, Recipe, followed, space_at, tuned
 from midflight.automl.validation import held_out
+from midflight.batches import Split
 from midflight.trajectory import Trajectory
 
 Array = np.ndarray[Any, Any]
@@ -50,7 +51,7 @@ class _OnlineMLP(BaseEstimator):
         self._refuse()
         x = self._standardised(x, fit=True)
         recipe = self._recipe(len(x))
-        rows = Rows(torch.from_numpy(x).float(), torch.from_numpy(target))
+        rows = Split(torch.from_numpy(x).float(), torch.from_numpy(target))
         t2 = held_out(target.reshape(len(x)), self.validation_fraction, recipe.seed, classes)
         with torch.random.fork_rng(devices=[]):
             if t2.any():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import midflight.nn as mfnn
+from midflight.batches import Shuffled, Split
 from midflight.errors import MidflightError
 from midflight.ranges import default_range
 from midflight.search.errors import SearchError
@@ -21,7 +22,7 @@ from midflight.search.space import Config, Space
 from midflight.search.trial import Objective, Trial
 from midflight.space import Categorical, Float, Int
 from midflight.space import Space as TunedSpace
-from midflight.study.arm import Shuffled, Split, evaluate
+from midflight.study.arm import evaluate
 from midflight.study.data import DATASETS, load
 from midflight.tuner import Tuner
 
@@ -159,10 +160,9 @@ def splits(data: str, train: int | None = None) -> tuple[Split, Split, Split]:
     most = len(order) - valid
     if train is not None and not 1 <= train <= most:
         raise SearchError(f"1 <= train <= {most} must hold for {data}, but train={train}.")
-    x, y = torch.from_numpy(arrays.train_x), torch.from_numpy(arrays.train_y)
-    first, second = order[valid:][:train], order[:valid]
+    images = Split(torch.from_numpy(arrays.train_x), torch.from_numpy(arrays.train_y))
     test = Split(torch.from_numpy(arrays.test_x), torch.from_numpy(arrays.test_y))
-    return Split(x[first], y[first]), Split(x[second], y[second]), test
+    return images[order[valid:][:train]], images[order[:valid]], test
 
 
 def network(inputs: int, classes: int, params: Config) -> nn.Sequential:

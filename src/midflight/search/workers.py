@@ -7,8 +7,6 @@ reports come the other, and each report is answered by whether to go on.
 import multiprocessing
 import os
 import pickle
-import signal
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -16,6 +14,7 @@ from typing import Any
 
 import torch
 
+from midflight.processes import begin_worker
 from midflight.search.checkpoint import Point
 from midflight.search.errors import SearchError
 from midflight.search.search import Search
@@ -131,8 +130,7 @@ def _context() -> Any:
 
 def _serve(pipe: Connection, parcel: bytes, threads: int) -> None:
     """A worker's life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    begin_worker()
     torch.set_num_threads(threads)
     try:
         objective: Callable[[Any], Any] = pickle.loads(parcel)
@@ -151,11 +149,3 @@ def _serve(pipe: Connection, parcel: bytes, threads: int) -> None:
         outcome = run_job(pipe.recv(), objective, send)
         # an exception of another process is told in words; some cannot be pickled
         pipe.send(Outcome(outcome.how, outcome.message))
-
-
-def _end_with_parent() -> None:
-    """A parent killed by SIGKILL cannot stop its workers; they watch it instead."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

@@ -1,7 +1,7 @@
 """One arm of the study: train a network once, fixed or tuned, and measure it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from midflight.batches import Shuffled, Split
 from midflight.hypersteps import SignSteps
 from midflight.nn import GaussianNoise
 from midflight.space import Float, Space
@@ -21,17 +22,6 @@ from midflight.tuner import Tuner
 
 Point = tuple[float, float]
 """(log10 L2, noise)"""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images, shape (n, features), and labels, shape (n,), on the device of the study."""
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.y)
 
 
 @dataclass(frozen=True)
@@ -64,21 +54,6 @@ def prepare(spec: Spec) -> Data:
     )
 
 
-class Shuffled:
-    """Batches in a new random order at each pass; an incomplete last one is left out."""
-
-    def __init__(self, split: Split, batch: int, seed: int) -> None:
-        self.split = split
-        self.batch = batch
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.split), generator=self.generator).to(self.split.x.device)
-        for i in range(0, len(order) - self.batch + 1, self.batch):
-            chosen = order[i : i + self.batch]
-            yield self.split.x[chosen], self.split.y[chosen]
-
-
 def run_arm(
     spec: Spec, arm: Arm, begin: Point, data: Data, report: Callable[[int, Point, float], None]
 ) -> Row:
@@ -93,10 +68,7 @@ def run_arm(
     torch.manual_seed(seed)
     space = space_of(spec, begin)
     tuned = arm.kind == "tuned"
-    network = mlp(data.t1.x.shape[1], widths(arm.network), classes=10)
-    # the paper draws what it tunes: a floor only as high as the derivative needs in order not to vanish
-    noise = GaussianNoise(space["noise"], floor=0.01 * space["noise"].spec.high)
-    model = nn.Sequential(noise, network).to(spec.device)
+    model = noisy_mlp(spec, arm, data.t1.x.shape[1], space)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=spec.lr, weight_decay=float(space["weight_decay"]), fused=True
     )
@@ -147,6 +119,13 @@ def mlp(inputs: int, hidden: list[int], classes: int) -> nn.Sequential:
         layers += [nn.Linear(inputs, width), nn.ReLU()]
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, classes))
+
+
+def noisy_mlp(spec: Spec, arm: Arm, inputs: int, space: Space) -> nn.Sequential:
+    """The network of an arm, with the noise of `space` on its inputs."""
+    # the paper draws what it tunes: a floor only as high as the derivative needs in order not to vanish
+    noise = GaussianNoise(space["noise"], floor=0.01 * space["noise"].spec.high)
+    return nn.Sequential(noise, mlp(inputs, widths(arm.network), classes=10)).to(spec.device)
 
 
 @torch.no_grad()

@@ -13,12 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midflight.nn import GaussianNoise
+from midflight.batches import Shuffled, Split
 from midflight.population import Population, stacked
-from midflight.space import Space
-from midflight.study.arm import Data, Point, Shuffled, Split, hyper_optimizer, mlp, now, seed_of, space_of
-from midflight.study.spec import Arm, Spec
-from midflight.study.spec import widths as widths_of
+from midflight.study.arm import Data, Point, hyper_optimizer, noisy_mlp, now, seed_of, space_of
+from midflight.study.spec import Arm, Spec, widths
 from midflight.study.store import Result, Row
 
 COPIES = 16
@@ -62,7 +60,7 @@ def run_cohort(
     spaces = [space_of(spec, begin) for begin in begins]
     population = Population(
         n,
-        partial(_model, spec, first, data.t1.x.shape[1]),
+        partial(noisy_mlp, spec, first, data.t1.x.shape[1]),
         spaces[0],
         partial(torch.optim.Adam, lr=spec.lr),
         loss=_loss,
@@ -98,9 +96,7 @@ def run_cohort(
     ends = _points(population).tolist()
     losses = _mean(population, _loss, data.t2)
     tests = [None] * n if first.kind == "landscape" else _mean(population, _wrong, data.test)
-    trajectories = [
-        [[at, *path[i].tolist()] for at, path in ((s, p.cpu()) for s, p in paths)] for i in range(n)
-    ]
+    told = [(at, points.tolist()) for at, points in paths]
     return [
         Row(
             arm,
@@ -111,19 +107,12 @@ def run_cohort(
                 valid_error=valid_errors[-1][i],
                 test_error=tests[i],
                 valid_errors=[of_all[i] for of_all in valid_errors],
-                trajectory=trajectories[i],
+                trajectory=[[at, *points[i]] for at, points in told],
             ),
             seconds,
         )
         for i, arm in enumerate(arms)
     ]
-
-
-def _model(spec: Spec, arm: Arm, inputs: int, space: Space) -> nn.Module:
-    network = mlp(inputs, widths_of(arm.network), classes=10)
-    return nn.Sequential(GaussianNoise(space["noise"], floor=0.01 * space["noise"].spec.high), network).to(
-        spec.device
-    )
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -154,6 +143,6 @@ def _most(spec: Spec, network: str, inputs: int) -> int:
     """How many members fit into the memory of the GPU."""
     if not spec.device.startswith("cuda"):
         return max(1, spec.starts)
-    sizes = [inputs, *widths_of(network), 10]
+    sizes = [inputs, *widths(network), 10]
     bytes_of_one = 4 * COPIES * sum(a * b + b for a, b in pairwise(sizes))
     return max(1, int(torch.cuda.mem_get_info(spec.device)[0] * 0.8 / bytes_of_one))

@@ -1,22 +1,19 @@
 """All arms of a study, on all cores, each stored the moment it is done."""
 
 import multiprocessing
-import os
 import queue
-import signal
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait as wait_for_process
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from midflight.errors import MidflightError
+from midflight.processes import begin_worker
 from midflight.study.arm import Data, Point, mlp, prepare, run_arm
 from midflight.study.cohort import cohorts, run_cohort
 from midflight.study.spec import Arm, Spec, widths
@@ -53,9 +50,9 @@ def run_study(
 
     Args:
         workers: processes, one thread each; an arm runs in one of them.
-        together: whether arms run together; if None, on a GPU only.
         on_tick: called after each epoch of each arm.
         on_row: called after an arm was stored.
+        together: whether arms run together; if None, on a GPU only.
 
     Raises:
         DatasetUnavailable, SpecError, StoreError, StoreUnavailable: before or between arms;
@@ -73,6 +70,7 @@ def run_study(
                 done[row.arm] = row
                 on_row(row)
         return
+    del data  # each process reads its own
     if waiting:
         _run_in_processes(spec, store, run, workers, waiting, done, on_tick, on_row)
 
@@ -173,19 +171,10 @@ _worker: dict[str, Any] = {}
 
 
 def _begin_worker(spec: Spec, ticks: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    begin_worker()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     _worker.update(spec=spec, ticks=ticks, data=prepare(spec))
-
-
-def _end_with_parent() -> None:
-    """A parent killed by SIGKILL cannot stop its workers; they watch it instead."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait_for_process([parent.sentinel])
-        os._exit(1)
 
 
 def _work(arm: Arm, begin: Point) -> Row:
