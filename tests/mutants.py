@@ -139,7 +139,7 @@ MUTANTS = [
         "if False:",
         STUDY + "a_store_that_cannot_be_one_is_refused_and_left_alone",
     ),
-    ("study/run.py", "threading.Thread(target=_end_with_parent, daemon=True).start()", "pass", STUDY + KILLS),
+    ("processes.py", "threading.Thread(target=_end_with_parent, daemon=True).start()", "pass", STUDY + KILLS),
     (
         "study/run.py",
         "if arm not in done]",
@@ -213,6 +213,9 @@ MUTANTS = [
     ("study/cohort.py", "sorted(arms, key=kind), kind", "arms, kind", COHORT),
     ("study/cohort.py", "if tuned else spec.steps() + 1", "if True else 0", COHORT),
     ("study/cohort.py", "len(y) * population.evaluate", "population.evaluate", COHORT),
+    ("study/cohort.py", "members[i : i + most]", "members[i:]", COHORT),
+    ("study/run.py", "for arm in spec.arms() if arm not in done]", "for arm in spec.arms()]", COHORT),
+    ("updates/adam.py", "raise NoCompiler(", "raise RuntimeError(", COMPILED),
     ("updates/adam.py", "return shrink * p - a", "return p - a", COMPILED),
     ("updates/adam.py", "m * total / both - (1 - beta1)", "m * total / both - 1.0", COMPILED),
     ("updates/adam.py", '-o["lr"] * v_theta', "-o['lr'] * w_theta", COMPILED),
