@@ -26,6 +26,7 @@ WORKERS = RESUME + "ten_killed_workers_of_four_lose_and_repeat_nothing"
 KINDS, ALIVE = "tests/oracles/test_kinds.py", "tests/e2e/test_alive.py"
 COMPILED, COHORT = "tests/oracles/test_compiled.py", "tests/parity/test_cohort.py"
 POPULATION, COST = "tests/parity/test_population.py", "tests/e2e/test_cost.py"
+RAY = "tests/search/test_ray.py::test_"
 MLP, AUTO, PARTS = (f"tests/automl/test_{name}.py::test_" for name in ("online_mlp", "auto", "parts"))
 KILLS = "ten_kills_at_random_moments_lose_and_repeat_nothing"
 PAIRED = "paired_arms_share_their_start_and_reruns_begin_where_tuning_ended"
@@ -213,6 +214,36 @@ MUTANTS = [
     ("study/cohort.py", "sorted(arms, key=kind), kind", "arms, kind", COHORT),
     ("study/cohort.py", "if tuned else spec.steps() + 1", "if True else 0", COHORT),
     ("study/cohort.py", "len(y) * population.evaluate", "population.evaluate", COHORT),
+    (
+        "search/engines/ray.py",
+        'os.environ.setdefault("RAY_worker_niceness", "0")',
+        "",
+        RAY + "workers_have_the_priority_of_any_process",
+    ),
+    (
+        "search/engines/ray.py",
+        '"auth" in str(error.__cause__)',
+        "False",
+        RAY + "the_command_runs_on_a_given_cluster_and_says_what_one_with_a_token_wants",
+    ),
+    (
+        "search/engines/ray.py",
+        'self.search.became(job.number, result["chosen"])',
+        "pass",
+        RAY + "population_based_training_clones_what_is_good_and_moves_only_floats",
+    ),
+    (
+        "search/engines/ray.py",
+        "elif 0 < epoch < job.epochs:",
+        "elif False:",
+        RAY + "asha_on_ray_ends_most_trials_early_and_the_ledger_holds_them_all",
+    ),
+    (
+        "search/engines/ray.py",
+        "if isinstance(spec, Float):",
+        "if isinstance(value, int):",
+        RAY + "population_based_training_clones_what_is_good_and_moves_only_floats",
+    ),
     ("study/cohort.py", "members[i : i + most]", "members[i:]", COHORT),
     ("study/run.py", "for arm in spec.arms() if arm not in done]", "for arm in spec.arms()]", COHORT),
     ("updates/adam.py", "raise NoCompiler(", "raise RuntimeError(", COMPILED),

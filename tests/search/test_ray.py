@@ -1,6 +1,12 @@
-"""Ray Tune on a cluster that the test starts, twice: early stopping, and population-based training."""
+"""Ray Tune on a cluster of this process, and through the command on one that was there before."""
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -8,10 +14,6 @@ from midflight import search
 from midflight.search.problems import problem
 
 pytestmark = [
-    pytest.mark.skipif(
-        "MIDFLIGHT_TEST_RAY" not in os.environ,
-        reason="Ray's processes do not keep up on a busy machine; run it with MIDFLIGHT_TEST_RAY=1",
-    ),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings(
@@ -19,6 +21,9 @@ pytestmark = [
     ),  # Ray leaves log files and sockets to the collector
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+
+BIN = Path(sys.executable).parent
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,12 @@ def cluster():
         pytest.skip(f"Ray cannot start a cluster here: {error}")
     yield
     ray.shutdown()
+
+
+def test_workers_have_the_priority_of_any_process(cluster):
+    import ray
+
+    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
 
 
 def test_asha_on_ray_ends_most_trials_early_and_the_ledger_holds_them_all(cluster, objective_file, tmp_path):
@@ -82,3 +93,45 @@ def test_a_failing_objective_is_told_as_by_every_engine(cluster, objective_file)
     what = problem(f"{objective_file}:breaks")
     with pytest.raises(search.ObjectiveFailed, match="KeyError: 'no such layer'"):
         search.run(what.objective, what.space, engine="ray", trials=5, epochs=2, workers=2)
+
+
+@pytest.fixture
+def port():
+    """Where a cluster that asks for a token listens."""
+    pytest.importorskip("ray")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--head", "--block", "--port", str(port), "--num-cpus", "2", "--include-dashboard", "false"]
+    head = subprocess.Popen(
+        [BIN / "ray", "start", *options], env={**os.environ, **TOKEN},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while time.monotonic() < until and head.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.2)
+    yield port
+    os.killpg(head.pid, signal.SIGKILL)  # told to end, it would wait for a minute
+    head.wait()
+
+
+def test_the_command_runs_on_a_given_cluster_and_says_what_one_with_a_token_wants(port, tmp_path):
+    address = ["--engine", "ray", "--address", f"127.0.0.1:{port}", "--workers", "2"]
+    size = ["--data", "digits", "--trials", "3", "--epochs", "2", "--out", str(tmp_path)]
+    command = [BIN / "midflight", "search", "mlp", *address, *size]
+    settings = {k: v for k, v in os.environ.items() if k not in TOKEN}
+
+    def run(**extra):
+        return subprocess.run(
+            command, env={**settings, **extra}, cwd=tmp_path, capture_output=True, text=True, timeout=200
+        )
+
+    refused = run(RAY_NUM_REDIS_GET_RETRIES="2")
+    assert refused.returncode == 2
+    assert "RAY_AUTH_MODE=token" in refused.stderr.splitlines()[-1]
+    found = run(**TOKEN)
+    assert found.returncode == 0, found.stderr
+    assert "3 trials" in found.stdout

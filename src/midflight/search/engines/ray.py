@@ -42,6 +42,8 @@ for _name in ("RAY_USAGE_STATS_ENABLED", "RAY_AIR_NEW_OUTPUT"):
 for _name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# by default 15: beside other work on the same cores trials would all but stand still
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -300,8 +302,11 @@ def _cluster(address: str | None, workers: int) -> Iterator[None]:
             logging_level=logging.ERROR,
         )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
+        refused = "auth" in str(error.__cause__)
         raise SearchError(
-            f"the address must be that of a running Ray cluster, but {address}: {str(error).splitlines()[0]}"
+            f"the address must be that of a running Ray cluster, but {address}: {str(error).splitlines()[0]}."
+            + " It asks for a token: set RAY_AUTH_MODE=token, and have the token in ~/.ray/auth_token."
+            * refused
         ) from error
     try:
         yield
