@@ -234,6 +234,12 @@ MUTANTS = [
     ),
     (
         "search/engines/ray.py",
+        "return {}",
+        "return self.__dict__",
+        RAY + "asha_on_ray_ends_most_trials_early_and_the_ledger_holds_them_all",
+    ),
+    (
+        "search/engines/ray.py",
         "elif 0 < epoch < job.epochs:",
         "elif False:",
         RAY + "asha_on_ray_ends_most_trials_early_and_the_ledger_holds_them_all",

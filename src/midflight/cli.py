@@ -187,7 +187,7 @@ def _study(arguments: list[str]) -> int:
         else:
             _out.print(summary_table(summarise(study.spec, store.rows(run))))
             at = "" if study.store == DEFAULT_STORE else f" --store {study.store}"
-            _out.print(f"Stored as {run} in {study.store}. Next: midflight report {run}{at}")
+            _out.print(f"Stored as {run} in {study.store}. Next: midflight report {run}{at}", soft_wrap=True)
     return 0
 
 
@@ -205,7 +205,7 @@ def _report(arguments: list[str]) -> int:
         folder = report.out or report.store.parent / report.run
         page = write_report(store, report.run, folder, checks)
         _out.print(summary_table(summarise(store.spec(report.run), store.rows(report.run))))
-    _out.print(f"Report: {page.resolve()}")
+    _out.print(f"Report: {page.resolve()}", soft_wrap=True)
     return 0
 
 
@@ -249,7 +249,9 @@ def _search_report(name: str, storage: str, out: Path | None, as_text: bool) -> 
     with _err.status("drawing the report"):
         page = report.write_report(name, declaration, records, out or default_folder(storage, name))
     _out.print(report.summary_table(records))
-    _out.print(f"Stored as {name} in {shown(storage)}. Report: {page.resolve()}", markup=False)
+    _out.print(
+        f"Stored as {name} in {shown(storage)}. Report: {page.resolve()}", markup=False, soft_wrap=True
+    )
     return 0
 
 

@@ -33,7 +33,7 @@ def test_a_search_runs_to_a_report(call, engine, tmp_path):
     assert code == 0
     folder = tmp_path / "runs" / f"mlp-digits-300-{engine}"
     page = (folder / "report.html").read_text()
-    assert str(folder / "report.html") in out.replace("\n", "")
+    assert str(folder / "report.html") in out
     for name in ("history", "importance", "configurations", "online"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f'<figure id="{name}">' in page

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -53,7 +54,14 @@ def test_workers_have_the_priority_of_any_process(cluster):
 def test_asha_on_ray_ends_most_trials_early_and_the_ledger_holds_them_all(cluster, objective_file, tmp_path):
     what = problem(f"{objective_file}:objective")
     options = {"engine": "ray", "epochs": 4, "workers": 2, "storage": str(tmp_path / "s.sqlite")}
-    found = search.run(what.objective, what.space, trials=8, **options)
+    told, lock = set(), threading.RLock()
+
+    def tell(record):  # as the live table does, it holds a lock, which cannot be pickled
+        with lock:
+            told.add(record.number)
+
+    found = search.run(what.objective, what.space, trials=8, callbacks=[tell], **options)
+    assert told == set(range(8))
     assert [r.number for r in found.records] == list(range(8))
     assert {r.state for r in found.records} == {"complete", "pruned"}
     for r in found.records:

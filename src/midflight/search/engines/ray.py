@@ -147,6 +147,10 @@ class Book:
         self.error: Exception | None = None
         """What went wrong in this process; Ray would only log it."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray writes itself down to be restored, but what is kept is the ledger."""
+        return {}
+
     @contextmanager
     def guarded(self) -> Iterator[None]:
         """Keep an error of the block for later; Ray is then told to stop."""
