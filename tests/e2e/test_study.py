@@ -98,9 +98,10 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_done(tmp_path):
     began = time.monotonic()
     while count(store) < 2 and time.monotonic() - began < 60:
         time.sleep(0.01)
+    assert process.poll() is None, "the study ended before it could be interrupted"
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "the same command goes on" in err
     assert count(store) >= 2
