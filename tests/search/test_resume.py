@@ -34,10 +34,15 @@ def by_command(objective_file, storage, *more, name="s", **environment):
         "--storage", str(storage), "--engine", "random", "--epochs", "4", "--out",
         str(Path(objective_file).parent / "report"), *more,
     ]  # fmt: skip
-    return subprocess.Popen(
-        command, env={**os.environ, **environment}, start_new_session=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    with _printed(objective_file).open("a") as file:
+        return subprocess.Popen(
+            command, env={**os.environ, **environment}, start_new_session=True, stdout=file, stderr=file
+        )
+
+
+def _printed(objective_file):
+    """What the commands on it have printed."""
+    return Path(objective_file).with_name("printed")
 
 
 def test_ten_killed_workers_of_four_lose_and_repeat_nothing(objective_file, tmp_path, trace, monkeypatch):
@@ -111,8 +116,8 @@ def test_two_processes_share_one_study(objective_file, tmp_path, trace):
     processes = [
         by_command(objective_file, storage, "--trials", "12", "--workers", "1", NAP="0.02") for _ in range(2)
     ]
-    for process in processes:
-        assert process.wait(60) == 0
+    codes = [process.wait(60) for process in processes]
+    assert codes == [0, 0], _printed(objective_file).read_text()
     with read_study(str(storage), "s") as (ledger, _):
         records, owners = ledger.records(), {t.user_attrs["owner"] for t in ledger.study.trials}
     assert {r.state for r in records} == {"complete"}
