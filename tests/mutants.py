@@ -222,7 +222,7 @@ MUTANTS = [
     ),
     (
         "search/engines/ray.py",
-        '"auth" in str(error.__cause__)',
+        '"token authentication" in str(error.__cause__)',
         "False",
         RAY + "the_command_runs_on_a_given_cluster_and_says_what_one_with_a_token_wants",
     ),

@@ -41,7 +41,7 @@ class EndlessBatches(Iterator[Any]):
     """Goes through a loader again and again; can be put to sleep and woken at the same place.
 
     A loader that shuffles draws its order when a pass begins, from its own generator or the global
-    one. The state keeps that generator as it was then, so that a restored stream draws the same
+    one. The state keeps that generator as it was then, so that a restored stream draws the same.
 
     Raises:
         ValueError: the loader is empty.

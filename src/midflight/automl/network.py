@@ -25,7 +25,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 LOOKS = 50
 """So often in a run the loss on all of T2 is looked at."""
 VALID_BATCH = 256
-"""Split of T1 and of T2 in a hyper-step, at most."""
+"""Rows of T1 and of T2 in a hyper-step, at most."""
 
 
 @dataclass(frozen=True)

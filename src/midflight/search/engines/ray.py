@@ -306,7 +306,7 @@ def _cluster(address: str | None, workers: int) -> Iterator[None]:
             logging_level=logging.ERROR,
         )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
-        refused = "auth" in str(error.__cause__)
+        refused = "token authentication" in str(error.__cause__)
         raise SearchError(
             f"the address must be that of a running Ray cluster, but {address}: {str(error).splitlines()[0]}."
             + " It asks for a token: set RAY_AUTH_MODE=token, and have the token in ~/.ray/auth_token."
