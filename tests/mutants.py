@@ -496,6 +496,18 @@ MUTANTS = [
     ("search/search.py", "good = tuned[: len(tuned) // 2]", "good = tuned", ONLINE),
     ("search/search.py", "space.distance(config, r.config), r.loss", "r.loss, r.loss", ONLINE),
     ("search/search.py", "point.loss if math.isfinite(point.loss) else math.inf", "point.loss", ONLINE),
+    (
+        "search/ledger.py",
+        "            if had_trials:",
+        "            if study.get_trials(deepcopy=False):",
+        RESUME + "a_process_may_begin_the_study_between_two_looks_of_another",
+    ),
+    (
+        "search/ledger.py",
+        "            if had_trials:",
+        "            if False:",
+        RESUME + "a_study_that_is_not_of_midflight_is_left_alone",
+    ),
     ("search/ledger.py", 'ended = [r for r in good if r.state == "complete"]', "ended = good", ONLINE),
 ]
 

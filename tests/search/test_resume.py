@@ -13,9 +13,12 @@ import threading
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
+from optuna.storages import RDBStorage
 
+import midflight as mf
 from midflight import search
 from midflight.search import checkpoint
 from midflight.search.ledger import read_study
@@ -124,6 +127,39 @@ def test_two_processes_share_one_study(objective_file, tmp_path, trace):
     assert 12 <= len(records) <= 13  # each looks before it asks
     assert sorted(trace()) == [(n, e) for n in range(len(records)) for e in range(1, 5)]
     assert len(owners) == 2
+
+
+def test_a_process_may_begin_the_study_between_two_looks_of_another(tmp_path, monkeypatch):
+    """Whichever look at the storage comes first, by the next one the other process has a trial in it."""
+    options = {"engine": "random", "epochs": 1, "storage": str(tmp_path / "s.sqlite")}
+
+    def objective(trial):
+        return trial.params["x"]
+
+    space = search.Space(x=mf.Float(0.0, 1.0))
+    for look in ("get_study_user_attrs", "get_all_trials"):
+        real = getattr(RDBStorage, look)
+
+        def and_then_the_other(self, *args, real=real, **more):
+            seen = real(self, *args, **more)
+            monkeypatch.undo()
+            search.run(objective, space, trials=1, **options)
+            return seen
+
+        monkeypatch.setattr(RDBStorage, look, and_then_the_other)
+    assert len(search.run(objective, space, trials=2, **options).records) == 2
+
+
+def test_a_study_that_is_not_of_midflight_is_left_alone(tmp_path):
+    storage = tmp_path / "s.sqlite"
+    others = optuna.create_study(storage=f"sqlite:///{storage}", study_name="s")
+    others.tell(others.ask(), 1.0)
+    with pytest.raises(search.SearchError, match="not one of midflight; choose another name"):
+        search.run(
+            lambda trial: 0.0, search.Space(x=mf.Float(0.0, 1.0)), trials=2, storage=str(storage), name="s"
+        )
+    assert not others.user_attrs
+    assert len(others.trials) == 1
 
 
 def test_a_trial_that_kills_its_worker_three_times_is_failed_and_the_search_goes_on(

@@ -243,8 +243,10 @@ def open_study(
         study = optuna.create_study(
             storage=backend, study_name=name, direction="minimize", load_if_exists=True, **engine
         )
+        # looked for first: another process may declare the study, and begin trials, at any moment
+        had_trials = bool(study.get_trials(deepcopy=False))
         if DECLARATION not in study.user_attrs:
-            if study.get_trials(deepcopy=False):
+            if had_trials:
                 raise SearchError(f"the study {name!r} is not one of midflight; choose another name.")
             study.set_user_attr(DECLARATION, {**vars(declaration), "space": declaration.space.to_json()})
         _check_same(name, _declaration(study), declaration)
