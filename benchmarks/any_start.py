@@ -101,7 +101,7 @@ def train(job: tuple[str, str, int, int, bool]) -> Row:
 class Candidates:
     """What a fixed run could end with if it were finished as a tuned one.
 
-    The last weights, their average over the last tenth of the run, or the best of 27 checkpoints.
+    The last weights, their average, or the best of 27 checkpoints.
     """
 
     def __init__(self, run: Training) -> None:
@@ -112,7 +112,7 @@ class Candidates:
 
     def follow(self, steps: int) -> None:
         """After each step."""
-        self.average.follow(self.params, steps)
+        self.average.follow(self.params, steps, steps / self.run.steps)
         if steps in self.checkpoints:
             self.found.append(self.run.losses())
 

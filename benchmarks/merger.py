@@ -108,7 +108,7 @@ class Training:
             self.optimizer.step()
             self.steps += 1
             if not self.tuner:
-                self.average.follow(self.params, self.steps)
+                self.average.follow(self.params, self.steps, self.steps / self.total)
 
     @torch.no_grad()
     def valid(self, weights: Tensors) -> float:

@@ -10,8 +10,9 @@ regularisation looks better, and memorising comes later.
 
 Which of the two errs shows in C1 / C2, training over validation loss at the average. Caution rises as it
 falls below a line from 1 at the start to MEMORISED at the end of the run. The average moves slowly, so
-that at caution 0 the v of the last few hyper-steps are averaged too, which saves validation data. docs/LOG.md
-has what was measured on the way to this.
+that at caution 0 the v of the last few hyper-steps are averaged too, which saves validation data. Towards the
+end of a run it is shortened: little is left to judge then, and as the weights that a run ends with, a long
+average lags behind. docs/LOG.md has what was measured on the way to this.
 
 This is for what regularises. Options that say how a step is taken, such as the learning rate, pay or
 cost at once and are judged at theta', the weights after the step.
@@ -29,6 +30,8 @@ from midflight.trees import Tensors
 
 WINDOW = 0.1
 """The average reaches back over this share of the steps so far."""
+LAST, LAST_WINDOW = 0.2, 0.03
+"""Over this last share of a run that shrinks to this."""
 SAMPLED = 5
 """The weights are counted into it at every so many steps."""
 STEADY = 0.8
@@ -66,15 +69,20 @@ class Foresight:
         self._weight = 0.0
 
     @torch.no_grad()
-    def follow(self, params: Mapping[str, Tensor], steps: int) -> bool:
+    def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None = None) -> bool:
         """Count the weights after this many steps into the average, if it is time or there is none yet.
+
+        Args:
+            params: the weights.
+            steps: of the optimiser so far.
+            progress: share of the run that is over, in [0, 1]; None if its length is not known.
 
         Returns:
             whether it did.
         """
         if self._average and steps < self._steps + SAMPLED:
             return False
-        share = min(1.0, (steps - self._steps) / (WINDOW * steps)) if steps else 1.0
+        share = min(1.0, (steps - self._steps) / (_window(progress) * steps)) if steps else 1.0
         self._steps = steps
         # halves would not add up
         now = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for n, p in params.items()}
@@ -174,6 +182,11 @@ class Foresight:
         self._average = {name: a.clone() for name, a in state["average"].items()}
         self._losses = deque(tuple(entry) for entry in state["losses"])
         self._v, self._weight = {name: g.clone() for name, g in state["v"].items()}, state["weight"]
+
+
+def _window(progress: float | None) -> float:
+    left = 1.0 if progress is None else min(1.0, (1 - progress) / LAST)
+    return LAST_WINDOW + (WINDOW - LAST_WINDOW) * left
 
 
 def _line(progress: float | None) -> float:

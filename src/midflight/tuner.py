@@ -328,7 +328,7 @@ class Tuner:
         """Let foresight follow; False if the losses at the average are not finite."""
         if self.foresight is None or self._train_batches is None:
             return True
-        self.foresight.follow(self._params, self._steps)
+        self.foresight.follow(self._params, self._steps, self._progress())
         with evaluating(self._model), weights_at(self._params, self.foresight.average()):
             c1, c2 = (
                 float(self._validate(self._model, next(b))) for b in (self._train_batches, self._batches)
@@ -368,7 +368,9 @@ class Tuner:
         """The optimiser has taken its step."""
         self._steps += 1
         self._calls_per_step, self._calls_in_step = max(1, self._calls_in_step), 0
-        self._busy = self.foresight is not None and self.foresight.follow(self._params, self._steps)
+        self._busy = self.foresight is not None and self.foresight.follow(
+            self._params, self._steps, self._progress()
+        )
         if self._hypergradients:
             self._move()
         self._arm()

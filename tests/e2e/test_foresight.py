@@ -8,6 +8,7 @@ from torch import nn
 import midflight as mf
 from midflight.foresight import (
     GAIN,
+    LAST_WINDOW,
     MEMORISED,
     MOST,
     OPEN_END,
@@ -91,6 +92,33 @@ def test_the_average_reaches_back_over_a_share_of_the_run_also_in_bfloat16():
         exact.follow({"w": torch.full((3,), float(n), dtype=torch.float64)}, SAMPLED * n)
         exact.follow({"w": torch.full((3,), 1e9, dtype=torch.float64)}, SAMPLED * n + 1)  # not yet
     assert exact.average()["w"].tolist() == pytest.approx([expected] * 3, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("progress", "window"),
+    [(None, WINDOW), (0.0, WINDOW), (0.8, WINDOW), (0.9, (WINDOW + LAST_WINDOW) / 2), (1.0, LAST_WINDOW)],
+)
+def test_towards_the_end_of_a_run_the_average_is_shortened(progress, window):
+    foresight = Foresight()
+    foresight.follow({"w": torch.zeros(3)}, 995, progress)
+    foresight.follow({"w": torch.ones(3)}, 995 + SAMPLED, progress)
+    assert foresight.average()["w"].tolist() == pytest.approx([SAMPLED / (window * 1000)] * 3)
+
+
+def test_the_tuner_tells_foresight_how_much_of_the_run_is_over(monkeypatch):
+    told = []
+    monkeypatch.setattr(Foresight, "follow", lambda self, params, steps, progress: told.append(progress))
+    model, batch = nn.Linear(2, 2), (torch.randn(4, 2), torch.randint(0, 2, (4,)))
+    space = mf.Space(weight_decay=mf.Float(1e-4, 1e-1, log=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tuner = mf.Tuner(
+        model, optimizer, space, validate=cross_entropy, valid_loader=[batch], train_loader=[batch],
+        bind=["weight_decay"], every=10, total_steps=4,
+    )  # fmt: skip
+    for _ in range(5):
+        tuner.backward(cross_entropy(model, batch))
+        optimizer.step()
+    assert told == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(("caution", "kept"), [(0.0, STEADY), (0.5, STEADY / 2), (1.0, 0.0), (3.0, 0.0)])
