@@ -501,6 +501,7 @@ MUTANTS = [
         "            self._params, self._steps, None",
         FORESIGHT,
     ),
+    ("search/problems.py", "evaluate(model, test)[1]} if ends else {}", "evaluate(model, test)[1]}", ONLINE),
     ("search/search.py", "good = tuned[: len(tuned) // 2]", "good = tuned", ONLINE),
     ("search/search.py", "space.distance(config, r.config), r.loss", "r.loss, r.loss", ONLINE),
     ("search/search.py", "point.loss if math.isfinite(point.loss) else math.inf", "point.loss", ONLINE),

@@ -8,7 +8,9 @@ import torch
 
 import midflight as mf
 from midflight import search
+from midflight.search import problems
 from midflight.search.ledger import Record, best
+from midflight.search.problems import MLP_SPACE, Mlp
 from midflight.search.search import nearest_values
 
 SPACE = search.Space(
@@ -226,3 +228,14 @@ def test_a_missing_engine_names_its_extra(monkeypatch):
     monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "smac" else True)
     with pytest.raises(mf.MissingExtra, match=r"pip install 'midflight\[search\]'"):
         search.run(lambda trial: 1.0, SPACE, engine="smac", trials=1)
+
+
+def test_mlp_reads_the_test_set_once_after_its_last_epoch(monkeypatch):
+    seen, evaluate = [], problems.evaluate
+    monkeypatch.setattr(
+        problems, "evaluate", lambda model, rows: (seen.append(len(rows)), evaluate(model, rows))[1]
+    )
+    found = search.run(Mlp("digits", train=100), MLP_SPACE, engine="random", trials=1, epochs=3)
+    _, t2, test = problems.splits("digits", 100)
+    assert seen == [len(t2)] * 3 + [len(test)]
+    assert found.best.extra.keys() == {"test_error"}

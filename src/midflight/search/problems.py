@@ -58,7 +58,7 @@ class Mlp:
     """Trains a multilayer perceptron on a dataset of `midflight.study.data`; searched over `MLP_SPACE`.
 
     The validation loss is that of the weights at hand; after the last epoch, of those that
-    `Tuner.finish` chose. The test error is reported beside it and used for nothing.
+    `Tuner.finish` chose. The test error after the last epoch is reported beside it and used for nothing.
     """
 
     data: str
@@ -89,10 +89,11 @@ class Mlp:
                 loss = F.cross_entropy(model(x), y)
                 tuner.backward(loss) if tuner else loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
-            if tuner and epoch == trial.epochs:
+            ends = epoch == trial.epochs
+            if tuner and ends:
                 tuner.finish()
             valid, _ = evaluate(model, t2)
-            _, test_error = evaluate(model, test)
+            extra = {"test_error": evaluate(model, test)[1]} if ends else {}
             state = {
                 "epoch": epoch,
                 "model": model.state_dict(),
@@ -100,7 +101,7 @@ class Mlp:
                 "batches": batches.generator.get_state(),
                 "tuner": tuner and tuner.state_dict(),
             }
-            trial.report(epoch, valid, state, online, test_error=test_error)
+            trial.report(epoch, valid, state, online, **extra)
 
 
 @dataclass(frozen=True)
