@@ -133,8 +133,8 @@ class SearchCommand:
     """Start what is tuned inside where the nearest good configuration ended."""
     address: str | None = None
     """For ray: a running cluster; one is started here if not given."""
-    scheduler: str = "asha"
-    """For ray: asha, median, pbt or fifo."""
+    scheduler: str | None = None
+    """For ray: asha, median, pbt or fifo; asha if not given."""
     out: Path | None = None
     """Folder of the report; one of the study's name beside the storage if not given."""
     json: bool = False
@@ -223,9 +223,8 @@ def _search(arguments: list[str]) -> int:
     space = what.space.offline() if command.offline else what.space
     name = command.study or _study_name(command)
     cores = len(os.sched_getaffinity(0))
-    options: dict[str, Any] = {}
-    if command.engine == "ray":
-        options = {"address": command.address, "scheduler": command.scheduler}
+    options: dict[str, Any] = {"address": command.address, "scheduler": command.scheduler}
+    options = {option: value for option, value in options.items() if value is not None}
     with showing_trials(_err, command.epochs, command.trials, seconds) as table:
         run(
             what.objective, space, engine=command.engine, trials=command.trials, seconds=seconds,

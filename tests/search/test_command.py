@@ -160,6 +160,8 @@ def test_a_bad_space_is_one_sentence_and_exit_code_2(call, tmp_path, case):
         (["mlp", "--engine", "ray", "--address", "somewhere"], "must be auto or host:port"),
         (["mlp", "--engine", "ray", "--scheduler", "fair"], "scheduler of Ray must be one of asha"),
         (["mlp", "--engine", "ray", "--scheduler", "pbt", "--time", "5s"], "needs trials="),
+        (["mlp", "--engine", "bohb", "--scheduler", "pbt"], "scheduler= is no option of the engine bohb"),
+        (["mlp", "--engine", "smac", "--address", "auto"], "address= is no option of the engine smac"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(call, arguments, message):
