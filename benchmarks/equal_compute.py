@@ -6,7 +6,7 @@
 
 Engines search the table that benchmarks/lattice.py trained, 10 seeds each; Ray's population-based training
 trains its members for real, where that is quick. Engines report the best model at any of 27 checkpoints.
-midflight reports what `tuner.finish` gives: from 20 starts with `budget=0.09`, which is within 1.1 trainings,
+midflight reports what `tuner.finish` gives: from 20 starts with `budget=0.08`, which is within 1.1 trainings,
 and from the 40 starts of any_start.py without a budget, alone and as the best of n. A run of midflight
 counts for the time it takes over that of a fixed run, measured here in turns on one thread. Passes through
 T2 that choose the model are free for all: 27 in a training of an engine, 3 in `finish`, whose share is
@@ -38,7 +38,7 @@ PBT = "Ray PBT"
 PBT_TASKS = ("digits", "tabular")
 POPULATIONS = [4, 8, 16]
 LABEL = "midflight"
-BUDGET, STARTS = 0.09, 20
+BUDGET, STARTS = 0.08, 20
 """One run of midflight with this budget; from so many starts."""
 ALIKE = "100 fixed, finished alike"
 COST = "cost of tuning"

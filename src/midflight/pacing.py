@@ -88,7 +88,8 @@ class Budget:
     over the mean of the plain ones is the cost of tuning. The next hyper-step comes when share x (time
     that training takes so far) pays for all of tuning so far and one hyper-step more. If the number of calls
     is known, part of what the rest of the run will pay is spent early: share x time x sqrt(calls in the run /
-    calls so far).
+    calls so far). The first hyper-step is slow for reasons of its own: it comes at once, soon followed by a
+    second that shows what one costs, and what the first took beyond that is paid over the whole run.
 
     Args:
         share: of the training time, in (0, 1]; 0.05 allows 5 %.
@@ -105,8 +106,11 @@ class Budget:
     counts as a usual one."""
     AHEAD = 4.0
     """At most so many times the share is spent early."""
-    STRIDES = 0.5, 2.0
+    STRIDES = 0.5, 4.0
     """The shortest and the longest stride."""
+    REACH = 0.75
+    """Strides grow by this power of the calls to a hyper-step: with 1/2, fewer ones would wander as far,
+    with 1, go as far in one direction."""
     AFTERMATH = 1
     """So many steps after a hyper-step find caches that it has emptied, and are not plain."""
 
@@ -120,6 +124,7 @@ class Budget:
         self._clock = clock
         self._last: float | None = None
         self._plain, self._hyper = _Mean(), _Mean()
+        self._first: float | None = None
         self._since = self.AFTERMATH
         self._trained = 0.0
         self._tuned = 0.0
@@ -131,13 +136,13 @@ class Budget:
 
     @property
     def stride(self) -> float:
-        """sqrt(calls to a hyper-step / PER): however many there are, they wander as far in all."""
+        """(calls to a hyper-step / PER) ^ REACH"""
         plain = self._plain.value
         if not self._hyper.count or not plain:
             return 1.0
         shortest, longest = self.STRIDES
         calls = (self._hyper.value - plain) / (self.share * plain)
-        return min(longest, max(shortest, math.sqrt(max(0.0, calls) / PER)))
+        return min(longest, max(shortest, math.pow(max(0.0, calls) / PER, self.REACH)))
 
     def next_is_hyper(self, calls: int, hyper: bool, busy: bool = False) -> bool:
         now = self._clock()
@@ -151,19 +156,30 @@ class Budget:
         plain = self._since > self.AFTERMATH and not busy
         if plain or not self._plain.count:
             self._plain.add(took, self.AROUND)
-        if hyper:
+        if hyper and self._first is None:
+            self._first = took
+        elif hyper:
             self._hyper.add(took, self.AROUND)
         usual = took if plain else self._plain.value
         self._trained += usual
         self._tuned += took - usual
-        expected = self._hyper.value - self._plain.value if self._hyper.count else 0.0
-        ahead = min(self.AHEAD, math.sqrt(max(1.0, self._total / calls))) if self._total else 1.0
-        return self._tuned + expected <= self.share * self._trained * ahead
+        return self._can_pay(calls)
+
+    def _can_pay(self, calls: int) -> bool:
+        if self._first is None:
+            return True
+        if not self._hyper.count:
+            return self._since > self.AFTERMATH
+        early = math.sqrt(max(1.0, self._total / calls)) if self._total else 1.0
+        once = max(0.0, self._first - self._hyper.value)
+        due = self._tuned - once * (1 - 1 / early) + self._hyper.value - self._plain.value
+        return due <= self.share * self._trained * min(self.AHEAD, early)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "plain": astuple(self._plain),
             "hyper": astuple(self._hyper),
+            "first": self._first,
             "trained": self._trained,
             "tuned": self._tuned,
         }
@@ -171,7 +187,7 @@ class Budget:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._last = None  # what lay between is not training
         self._plain, self._hyper = _Mean(*state["plain"]), _Mean(*state["hyper"])
-        self._trained, self._tuned = state["trained"], state["tuned"]
+        self._first, self._trained, self._tuned = state["first"], state["trained"], state["tuned"]
 
 
 @dataclass

@@ -61,7 +61,7 @@ def test_a_budget_is_kept_within_a_point_over_2000_steps(share, load, total):
     assert extra_time / plain_time == pytest.approx(share, abs=0.01)
 
 
-@pytest.mark.parametrize(("extra", "stride"), [(0.2, 0.5), (1.0, 1.0), (2.7, 2.7**0.5), (20.0, 2.0)])
+@pytest.mark.parametrize(("extra", "stride"), [(0.2, 0.5), (1.0, 1.0), (2.7, 2.7**0.75), (20.0, 4.0)])
 def test_the_rarer_hyper_steps_are_the_farther_each_goes(extra, stride):
     """At 5 %, one that costs as much as a plain step comes each twentieth call."""
     now, hyper, pace = 0.0, False, Budget(0.05, clock=lambda: now)
@@ -73,6 +73,22 @@ def test_the_rarer_hyper_steps_are_the_farther_each_goes(extra, stride):
     again = Budget(0.05)
     again.load_state_dict(pace.state_dict())
     assert again.stride == pace.stride
+
+
+@pytest.mark.parametrize("total", [None, 2000])
+def test_a_slow_first_hyper_step_is_paid_but_does_not_hold_up_the_others(total):
+    now, hyper, pace, at = 0.0, False, Budget(0.05, total, clock=lambda: now), []
+    for call in range(1, 2001):
+        cost = 2.7 * (10 if len(at) == 1 else 1) if hyper else 0.0
+        now += 1 + cost
+        hyper = pace.next_is_hyper(call, hyper)
+        if hyper:
+            at.append(call + 1)
+    assert pace.spent == pytest.approx(0.05, abs=0.002)
+    assert at[1] - at[0] <= 3
+    assert len(at) == pytest.approx(0.05 * 2000 / 2.7 - 10, abs=2)
+    if total:
+        assert sum(call <= 500 for call in at) == pytest.approx(len(at) / 2, abs=2)
 
 
 def tune(steps, **options):
