@@ -156,7 +156,7 @@ MUTANTS = [
     ("study/arm.py", "torch.manual_seed(seed)", "pass", STUDY + KILLS),
     ("foresight.py", "self.caution).to(p)", "0.0).to(p)", FORESIGHT),
     ("foresight.py", "torch.promote_types(p.dtype, torch.float32)", "p.dtype", FORESIGHT),
-    ("foresight.py", "(WINDOW * steps)", "steps", FORESIGHT),
+    ("foresight.py", "(_window(progress) * steps)", "steps", FORESIGHT),
     ("foresight.py", "steps < self._steps + SAMPLED", "False", FORESIGHT),
     ("foresight.py", "(1 - RECENT) * self._looks", "0", FORESIGHT),
     ("foresight.py", "STEADY * self.calm", "STEADY", FORESIGHT),
