@@ -24,13 +24,17 @@ def pbt(task: str, seed: int, population: int, workers: int) -> tuple[float, flo
     for name in ("RAY_AIR_NEW_OUTPUT", "RAY_USAGE_STATS_ENABLED"):
         os.environ[name] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    # by default 15: beside other work on the same cores members would all but stand still
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     import ray
     from ray import tune
     from ray.tune.schedulers import PopulationBasedTraining
 
     if not ray.is_initialized():
         os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the members' processes inherit it
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            "local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        )
 
     class Member(tune.Trainable):
         def setup(self, config: dict[str, Any]) -> None:
@@ -40,14 +44,17 @@ def pbt(task: str, seed: int, population: int, workers: int) -> tuple[float, flo
         def reset_config(self, config: dict[str, Any]) -> bool:
             inside = [min(hi, max(lo, config[n])) for n, lo, hi in zip(NAMES, LOW, HIGH, strict=True)]
             self.run, self.done = Training(task, (inside[0], inside[1])), 0
+            self.best = float("inf"), float("nan")
             return True
 
         def step(self) -> dict[str, Any]:
             for _ in range(self._steps(self.done), self._steps(self.done + 1)):
                 self.run.step()
             self.done += 1
-            valid, test = self.run.losses()
-            return {"valid": min(valid, 1e6) if valid == valid else 1e6, "test": test}
+            valid = self.run.valid_loss()
+            if valid < self.best[0]:
+                self.best = valid, self.run.test_error()  # asked of no other weights
+            return {"valid": min(valid, 1e6) if valid == valid else 1e6, "test": self.best[1]}
 
         def save_checkpoint(self, folder: str) -> None:
             torch.save({"run": self.run.state_dict(), "done": self.done}, Path(folder) / "member.pt")

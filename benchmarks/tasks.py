@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import midflight as mf
 from midflight.batches import EndlessBatches, Shuffled, Split
+from midflight.capture import evaluating
 from midflight.cli import machine
 from midflight.levels import default_floor
 from midflight.study.arm import mlp
@@ -173,14 +174,22 @@ class Training:
 
     @torch.no_grad()
     def losses(self) -> tuple[float, float]:
-        """Validation loss and test error (a share of wrong classes, or the squared error) now."""
-        self.model.eval()
-        valid = float(self.task.loss(self.model(self.t2.x), self.t2.y))
-        outputs = self.model(self.test.x)
-        self.model.train()
+        """Validation loss and test error now."""
+        return self.valid_loss(), self.test_error()
+
+    @torch.no_grad()
+    def valid_loss(self) -> float:
+        with evaluating(self.model):
+            return float(self.task.loss(self.model(self.t2.x), self.t2.y))
+
+    @torch.no_grad()
+    def test_error(self) -> float:
+        """A share of wrong classes, or the squared error."""
+        with evaluating(self.model):
+            outputs = self.model(self.test.x)
         if self.task.loss is F.mse_loss:
-            return valid, float(F.mse_loss(outputs, self.test.y))
-        return valid, float((outputs.argmax(1) != self.test.y).float().mean())
+            return float(F.mse_loss(outputs, self.test.y))
+        return float((outputs.argmax(1) != self.test.y).float().mean())
 
 
 def _natural(name: str, value: float) -> float:
