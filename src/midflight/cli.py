@@ -356,7 +356,3 @@ def _duration(seconds: float) -> str:
 def _fail(sentence: str, code: int) -> None:
     _err.print(f"midflight: {sentence}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -25,7 +25,7 @@ TINY = ["--networks", "16", "--epochs", "4", "--train", "400", "--valid", "100",
 
 def command(store, *more, run="r"):
     options = ["study", "smoke", "--run", run, "--store", str(store), *TINY, *more]
-    return [sys.executable, "-m", "midflight.cli", *options]
+    return [sys.executable, "-m", "midflight", *options]
 
 
 def results(store, run="r"):

@@ -33,7 +33,7 @@ def table(records):
 
 def by_command(objective_file, storage, *more, name="s", **environment):
     command = [
-        sys.executable, "-m", "midflight.cli", "search", f"{objective_file}:objective", "--study", name,
+        sys.executable, "-m", "midflight", "search", f"{objective_file}:objective", "--study", name,
         "--storage", str(storage), "--engine", "random", "--epochs", "4", "--out",
         str(Path(objective_file).parent / "report"), *more,
     ]  # fmt: skip
