@@ -151,14 +151,12 @@ def followed(
     """A network trained along a trajectory of `passes` passes, for `stop` of them; its averaged weights."""
     run = Training(rows, outputs, loss, recipe)
     steps = max(1, round(stop * run.pass_steps))
-    replay = Replay(
-        trajectory, run.space, run.optimizer, bind=["weight_decay"],
-        total_steps=max(steps, round(passes * run.pass_steps)),
-    )  # fmt: skip
+    total = max(steps, round(passes * run.pass_steps))
+    replay = Replay(trajectory, run.space, run.optimizer, bind=["weight_decay"], total_steps=total)
     average, params = Foresight(), dict(run.model.named_parameters())
     for step in range(1, steps + 1):
         run.step()
-        average.follow(params, step)
+        average.follow(params, step, step / total)
     replay.detach()
     with torch.no_grad():
         for name, value in average.average().items():
