@@ -3,6 +3,7 @@
     python benchmarks/overhead.py              tables; numbers to docs/results/overhead.json
     python benchmarks/overhead.py --json       the numbers only, nothing written
     python benchmarks/overhead.py --sizes 1000-1000-1000 --k 10
+    python benchmarks/overhead.py --k 10 --no-memory --json --variants one_step "one_step, parts, compiled"
 
 One thread, denormals flushed. All variants of a size and a k take turns of 10 steps in one process; a ratio
 is a variant's turn over plain training's turn of the same round: median and quartiles over rounds, for a
@@ -67,13 +68,15 @@ def seconds(training: Training, steps: int) -> float:
     return time.perf_counter() - began
 
 
-def timed(size: str, k: str, fused: bool, rounds: int) -> list[dict[str, Any]]:
-    """Rows of all variants of a size, k and setting of Adam."""
+def timed(size: str, k: str, fused: bool, rounds: int, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of all variants of a size, k and setting of Adam, or of some of them."""
     widths, steps = [int(w) for w in size.split("-")], 10
     every = 0 if k == "auto" else int(k)
     made: dict[str, Training] = {}
     rows: list[dict[str, Any]] = []
-    for name, make in {"plain": Training, **(AUTO if k == "auto" else {**OURS, **PEERS})}.items():
+    variants = AUTO if k == "auto" else {**OURS, **PEERS}
+    chosen = {name: make for name, make in variants.items() if not only or name in only}
+    for name, make in {"plain": Training, **chosen}.items():
         row = {"size": size, "k": k, "fused": fused, "variant": name}
         try:
             made[name] = make(widths, every, fused or None)
@@ -92,7 +95,7 @@ def timed(size: str, k: str, fused: bool, rounds: int) -> list[dict[str, Any]]:
         if k == "auto":
             mid = sum(times[name][20:]) / sum(times["plain"][20:])
         row = {"size": size, "k": k, "fused": fused, "variant": name}
-        rows.append({**row, "ratio": round(mid, 3), "quartiles": [round(low, 3), round(high, 3)],
+        rows.append({**row, "ratio": round(mid, 3), "quartiles": [round(float(q), 3) for q in (low, high)],
                      "step_ms": round(1000 * float(np.median(times[name])) / steps, 2)})  # fmt: skip
     return rows
 
@@ -150,6 +153,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=SIZES)
     parser.add_argument("--k", nargs="+", choices=["1", "10", "auto"], default=["1", "10", "auto"])
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--variants", nargs="+", choices=list(ALL), default=(), help="all if left out")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", action="store_true", help="print the numbers, write nothing")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
@@ -164,7 +168,7 @@ def main() -> None:
         for k in options.k:
             for fused in (False, True) if k != "1" else (False,):
                 print(f"{size} k={k} {'fused' if fused else 'default'}", file=sys.stderr)
-                times += timed(size, k, fused, options.rounds)
+                times += timed(size, k, fused, options.rounds, options.variants)
         if not options.no_memory:
             peaks += memory(size)
     found = {"machine": machine(), "times": times, "memory": peaks}
