@@ -100,10 +100,10 @@ def timed(size: str, k: str, fused: bool, rounds: int, only: Sequence[str] = ())
     return rows
 
 
-def memory(size: str) -> list[dict[str, Any]]:
-    """Peak memory in MB of each variant, and over plain's."""
+def memory(size: str, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Peak memory in MB of each variant, or of some of them, and over plain's."""
     rows: list[dict[str, Any]] = []
-    for name in ALL:
+    for name in [name for name in ALL if not only or name in ("plain", *only)]:
         command = [sys.executable, __file__, "--alone", name, "--sizes", size]
         runs = [subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(5)]
         if any(run.returncode for run in runs):
@@ -158,6 +158,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the numbers, write nothing")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.variants and not options.json:
+        parser.error("--variants needs --json: without it a part would be written over all stored rows.")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     if options.alone:
@@ -170,7 +172,7 @@ def main() -> None:
                 print(f"{size} k={k} {'fused' if fused else 'default'}", file=sys.stderr)
                 times += timed(size, k, fused, options.rounds, options.variants)
         if not options.no_memory:
-            peaks += memory(size)
+            peaks += memory(size, options.variants)
     found = {"machine": machine(), "times": times, "memory": peaks}
     if options.json:
         print(json.dumps(found, indent=1))

@@ -172,7 +172,6 @@ class Training:
         values = self.space.as_dict()
         return [math.log10(v) if name in LOG else v for name, v in values.items()]
 
-    @torch.no_grad()
     def losses(self) -> tuple[float, float]:
         """Validation loss and test error now."""
         return self.valid_loss(), self.test_error()

@@ -292,6 +292,12 @@ MUTANTS = [
     ),
     (
         "automl/network.py",
+        "step, step / total",
+        "step",
+        MLP + "following_shortens_its_average_towards_the_end",
+    ),
+    (
+        "automl/network.py",
         "params[name].copy_(value)",
         "pass",
         MLP + "following_equals_a_loop_written_by_hand",

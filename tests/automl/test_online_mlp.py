@@ -14,6 +14,7 @@ from midflight.automl import network, online_mlp
 from midflight.automl.network import Recipe, followed, tuned
 from midflight.automl.validation import held_out
 from midflight.batches import Split
+from midflight.foresight import Foresight
 
 STARTS = {"weight_decay": 1e-4, "noise": 0.2, "dropout": 0.1}
 
@@ -97,6 +98,22 @@ def test_following_equals_a_loop_written_by_hand():
         weights.append([p.detach().clone() for p in run.model.parameters()])
     # the average counts the weights after steps 1, 6, 11 and 16, and reaches back over less than two steps
     for p, expected in zip(network_.parameters(), weights[15], strict=True):
+        torch.testing.assert_close(p, expected)
+
+
+def test_following_shortens_its_average_towards_the_end():
+    rows, loss = moons(64), torch.nn.functional.cross_entropy
+    first = tuned(rows, rows, 2, loss, recipe())
+    network_ = followed(rows, 2, loss, recipe(), first.trajectory, passes=50, stop=50)
+
+    run = network.Training(rows, 2, loss, recipe())
+    replay = mf.Replay(first.trajectory, run.space, run.optimizer, bind=["weight_decay"], total_steps=200)
+    average = Foresight()
+    for step in range(1, 201):
+        run.step()
+        average.follow(dict(run.model.named_parameters()), step, step / 200)
+    replay.detach()
+    for p, expected in zip(network_.parameters(), average.average().values(), strict=True):
         torch.testing.assert_close(p, expected)
 
 
