@@ -31,10 +31,31 @@ class Shuffled:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.split), generator=self.generator).to(self.split.x.device)
-        for i in range(0, len(order) - self.batch + 1, self.batch):
-            chosen = order[i : i + self.batch]
-            yield self.split.x[chosen], self.split.y[chosen]
+        yield from _in_order(self.split, self.batch, _order(self.split, self.generator))
+
+
+class ShuffledForEach:
+    """For n seeds what n `Shuffled` would give, stacked: x of shape (n, batch, ...)."""
+
+    def __init__(self, split: Split, batch: int, seeds: Iterable[int]) -> None:
+        self.split = split
+        self.batch = batch
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        orders = [_order(self.split, generator) for generator in self.generators]
+        yield from _in_order(self.split, self.batch, torch.stack(orders))
+
+
+def _order(split: Split, generator: torch.Generator) -> Tensor:
+    return torch.randperm(len(split), generator=generator)
+
+
+def _in_order(split: Split, batch: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    order = order.to(split.x.device)
+    for i in range(0, len(split) - batch + 1, batch):
+        chosen = order[..., i : i + batch]
+        yield split.x[chosen], split.y[chosen]
 
 
 class EndlessBatches(Iterator[Any]):

@@ -40,7 +40,9 @@ class Binding:
             raise BindingError(f'bind must be a list such as ["{bind}"], but got the text "{bind}".')
         self._optimizer = optimizer
         self._space = space
-        self._rule = rule_for(optimizer).compiled() if compile else rule_for(optimizer)
+        self._rule = rule_for(optimizer)
+        if compile:
+            self._rule = self._rule.compiled(optimizer.param_groups[0]["params"][0].device)
         self.options = dict(bind) if isinstance(bind, Mapping) else {name: name for name in bind}
         for name, option in self.options.items():
             self._check(name, option)

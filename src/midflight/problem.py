@@ -104,6 +104,7 @@ class Step:
             called only if its weights matter, which spares `next_params` where they do not.
         train_loss: (params, values) -> training loss, to be evaluated again on the same batch under
             the same random numbers; None where the user gave a loss rather than a function.
+        members: of a population: the first dimension of every tensor; None for one training.
     """
 
     params: Tensors
@@ -115,6 +116,7 @@ class Step:
     values: Tensors
     valid_grad: Callable[[Callable[[], Tensors]], Tensors]
     train_loss: TrainLoss | None = None
+    members: int | None = None
 
     def next_params(self) -> Tensors:
         """theta' = U(theta, s, g, phi), without graph; a second copy of the weights."""

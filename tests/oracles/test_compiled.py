@@ -15,7 +15,7 @@ SHAPES = [(70_000,), (300, 7), (5,), (1,), ()]  # the first is cut into blocks u
 @pytest.fixture(scope="module")
 def compiled():
     try:
-        return CompiledAdam()
+        return CompiledAdam(torch.device("cpu"))
     except mf.NoCompiler as error:
         pytest.skip(str(error))
 
@@ -45,6 +45,42 @@ def test_step_and_pullback_equal_those_of_the_plain_rule(compiled, kind, options
         for n in params:
             torch.testing.assert_close(ours[n], plain[n], rtol=1e-11, atol=1e-13)
     assert float(found[1][2]) == pytest.approx(float(found[0][2]), rel=1e-11)
+
+
+@pytest.fixture
+def no_program_yet():
+    """torch runs what it has compiled for eight kinds of shapes as it is."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("no_program_yet")
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}], ids=str)
+@pytest.mark.parametrize("many", [False, True])
+def test_a_step_of_all_weights_equals_a_step_of_each(compiled, kind, options, many):
+    torch.manual_seed(0)
+    params = [torch.randn(4, *shape, dtype=torch.float64) for shape in ((300, 7), (5,), ())]
+    optimizer = kind(params, lr=1e-2, **options)
+    rule, plain, states = compiled, rule_for(optimizer), [{} for _ in params]
+    decay = torch.rand(4, dtype=torch.float64) if many else torch.rand((), dtype=torch.float64)
+    of_each = [
+        {
+            **read_options(optimizer.param_groups[0]),
+            "weight_decay": decay.reshape(-1, *[1] * (p.ndim - 1)) if many else decay,
+            "lr": 1e-2 / (i + 1),
+        }
+        for i, p in enumerate(params)
+    ]
+    for _ in range(3):
+        grads = [torch.randn_like(p) for p in params]
+        found = rule.step_all(params, grads, states, of_each)
+        expected = [plain.step(*each) for each in zip(params, grads, states, of_each, strict=True)]
+        for (new, state), (new_by_plain, state_by_plain) in zip(found, expected, strict=True):
+            torch.testing.assert_close(new, new_by_plain, rtol=1e-11, atol=1e-13)
+            assert state.keys() == state_by_plain.keys()
+            for key, t in state.items():
+                torch.testing.assert_close(t, state_by_plain[key], rtol=1e-11, atol=1e-13, check_dtype=False)
+        params, states = [list(tensors) for tensors in zip(*found, strict=True)]
 
 
 def test_a_tuner_with_a_compiled_rule_moves_alike_and_uses_it(compiled, monkeypatch):
@@ -82,10 +118,10 @@ def test_a_missing_compiler_is_told_in_a_sentence(monkeypatch):
     _compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(mf.NoCompiler, match=r"C\+\+ compiler .* no g\+\+ here; install"):
-        Adam().compiled()
+        Adam().compiled(torch.device("cpu"))
     _compiled.cache_clear()
 
 
 def test_rules_without_a_compiled_form_stay_as_they_are():
     rule = rule_for(torch.optim.SGD([torch.zeros(1)], lr=0.1))
-    assert rule.compiled() is rule
+    assert rule.compiled(torch.device("cpu")) is rule

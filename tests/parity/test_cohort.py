@@ -17,18 +17,27 @@ SPEC = preset(
 NETWORK = SPEC.networks[0]
 
 
+on_gpu = pytest.param(
+    "adam", "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+)
+
+
 def without_draws(self, x):
     """The level in place of a draw: the same in a cohort and alone, and still differentiable."""
-    return self.std * torch.cos(torch.arange(x.shape[-1], dtype=x.dtype))
+    return self.std.value.to(x) * torch.cos(torch.arange(x.shape[-1], dtype=x.dtype, device=x.device))
 
 
 @pytest.mark.parametrize(
-    ("kind", "estimator"), [("initial", ""), ("tuned", "one_step"), ("tuned", "t1t2"), ("landscape", "")]
+    ("kind", "estimator"),
+    [("initial", ""), ("tuned", "one_step"), ("tuned", "t1t2"), ("tuned", "paper"), ("landscape", "")],
 )
-@pytest.mark.parametrize("hyper_optimizer", ["sign", "adam"])
-def test_a_cohort_equals_its_arms_run_alone(kind, estimator, hyper_optimizer, monkeypatch):
+@pytest.mark.parametrize(("hyper_optimizer", "device"), [("sign", "cpu"), ("adam", "cpu"), on_gpu])
+def test_a_cohort_equals_its_arms_run_alone(kind, estimator, hyper_optimizer, device, monkeypatch):
     monkeypatch.setattr(GaussianNoise, "noise", without_draws)
-    spec = preset("smoke", **{**vars(SPEC), "hyper_optimizer": hyper_optimizer})
+    monkeypatch.setattr(
+        torch, "randn", lambda shape, **kind: torch.arange(shape[-1], **kind).cos()
+    )  # of paper
+    spec = preset("smoke", **{**vars(SPEC), "hyper_optimizer": hyper_optimizer, "device": device})
     arms = [Arm(NETWORK, kind, estimator, i) for i in range(3)]
     begins = [spec.grid_point(i) if kind == "landscape" else spec.start(i) for i in range(3)]
     data, told = prepare(spec), []

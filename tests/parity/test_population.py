@@ -8,13 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import midflight as mf
+from midflight.updates.adam import CompiledAdam
 
 N, STEPS = 3, 24
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STARTS = {"weight_decay": [1e-4, 1e-3, 3e-2], "noise": [0.1, 0.4, 0.9], "smoothing": [[0.0], [0.1], [0.2]]}
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
     "adam": partial(torch.optim.Adam, lr=1e-2),
     "adamw": partial(torch.optim.AdamW, lr=1e-2, amsgrad=True),
+    "plain adamw": partial(torch.optim.AdamW, lr=1e-2),
     "rmsprop": partial(torch.optim.RMSprop, lr=1e-2, centered=True),
     "nadam": partial(torch.optim.NAdam, lr=1e-2),
     "adagrad": partial(torch.optim.Adagrad, lr=1e-2),
@@ -64,12 +67,16 @@ def data(count, seed):
 TRAIN, VALID = ([data(count, seed + i) for i in range(N)] for count, seed in ((STEPS, 0), (5, 100)))
 
 
-def population(optimizer="adam", **options):
+def population(optimizer="adam", device="cpu", **options):
     options = {"bind": ["weight_decay"], "every": 3, "total_steps": STEPS, "starts": STARTS, **options}
     return mf.Population(
-        N, Net, space(), OPTIMIZERS[optimizer], loss=loss, validate=validate,
-        valid_loader=list(mf.stacked(VALID)), **options,
+        N, lambda space: Net(space).to(device), space(), OPTIMIZERS[optimizer], loss=loss, validate=validate,
+        valid_loader=together(VALID, device), **options,
     )  # fmt: skip
+
+
+def together(each, device="cpu"):
+    return [tuple(t.to(device) for t in batch) for batch in mf.stacked(each)]
 
 
 def alone(i, optimizer, bind, estimator):
@@ -102,14 +109,60 @@ def alone(i, optimizer, bind, estimator):
 )
 def test_each_member_trains_and_tunes_as_it_would_alone(optimizer, bind, estimator, monkeypatch):
     monkeypatch.setattr("midflight.updates.blocks.BLOCK", 8)  # some weights are large
-    together = population(optimizer, bind=bind, estimator=estimator)
-    losses = torch.stack([together.step(batch) for batch in mf.stacked(TRAIN)], 1)
+    members_equal_loops(optimizer, bind, estimator)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize(
+    ("optimizer", "bind", "estimator"),
+    [
+        ("adam", ["weight_decay"], "one_step"),
+        ("adam", {"weight_decay": "lr"}, "one_step"),
+        ("adamw", ["weight_decay"], "one_step"),  # amsgrad has no program
+        ("plain adamw", ["weight_decay"], "one_step_cheap"),
+    ],
+)
+def test_so_it_does_compiled(optimizer, bind, estimator, device):
+    torch.compiler.reset()  # torch runs what it has compiled for eight kinds of shapes as it is
+    try:
+        members_equal_loops(optimizer, bind, estimator, device, compile=True)
+    except mf.NoCompiler as error:
+        pytest.skip(str(error))
+
+
+def test_compiled_weights_come_to_lie_in_memory_as_their_gradients_do(monkeypatch):
+    """Or each step copies the gradients, as long as all the rest of the program takes."""
+    lies = []
+    step_all = CompiledAdam.step_all
+
+    def seen(self, params, grads, states, options):
+        lies.append(all(p.stride() == g.stride() for p, g in zip(params, grads, strict=True)))
+        return step_all(self, params, grads, states, options)
+
+    monkeypatch.setattr(CompiledAdam, "step_all", seen)
+    try:
+        every_one = population(compile=True)
+    except mf.NoCompiler as error:
+        pytest.skip(str(error))
+    for batch in together(TRAIN)[:5]:  # the first has no state, the second moves all
+        every_one.step(batch)
+    assert lies == [False, False, True, True, True]
+
+
+@needs_gpu
+def test_so_it_does_on_a_gpu():
+    members_equal_loops("adam", ["weight_decay"], "one_step", "cuda")
+
+
+def members_equal_loops(optimizer, bind, estimator, device="cpu", **options):
+    every_one = population(optimizer, device, bind=bind, estimator=estimator, **options)
+    losses = torch.stack([every_one.step(batch) for batch in together(TRAIN, device)], 1)
     for i in range(N):
         expected, model, own = alone(i, optimizer, bind, estimator)
         assert losses[i].tolist() == pytest.approx(expected, rel=1e-9)
-        found, found_space = together.member(i)
+        found, found_space = every_one.member(i)
         for name, p in model.named_parameters():
-            assert torch.allclose(found.get_parameter(name), p, rtol=1e-9, atol=1e-12)
+            assert torch.allclose(found.get_parameter(name).cpu(), p, rtol=1e-9, atol=1e-12)
         for name in own:
             assert found_space[name].raw.tolist() == pytest.approx(own[name].raw.tolist(), rel=1e-9)
             assert own.as_dict()[name] != STARTS[name][i]

@@ -29,22 +29,24 @@ def paper(step: Step) -> Tensors:
     pairs: Pairs = []
     for name, u in step.updates.items():
         if "weight_decay" in tuned_options(u.options):
-            eq5 = -u.options["lr"] * (v[name] * step.params[name]).sum()
-            pairs.append((u.options["weight_decay"], eq5))
+            decay = u.options["weight_decay"]
+            pairs.append((decay, -u.options["lr"] * (v[name] * step.params[name]).sum_to_size(decay.shape)))
 
     noises = _unbound(step, [decay for decay, _ in pairs])
-    first = next((name for name, p in step.params.items() if p.ndim == 2), None)
-    if noises and (len(noises) > 1 or first is None or step.hparams[noises[0]].ndim):
+    members = 0 if step.members is None else 1  # dimensions in front of all others
+    first = next((name for name, p in step.params.items() if p.ndim == members + 2), None)
+    if noises and (len(noises) > 1 or first is None or step.hparams[noises[0]].ndim > members):
         raise UnreachedHyperparameter(
             "the estimator 'paper' knows one weight decay and one input noise of a network that begins with "
             f"a matrix; it cannot tell what to do for {', '.join(noises)}. Use 'one_step'."
         )
     if noises and first is not None:
         noise, weight = step.values[noises[0]], step.params[first]
-        draw = noise.detach().to(weight) * torch.randn(
-            weight.shape[1], dtype=weight.dtype, device=weight.device
+        shape = (*weight.shape[:members], weight.shape[-1])
+        draw = noise.detach().to(weight)[..., None] * torch.randn(
+            shape, dtype=weight.dtype, device=weight.device
         )
-        pairs.append((noise, draw @ (weight * v[first]).sum(0)))
+        pairs.append((noise, torch.linalg.vecdot(draw, (weight * v[first]).sum(-2))))
     return step.chain(pairs)
 
 

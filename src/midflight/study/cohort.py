@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midflight.batches import Shuffled, Split
-from midflight.population import Population, stacked
+from midflight.batches import ShuffledForEach, Split
+from midflight.population import Population
 from midflight.study.arm import Data, Point, hyper_optimizer, noisy_mlp, now, seed_of, space_of
 from midflight.study.spec import Arm, Spec, widths
 from midflight.study.store import Result, Row
@@ -57,6 +57,7 @@ def run_cohort(
     first, n = arms[0], len(arms)
     tuned = first.kind == "tuned"
     seeds = [seed_of(spec, arm) for arm in arms]
+    torch.manual_seed(seeds[0])
     spaces = [space_of(spec, begin) for begin in begins]
     population = Population(
         n,
@@ -65,7 +66,7 @@ def run_cohort(
         partial(torch.optim.Adam, lr=spec.lr),
         loss=_loss,
         validate=_loss,
-        valid_loader=stacked([Shuffled(data.t2, spec.batch, seed + 1) for seed in seeds]),
+        valid_loader=ShuffledForEach(data.t2, spec.batch, [seed + 1 for seed in seeds]),
         starts={name: [float(space[name]) for space in spaces] for name in spaces[0]},
         seeds=seeds,
         bind=["weight_decay"],
@@ -73,8 +74,9 @@ def run_cohort(
         estimator=first.estimator or "one_step",
         total_steps=spec.steps(),
         hyper_optimizer=hyper_optimizer(spec),
+        compile=spec.device != "cpu",
     )
-    batches = stacked([Shuffled(data.t1, spec.batch, seed) for seed in seeds])
+    batches = ShuffledForEach(data.t1, spec.batch, seeds)
     paths: list[tuple[int, Tensor]] = []
     valid_errors: list[list[float]] = []
     seconds: list[float] = []
@@ -130,7 +132,8 @@ def _mean(population: Population, function: Callable[..., Tensor], split: Split)
     for x, y in zip(torch.split(split.x, CHUNK), torch.split(split.y, CHUNK), strict=True):
         batch = x.expand(population.n, *x.shape), y.expand(population.n, *y.shape)
         total += len(y) * population.evaluate(function, batch)
-    return [float(t) for t in total / len(split)]
+    means: list[float] = (total / len(split)).tolist()
+    return means
 
 
 def _points(population: Population) -> Tensor:

@@ -62,6 +62,8 @@ def run_study(
     data = prepare(spec)
     done = {row.arm: row for row in store.rows(run)}
     waiting = [arm for arm in spec.arms() if arm not in done]
+    if spec.device != "cpu":
+        torch.set_float32_matmul_precision("high")  # TF32: its rounding is small beside the noise
     if together or (together is None and spec.device != "cpu"):
         for cohort in cohorts(spec, waiting, data.t1.x.shape[1]):
             begins = [_begin(spec, arm, done) for arm in cohort]

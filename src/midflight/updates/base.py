@@ -1,7 +1,7 @@
 """What an update rule is: one optimiser step as a pure function, and its exact derivatives."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,7 +25,10 @@ class UpdateRule(ABC):
     one_pass: ClassVar[bool] = False
     """Whether `ahead` and `pullback` go through memory once and gain nothing from working in pieces."""
 
-    def compiled(self) -> "UpdateRule":
+    of_many: ClassVar[frozenset[str]] = frozenset()
+    """The options that may have one entry per row of the weight in `ahead` and `pullback`."""
+
+    def compiled(self, device: torch.device) -> "UpdateRule":
         """The same rule, faster by torch.compile; itself where there is no such thing."""
         return self
 
@@ -35,6 +38,17 @@ class UpdateRule(ABC):
 
         Equals `torch.optim` up to rounding. Nothing is changed in place.
         """
+
+    def step_all(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        options: Sequence[Options],
+    ) -> list[tuple[Tensor, State]]:
+        """`step` of many weights, without a graph; a rule may have a faster way."""
+        with torch.no_grad():
+            return [self.step(*each) for each in zip(params, grads, states, options, strict=True)]
 
     def ahead(self, param: Tensor, grad: Tensor, state: State, options: Options) -> Tensor:
         """The weight after one step, as `step`, without a graph; a rule may have a faster way."""
@@ -99,9 +113,9 @@ def tuned_options(options: Options) -> list[str]:
     return [name for name, x in options.items() if isinstance(x, Tensor) and x.requires_grad]
 
 
-def numbers(options: Options) -> dict[str, Any]:
-    """Options without tensors."""
-    return {name: x.item() if isinstance(x, Tensor) else x for name, x in options.items()}
+def numbers(options: Options, but: Collection[str] = ()) -> dict[str, Any]:
+    """Options without tensors, `but` left out."""
+    return {name: x.item() if isinstance(x, Tensor) else x for name, x in options.items() if name not in but}
 
 
 def is_zero(option: float | Tensor) -> bool:

@@ -66,8 +66,8 @@ def blocks(params: Mapping[str, Tensor], states: Mapping[str, State], updates: U
         p, size = params[name], params[name].numel()
         if not u.rule.elementwise or size == 0:
             yield Block((name,), None, u.rule, u.options)
-        elif any(isinstance(option, Tensor) and option.ndim > 0 for option in u.options.values()):
-            yield Block((name,), None, _OfMany(u.rule), u.options)
+        elif many := {name for name, x in u.options.items() if isinstance(x, Tensor) and x.ndim > 0}:
+            yield Block((name,), None, u.rule if many <= u.rule.of_many else _OfMany(u.rule), u.options)
         elif size < BLOCK:
             together.setdefault(_kin(p, states[name], u), []).append(name)
         elif p.device.type != "cpu" or u.rule.one_pass:
