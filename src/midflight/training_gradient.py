@@ -13,10 +13,8 @@ from midflight.space import Space
 from midflight.trees import Tensors, detach, leaves
 
 DOUBLE_BACKWARD = "double backward"
-FORWARD_MODE = "forward over reverse"
+FORWARD_MODE = "forward over reverse: the loss is linear in what it reads of the space"
 BY_ESTIMATOR = "by the estimator"
-LARGE = 2**20
-"""Weights from which on the memory that a double backward moves costs more than forward mode's operations."""
 
 
 class TrainingGradient:
@@ -50,7 +48,7 @@ class TrainingGradient:
         again = probe or (loss if callable(loss) else None)
         function = again and reevaluated(self._model, again, self._space, random, self._params)
         if function is not None and self.mixed_partial is None:
-            self.mixed_partial = self._choose(function, probe is not None)
+            self.mixed_partial = self._choose(function)
         recorded = self.mixed_partial in (None, DOUBLE_BACKWARD)
         self._space.requires_grad_(recorded and probe is None)
         value = loss() if callable(loss) else loss
@@ -99,18 +97,12 @@ class TrainingGradient:
         by_id = {id(leaf): g for leaf, g in zip(at, grads, strict=True) if g.requires_grad}
         return {name: by_id[id(p)] for name, p in self._params.items() if id(p) in by_id}
 
-    def _choose(self, train_loss: TrainLoss, probed: bool) -> str:
-        """Forward mode where it is cheaper: the loss is linear in all that it reads, or weights are many.
-
-        The latter with a probe only: a double backward needs its gradient, an array as large as the weights,
-        which serves nothing else.
-        """
+    def _choose(self, train_loss: TrainLoss) -> str:
+        """Forward mode where it is cheaper: the loss is linear in every hyperparameter that it reads."""
         if is_reevaluating(self._estimate):
             return BY_ESTIMATOR
         params = detach(self._params)
         values = leaves({name: self._space[name].value for name in self._space})
-        large = sum(p.numel() for p in params.values()) >= LARGE
-        cheaper = (probed and large) or is_linear(train_loss, params, values)
-        if cheaper and knows_forward_mode(train_loss, params, values):
+        if is_linear(train_loss, params, values) and knows_forward_mode(train_loss, params, values):
             return FORWARD_MODE
         return DOUBLE_BACKWARD

@@ -54,6 +54,9 @@ class Block:
                 into[name] = torch.empty(like[name].shape, dtype=result.dtype, device=result.device)
             into[name].view(-1)[self.piece] = result
             return
+        if len(self.names) == 1:  # as it lies in memory, transposed perhaps
+            into[self.names[0]] = result
+            return
         parts = torch.split(result.reshape(-1), [like[name].numel() for name in self.names])
         for name, part in zip(self.names, parts, strict=True):
             into[name] = part.view(like[name].shape)
