@@ -255,6 +255,7 @@ MUTANTS = [
         "zip(*self.loaders[:1] * 3, strict=False)",
         POPULATION,
     ),
+    ("study/figures.py", "figure.get_figwidth() > 2 * PANEL", "True", "tests/test_report.py"),
     ("study/cohort.py", "[seed + 1 for seed in seeds]", "[1 for seed in seeds]", COHORT),
     ("study/cohort.py", "seeds=seeds", "seeds=None", COHORT),
     ("study/cohort.py", 'group["lr"] *= spec.lr_end', 'group["lr"] *= 1.0', COHORT),

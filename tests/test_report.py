@@ -312,6 +312,14 @@ def test_figures_hold_text_as_text_and_state_their_findings() -> None:
     assert "4 of 4 near 0" in svgs["fig1"]
 
 
+@pytest.mark.parametrize("estimators", [("one_step",), ("one_step", "paper")])
+def test_the_heading_of_a_figure_is_no_wider_than_the_figure(estimators: tuple[str, ...]) -> None:
+    for name, figure in all_figures(replace(SPEC, train=55_000, estimator=estimators), whole()).items():
+        figure.draw_without_rendering()
+        assert figure.get_suptitle(), name
+        assert figure._suptitle.get_window_extent().x1 <= figure.bbox.x1, name
+
+
 def test_a_figure_says_in_words_what_is_missing() -> None:
     svgs = {name: as_svg(figure) for name, figure in all_figures(SPEC, []).items()}
     assert "No tuned arm of one_step is stored yet." in svgs["fig1"]

@@ -279,8 +279,9 @@ def _suptitle(spec: Spec, figure: Figure, title: str) -> None:
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.set(w_pad=0.12, h_pad=0.1)  # type: ignore[call-arg]
+    between = " · " if figure.get_figwidth() > 2 * PANEL else "\n"
     figure.suptitle(
-        f"{title} · {DATASET_NAMES[spec.dataset]}, {spec.train:,} training images", x=0.01, ha="left"
+        f"{title}{between}{DATASET_NAMES[spec.dataset]}, {spec.train:,} training images", x=0.01, ha="left"
     )
 
 
@@ -342,9 +343,11 @@ def _landscape(spec: Spec, rows: list[Row], network: str, axis: Axes) -> None:
     points = np.array([[*spec.grid_point(a.index), by_arm[a]] for a in arms if a in by_arm])
     if not len(points):
         what = "no run stored yet" if arms else "not run (--landscape)"
+        paper = {"facecolor": "white", "linewidth": 0, "alpha": 0.85, "pad": 1}
         axis.text(
-            0.02, 0.98, f"landscape: {what}", transform=axis.transAxes, va="top", color=MUTED, fontsize=8
-        )
+            0.02, 0.98, f"landscape: {what}", transform=axis.transAxes, va="top", color=MUTED, fontsize=8,
+            bbox=paper, zorder=10,
+        )  # fmt: skip
         return
     low, high = float(points[:, 2].min()), float(points[:, 2].max())
     wide = low > 0 and high > WIDE_RANGE * low
