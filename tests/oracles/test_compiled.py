@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import midflight as mf
-from midflight.updates import Update, pull_back, read_options, rule_for, step_ahead
-from midflight.updates.adam import Adam, CompiledAdam, _compiled
+from midflight.updates import Update, compiled_adam, pull_back, read_options, rule_for, step_ahead
+from midflight.updates.adam import Adam
+from midflight.updates.compiled_adam import CompiledAdam, _compiled
 
 SHAPES = [(70_000,), (300, 7), (5,), (1,), ()]  # the first is cut into blocks unless the rule is compiled
 
@@ -107,7 +108,7 @@ def test_a_tuner_with_a_compiled_rule_moves_alike_and_uses_it(compiled, monkeypa
 
     asked = []
     plain = run(compile=False)
-    monkeypatch.setattr("midflight.updates.adam._compiled", lambda f: asked.append(f) or _compiled(f))
+    monkeypatch.setattr(compiled_adam, "_compiled", lambda f: asked.append(f) or _compiled(f))
     assert run(compile=True) == pytest.approx(plain, rel=1e-9)
     assert {f.__name__ for f in asked} == {"_ahead", "_pullback"}
 
