@@ -261,6 +261,7 @@ MUTANTS = [
         POPULATION,
     ),
     ("study/figures.py", "figure.get_figwidth() > 2 * PANEL", "True", "tests/test_report.py"),
+    ("study/cohort.py", "except NoCompiler as error:", "except ZeroDivisionError as error:", COHORT),
     ("study/cohort.py", "[seed + 1 for seed in seeds]", "[1 for seed in seeds]", COHORT),
     ("study/cohort.py", "seeds=seeds", "seeds=None", COHORT),
     ("study/cohort.py", 'group["lr"] *= spec.lr_end', 'group["lr"] *= 1.0', COHORT),

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
+from midflight.errors import NoCompiler
 from midflight.nn import GaussianNoise
-from midflight.study.arm import prepare, run_arm
+from midflight.population import Population
+from midflight.study import cohort
+from midflight.study.arm import prepare, run_arm, space_of
 from midflight.study.cohort import cohorts, run_cohort
 from midflight.study.run import run_study
 from midflight.study.spec import Arm, preset
@@ -58,6 +62,28 @@ def test_a_cohort_equals_its_arms_run_alone(kind, estimator, hyper_optimizer, de
         epoch, point, error = [t[1:] for t in told if t[0] == arm][-1]
         assert (epoch, error) == (3, row.result.valid_error)
         assert point == pytest.approx(row.result.end, abs=1e-6)
+
+
+def test_without_a_compiler_a_cohort_runs_uncompiled(monkeypatch):
+    asked = []
+
+    def population(*args, compile=False, **options):
+        asked.append(compile)
+        if compile:
+            raise NoCompiler("no g++ here")
+        return Population(*args, **options)
+
+    monkeypatch.setattr(cohort, "Population", population)
+    spec = preset("smoke", **{**vars(SPEC), "epochs": 1})
+    arms, data = [Arm(NETWORK, "tuned", "one_step", 0)], prepare(spec)
+    run_cohort(spec, arms, [spec.start(0)], data, lambda *_: None)
+    assert asked == [False]
+    with pytest.warns(UserWarning, match=r"uncompiled and slower: no g\+\+ here"):
+        cohort._compiled_if_possible(
+            preset("smoke", device="cuda"), 1, lambda space: nn.Linear(4, 3), space_of(spec, spec.start(0)),
+            torch.optim.Adam, loss=None, validate=None, valid_loader=[0],
+        )  # fmt: skip
+    assert asked == [False, True, False]
 
 
 def test_members_are_told_apart():

@@ -5,15 +5,18 @@ Only the noise is drawn for all members together, so that rows agree in distribu
 after an interruption the rest of a cohort draws anew.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midflight.batches import ShuffledForEach, Split
+from midflight.errors import NoCompiler
 from midflight.population import Population
 from midflight.study.arm import Data, Point, hyper_optimizer, noisy_mlp, now, seed_of, space_of
 from midflight.study.spec import Arm, Spec, widths
@@ -59,7 +62,8 @@ def run_cohort(
     seeds = [seed_of(spec, arm) for arm in arms]
     torch.manual_seed(seeds[0])
     spaces = [space_of(spec, begin) for begin in begins]
-    population = Population(
+    population = _compiled_if_possible(
+        spec,
         n,
         partial(noisy_mlp, spec, first, data.t1.x.shape[1]),
         spaces[0],
@@ -74,7 +78,6 @@ def run_cohort(
         estimator=first.estimator or "one_step",
         total_steps=spec.steps(),
         hyper_optimizer=hyper_optimizer(spec),
-        compile=spec.device != "cpu",
     )
     batches = ShuffledForEach(data.t1, spec.batch, seeds)
     paths: list[tuple[int, Tensor]] = []
@@ -115,6 +118,16 @@ def run_cohort(
         )
         for i, arm in enumerate(arms)
     ]
+
+
+def _compiled_if_possible(spec: Spec, *args: Any, **options: Any) -> Population:
+    """Some two and a half times faster on a GPU, where Triton and a C++ compiler are there."""
+    if spec.device != "cpu":
+        try:
+            return Population(*args, **options, compile=True)
+        except NoCompiler as error:
+            warnings.warn(f"the study goes on uncompiled and slower: {error}", stacklevel=2)
+    return Population(*args, **options)
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
