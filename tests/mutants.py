@@ -250,6 +250,12 @@ MUTANTS = [
     ("population.py", 'nan_to_num(nan=float("inf"))', "nan_to_num(0.0)", POPULATION),
     ("population.py", '"schedule": self._schedule.state_dict()', '"schedule": {}', POPULATION),
     ("updates/blocks.py", "if len(self.names) == 1:  #", "if False:  #", POPULATION),
+    (
+        "updates/blocks.py",
+        "return all(t.is_contiguous() for t in",
+        "return bool(t for t in",
+        "tests/oracles/test_blocks.py",
+    ),
     ("updates/blocks.py", "if isinstance(x, Tensor) and x.ndim > 0}", "if False}", POPULATION),
     ("population.py", "if not self._rule.elementwise:", "if False:", POPULATION),
     ("population.py", "if any(True for _ in self._model.buffers()):", "if False:", POPULATION),

@@ -48,7 +48,9 @@ class Population:
             part them again. None: members never meet.
         bind, every, estimator, total_steps, hyper_optimizer: as for `Tuner`.
         compile: have torch.compile make one pass over memory of every training step, and of each of the two
-            that a hyper-step adds, which are a dozen operations otherwise; for Adam and AdamW.
+            that a hyper-step adds, which are a dozen operations otherwise. Takes half a minute at first and a
+            C++ compiler, on a GPU Triton; for Adam and AdamW, others stay as they are. torch compiles two
+            programs for a network and stops after eight; `torch.compiler.reset()` lets it begin anew.
 
     Raises:
         ValueError: n >= 1, or as many starts and seeds as members, does not hold.

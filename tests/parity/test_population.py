@@ -132,17 +132,23 @@ def test_so_it_does_compiled(optimizer, bind, estimator, device):
 
 def test_compiled_weights_come_to_lie_in_memory_as_their_gradients_do():
     """Or each step copies the gradients, which takes as long as all the rest of it."""
+    torch.compiler.reset()
     try:
         every_one = population(compile=True)
     except mf.NoCompiler as error:
         pytest.skip(str(error))
     copied = []
-    for batch in together(TRAIN)[:8]:  # the first has no state, the second moves all
+    batches = together(TRAIN)
+    for batch in batches[:8]:  # the first has no state, the second moves all
         with Copied(every_one.params["layers.0.weight"].numel()) as copies:
             every_one.step(batch)
         copied.append(copies.count)
     assert copied[1] > 0
     assert copied[2:] == [0] * 6  # two hyper-steps among them
+    weight = every_one.params["layers.0.weight"]
+    assert not weight.is_contiguous()
+    every_one.step(batches[8])  # a program's own results, which no dispatch mode has watched
+    assert every_one.params["layers.0.weight"].stride() == weight.stride()
 
 
 class Copied(TorchDispatchMode):

@@ -46,7 +46,7 @@ def run_study(
     """Run every arm of `spec` that `store` does not hold yet under the name `run`.
 
     On a CPU arms run in processes; the rows do not depend on `workers`, nor on how often the study was
-    interrupted. On a GPU they run together, see `midflight.study.cohort`.
+    interrupted. On a GPU they run together, see `midflight.study.cohort`, with matrix products in TF32.
 
     Args:
         workers: processes, one thread each; an arm runs in one of them.
@@ -62,19 +62,36 @@ def run_study(
     data = prepare(spec)
     done = {row.arm: row for row in store.rows(run)}
     waiting = [arm for arm in spec.arms() if arm not in done]
-    if spec.device != "cpu":
-        torch.set_float32_matmul_precision("high")  # TF32: its rounding is small beside the noise
     if together or (together is None and spec.device != "cpu"):
+        _run_together(spec, store, run, data, waiting, done, on_tick, on_row)
+        return
+    del data  # each process reads its own
+    if waiting:
+        _run_in_processes(spec, store, run, workers, waiting, done, on_tick, on_row)
+
+
+def _run_together(
+    spec: Spec,
+    store: Store,
+    run: str,
+    data: Data,
+    waiting: list[Arm],
+    done: dict[Arm, Row],
+    on_tick: Callable[[Tick], None],
+    on_row: Callable[[Row], None],
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    if spec.device != "cpu":
+        torch.set_float32_matmul_precision("high")
+    try:
         for cohort in cohorts(spec, waiting, data.t1.x.shape[1]):
             begins = [_begin(spec, arm, done) for arm in cohort]
             for row in run_cohort(spec, cohort, begins, data, lambda *told: on_tick(Tick(*told))):
                 store.add(run, row)
                 done[row.arm] = row
                 on_row(row)
-        return
-    del data  # each process reads its own
-    if waiting:
-        _run_in_processes(spec, store, run, workers, waiting, done, on_tick, on_row)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _run_in_processes(

@@ -62,8 +62,14 @@ class Block:
             into[name] = part.view(like[name].shape)
 
 
-def blocks(params: Mapping[str, Tensor], states: Mapping[str, State], updates: Updates) -> Iterator[Block]:
-    """All weights that have an update, each entry once."""
+def blocks(
+    params: Mapping[str, Tensor], states: Mapping[str, State], updates: Updates, *more: Mapping[str, Tensor]
+) -> Iterator[Block]:
+    """All weights that have an update, each entry once.
+
+    Args:
+        more: other trees of which the blocks will be taken, such as gradients.
+    """
     together: dict[Any, list[str]] = {}
     for name, u in updates.items():
         p, size = params[name], params[name].numel()
@@ -73,7 +79,11 @@ def blocks(params: Mapping[str, Tensor], states: Mapping[str, State], updates: U
             yield Block((name,), None, u.rule if many <= u.rule.of_many else _OfMany(u.rule), u.options)
         elif size < BLOCK:
             together.setdefault(_kin(p, states[name], u), []).append(name)
-        elif p.device.type != "cpu" or u.rule.one_pass:
+        elif (
+            p.device.type != "cpu"
+            or u.rule.one_pass
+            or not _is_cut_in_place(name, params, states[name], more)
+        ):
             yield Block((name,), None, u.rule, u.options)
         else:
             for start in range(0, size, BLOCK):
@@ -112,6 +122,14 @@ class _OfMany(UpdateRule):
         return self._rule.step(param, grad, state, options)
 
 
+def _is_cut_in_place(
+    name: str, params: Mapping[str, Tensor], state: State, more: tuple[Mapping[str, Tensor], ...]
+) -> bool:
+    """Whether a piece is a view; the gradients of a population, say, are transposed."""
+    entrywise = [value for value in state.values() if _is_entrywise(value)]
+    return all(t.is_contiguous() for t in (params[name], *(tree[name] for tree in more), *entrywise))
+
+
 def _is_entrywise(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
@@ -120,7 +138,7 @@ def _is_entrywise(value: Any) -> bool:
 def step_ahead(params: Tensors, grads: Tensors, states: Mapping[str, State], updates: Updates) -> Tensors:
     """theta' = U(theta, s, g, phi), without graph; a second copy of the weights."""
     ahead: Tensors = {}
-    for block in blocks(params, states, updates):
+    for block in blocks(params, states, updates, grads):
         new = block.rule.ahead(block.of(params), block.of(grads), block.state(states), block.options)
         block.put(new, ahead, params)
     return {name: ahead[name] for name in updates}
@@ -132,7 +150,7 @@ def pull_back(
     """w = (dU/dg)^T v, and (option, its derivative) for every tuned option; see `UpdateRule.pullback`."""
     w: Tensors = {}
     tuned: dict[int, tuple[Tensor, Tensor]] = {}
-    for block in blocks(params, states, updates):
+    for block in blocks(params, states, updates, grads, v):
         part, derivatives = block.rule.pullback(
             block.of(v), block.of(params), block.of(grads), block.state(states), block.options
         )
