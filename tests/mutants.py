@@ -268,6 +268,12 @@ MUTANTS = [
     ),
     ("study/figures.py", "figure.get_figwidth() > 2 * PANEL", "True", "tests/test_report.py"),
     ("study/cohort.py", "except NoCompiler as error:", "except ZeroDivisionError as error:", COHORT),
+    (
+        "automl/limit.py",
+        "torch.set_grad_enabled(grad)",
+        "pass",
+        PARTS + "a_time_limit_leaves_gradients_on_whatever_it_interrupts",
+    ),
     ("study/cohort.py", "[seed + 1 for seed in seeds]", "[1 for seed in seeds]", COHORT),
     ("study/cohort.py", "seeds=seeds", "seeds=None", COHORT),
     ("study/cohort.py", 'group["lr"] *= spec.lr_end', 'group["lr"] *= 1.0', COHORT),

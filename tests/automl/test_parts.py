@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from smac import HyperparameterOptimizationFacade
 
 import midflight as mf
@@ -208,3 +209,11 @@ def test_smac_is_told_the_loss_of_each_configuration_that_was_tried(monkeypatch)
     assert len(told) >= 4  # the last one need not be told
     for config, cost in told:
         assert cost == pytest.approx(distance(config))
+
+
+def test_a_time_limit_leaves_gradients_on_whatever_it_interrupts():
+    with pytest.raises(OutOfTime), limit(0.05):
+        torch.set_grad_enabled(False)  # as if the alarm rang inside torch.no_grad().__enter__
+        while True:
+            pass
+    assert torch.is_grad_enabled()

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 AGAIN = 2.0
 """Seconds after which the alarm rings once more: Python drops what is raised in a destructor, for one."""
 
@@ -33,6 +35,7 @@ def limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, AGAIN)
         raise OutOfTime(f"not done within {seconds:.3g} s")
 
+    grad = torch.is_grad_enabled()
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -40,6 +43,7 @@ def limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        torch.set_grad_enabled(grad)  # an alarm while torch.no_grad() is entered would leave it off for good
 
 
 def _can_alarm() -> bool:
