@@ -272,7 +272,7 @@ MUTANTS = [
         "automl/limit.py",
         "torch.set_grad_enabled(grad)",
         "pass",
-        PARTS + "a_time_limit_leaves_gradients_on_whatever_it_interrupts",
+        PARTS + "a_time_limit_leaves_gradients_on",
     ),
     ("study/cohort.py", "[seed + 1 for seed in seeds]", "[1 for seed in seeds]", COHORT),
     ("study/cohort.py", "seeds=seeds", "seeds=None", COHORT),
