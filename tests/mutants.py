@@ -214,7 +214,7 @@ MUTANTS = [
         "map(lambda t: t.reshape(flat[i]._rows, -1), _moving",
         POPULATION,
     ),
-    ("updates/compiled_adam.py", "kept = range(rows > 1)", "kept = range(0)", COMPILED),
+    ("updates/flat.py", "kept = range(rows > 1)", "kept = range(0)", COMPILED),
     (
         "updates/compiled_adam.py",
         "return Adam if _rows(options) == 1 else UpdateRule",
@@ -224,8 +224,8 @@ MUTANTS = [
     ("updates/compiled_adam.py", 'bool(many - {"weight_decay"})', "False", POPULATION),
     (
         "updates/compiled_adam.py",
-        "alike.setdefault((float(step_number(state)), *_numbers(state, o)), [])",
-        "alike.setdefault((1.0, *_numbers(state, o)), [])",
+        "alike.setdefault((float(step_number(state)), *_numbers(state, options)), [])",
+        "alike.setdefault((1.0, *_numbers(state, options)), [])",
         COMPILED,
     ),
     (
@@ -252,8 +252,8 @@ MUTANTS = [
     ("updates/blocks.py", "if len(self.names) == 1:  #", "if False:  #", POPULATION),
     (
         "updates/blocks.py",
-        "return all(t.is_contiguous() for t in",
-        "return bool(t for t in",
+        "all(t.stride() == first.stride() for t in others)",
+        "bool(others or True)",
         "tests/oracles/test_blocks.py",
     ),
     ("updates/blocks.py", "if isinstance(x, Tensor) and x.ndim > 0}", "if False}", POPULATION),
@@ -274,6 +274,8 @@ MUTANTS = [
         "pass",
         PARTS + "a_time_limit_leaves_gradients_on",
     ),
+    ("updates/blocks.py", "lies_whole(first) and", "", "tests/oracles/test_blocks.py"),
+    ("study/run.py", "torch.set_float32_matmul_precision(before)", "pass", COHORT),
     ("study/cohort.py", "[seed + 1 for seed in seeds]", "[1 for seed in seeds]", COHORT),
     ("study/cohort.py", "seeds=seeds", "seeds=None", COHORT),
     ("study/cohort.py", 'group["lr"] *= spec.lr_end', 'group["lr"] *= 1.0', COHORT),

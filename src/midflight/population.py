@@ -286,10 +286,7 @@ class Population:
     @torch.no_grad()
     def _train(self, grads: Tensors, updates: Updates) -> None:
         moved = self._rule.step_all(
-            [self.params[name] for name in updates],
-            [grads[name] for name in updates],
-            [self.state[name] for name in updates],
-            [u.options for u in updates.values()],
+            [(self.params[name], grads[name], self.state[name], u.options) for name, u in updates.items()]
         )
         for name, (new, state) in zip(updates, moved, strict=True):
             self.params[name], self.state[name] = new, state

@@ -75,8 +75,8 @@ def test_a_step_of_all_weights_equals_a_step_of_each(compiled, kind, options, ma
     for _ in range(3):
         grads = [torch.randn_like(p) for p in params]
         grads[0] = grads[0][0].expand_as(params[0])  # lies alike for all rows
-        found = rule.step_all(params, grads, states, of_each)
-        expected = [plain.step(*each) for each in zip(params, grads, states, of_each, strict=True)]
+        weights = list(zip(params, grads, states, of_each, strict=True))
+        found, expected = rule.step_all(weights), [plain.step(*weight) for weight in weights]
         for (new, state), (new_by_plain, state_by_plain) in zip(found, expected, strict=True):
             torch.testing.assert_close(new, new_by_plain, rtol=1e-11, atol=1e-13)
             assert state.keys() == state_by_plain.keys()

@@ -117,6 +117,25 @@ def test_a_study_in_cohorts_is_whole_resumes_and_reruns_follow_their_tuned_twin(
         run_study(SPEC, store, "r", 1, on_row=lambda row: pytest.fail("ran twice"), together=True)
 
 
+def test_tf32_is_for_the_length_of_a_study_on_a_gpu(tmp_path, monkeypatch):
+    seen = []
+
+    def interrupted(*_):
+        seen.append(torch.get_float32_matmul_precision())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("midflight.study.run.prepare", lambda spec: prepare(SPEC))
+    monkeypatch.setattr("midflight.study.run.cohorts", interrupted)
+    with Store(tmp_path / "s.sqlite") as store:
+        for device in ("cuda", "cpu"):
+            spec = preset("smoke", **{**vars(SPEC), "device": device})
+            store.open_run(device, spec, "here")
+            with pytest.raises(KeyboardInterrupt):
+                run_study(spec, store, device, 1, together=True)
+            assert torch.get_float32_matmul_precision() == "highest"
+    assert seen == ["high", "highest"]
+
+
 def test_cohorts_hold_one_kind_and_estimator_each_and_no_more_members_than_fit(monkeypatch):
     arms = list(SPEC.arms())
     groups = list(cohorts(SPEC, arms, 64))

@@ -123,7 +123,6 @@ def run_cohort(
 def _compiled_if_possible(spec: Spec, *args: Any, **options: Any) -> Population:
     """Two to three times faster on a GPU, where Triton and a C++ compiler are there."""
     if spec.device != "cpu":
-        torch.compiler.reset()  # torch compiles for eight kinds of shapes, three networks have six
         try:
             return Population(*args, **options, compile=True)
         except NoCompiler as error:

@@ -84,7 +84,11 @@ def _run_together(
     if spec.device != "cpu":
         torch.set_float32_matmul_precision("high")
     try:
+        network = ""
         for cohort in cohorts(spec, waiting, data.t1.x.shape[1]):
+            if cohort[0].network != network:
+                torch.compiler.reset()  # torch compiles for eight kinds of shapes, a network has two
+                network = cohort[0].network
             begins = [_begin(spec, arm, done) for arm in cohort]
             for row in run_cohort(spec, cohort, begins, data, lambda *told: on_tick(Tick(*told))):
                 store.add(run, row)

@@ -14,6 +14,9 @@ Options = Mapping[str, Any]
 State = Mapping[str, Tensor]
 """The optimiser's state of one weight, named as in `torch.optim`; empty before the first step."""
 
+Weight = tuple[Tensor, Tensor, State, Options]
+"""A weight, its gradient, its state and its options."""
+
 
 class UpdateRule(ABC):
     """theta' = U(theta, s, g, phi) for one weight tensor."""
@@ -39,16 +42,10 @@ class UpdateRule(ABC):
         Equals `torch.optim` up to rounding. Nothing is changed in place.
         """
 
-    def step_all(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        options: Sequence[Options],
-    ) -> list[tuple[Tensor, State]]:
+    def step_all(self, weights: Sequence[Weight]) -> list[tuple[Tensor, State]]:
         """`step` of many weights, without a graph; a rule may have a faster way."""
         with torch.no_grad():
-            return [self.step(*each) for each in zip(params, grads, states, options, strict=True)]
+            return [self.step(*weight) for weight in weights]
 
     def ahead(self, param: Tensor, grad: Tensor, state: State, options: Options) -> Tensor:
         """The weight after one step, as `step`, without a graph; a rule may have a faster way."""

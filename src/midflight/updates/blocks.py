@@ -13,6 +13,7 @@ from torch import Tensor
 
 from midflight.trees import Tensors
 from midflight.updates.base import Options, State, Update, UpdateRule
+from midflight.updates.flat import lies_whole
 
 BLOCK = 2**16
 """Entries of a block on the CPU; on other devices large weights are not cut."""
@@ -25,7 +26,7 @@ class Block:
     """Whole small weights of one rule, options and scalar state; or a piece of a large one."""
 
     names: tuple[str, ...]
-    piece: slice | None
+    piece: range | None
     rule: UpdateRule
     options: Options
 
@@ -34,7 +35,9 @@ class Block:
         if len(self.names) > 1:
             return torch.cat([tree[name].reshape(-1) for name in self.names])
         tensor = tree[self.names[0]]
-        return tensor if self.piece is None else tensor.reshape(-1)[self.piece]
+        if self.piece is None:
+            return tensor
+        return tensor.as_strided((len(self.piece),), (1,), tensor.storage_offset() + self.piece.start)
 
     def state(self, states: Mapping[str, State]) -> State:
         """The state of its entries; what is one number per weight stays as it is."""
@@ -51,8 +54,8 @@ class Block:
         if self.piece is not None:
             name = self.names[0]
             if name not in into:
-                into[name] = torch.empty(like[name].shape, dtype=result.dtype, device=result.device)
-            into[name].view(-1)[self.piece] = result
+                into[name] = torch.empty_like(like[name], dtype=result.dtype)
+            self.of(into)[:] = result
             return
         if len(self.names) == 1:  # as it lies in memory, transposed perhaps
             into[self.names[0]] = result
@@ -82,12 +85,12 @@ def blocks(
         elif (
             p.device.type != "cpu"
             or u.rule.one_pass
-            or not _is_cut_in_place(name, params, states[name], more)
+            or not _lie_alike([p, *(tree[name] for tree in more)], states[name])
         ):
             yield Block((name,), None, u.rule, u.options)
         else:
             for start in range(0, size, BLOCK):
-                yield Block((name,), slice(start, start + BLOCK), u.rule, u.options)
+                yield Block((name,), range(start, min(start + BLOCK, size)), u.rule, u.options)
     for names in together.values():
         u = updates[names[0]]
         while names:
@@ -122,12 +125,10 @@ class _OfMany(UpdateRule):
         return self._rule.step(param, grad, state, options)
 
 
-def _is_cut_in_place(
-    name: str, params: Mapping[str, Tensor], state: State, more: tuple[Mapping[str, Tensor], ...]
-) -> bool:
-    """Whether a piece is a view; the gradients of a population, say, are transposed."""
-    entrywise = [value for value in state.values() if _is_entrywise(value)]
-    return all(t.is_contiguous() for t in (params[name], *(tree[name] for tree in more), *entrywise))
+def _lie_alike(tensors: list[Tensor], state: State) -> bool:
+    """Whether memory in pieces holds the same entries of each; a population's gradients are transposed."""
+    first, *others = [*tensors, *filter(_is_entrywise, state.values())]
+    return lies_whole(first) and all(t.stride() == first.stride() for t in others)
 
 
 def _is_entrywise(value: Any) -> bool:

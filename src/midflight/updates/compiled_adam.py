@@ -9,7 +9,16 @@ from torch import Tensor
 
 from midflight.errors import NoCompiler
 from midflight.updates.adam import Adam, corrected
-from midflight.updates.base import Options, State, UpdateRule, numbers, step_number, tuned_options
+from midflight.updates.base import (
+    Options,
+    State,
+    UpdateRule,
+    Weight,
+    numbers,
+    step_number,
+    tuned_options,
+)  # fmt: skip
+from midflight.updates.flat import Flat
 
 
 class CompiledAdam(Adam):
@@ -37,36 +46,31 @@ class CompiledAdam(Adam):
             ) from error
 
     @torch.no_grad()
-    def step_all(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        options: Sequence[Options],
-    ) -> list[tuple[Tensor, State]]:
+    def step_all(self, weights: Sequence[Weight]) -> list[tuple[Tensor, State]]:
         """In one program for all weights whose numbers, such as lr, are equal."""
-        each = list(zip(params, grads, states, options, strict=True))
-        if any(_is_rare(state, o) for _, _, state, o in each):
-            return super().step_all(params, grads, states, options)
+        if any(_is_rare(state, options) for *_, state, options in weights):
+            return super().step_all(weights)
         alike: dict[tuple[float, ...], list[int]] = {}
-        for i, (_, _, state, o) in enumerate(each):
-            alike.setdefault((float(step_number(state)), *_numbers(state, o)), []).append(i)
+        for i, (*_, state, options) in enumerate(weights):
+            alike.setdefault((float(step_number(state)), *_numbers(state, options)), []).append(i)
         found = {}
         for (t, *common), indices in alike.items():
             # laid out as the gradient is, which a batched matrix product gives transposed: one copy, at first
-            flat = {i: _Flat(grads[i], _rows(options[i])) for i in indices}
-            weights = [[*map(flat[i].of, _moving(*each[i][:3])), *_decay(*each[i][::3])] for i in indices]
-            moved = _compiled(_steps)(weights, *_scalars(common, params[0]))
+            flat = {i: Flat(weights[i][1], _rows(weights[i][3])) for i in indices}
+            arrays = [
+                [*map(flat[i].of, _moving(*weights[i][:3])), *_decay(*weights[i][::3])] for i in indices
+            ]
+            moved = _compiled(_steps)(arrays, *_scalars(common, weights[0][0]))
             for i, tensors in zip(indices, moved, strict=True):
                 new, m, s = map(flat[i].back, tensors)
                 found[i] = new, {"step": torch.tensor(t), "exp_avg": m, "exp_avg_sq": s}
-        return [found[i] for i in range(len(each))]
+        return [found[i] for i in range(len(weights))]
 
     @torch.no_grad()
     def ahead(self, param: Tensor, grad: Tensor, state: State, options: Options) -> Tensor:
         if _is_rare(state, options):
             return _slow(options).ahead(self, param, grad, state, options)
-        flat, scalars = _Flat(param, _rows(options)), _scalars(_numbers(state, options), param)
+        flat, scalars = Flat(param, _rows(options)), _scalars(_numbers(state, options), param)
         arrays = map(flat.of, _moving(param, grad, state))
         return flat.back(_compiled(_ahead)(*arrays, *_decay(param, options), *scalars))
 
@@ -77,7 +81,7 @@ class CompiledAdam(Adam):
         tuned = tuned_options(options)
         if _is_rare(state, options) or set(tuned) - {"weight_decay"}:
             return _slow(options).pullback(self, v, param, grad, state, options)
-        flat, scalars = _Flat(param, _rows(options)), _scalars(_numbers(state, options), param)
+        flat, scalars = Flat(param, _rows(options)), _scalars(_numbers(state, options), param)
         arrays = map(flat.of, (v, *_moving(param, grad, state)))
         w, w_theta, v_theta = _compiled(_pullback)(*arrays, _decay(param, options)[0], *scalars)
         along = -options["lr"] * v_theta if options["decoupled_weight_decay"] else w_theta
@@ -89,23 +93,6 @@ class CompiledAdam(Adam):
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # without fullgraph: torch gives up after some shapes too many, and then runs it as it is
     return torch.compile(function, dynamic=True)
-
-
-class _Flat:
-    """Tensors of one shape as (rows, rest), in the order in which one of them lies in memory."""
-
-    def __init__(self, like: Tensor, rows: int) -> None:
-        kept = range(rows > 1)
-        self._rows = rows
-        self._order = [*kept, *sorted(range(len(kept), like.ndim), key=like.stride, reverse=True)]
-        self._shape = [like.shape[d] for d in self._order]
-        self._back = sorted(range(like.ndim), key=self._order.__getitem__)
-
-    def of(self, tensor: Tensor) -> Tensor:
-        return tensor.permute(self._order).reshape(self._rows, -1)
-
-    def back(self, flat: Tensor) -> Tensor:
-        return flat.view(self._shape).permute(self._back)
 
 
 def _rows(options: Options) -> int:
