@@ -66,14 +66,14 @@ def compute_cost(task: str) -> None:
     append(ROWS, {"task": task, "arm": COST, "index": 0, "ratio": ratio, "finish": finish})
 
 
-def beside_a_fixed_one(run: Training, tuner: mf.Tuner, part: int | None = None) -> tuple[float, float]:
+def beside_a_fixed_one(run: Training, tuner: mf.Tuner) -> tuple[float, float]:
     """Train and finish, both as times over that of the same training fixed, which has turns of 10 steps."""
     one_thread()
     fixed = Training(run.name, run.point)
     tuned_seconds = fixed_seconds = 0.0
     for n in range(0, run.steps, 10):
         steps = min(10, run.steps - n)
-        tuned_seconds += seconds(lambda steps=steps: [run.step(tuner, part) for _ in range(steps)])
+        tuned_seconds += seconds(lambda steps=steps: [run.step(tuner) for _ in range(steps)])
         fixed_seconds += seconds(lambda steps=steps: [fixed.step() for _ in range(steps)])
     return round(tuned_seconds / fixed_seconds, 3), round(seconds(tuner.finish) / fixed_seconds, 3)
 

@@ -3,10 +3,12 @@
     python benchmarks/equal_quality.py             all tasks; takes up where it stopped
     python benchmarks/equal_quality.py --table     from the stored rows alone
 
-The five tasks of any_start.py from ten of its starts. The expensive setting is exact `one_step` with
-foresight at each tenth call. Printed is the finished validation loss over that of the expensive run from the
-same start: geometric mean, and two standard errors over the starts; and the time over a fixed run, measured
-in turns from one start. Rows: docs/results/equal_quality.jsonl.
+The five tasks of any_start.py from three of its starts, with six seeds. The expensive setting is exact
+`one_step` with foresight at each tenth call. Printed is the finished validation loss over that of the
+expensive run of the same seed and start: geometric mean, and two standard errors over the seeds, for starts
+of one seed share its batches; and the time over a fixed run, measured in turns from one start. "parts":
+batches of 64 for T2, 8 examples of a training batch for the mixed partial; "small parts": of 24 and 8.
+Rows: docs/results/equal_quality.jsonl.
 """
 
 import argparse
@@ -21,45 +23,51 @@ from equal_compute import beside_a_fixed_one
 from tasks import HIGH, LOW, RESULTS, TASKS, Row, Training, append, compute, rows
 
 ROWS = RESULTS / "equal_quality.jsonl"
-STARTS = [0, 1, 2, 3, 5, 9, 14, 20, 25, 30]
+STARTS = [0, 5, 14]
+SEEDS = [0, 1, 2, 5, 7, 21]
 EXPENSIVE = "one_step, every=10"
 SETTINGS: dict[str, dict[str, Any]] = {
     EXPENSIVE: {"estimator": "one_step", "every": 10},
     "default": {},
-    "default, parts of 32": {"part": 32},
+    "default, parts": {"parts": (64, 8)},
+    "default, small parts": {"parts": (24, 8)},
     "budget=0.05": {"budget": 0.05},
-    "budget=0.05, parts of 32": {"budget": 0.05, "part": 32},
+    "budget=0.05, parts": {"budget": 0.05, "parts": (64, 8)},
 }
 
 
-def train(job: tuple[str, str, int]) -> Row:
-    task, setting, index = job
-    run, options = Training(task, any_start.point("tuned", index)), SETTINGS[setting]
-    tuner = run.tune(**options)
+def train(job: tuple[str, str, int, int]) -> Row:
+    task, setting, seed, index = job
+    run = Training(task, any_start.point("tuned", index), seed)
+    tuner = run.tune(**SETTINGS[setting])
     for _ in range(run.steps):
-        run.step(tuner, options.get("part"))
-    return {"task": task, "arm": setting, "index": index, "loss": min(tuner.finish().values())}
+        run.step(tuner)
+    loss = min(tuner.finish().values())
+    return {"task": task, "arm": setting, "seed": seed, "index": index, "loss": loss, "end": run.point}
 
 
 def measure_cost(task: str, setting: str) -> Row:
     run = Training(task, ((LOW[0] + HIGH[0]) / 2, (LOW[1] + HIGH[1]) / 2))
-    options = SETTINGS[setting]
-    ratio, _ = beside_a_fixed_one(run, run.tune(**options), options.get("part"))
-    return {"task": task, "arm": setting, "index": "cost", "ratio": ratio}
+    ratio, _ = beside_a_fixed_one(run, run.tune(**SETTINGS[setting]))
+    return {"task": task, "arm": setting, "seed": 0, "index": "cost", "ratio": ratio}
 
 
 def table(found: list[Row]) -> str:
     lines = ["| task | setting | loss over the expensive one's | time over fixed |", "|---|---|---|---|"]
     for task in TASKS:
-        losses = {(r["arm"], r["index"]): r["loss"] for r in found if r["task"] == task and "loss" in r}
+        losses = {
+            (r["arm"], r["seed"], r["index"]): r["loss"] for r in found if r["task"] == task and "loss" in r
+        }
         costs = {r["arm"]: r["ratio"] for r in found if r["task"] == task and "ratio" in r}
         for setting in SETTINGS:
-            pairs = [(losses.get((setting, i)), losses.get((EXPENSIVE, i))) for i in STARTS]
-            logs = [math.log(a / b) for a, b in pairs if a and b]
-            if len(logs) < len(STARTS):
+            if any((arm, s, i) not in losses for arm in (setting, EXPENSIVE) for s in SEEDS for i in STARTS):
                 continue
-            error = 2 * stdev(logs) / math.sqrt(len(logs))
-            ratio = math.exp(fmean(logs))
+            of_each = [
+                fmean(math.log(losses[setting, s, i] / losses[EXPENSIVE, s, i]) for i in STARTS)
+                for s in SEEDS
+            ]
+            error = 2 * stdev(of_each) / math.sqrt(len(SEEDS))
+            ratio = math.exp(fmean(of_each))
             lines.append(f"| {task} | {setting} | {ratio:.3f} ± {error:.3f} | {costs.get(setting, '')} |")
     return "\n".join(lines)
 
@@ -73,12 +81,12 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         os.environ["OMP_NUM_THREADS"] = "1"
-        done = {(r["task"], r["arm"], r["index"]) for r in rows(ROWS)}
-        jobs = [(t, s, i) for t in options.tasks for s in SETTINGS for i in STARTS]
+        done = {(r["task"], r["arm"], r["seed"], r["index"]) for r in rows(ROWS)}
+        jobs = [(t, s, seed, i) for t in options.tasks for seed in SEEDS for s in SETTINGS for i in STARTS]
         compute(ROWS, [job for job in jobs if job not in done], train, options.workers)
         for task in options.tasks:
             for setting in SETTINGS:
-                if (task, setting, "cost") not in done:
+                if (task, setting, 0, "cost") not in done:
                     append(ROWS, measure_cost(task, setting))
     print(table(rows(ROWS)))
 

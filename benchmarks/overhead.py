@@ -8,10 +8,10 @@
 One thread, denormals flushed. All variants of a size and a k take turns of 10 steps in one process; a ratio
 is a variant's turn over plain training's turn of the same round: median and quartiles over rounds, for a
 budget the sum of all turns after the first 200 steps. Both sides have the same settings of Adam: its default
-(foreach), or fused. "parts" are batches of 32 for T2 and for the mixed partial instead of 100, "small parts"
-of 16. Memory: peak resident memory of a fresh process over that at its start (data and network in place),
-median of 5, and that over plain's. k "auto": midflight's default, one hyper-step for 20 (evenly spaced here),
-and a budget.
+(foreach), or fused. "parts" are batches of 64 for T2 and 8 examples for the mixed partial instead of 100
+each, "small parts" 24 and 8. Memory: peak resident memory of a fresh process over that at its start (data
+and network in place), median of 5, and that over plain's. k "auto": midflight's default, one hyper-step for
+20 (evenly spaced here), and a budget.
 
 Peers, where they are installed: `make peers`.
 """
@@ -36,27 +36,27 @@ from midflight.cli import machine
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs/results/overhead.json"
 SIZES = ["1000-1000-1000", "2000-1000-1000-500", "4000-2000-1000-500-250"]
-PART, SMALL, BUDGET = 32, 16, 0.03
+PARTS, SMALL, BUDGET = (64, 8), (24, 8), 0.03
 
 Make = Callable[..., Training]
 OURS: dict[str, Make] = {
     "one_step": Midflight,
-    "one_step, parts": partial(Midflight, part=PART),
-    "one_step_cheap, parts": partial(Midflight, part=PART, estimator="one_step_cheap"),
-    "one_step_cheap, parts, foresight": partial(Midflight, part=PART, foresight=True),
-    "one_step, parts, compiled": partial(Midflight, part=PART, compile=True),
-    "one_step, small parts, compiled": partial(Midflight, part=SMALL, compile=True),
+    "one_step, parts": partial(Midflight, parts=PARTS),
+    "one_step_cheap, parts": partial(Midflight, parts=PARTS, estimator="one_step_cheap"),
+    "one_step_cheap, parts, foresight": partial(Midflight, parts=PARTS, foresight=True),
+    "one_step, parts, compiled": partial(Midflight, parts=PARTS, compile=True),
+    "one_step, small parts, compiled": partial(Midflight, parts=SMALL, compile=True),
     "one_step, L2 alone": partial(Midflight, noise=False),
-    "one_step, L2 alone, parts": partial(Midflight, noise=False, part=PART),
-    "one_step, L2 alone, parts, compiled": partial(Midflight, noise=False, part=PART, compile=True),
-    "one_step, L2 alone, small parts, compiled": partial(Midflight, noise=False, part=SMALL, compile=True),
+    "one_step, L2 alone, parts": partial(Midflight, noise=False, parts=PARTS),
+    "one_step, L2 alone, parts, compiled": partial(Midflight, noise=False, parts=PARTS, compile=True),
+    "one_step, L2 alone, small parts, compiled": partial(Midflight, noise=False, parts=SMALL, compile=True),
     "t1t2": partial(Midflight, estimator="t1t2"),
     "paper": partial(Midflight, estimator="paper"),
 }
 AUTO: dict[str, Make] = {
     "default (foresight, one for 20)": partial(Midflight, foresight=True),
-    "default, parts": partial(Midflight, part=PART, foresight=True),
-    f"one_step, parts, budget {BUDGET}": partial(Midflight, part=PART, budget=BUDGET),
+    "default, parts": partial(Midflight, parts=PARTS, foresight=True),
+    f"one_step, parts, budget {BUDGET}": partial(Midflight, parts=PARTS, budget=BUDGET),
 }
 ALL = {"plain": Training, **OURS, **AUTO, **PEERS}
 

@@ -76,17 +76,19 @@ class Training:
 
 
 class Midflight(Training):
-    """Variants: the estimator, smaller parts of T2 and of the batch, L2 alone, foresight, a budget, compiled.
+    """Variants: the estimator, parts (examples of T2, of the batch for the mixed partial), L2 alone,
+    foresight, a budget, compiled.
 
     With a budget the length of the run is not told, so that nothing is spent ahead; k = 0 means one for 20.
     """
 
     def __init__(
         self, widths: Sequence[int], k: int, fused: bool | None = None, *, estimator: str | None = None,
-        part: int = BATCH, noise: bool = True, foresight: bool = False, budget: float | None = None,
-        compile: bool = False,
+        parts: tuple[int, int] = (BATCH, BATCH), noise: bool = True, foresight: bool = False,
+        budget: float | None = None, compile: bool = False,
     ) -> None:  # fmt: skip
-        self.estimator, self.part, self.tunes_noise = estimator, part, noise
+        self.estimator, self.tunes_noise = estimator, noise
+        self.valid_batch, self.probed = parts
         self.foresight, self.budget, self.compile = foresight, budget, compile
         super().__init__(widths, k, fused)
 
@@ -100,7 +102,8 @@ class Midflight(Training):
         self.tuner = mf.Tuner(
             self.model, self.optimizer, space, bind=["weight_decay"],
             validate=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
-            valid_loader=Endless(self.part), train_loader=Endless(self.part) if self.foresight else None,
+            valid_loader=Endless(self.valid_batch),
+            train_loader=Endless(self.valid_batch) if self.foresight else None,
             estimator=self.estimator, total_steps=None if self.budget else 100_000,
             budget=self.budget, every=None if self.budget else self.k or 20, compile=self.compile,
         )  # fmt: skip
@@ -109,12 +112,9 @@ class Midflight(Training):
         x, y = next(self.train)
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.model(x), y)
-        few = (
-            (lambda: F.cross_entropy(self.model(x[: self.part]), y[: self.part]))
-            if self.part < BATCH
-            else None
-        )
-        self.tuner.backward(loss, few)
+        few = self.probed
+        probe = (lambda: F.cross_entropy(self.model(x[:few]), y[:few])) if few < BATCH else None
+        self.tuner.backward(loss, probe)
         self.optimizer.step()
 
 

@@ -132,13 +132,17 @@ class Training:
         options = {name: float(self.space[name]) for name in self.bound}
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True, **options)
         self.seed = seed
+        self.probed: int | None = None
         self.batches = EndlessBatches(Shuffled(self.t1, self.task.batch, seed=seed + 1), "T1")
         self.steps = self.task.epochs * (len(self.t1) // self.task.batch)
 
-    def tune(self, foresight: bool = True, part: int | None = None, **options: Any) -> mf.Tuner:
-        """A tuner at its defaults but for these options; hand it to `step`. `part`: size of T2's batches."""
+    def tune(self, foresight: bool = True, parts: tuple[int, int] | None = None, **options: Any) -> mf.Tuner:
+        """A tuner at its defaults but for these options; hand it to `step`.
+
+        `parts`: examples in T2's batches, and of a training batch those for the mixed partial.
+        """
         self.noise.floor = default_floor(self.space["noise"])
-        size = part or self.task.valid_batch
+        size, self.probed = parts or (self.task.valid_batch, None)
         t1 = Shuffled(self.t1, min(size, len(self.t1)), seed=self.seed + 3) if foresight else None
         return mf.Tuner(
             self.model, self.optimizer, self.space, bind=self.bound, total_steps=self.steps,
@@ -147,13 +151,14 @@ class Training:
             train_loader=t1, **options,
         )  # fmt: skip
 
-    def step(self, tuner: mf.Tuner | None = None, part: int | None = None) -> None:
-        """One step; with `part` the mixed partial comes from so many examples."""
+    def step(self, tuner: mf.Tuner | None = None) -> None:
+        """One step, a hyper-step perhaps."""
         x, y = next(self.batches)
         self.optimizer.zero_grad()
         loss = self.task.loss(self.model(x), y)
-        probe = part and (lambda: self.task.loss(self.model(x[:part]), y[:part]))
-        tuner.backward(loss, probe or None) if tuner else loss.backward()
+        few = self.probed
+        probe = (lambda: self.task.loss(self.model(x[:few]), y[:few])) if few else None
+        tuner.backward(loss, probe) if tuner else loss.backward()
         self.optimizer.step()
 
     def state_dict(self) -> Row:

@@ -151,14 +151,18 @@ class Foresight:
 
     @torch.no_grad()
     def steadied(self, v: Tensors) -> Tensors:
-        """v averaged with the earlier ones, which count less the more caution there is, and not from 1 on."""
+        """v averaged with the earlier ones, which count less the more caution there is, and not from 1 on.
+
+        The average takes the place of v in its memory, for whoever uses it up; Foresight keeps its own.
+        """
         self._weight *= STEADY * self.calm
         self._weight += 1
         if self._v.keys() != v.keys():
             self._v, self._weight = {name: g.clone() for name, g in v.items()}, 1.0
         else:
             torch._foreach_lerp_([self._v[name] for name in v], list(v.values()), 1 / self._weight)
-        return dict(self._v)
+            torch._foreach_copy_(list(v.values()), [self._v[name] for name in v])
+        return v
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume."""

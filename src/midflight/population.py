@@ -19,6 +19,7 @@ from midflight.capture import LossModule, evaluating, trained_parameters
 from midflight.errors import BindingError, UnsupportedOptimizer, UnsupportedParameter
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.hypersteps import SignSteps, annealing
+from midflight.memory import keep_freed_memory
 from midflight.pacing import pace_for
 from midflight.problem import Step, gradient, is_reevaluating
 from midflight.space import Space
@@ -137,6 +138,7 @@ class Population:
         self._batches = EndlessBatches(valid_loader, "valid_loader")
         self._moves, self._hyper = 0, self.pace.next_is_hyper(0, hyper=False)
         self._seen: list[Tensor] = []
+        keep_freed_memory()
 
     def step(self, batch: Any) -> Tensor:
         """One training step of every member, with a hyper-step where one is due.

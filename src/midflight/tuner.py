@@ -28,6 +28,7 @@ from midflight.guards import Bounds, Failures, Snapshots, overfitted
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.hypergrad.one_step import one_step
 from midflight.hypersteps import SignSteps, annealing
+from midflight.memory import keep_freed_memory
 from midflight.pacing import pace_for
 from midflight.problem import Step, gradient
 from midflight.space import Space
@@ -133,6 +134,7 @@ class Tuner:
         self.trajectory.record(0, space)
         self._training_gradient = TrainingGradient(model, self._params, space, self._estimate)
         self._hypergradients: Tensors = {}
+        keep_freed_memory()
         self._binding.write()
         self._plan_next(hyper=False)
         self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step())

@@ -126,10 +126,12 @@ def test_v_is_averaged_with_earlier_ones_the_less_the_more_caution_there_is(caut
     foresight = Foresight()
     foresight.caution = caution
     for n in range(1, 5):
-        found = foresight.steadied({"w": torch.full((2,), float(n))})
+        given = foresight.steadied({"w": torch.full((2,), float(n))})["w"]
+        found = given.tolist()
+        given.fill_(9.0)  # used up
     weights = [kept ** (4 - n) for n in range(1, 5)]
     expected = sum(n * w for n, w in zip(range(1, 5), weights, strict=True)) / sum(weights)
-    assert found["w"].tolist() == pytest.approx([expected] * 2)
+    assert found == pytest.approx([expected] * 2)
     assert foresight.steadied({"other": torch.ones(1)}).keys() == {"other"}
 
 

@@ -69,7 +69,9 @@ def test_a_pullback_in_blocks_is_the_pullback_of_each_weight(name, monkeypatch):
     for options in w.options:
         options["weight_decay"] = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     v = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in w.params.items()}
-    found, pairs = pull_back(v, w.params, w.grads, w.states, w.updates)
+    used_up = {n: t.clone() for n, t in v.items()}
+    found, pairs = pull_back(used_up, w.params, w.grads, w.states, w.updates)
+    assert found["large"] is used_up["large"]
     derivatives = {id(option): derivative for option, derivative in pairs}
     sums = dict.fromkeys(derivatives, 0.0)
     for n, u in w.updates.items():
@@ -81,6 +83,17 @@ def test_a_pullback_in_blocks_is_the_pullback_of_each_weight(name, monkeypatch):
     assert len(sums) == 2
     for key, total in sums.items():
         assert float(derivatives[key]) == pytest.approx(total, rel=1e-9)
+
+
+def test_gradients_that_share_memory_are_pulled_back_as_others_are(monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 14)
+    a, b, shared = torch.randn(3, 9, 5, dtype=torch.float64)
+    optimizer = torch.optim.SGD([a, b], lr=0.1)
+    both = dict.fromkeys("ab", Update(rule_for(optimizer), read_options(optimizer.param_groups[0])))
+    v, params, states = {"a": shared, "b": shared}, {"a": a, "b": b}, {"a": {}, "b": {}}
+    found, _ = pull_back(v, params, params, states, both)
+    for n in "ab":
+        torch.testing.assert_close(found[n], -0.1 * shared)
 
 
 def test_no_block_is_longer_than_it_may_be(monkeypatch):

@@ -40,7 +40,7 @@ def test_step_and_pullback_equal_those_of_the_plain_rule(compiled, kind, options
         updates = dict.fromkeys(
             params, Update(rule, {**read_options(optimizer.param_groups[0]), "weight_decay": decay})
         )
-        w, [(_, derivative)] = pull_back(v, params, grads, states, updates)
+        w, [(_, derivative)] = pull_back({n: t.clone() for n, t in v.items()}, params, grads, states, updates)
         found.append((step_ahead(params, grads, states, updates), w, derivative))
     for ours, plain in zip(found[1][:2], found[0][:2], strict=True):
         for n in params:

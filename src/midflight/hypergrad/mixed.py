@@ -25,7 +25,7 @@ def pullback(step: Step, v: Tensors, mixed: Mixed | None = None) -> Tensors:
 
     Args:
         step: the optimiser step.
-        v: gradient with respect to the weights after the step, shaped like step.params.
+        v: gradient with respect to the weights after the step, shaped like step.params; used up.
         mixed: how the mixed partial is found: `double_backward` where g was recorded with its graph,
             else `forward_over_reverse`.
 

@@ -148,16 +148,21 @@ def step_ahead(params: Tensors, grads: Tensors, states: Mapping[str, State], upd
 def pull_back(
     v: Tensors, params: Tensors, grads: Tensors, states: Mapping[str, State], updates: Updates
 ) -> tuple[Tensors, list[tuple[Tensor, Tensor]]]:
-    """w = (dU/dg)^T v, and (option, its derivative) for every tuned option; see `UpdateRule.pullback`."""
-    w: Tensors = {}
+    """w = (dU/dg)^T v, and (option, its derivative) for every tuned option; see `UpdateRule.pullback`.
+
+    w takes the place of v, in its memory where it can: two more copies of the weights would be the most
+    that a hyper-step holds at once.
+    """
+    if len({t.data_ptr() for t in v.values()}) < len(v):  # as the gradients of a and b in f(a + b)
+        v = {name: t.clone() for name, t in v.items()}
     tuned: dict[int, tuple[Tensor, Tensor]] = {}
     for block in blocks(params, states, updates, grads, v):
         part, derivatives = block.rule.pullback(
             block.of(v), block.of(params), block.of(grads), block.state(states), block.options
         )
-        block.put(part, w, params)
+        block.put(part, v, params)
         for name, derivative in derivatives.items():
             option = block.options[name]
             before = tuned.get(id(option))
             tuned[id(option)] = option, derivative if before is None else before[1] + derivative
-    return {name: w[name] for name in updates}, list(tuned.values())
+    return {name: v[name] for name in updates}, list(tuned.values())

@@ -1,0 +1,39 @@
+"""Freed memory is kept, where the C library is glibc."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+COUNT_FAULTS = """
+import resource, torch
+from midflight.memory import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        arrays = [torch.ones(2**20) for _ in range(4)]
+        del arrays
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not affected")
+def test_arrays_of_16_mb_are_not_asked_of_the_system_again_and_again():
+    environment = {n: x for n, x in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    for _ in range(8):  # by chance something at the top of the heap keeps all below it
+        command = [sys.executable, "-c", COUNT_FAULTS]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        before, after = map(int, ran.stdout.split())
+        if before > 1000:
+            assert after < before / 20
+            return
+    pytest.skip("nothing is given back here, or in huge pages")
