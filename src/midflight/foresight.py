@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midflight.trees import Tensors
+from midflight.trees import Tensors, apart
 
 WINDOW = 0.1
 """The average reaches back over this share of the steps so far."""
@@ -155,6 +155,7 @@ class Foresight:
 
         The average takes the place of v in its memory, for whoever uses it up; Foresight keeps its own.
         """
+        v = apart(v)
         self._weight *= STEADY * self.calm
         self._weight += 1
         if self._v.keys() != v.keys():

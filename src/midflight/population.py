@@ -138,7 +138,8 @@ class Population:
         self._batches = EndlessBatches(valid_loader, "valid_loader")
         self._moves, self._hyper = 0, self.pace.next_is_hyper(0, hyper=False)
         self._seen: list[Tensor] = []
-        keep_freed_memory()
+        if next(iter(self.params.values())).device.type == "cpu":
+            keep_freed_memory()
 
     def step(self, batch: Any) -> Tensor:
         """One training step of every member, with a hyper-step where one is due.

@@ -100,8 +100,9 @@ class Step:
         updates: weight name -> rule and options; tuned options carry the graph to hparams.
         hparams: the leaves that are tuned, name -> tensor.
         values: what the model sees of them, differentiable with respect to hparams.
-        valid_grad: function that gives weights -> dC2/dtheta there, named like params; the function is
-            called only if its weights matter, which spares `next_params` where they do not.
+        valid_grad: function that gives weights -> dC2/dtheta there, named like params, new tensors that the
+            estimator uses up; the function is called only if its weights matter, which spares
+            `next_params` where they do not.
         train_loss: (params, values) -> training loss, to be evaluated again on the same batch under
             the same random numbers; None where the user gave a loss rather than a function.
         members: of a population: the first dimension of every tensor; None for one training.

@@ -1,5 +1,6 @@
 """Named tensors: the one data structure of the mathematics."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -11,6 +12,18 @@ Tensors = dict[str, Tensor]
 def detach(tree: Mapping[str, Tensor]) -> Tensors:
     """The same storage without its autograd graph."""
     return {name: t.detach() for name, t in tree.items()}
+
+
+def apart(tree: Mapping[str, Tensor]) -> Tensors:
+    """The same values, every entry in memory of its own, to be written to; most are left where they are.
+
+    As gradients a and b of f(a + b) are one tensor, and that of sum(a) is one number.
+    """
+    shared = Counter(t.untyped_storage().data_ptr() for t in tree.values())
+    return {
+        name: t.clone() if shared[t.untyped_storage().data_ptr()] > 1 or 0 in t.stride() else t
+        for name, t in tree.items()
+    }
 
 
 def leaves(tree: Mapping[str, Tensor]) -> Tensors:

@@ -68,6 +68,8 @@ class Tuner:
         compile: have torch.compile make one pass over the weights of what a hyper-step does with them. Takes
             half a minute at first and a C++ compiler; for Adam and AdamW, others stay as they are.
 
+    On a CPU glibc is told to keep memory that is freed, up to 62 MB; see `midflight.memory`.
+
     With gradient accumulation a hyper-step comes only at the last micro-batch of an optimiser step, and the
     training side of the hypergradient sees that one.
 
@@ -134,7 +136,8 @@ class Tuner:
         self.trajectory.record(0, space)
         self._training_gradient = TrainingGradient(model, self._params, space, self._estimate)
         self._hypergradients: Tensors = {}
-        keep_freed_memory()
+        if any(p.device.type == "cpu" for p in self._params.values()):
+            keep_freed_memory()
         self._binding.write()
         self._plan_next(hyper=False)
         self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step())
@@ -156,7 +159,7 @@ class Tuner:
                 estimators that evaluate the loss again, and lets hyperparameters that are linear
                 in the loss be tuned without a double backward.
             probe: function without arguments that computes the same loss on fewer examples, such as the
-                first 32 of the batch; called at hyper-steps only, the same each time. How the training
+                first 8 of the batch; called at hyper-steps only, the same each time. How the training
                 gradient depends on the hyperparameters then comes from these examples, which is
                 cheaper, unbiased and noisier.
 

@@ -68,7 +68,9 @@ def test_a_restored_foresight_judges_and_goes_on_as_the_saved_one():
     for each in (saved, restored):
         each.caution = 0.3
     assert torch.equal(saved.judged(lambda: w)["w"], restored.judged(lambda: w)["w"])
-    assert torch.equal(saved.steadied(w)["w"], restored.steadied(w)["w"])
+    found = [each.steadied({"w": torch.ones(3)})["w"] for each in (saved, restored)]
+    assert torch.equal(*found)
+    assert found[0][0] > 2.0
     assert torch.equal(saved.best["w"], restored.best["w"])
     for each in (saved, restored):
         each.follow(w, 600)
@@ -119,6 +121,13 @@ def test_the_tuner_tells_foresight_how_much_of_the_run_is_over(monkeypatch):
         tuner.backward(cross_entropy(model, batch))
         optimizer.step()
     assert told == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_a_v_that_repeats_one_number_in_memory_is_averaged_too():
+    foresight = Foresight()
+    for n in (1.0, 1.0):
+        found = foresight.steadied({"w": torch.full((1,), n).expand(3)})
+    assert found["w"].tolist() == [1.0] * 3
 
 
 @pytest.mark.parametrize(("caution", "kept"), [(0.0, STEADY), (0.5, STEADY / 2), (1.0, 0.0), (3.0, 0.0)])

@@ -45,7 +45,7 @@ class Weights:
         self.groups = groups
 
     def draw(self):
-        self.grads = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in self.params.items()}
+        self.grads = {n: torch.randn_like(p) for n, p in self.params.items()}
 
     @property
     def updates(self):
@@ -68,10 +68,10 @@ def test_a_pullback_in_blocks_is_the_pullback_of_each_weight(name, monkeypatch):
     w = Weights(name, monkeypatch)
     for options in w.options:
         options["weight_decay"] = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    v = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in w.params.items()}
+    v = {n: torch.randn_like(p) for n, p in w.params.items()}
     used_up = {n: t.clone() for n, t in v.items()}
     found, pairs = pull_back(used_up, w.params, w.grads, w.states, w.updates)
-    assert found["large"] is used_up["large"]
+    assert (found["large"] is used_up["large"]) == w.rule.elementwise
     derivatives = {id(option): derivative for option, derivative in pairs}
     sums = dict.fromkeys(derivatives, 0.0)
     for n, u in w.updates.items():
@@ -87,13 +87,15 @@ def test_a_pullback_in_blocks_is_the_pullback_of_each_weight(name, monkeypatch):
 
 def test_gradients_that_share_memory_are_pulled_back_as_others_are(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 14)
-    a, b, shared = torch.randn(3, 9, 5, dtype=torch.float64)
-    optimizer = torch.optim.SGD([a, b], lr=0.1)
-    both = dict.fromkeys("ab", Update(rule_for(optimizer), read_options(optimizer.param_groups[0])))
-    v, params, states = {"a": shared, "b": shared}, {"a": a, "b": b}, {"a": {}, "b": {}}
-    found, _ = pull_back(v, params, params, states, both)
-    for n in "ab":
-        torch.testing.assert_close(found[n], -0.1 * shared)
+    whole = torch.randn(10, 5, dtype=torch.float64)
+    v = {"a": whole, "b": whole, "c": whole[1:], "d": torch.ones(()).double().expand(9, 5)}
+    expected = {n: -0.1 * t for n, t in v.items()}
+    params = {n: torch.randn(t.shape, dtype=t.dtype) for n, t in v.items()}
+    optimizer = torch.optim.SGD(params.values(), lr=0.1)
+    of_all = dict.fromkeys(v, Update(rule_for(optimizer), read_options(optimizer.param_groups[0])))
+    found, _ = pull_back(v, params, params, {n: {} for n in v}, of_all)
+    for n, w in expected.items():
+        torch.testing.assert_close(found[n], w)
 
 
 def test_no_block_is_longer_than_it_may_be(monkeypatch):

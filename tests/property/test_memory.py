@@ -6,6 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+import midflight as mf
+from midflight import population, tuner
 
 COUNT_FAULTS = """
 import resource, torch
@@ -27,7 +31,7 @@ print(faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not affected")
-def test_arrays_of_16_mb_are_not_asked_of_the_system_again_and_again():
+def test_four_arrays_of_4_mb_are_not_asked_of_the_system_again_and_again():
     environment = {n: x for n, x in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     for _ in range(8):  # by chance something at the top of the heap keeps all below it
         command = [sys.executable, "-c", COUNT_FAULTS]
@@ -37,3 +41,18 @@ def test_arrays_of_16_mb_are_not_asked_of_the_system_again_and_again():
             assert after < before / 20
             return
     pytest.skip("nothing is given back here, or in huge pages")
+
+
+def test_tuner_and_population_see_to_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tuner, "keep_freed_memory", lambda: asked.append("tuner"))
+    monkeypatch.setattr(population, "keep_freed_memory", lambda: asked.append("population"))
+    space = mf.Space(weight_decay=mf.Float(1e-6, 1e-2, log=True))
+    model = torch.nn.Linear(2, 1)
+    batches = [torch.zeros(1, 2)]
+    given = {"validate": lambda model, x: model(x).sum(), "valid_loader": batches, "bind": ["weight_decay"]}
+    mf.Tuner(model, torch.optim.Adam(model.parameters()), space, **given)
+    mf.Population(
+        1, lambda _: torch.nn.Linear(2, 1), space, torch.optim.Adam, loss=given["validate"], **given
+    )
+    assert asked == ["tuner", "population"]

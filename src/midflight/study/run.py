@@ -86,7 +86,7 @@ def _run_together(
     try:
         network = ""
         for cohort in cohorts(spec, waiting, data.t1.x.shape[1]):
-            if cohort[0].network != network:
+            if spec.device != "cpu" and cohort[0].network != network:
                 torch.compiler.reset()  # torch compiles for eight kinds of shapes, a network has two
                 network = cohort[0].network
             begins = [_begin(spec, arm, done) for arm in cohort]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from midflight.trees import Tensors
+from midflight.trees import Tensors, apart
 from midflight.updates.base import Options, State, Update, UpdateRule
 from midflight.updates.flat import lies_whole
 
@@ -150,11 +150,9 @@ def pull_back(
 ) -> tuple[Tensors, list[tuple[Tensor, Tensor]]]:
     """w = (dU/dg)^T v, and (option, its derivative) for every tuned option; see `UpdateRule.pullback`.
 
-    w takes the place of v, in its memory where it can: two more copies of the weights would be the most
-    that a hyper-step holds at once.
+    w is written over v, which is used up: the two side by side would be the most that a hyper-step holds.
     """
-    if len({t.data_ptr() for t in v.values()}) < len(v):  # as the gradients of a and b in f(a + b)
-        v = {name: t.clone() for name, t in v.items()}
+    v = apart(v)
     tuned: dict[int, tuple[Tensor, Tensor]] = {}
     for block in blocks(params, states, updates, grads, v):
         part, derivatives = block.rule.pullback(
