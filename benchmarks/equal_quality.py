@@ -8,10 +8,9 @@ The five tasks of any_start.py from three of its starts, with six seeds. The exp
 `one_step` with foresight at each tenth call. Printed is the finished validation loss over that of the
 expensive run of the same seed and start: geometric mean, and two standard errors (of the logarithm) over the
 seeds, for starts of one seed share its first weights and batches; and the time over a fixed run, measured in
-turns from one start. Budgets are kept by a clock that sees the other worker. "parts":
-batches of 64 for T2, 8 examples of a training batch for the mixed partial; "small parts": of 24 and 8;
---parts adds others.
-Rows: docs/results/equal_quality.jsonl.
+turns from one start. Budgets are kept by a clock that sees the other worker. "parts": batches of 64 for T2, 8
+examples of a training batch for the mixed partial; "small parts": 24 and 8; --parts adds others. Rows:
+docs/results/equal_quality.jsonl.
 """
 
 import argparse
@@ -93,17 +92,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument(
-        "--parts", nargs="+", metavar="T2/BATCH", default=[], help="more, as examples of each"
+        "--parts", nargs="+", type=pair, metavar="T2/BATCH", default=[], help="more, as examples of each"
     )
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--table", action="store_true", help="compute nothing")
     options = parser.parse_args()
-    for parts in options.parts:
-        pair(parts)
     if not options.table:
         os.environ["OMP_NUM_THREADS"] = "1"
         done = {(r["task"], r["arm"], r["seed"], r["index"]) for r in rows(ROWS)}
-        settings = [*SETTINGS, *(MORE + parts for parts in options.parts)]
+        settings = [*SETTINGS, *(f"{MORE}{t2}/{few}" for t2, few in options.parts)]
         jobs = [(t, s, seed, i) for t in options.tasks for seed in SEEDS for s in settings for i in STARTS]
         compute(ROWS, [job for job in jobs if job not in done], train, options.workers)
         for task in options.tasks:

@@ -138,8 +138,7 @@ class Population:
         self._batches = EndlessBatches(valid_loader, "valid_loader")
         self._moves, self._hyper = 0, self.pace.next_is_hyper(0, hyper=False)
         self._seen: list[Tensor] = []
-        if next(iter(self.params.values())).device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(self.params.values())
 
     def step(self, batch: Any) -> Tensor:
         """One training step of every member, with a hyper-step where one is due.

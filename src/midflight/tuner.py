@@ -136,8 +136,7 @@ class Tuner:
         self.trajectory.record(0, space)
         self._training_gradient = TrainingGradient(model, self._params, space, self._estimate)
         self._hypergradients: Tensors = {}
-        if any(p.device.type == "cpu" for p in self._params.values()):
-            keep_freed_memory()
+        keep_freed_memory(self._params.values())
         self._binding.write()
         self._plan_next(hyper=False)
         self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step())

@@ -62,23 +62,27 @@ def run_study(
     data = prepare(spec)
     done = {row.arm: row for row in store.rows(run)}
     waiting = [arm for arm in spec.arms() if arm not in done]
+
+    def finish(row: Row) -> None:
+        store.add(run, row)
+        done[row.arm] = row
+        on_row(row)
+
     if together or (together is None and spec.device != "cpu"):
-        _run_together(spec, store, run, data, waiting, done, on_tick, on_row)
+        _run_together(spec, data, waiting, done, on_tick, finish)
         return
     del data  # each process reads its own
     if waiting:
-        _run_in_processes(spec, store, run, workers, waiting, done, on_tick, on_row)
+        _run_in_processes(spec, workers, waiting, done, on_tick, finish)
 
 
 def _run_together(
     spec: Spec,
-    store: Store,
-    run: str,
     data: Data,
     waiting: list[Arm],
     done: dict[Arm, Row],
     on_tick: Callable[[Tick], None],
-    on_row: Callable[[Row], None],
+    finish: Callable[[Row], None],
 ) -> None:
     before = torch.get_float32_matmul_precision()
     if spec.device != "cpu":
@@ -91,22 +95,18 @@ def _run_together(
                 network = cohort[0].network
             begins = [_begin(spec, arm, done) for arm in cohort]
             for row in run_cohort(spec, cohort, begins, data, lambda *told: on_tick(Tick(*told))):
-                store.add(run, row)
-                done[row.arm] = row
-                on_row(row)
+                finish(row)
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def _run_in_processes(
     spec: Spec,
-    store: Store,
-    run: str,
     workers: int,
     waiting: list[Arm],
     done: dict[Arm, Row],
     on_tick: Callable[[Tick], None],
-    on_row: Callable[[Row], None],
+    finish: Callable[[Row], None],
 ) -> None:
     context = multiprocessing.get_context("spawn")
     ticks: Any = context.Queue()
@@ -121,10 +121,7 @@ def _run_in_processes(
                 running.add(executor.submit(_work, ready, _begin(spec, ready, done)))
             finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             for future in finished:
-                row = future.result()
-                store.add(run, row)
-                done[row.arm] = row
-                on_row(row)
+                finish(future.result())
             _drain(ticks, on_tick)
     except BrokenProcessPool as error:
         raise WorkerDied(

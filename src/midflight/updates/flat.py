@@ -11,10 +11,9 @@ class Flat:
         rows: 1, or as many as the first dimension is long.
     """
 
-    def __init__(self, like: Tensor, rows: int = 1) -> None:
-        kept = range(rows > 1)
+    def __init__(self, like: Tensor, rows: int) -> None:
         self._rows = rows
-        self._order = [*kept, *sorted(range(len(kept), like.ndim), key=like.stride, reverse=True)]
+        self._order = _as_it_lies(like, kept=int(rows > 1))
         self._shape = [like.shape[d] for d in self._order]
         self._back = sorted(range(like.ndim), key=self._order.__getitem__)
 
@@ -29,4 +28,9 @@ class Flat:
 
 def lies_whole(tensor: Tensor) -> bool:
     """Whether its entries fill a part of memory without gaps, in whatever order."""
-    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).is_contiguous()
+    return tensor.permute(_as_it_lies(tensor)).is_contiguous()
+
+
+def _as_it_lies(tensor: Tensor, kept: int = 0) -> list[int]:
+    """Its dimensions, the slowest first; the first `kept` stay."""
+    return [*range(kept), *sorted(range(kept, tensor.ndim), key=tensor.stride, reverse=True)]
