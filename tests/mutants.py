@@ -24,6 +24,7 @@ BITS = RESUME + "an_interrupted_trial_continues_bit_for_bit"
 PROMOTED = RESUME + "a_promoted_trial_continues_bit_for_bit"
 WORKERS = RESUME + "ten_killed_workers_of_four_lose_and_repeat_nothing"
 KINDS, ALIVE = "tests/oracles/test_kinds.py", "tests/e2e/test_alive.py"
+FACTORS, PROBE = "tests/oracles/test_factors.py", "tests/e2e/test_probe.py"
 COMPILED, COHORT = "tests/oracles/test_compiled.py", "tests/parity/test_cohort.py"
 POPULATION, COST = "tests/parity/test_population.py", "tests/e2e/test_cost.py"
 RAY = "tests/search/test_ray.py::test_"
@@ -110,6 +111,22 @@ MUTANTS = [
     ("batches.py", 'for _ in range(state["used"]):', "for _ in ():", TUNER),
     ("batches.py", 'generator.set_state(state["random_state"])', "pass", TUNER),
     ("training_gradient.py", "if leaf.grad is None else leaf.grad + g.detach()", "", TUNER),
+    ("graph.py", "if len(above) == 1 else None", "if above else None", FACTORS),
+    ("graph.py", " and not operand._backward_hooks", "", FACTORS),
+    ("graph.py", ", (self.x, self.delta.to(weight) @ weight)]", "]", FACTORS),
+    ("graph.py", "F.linear(self.x.to(weight), weight, bias)", "F.linear(self.x.to(weight), weight)", FACTORS),
+    ("graph.py", "F.linear(self.x.to(weight)", "F.linear(self.x", FACTORS),
+    ("graph.py", "else product._replace(bias=None)", "else product", FACTORS),
+    ("graph.py", "            if leads_only_to(product.weight, product.y)\n", "", FACTORS),
+    ("training_gradient.py", " if id(leaf) not in unformed", "", FACTORS),
+    ("training_gradient.py", "except RuntimeError:", "except ZeroDivisionError:", FACTORS),
+    (
+        "hypergrad/mixed.py",
+        "pairs + [pair for factors in step.factors for pair in factors.along(w)]",
+        "pairs",
+        PROBE,
+    ),
+    ("tuner.py", "            factors=dependence.factors,\n", "", PROBE),
     ("tuner.py", "self.space.clamp_()", "pass", TUNER),
     ("tuner.py", "and all_finite(self._hypergradients.values()):", "and True:", TUNER),
     ("tuner.py", 'group["lr"] /= 2', "pass", GUARDS),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from midflight.errors import NeedsClosure, UnknownName, UnsupportedParameter
-from midflight.problem import TrainLoss, graph_nodes
+from midflight.problem import TrainLoss
 from midflight.space import Space
 from midflight.trees import Tensors
 
@@ -98,11 +98,6 @@ def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
             if p.requires_grad:
                 found[name] = p
     return found
-
-
-def graph_leaves(loss: Tensor) -> list[Tensor]:
-    """The leaf tensors that `loss.backward()` would give a gradient."""
-    return [node.variable for node in graph_nodes([loss]) if hasattr(node, "variable")]
 
 
 class RandomState:

@@ -6,7 +6,7 @@
 whether they come from a `Problem` or from a user's live training loop.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -14,14 +14,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from midflight.errors import NeedsClosure, NotTwiceDifferentiable, UnreachedHyperparameter
+from midflight.errors import NeedsClosure, UnreachedHyperparameter
+from midflight.graph import Factors, Pairs
 from midflight.trees import Tensors, leaves
 from midflight.updates import State, Updates, step_ahead
 
 _Estimator = TypeVar("_Estimator", bound=Callable[..., Tensors])
 TrainLoss = Callable[[Tensors, Tensors], Tensor]
-Pairs = list[tuple[Tensor, Tensor]]
-"""(a function of the hyperparameters, the cotangent to pull back through it)"""
 
 
 def gradient(loss: Tensor, params: Tensors, *, create_graph: bool = False) -> Tensors:
@@ -30,37 +29,6 @@ def gradient(loss: Tensor, params: Tensors, *, create_graph: bool = False) -> Te
         loss, list(params.values()), create_graph=create_graph, materialize_grads=True
     )
     return dict(zip(params, grads, strict=True))
-
-
-def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
-    """The nodes of the recorded graphs behind these tensors, each once."""
-    todo = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
-        yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                todo.append(following)
-
-
-_DEAD_ENDS = {f"torch::autograd::{name}" for name in ("Error", "DelayedError", "NotImplemented")}
-
-
-def require_twice_differentiable(grads: Mapping[str, Tensor]) -> None:
-    """Raise `NotTwiceDifferentiable` if a part of these gradients was recorded as a constant.
-
-    torch leaves a node in such a place that raises when it is run; but it is cut off from the
-    hyperparameters, so that torch would never run it and the missing part would go unnoticed.
-    """
-    for node in graph_nodes(grads.values()):
-        if node.name() in _DEAD_ENDS:
-            raise NotTwiceDifferentiable(
-                "each operation of the training loss must be differentiable twice for this estimator, but "
-                "one is differentiable once only; use estimator='central_difference' and "
-                "tuner.backward(lambda: loss_fn(model(x), y))."
-            )
 
 
 @dataclass(frozen=True)
@@ -106,6 +74,7 @@ class Step:
         train_loss: (params, values) -> training loss, to be evaluated again on the same batch under
             the same random numbers; None where the user gave a loss rather than a function.
         members: of a population: the first dimension of every tensor; None for one training.
+        factors: g of the weights that `grads_with_graph` leaves out, as products that were not carried out.
     """
 
     params: Tensors
@@ -118,6 +87,7 @@ class Step:
     valid_grad: Callable[[Callable[[], Tensors]], Tensors]
     train_loss: TrainLoss | None = None
     members: int | None = None
+    factors: Sequence[Factors] = ()
 
     def next_params(self) -> Tensors:
         """theta' = U(theta, s, g, phi), without graph; a second copy of the weights."""

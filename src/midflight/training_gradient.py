@@ -1,20 +1,37 @@
 """The training gradient as `loss.backward()` leaves it, and how it depends on the hyperparameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from midflight.capture import RandomState, buffers_apart, graph_leaves, reevaluated
+from midflight.capture import RandomState, buffers_apart, reevaluated
+from midflight.graph import Factors, Products, graph_leaves, require_twice_differentiable
 from midflight.hypergrad import Estimator
 from midflight.hypergrad.mixed import is_linear, knows_forward_mode
-from midflight.problem import TrainLoss, is_reevaluating, require_twice_differentiable
+from midflight.problem import TrainLoss, is_reevaluating
 from midflight.space import Space
 from midflight.trees import Tensors, detach, leaves
 
 DOUBLE_BACKWARD = "double backward"
 FORWARD_MODE = "forward over reverse: the loss is linear in what it reads of the space"
 BY_ESTIMATOR = "by the estimator"
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """How the training gradient depends on the hyperparameters: in one of two ways, or not at all.
+
+    Attributes:
+        grads, factors: the gradients with their graph; see `Step`.
+        train_loss: the loss as a function of weights and values, where the graph is not the way.
+    """
+
+    grads: Tensors = field(default_factory=dict)
+    factors: Sequence[Factors] = ()
+    train_loss: TrainLoss | None = None
 
 
 class TrainingGradient:
@@ -33,7 +50,7 @@ class TrainingGradient:
 
     def take(
         self, loss: Tensor | Callable[[], Tensor], probe: Callable[[], Tensor] | None
-    ) -> tuple[Tensor, Tensors, TrainLoss | None]:
+    ) -> tuple[Tensor, Dependence]:
         """Fill `.grad`, and say how the gradient depends on the hyperparameters.
 
         Args:
@@ -41,8 +58,7 @@ class TrainingGradient:
             probe: computes the same loss on fewer examples; all but `.grad` then comes from it.
 
         Returns:
-            the loss, its gradients with their graph (empty if they have none), and the loss as a
-            function of weights and values where the graph is not the way.
+            the loss, and how its gradient depends on the hyperparameters.
         """
         random = RandomState(self._params)
         again = probe or (loss if callable(loss) else None)
@@ -52,17 +68,17 @@ class TrainingGradient:
         recorded = self.mixed_partial in (None, DOUBLE_BACKWARD)
         self._space.requires_grad_(recorded and probe is None)
         value = loss() if callable(loss) else loss
-        grads: Tensors = {}
+        found = Dependence()
         if probe is None:
-            grads = self._backward(value)
+            found = Dependence(self._backward(value))
         else:
             value.backward(inputs=self._split(value)[0])  # type: ignore[no-untyped-call]
             if recorded:
                 self._space.requires_grad_()
                 with random.replayed(), buffers_apart(self._model):
-                    grads = self._with_graph(probe())
+                    found = self._of_probe(probe)
         self._space.requires_grad_()
-        return value, grads, None if recorded else function
+        return value, found if recorded else Dependence(train_loss=function)
 
     def _backward(self, loss: Tensor) -> Tensors:
         """Accumulate into `.grad`; give the gradients with their graph if the loss reads the space."""
@@ -75,9 +91,23 @@ class TrainingGradient:
             leaf.grad = g.detach() if leaf.grad is None else leaf.grad + g.detach()
         return self._named(others, grads)
 
-    def _with_graph(self, loss: Tensor) -> Tensors:
+    def _of_probe(self, probe: Callable[[], Tensor]) -> Dependence:
+        """Without `.grad` to be filled, the gradients of most weights need not be formed."""
+        with Products() as products:
+            loss = probe()
         others, reads_space = self._split(loss)
-        return self._named(others, self._differentiable(loss, others)) if reads_space else {}
+        if not reads_space:
+            return Dependence()
+        names = {id(p): name for name, p in self._params.items()}
+        factored = [product for product in products.sole_ways(loss) if id(product.weight) in names]
+        unformed = {id(operand) for product in factored for operand in (product.weight, product.bias)}
+        formed = [leaf for leaf in others if id(leaf) not in unformed]
+        found = self._differentiable(loss, [*formed, *(product.y for product in factored)])
+        factors = [
+            Factors(names[id(product.weight)], names.get(id(product.bias)), product.x, delta)
+            for product, delta in zip(factored, found[len(formed) :], strict=True)
+        ]
+        return Dependence(self._named(formed, found[: len(formed)]), factors)
 
     def _split(self, loss: Tensor) -> tuple[list[Tensor], bool]:
         """The leaves of the loss that are no hyperparameters; and whether others are."""
@@ -86,10 +116,10 @@ class TrainingGradient:
         others = [leaf for leaf in reached if id(leaf) not in raws]
         return others, len(others) < len(reached)
 
-    def _differentiable(self, loss: Tensor, at: list[Tensor]) -> tuple[Tensor, ...]:
+    def _differentiable(self, loss: Tensor, at: list[Any]) -> tuple[Tensor, ...]:
         grads = torch.autograd.grad(loss, at, create_graph=True)
         if not self._checked:
-            require_twice_differentiable({str(i): g for i, g in enumerate(grads)})
+            require_twice_differentiable(grads)
             self._checked = True
         return grads
 
@@ -103,6 +133,10 @@ class TrainingGradient:
             return BY_ESTIMATOR
         params = detach(self._params)
         values = leaves({name: self._space[name].value for name in self._space})
-        if is_linear(train_loss, params, values) and knows_forward_mode(train_loss, params, values):
+        try:
+            linear = is_linear(train_loss, params, values)
+        except RuntimeError:  # checkpoints compute again when the weights are no longer those given
+            linear = False
+        if linear and knows_forward_mode(train_loss, params, values):
             return FORWARD_MODE
         return DOUBLE_BACKWARD

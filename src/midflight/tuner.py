@@ -291,7 +291,7 @@ class Tuner:
         self, loss: Tensor | Callable[[], Tensor], probe: Callable[[], Tensor] | None
     ) -> tuple[Tensor, Step]:
         """Fill `.grad` as `loss.backward()` would, and describe the coming optimiser step."""
-        value, grads_with_graph, train_loss = self._training_gradient.take(loss, probe)
+        value, dependence = self._training_gradient.take(loss, probe)
         used = {name: p for name, p in self._params.items() if p.grad is not None}
         for name, p in used.items():
             if p.grad is not None and p.grad.is_sparse:
@@ -303,13 +303,14 @@ class Tuner:
         return value, Step(
             params=detach(used),
             grads={name: p.grad for name, p in used.items() if p.grad is not None},
-            grads_with_graph={name: grads_with_graph[name] for name in used if name in grads_with_graph},
+            grads_with_graph={name: g for name, g in dependence.grads.items() if name in used},
             state={name: self._optimizer.state.get(p, {}) for name, p in used.items()},
             updates=self._binding.updates(used, values),
             hparams=self.space.raws,
             values=values,
             valid_grad=self._valid_grad,
-            train_loss=train_loss,
+            train_loss=dependence.train_loss,
+            factors=dependence.factors,
         )
 
     def _of_steering(self, step: Step) -> Tensors:
@@ -322,8 +323,8 @@ class Tuner:
         hparams = {name: step.hparams[name] for name in self._binding.steering}
         return one_step(
             replace(
-                step, hparams=hparams, values=values, updates=updates, grads_with_graph={}, train_loss=None,
-                valid_grad=self._gradient_at,
+                step, hparams=hparams, values=values, updates=updates, grads_with_graph={}, factors=(),
+                train_loss=None, valid_grad=self._gradient_at,
             )
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from midflight.errors import UnknownName
+from midflight.graph import require_twice_differentiable
 from midflight.hypergrad.central_difference import central_difference
 from midflight.hypergrad.forward_over_reverse import forward_over_reverse
 from midflight.hypergrad.implicit import implicit_cg, implicit_neumann
@@ -15,7 +16,7 @@ from midflight.hypergrad.one_step import one_step, one_step_cheap
 from midflight.hypergrad.paper import paper
 from midflight.hypergrad.t1t2 import t1t2
 from midflight.hypergrad.unrolled import unrolled
-from midflight.problem import Problem, Step, is_reevaluating, require_twice_differentiable
+from midflight.problem import Problem, Step, is_reevaluating
 from midflight.trees import Tensors, detach, leaves
 from midflight.updates import State
 
@@ -88,7 +89,7 @@ def hypergradient(
     params, hparams = leaves(params), leaves(hparams)
     recorded = not is_reevaluating(estimate)
     grads = problem.train_grads(params, hparams, create_graph=recorded)
-    require_twice_differentiable(grads)
+    require_twice_differentiable(grads.values())
 
     return estimate(
         Step(

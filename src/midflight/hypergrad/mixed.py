@@ -12,7 +12,8 @@ import torch
 from torch.autograd import forward_ad
 
 from midflight.errors import NoForwardMode
-from midflight.problem import Pairs, Step, TrainLoss
+from midflight.graph import Pairs
+from midflight.problem import Step, TrainLoss
 from midflight.trees import Tensors, add_scaled, leaves, norm
 from midflight.updates import pull_back
 
@@ -41,7 +42,8 @@ def pullback(step: Step, v: Tensors, mixed: Mixed | None = None) -> Tensors:
 
 def double_backward(step: Step, w: Tensors) -> Pairs:
     """Reverse over reverse, through the recorded graph of g."""
-    return [(g, w[name]) for name, g in step.grads_with_graph.items()]
+    pairs = [(g, w[name]) for name, g in step.grads_with_graph.items()]
+    return pairs + [pair for factors in step.factors for pair in factors.along(w)]
 
 
 def forward_over_reverse(step: Step, w: Tensors) -> Pairs:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from midflight.errors import UnreachedHyperparameter
-from midflight.problem import Pairs, Step
+from midflight.graph import Pairs
+from midflight.problem import Step
 from midflight.trees import Tensors
 from midflight.updates import tuned_options
 
