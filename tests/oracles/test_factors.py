@@ -84,6 +84,14 @@ def hooked():
     return model
 
 
+def hooked_inside():
+    """The gradient of what a layer gives is changed on its way, by torch's two kinds of hooks."""
+    model = mlp()
+    model[0].register_forward_hook(lambda module, args, y: y.register_hook(lambda g: 3 * g) and None)
+    model[2].register_full_backward_hook(lambda module, of_input, of_output: (5 * of_input[0],))
+    return model
+
+
 def frozen():
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     model[0].weight.requires_grad_(False)
@@ -121,6 +129,7 @@ MODELS = {
     "by example": (lambda: mlp(ByExample), set()),
     "attention": (Attention, {"last.weight", "last.bias"}),
     "a hook": (hooked, {"2.weight", "2.bias"}),
+    "hooks inside": (hooked_inside, BOTH),
     "frozen": (frozen, {"2.weight"}),
 }  # fmt: skip
 
