@@ -118,7 +118,7 @@ class RandomState:
             yield
 
 
-class LossModule(nn.Module):
+class _LossModule(nn.Module):
     """A user's loss function as a module, so that `functional_call` can give its model other weights."""
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
@@ -130,6 +130,27 @@ class LossModule(nn.Module):
         return self._loss()
 
 
+def with_tensors(model: nn.Module, loss: Callable[[], Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+    """What the loss is while the model has other weights and buffers, differentiable in them.
+
+    Args:
+        tensors: by their names in the model; one that stands in several places is replaced in each.
+    """
+    places: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules(
+        prefix="model"
+    ):  # each once, however often it stands in the model
+        own = [module.named_parameters, module.named_buffers]
+        for named in own:
+            for name, tensor in named(prefix, recurse=False, remove_duplicate=False):
+                places.setdefault(id(tensor), []).append(name)
+    known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    everywhere = {place: t for name, t in tensors.items() for place in places[id(known[name])]}
+    # torch's own way with tied weights takes those of a module under two names away from it for good
+    result: Tensor = torch.func.functional_call(_LossModule(model, loss), everywhere, (), tie_weights=False)
+    return result
+
+
 def reevaluated(
     model: nn.Module, loss: Callable[[], Tensor], space: Space, random: RandomState, names: Iterable[str]
 ) -> TrainLoss:
@@ -138,7 +159,7 @@ def reevaluated(
     Raises:
         NeedsClosure: a weight in `names` is not the model's and cannot be replaced.
     """
-    buffers = {f"model.{name}": b for name, b in model.named_buffers()}
+    buffers = dict(model.named_buffers())
     foreign = set(names) - {name for name, _ in model.named_parameters()}
     if foreign:
         raise NeedsClosure(
@@ -147,10 +168,8 @@ def reevaluated(
         )
 
     def train_loss(params: Tensors, values: Tensors) -> Tensor:
-        weights = {f"model.{name}": p for name, p in params.items()}
         copies = {name: b.clone() for name, b in buffers.items()}
         with random.replayed(), space.seeing(values):
-            result: Tensor = torch.func.functional_call(LossModule(model, loss), {**weights, **copies}, ())
-        return result
+            return with_tensors(model, loss, {**params, **copies})
 
     return train_loss

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from midflight.binding import Bind, Binding
-from midflight.capture import LossModule, RandomState, evaluating, trained_parameters
+from midflight.capture import RandomState, evaluating, trained_parameters, with_tensors
 from midflight.errors import MidflightError, NotTwiceDifferentiable, UnreachedHyperparameter
 from midflight.hypergrad import CLAIMS, Estimator, estimator_for, hypergradient
 from midflight.hypergrad.mixed import is_linear, knows_forward_mode
@@ -191,11 +191,7 @@ class _Trial:
 
         def call(function: Callable[[nn.Module, Any], Tensor], data: Any, params: Tensors) -> Tensor:
             weights = {**frozen, **{name: b.clone() for name, b in buffers.items()}, **params}
-            wrapper = LossModule(model, lambda: function(model, data))
-            result: Tensor = torch.func.functional_call(
-                wrapper, {f"model.{name}": tensor for name, tensor in weights.items()}, ()
-            )
-            return result
+            return with_tensors(model, lambda: function(model, data), weights)
 
         def train_loss(params: Tensors, raws: Tensors) -> Tensor:
             with random.replayed(), space.using(raws):

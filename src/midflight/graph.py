@@ -62,30 +62,48 @@ class Factors:
 
     Attributes:
         weight, bias: names; bias is None where there is none, or where its gradient is formed.
-        x: the input, shape (..., in), with its graph.
+        x, version: the input, shape (..., in), with its graph, and how often it was changed in place by then.
         delta: d loss/dy, shape (..., out), with its graph.
     """
 
     weight: str
     bias: str | None
     x: Tensor
+    version: int
     delta: Tensor
 
     @torch.no_grad()
     def along(self, w: Tensors) -> Pairs:
-        """Those of <w, g> for the weight and the bias; [] where `w` has none for the weight."""
+        """The pairs of <w, g>, of weight and bias together; none where `w` has none for the weight.
+
+        Raises:
+            RuntimeError: x was changed in place in the meantime, as torch would say of a double backward.
+        """
         if self.weight not in w:
             return []
+        if self.x._version != self.version:
+            raise RuntimeError(
+                f"the input of {self.weight} must stay as it was until the hyper-step is over, but it was "
+                "changed in place; let the probe and the validation have tensors of their own."
+            )
         weight, bias = w[self.weight], w.get(self.bias) if self.bias else None
         of_delta = F.linear(self.x.to(weight), weight, bias)
         return [(self.delta, of_delta), (self.x, self.delta.to(weight) @ weight)]
 
 
+_OF_LINEAR = {
+    f"{name}Backward0"
+    for name in ("T", "ToCopy", "Addmm", "Mm", "View", "UnsafeView", "Add", "Unsqueeze", "Clone")
+} | {"SqueezeBackward4", "torch::autograd::AccumulateGrad"}
+"""The nodes by which torch records `F.linear` from its weight or bias to y; others are somebody's own."""
+
+
 class Product(NamedTuple):
-    """y = x W^T + b, as it was called; the edge to y, for y may be changed in place afterwards."""
+    """y = x W^T + b, as it was called; both y, kept as its edge, and x may be changed in place afterwards."""
 
     y: GradientEdge
     x: Tensor
+    version: int
     weight: Tensor
     bias: Tensor | None
 
@@ -102,11 +120,17 @@ class Products(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is F.linear and result.grad_fn is not None:
-            self._seen.append(Product(get_gradient_edge(result), *_operands(*args, **(kwargs or {}))))
+            x, weight, bias = _operands(*args, **(kwargs or {}))
+            if weight.ndim == 2 and not x.is_inference():
+                self._seen.append(Product(get_gradient_edge(result), x, x._version, weight, bias))
         return result
 
     def sole_ways(self, loss: Tensor) -> list[Product]:
-        """The products through which alone their weight reaches the loss; bias None if it has others."""
+        """The products through which alone their weight reaches the loss; bias None if it has others.
+
+        Not those whose operands have hooks, or whose x was changed since: torch may have kept a copy of it.
+        Hooks of autograd nodes, and of modules in the old way (`register_backward_hook`), are not seen.
+        """
         parents: dict[Node, list[Node]] = {}
         ends: dict[int, Node] = {}
         for node in graph_nodes([loss]):
@@ -118,15 +142,18 @@ class Products(TorchFunctionMode):
 
         def leads_only_to(operand: Tensor | None, y: GradientEdge) -> bool:
             at = ends.get(id(operand))
+            names: set[str] = set()
             while at is not None and at is not y.node:
                 above = parents.get(at, [])
-                at = above[0] if len(above) == 1 else None
+                expected = at.name() in _OF_LINEAR - names  # each once: W^T^T is not what linear makes
+                names.add(at.name())
+                at = above[0] if expected and len(above) == 1 else None
             return at is not None and operand is not None and not operand._backward_hooks
 
         return [
             product if leads_only_to(product.bias, product.y) else product._replace(bias=None)
             for product in self._seen
-            if leads_only_to(product.weight, product.y)
+            if product.x._version == product.version and leads_only_to(product.weight, product.y)
         ]
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from midflight.batches import EndlessBatches
 from midflight.binding import Bind, Binding
-from midflight.capture import LossModule, evaluating, trained_parameters
+from midflight.capture import evaluating, trained_parameters, with_tensors
 from midflight.errors import BindingError, UnsupportedOptimizer, UnsupportedParameter
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.hypersteps import SignSteps, annealing
@@ -257,12 +257,9 @@ class Population:
     def _losses(self, loss: Loss, params: Tensors, values: Tensors, batch: Any) -> Tensor:
         def of_one(params: Tensors, values: Tensors, batch: Any) -> Tensor:
             with self.space.seeing(values):
-                module = LossModule(self._model, lambda: loss(self._model, batch))
-                result: Tensor = torch.func.functional_call(module, params, ())
-            return result
+                return with_tensors(self._model, lambda: loss(self._model, batch), params)
 
-        named = {f"model.{name}": p for name, p in params.items()}
-        result: Tensor = torch.func.vmap(of_one, randomness="different")(named, values, batch)
+        result: Tensor = torch.func.vmap(of_one, randomness="different")(params, values, batch)
         return result
 
     def _valid_grad(self, where: Callable[[], Tensors]) -> Tensors:

@@ -63,7 +63,8 @@ class Step:
         params: theta, weight name -> tensor; not modified.
         grads: g as the optimiser will receive it, without graph.
         grads_with_graph: g as a differentiable function of the hyperparameters; empty if the
-            training loss reads none, or if `train_loss` is to be asked instead.
+            training loss reads none, or if `train_loss` is to be asked instead. From a probe not all, see
+            `factors`; `hypergrad.mixed.double_backward` reads both.
         state: optimiser state before the step, weight name -> state.
         updates: weight name -> rule and options; tuned options carry the graph to hparams.
         hparams: the leaves that are tuned, name -> tensor.

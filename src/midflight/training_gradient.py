@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from midflight.capture import RandomState, buffers_apart, reevaluated
 from midflight.graph import Factors, Products, graph_leaves, require_twice_differentiable
@@ -102,9 +103,10 @@ class TrainingGradient:
         factored = [product for product in products.sole_ways(loss) if id(product.weight) in names]
         unformed = {id(operand) for product in factored for operand in (product.weight, product.bias)}
         formed = [leaf for leaf in others if id(leaf) not in unformed]
-        found = self._differentiable(loss, [*formed, *(product.y for product in factored)])
+        inputs = [product.x for product in factored]
+        found = self._differentiable(loss, [*formed, *(product.y for product in factored)], inputs)
         factors = [
-            Factors(names[id(product.weight)], names.get(id(product.bias)), product.x, delta)
+            Factors(names[id(product.weight)], names.get(id(product.bias)), product.x, product.version, delta)
             for product, delta in zip(factored, found[len(formed) :], strict=True)
         ]
         return Dependence(self._named(formed, found[: len(formed)]), factors)
@@ -116,10 +118,11 @@ class TrainingGradient:
         others = [leaf for leaf in reached if id(leaf) not in raws]
         return others, len(others) < len(reached)
 
-    def _differentiable(self, loss: Tensor, at: list[Any]) -> tuple[Tensor, ...]:
+    def _differentiable(self, loss: Tensor, at: list[Any], also: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+        """The gradients at tensors or edges, with their graph; `also` is what else will be differentiated."""
         grads = torch.autograd.grad(loss, at, create_graph=True)
         if not self._checked:
-            require_twice_differentiable(grads)
+            require_twice_differentiable([*grads, *also])
             self._checked = True
         return grads
 
@@ -135,7 +138,7 @@ class TrainingGradient:
         values = leaves({name: self._space[name].value for name in self._space})
         try:
             linear = is_linear(train_loss, params, values)
-        except RuntimeError:  # checkpoints compute again when the weights are no longer those given
+        except CheckpointError:  # which compute again when the weights are no longer those given
             linear = False
         if linear and knows_forward_mode(train_loss, params, values):
             return FORWARD_MODE

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import midflight as mf
+from midflight.capture import with_tensors
 
 X, Y = torch.randn(32, 6, dtype=torch.float64), torch.randint(0, 3, (32,))
 
@@ -83,6 +84,30 @@ def test_estimators_that_evaluate_the_loss_again_take_the_probe():
     difference, _, _ = hyper_step(smooth, slice(16), estimator="central_difference")
     exact, _, _ = hyper_step(smooth, slice(16))
     torch.testing.assert_close(difference, exact, rtol=1e-4, atol=0)
+
+
+def test_a_module_under_two_names_keeps_its_weights():
+    shared = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    model = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(6, 3)).double()
+    before = {id(t) for t in [*model.parameters(), *model.buffers()]}
+    space = mf.Space(scale=mf.Float(0.5, 2.0), dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tuner = mf.Tuner(model, optimizer, space, validate=cross_entropy, valid_loader=[(X, Y)], every=1)
+
+    def loss():
+        return cross_entropy(model, (X * space["scale"].value, Y))
+
+    tuner.backward(loss(), loss)
+    assert {id(t) for t in [*model.parameters(), *model.buffers()]} == before
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_weight_of_two_modules_is_replaced_in_both():
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)).double()
+    model[1].weight = model[0].weight
+    ones = with_tensors(model, lambda: model(X).sum(), {"0.weight": torch.ones(6, 6, dtype=torch.float64)})
+    torch.testing.assert_close(ones, 36 * X.sum())
+    assert model[0].weight is model[1].weight
 
 
 def test_a_probe_leaves_buffers_and_random_numbers_as_the_loss_alone_would():

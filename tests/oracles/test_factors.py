@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import midflight as mf
@@ -56,6 +57,61 @@ class SharedBias(nn.Module):
         return self.last((self.layer(x) * self.layer.bias).tanh())
 
 
+class InPlace(nn.Module):
+    """An input that changes in place after its product; torch keeps a copy, for its memory has gaps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = (1 * x).view(5, 3, 2).transpose(1, 2)
+        x += self.second(self.first(x).tanh())
+        return self.last(x.flatten(1))
+
+
+class Residual(nn.Module):
+    """The same, where torch keeps a copy in mixed precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = 1 * x
+        x += 5 * self.second(self.first(x).tanh())
+        return self.last(x)
+
+
+class Quantised(nn.Parameter):
+    """A weight of which products see a function."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            x, weight, *bias = args
+            return F.linear(x, weight.as_subclass(torch.Tensor).tanh(), *bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def quantised():
+    model = mlp()
+    model[0].weight = Quantised(model[0].weight.data.double())
+    return model
+
+
+class Vector(nn.Module):
+    """A weight of one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(1, 3)
+        self.vector = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        return self.last(F.linear(self.first(x).tanh(), self.vector).tanh()[:, None])
+
+
 class Checkpointed(nn.Sequential):
     def forward(self, x):
         return self[2](checkpoint(nn.Sequential(*self[:2]), x, use_reentrant=False))
@@ -82,6 +138,11 @@ def hooked():
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     model[0].weight.register_hook(lambda g: 2 * g)
     return model
+
+
+def under_two_names():
+    layer = nn.Linear(6, 6)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(6, 3))
 
 
 def hooked_inside():
@@ -119,6 +180,10 @@ MODELS = {
     "changed in place": (lambda: mlp(between=lambda: nn.ELU(inplace=True)), BOTH),
     "no bias": (lambda: nn.Sequential(nn.Linear(6, 3, bias=False)), {"0.weight"}),
     "normalised": (lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)), BOTH),
+    "input changed in place": (InPlace, {"second.weight", "second.bias", "last.weight", "last.bias"}),
+    "a weight of its own kind": (quantised, {"2.weight", "2.bias"}),
+    "a vector": (Vector, {"first.weight", "first.bias", "last.weight", "last.bias"}),
+    "under two names": (under_two_names, {"3.weight", "3.bias"}),
     "used twice": (Twice, {"last.weight", "last.bias"}),
     "does not reach the loss": (Unused, {"last.weight", "last.bias"}),
     "its own input": (AlsoInput, {"last.weight", "last.bias"}),
@@ -134,10 +199,10 @@ MODELS = {
 }  # fmt: skip
 
 
-def taken(name, dtype=torch.float64):
+def taken(build, dtype=torch.float64):
     """What depends on the hyperparameter, by a probe and by the recorded gradients; w; and what is tuned."""
     torch.manual_seed(0)
-    model = MODELS[name][0]().to(dtype)
+    model = build().to(dtype)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     space = mf.Space(scale=mf.Float(0.5, 2.0, init=1.2), dtype=dtype)
 
@@ -163,20 +228,42 @@ def derivatives(probed, recorded, w, raw):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_factors_stand_for_the_gradients_they_are_left_as(name):
-    probed, recorded, w, raw = taken(name)
+    probed, recorded, w, raw = taken(MODELS[name][0])
     torch.testing.assert_close(*derivatives(probed, recorded, w, raw), rtol=1e-10, atol=0)
 
 
-def test_factors_in_mixed_precision():
+@pytest.mark.parametrize("build", [mlp, Residual, tokens, Twice, lambda: mlp(Checkpointed)])
+def test_factors_in_mixed_precision(build):
     with torch.autocast("cpu", torch.bfloat16):
-        found = taken("perceptron", torch.float32)
+        found = taken(build, torch.float32)
     assert found[0].factors[0].delta.dtype == torch.bfloat16
     torch.testing.assert_close(*derivatives(*found), rtol=0.05, atol=0)
 
 
+def test_products_that_somebody_else_redefines_are_left_alone():
+    class Transposed(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.linear and args[1].shape[0] == args[1].shape[1]:
+                args = (args[0], args[1].t(), *args[2:])
+            return func(*args, **(kwargs or {}))
+
+    with Transposed():
+        probed, recorded, w, raw = taken(SharedBias)
+    assert {f.weight for f in probed.factors} == {"last.weight"}
+    torch.testing.assert_close(*derivatives(probed, recorded, w, raw), rtol=1e-10, atol=0)
+
+
+def test_an_input_that_changes_before_the_hyper_step_is_over_is_an_error():
+    probed, _, w, _ = taken(mlp)
+    with torch.no_grad():
+        probed.factors[0].x.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        probed.factors[0].along(w)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_left_as_factors_where_one_product_is_the_only_way_to_the_loss(name):
-    probed, recorded, *_ = taken(name)
+    probed, recorded, *_ = taken(MODELS[name][0])
     left = {n for f in probed.factors for n in (f.weight, f.bias) if n}
     assert left == MODELS[name][1]
     assert left.isdisjoint(probed.grads)
