@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
@@ -91,13 +91,6 @@ class Factors:
         return [(self.delta, of_delta), (self.x, self.delta.to(weight) @ weight)]
 
 
-_OF_LINEAR = {
-    f"{name}Backward0"
-    for name in ("T", "ToCopy", "Addmm", "Mm", "View", "UnsafeView", "Add", "Unsqueeze", "Clone")
-} | {"SqueezeBackward4", "torch::autograd::AccumulateGrad"}
-"""The nodes by which torch records `F.linear` from its weight or bias to y; others are somebody's own."""
-
-
 class Product(NamedTuple):
     """y = x W^T + b, as it was called; both y, kept as its edge, and x may be changed in place afterwards."""
 
@@ -109,7 +102,10 @@ class Product(NamedTuple):
 
 
 class Products(TorchFunctionMode):
-    """Sees the calls of `F.linear` within it, as all of `nn.Linear` are, and changes nothing."""
+    """Sees the calls of `F.linear` within it, as all of `nn.Linear` are, and changes nothing.
+
+    Not those that somebody may have redefined: another function mode, or a tensor of a type of its own.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,9 +115,9 @@ class Products(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is F.linear and result.grad_fn is not None:
+        if func is F.linear and result.grad_fn is not None and not torch._C._len_torch_function_stack():
             x, weight, bias = _operands(*args, **(kwargs or {}))
-            if weight.ndim == 2 and not x.is_inference():
+            if set(types) <= {Tensor, nn.Parameter} and weight.ndim == 2 and not x.is_inference():
                 self._seen.append(Product(get_gradient_edge(result), x, x._version, weight, bias))
         return result
 
@@ -142,12 +138,9 @@ class Products(TorchFunctionMode):
 
         def leads_only_to(operand: Tensor | None, y: GradientEdge) -> bool:
             at = ends.get(id(operand))
-            names: set[str] = set()
             while at is not None and at is not y.node:
                 above = parents.get(at, [])
-                expected = at.name() in _OF_LINEAR - names  # each once: W^T^T is not what linear makes
-                names.add(at.name())
-                at = above[0] if expected and len(above) == 1 else None
+                at = above[0] if len(above) == 1 else None
             return at is not None and operand is not None and not operand._backward_hooks
 
         return [

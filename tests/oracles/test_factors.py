@@ -11,7 +11,8 @@ import midflight as mf
 from midflight.hypergrad import one_step
 from midflight.training_gradient import TrainingGradient
 
-X, Y = torch.randn(5, 6), torch.randint(0, 3, (5,))
+SEEDED = torch.Generator().manual_seed(0)
+X, Y = torch.randn(5, 6, generator=SEEDED), torch.randint(0, 3, (5,), generator=SEEDED)
 
 
 class Twice(nn.Module):
@@ -237,19 +238,19 @@ def test_factors_in_mixed_precision(build):
     with torch.autocast("cpu", torch.bfloat16):
         found = taken(build, torch.float32)
     assert found[0].factors[0].delta.dtype == torch.bfloat16
-    torch.testing.assert_close(*derivatives(*found), rtol=0.05, atol=0)
+    torch.testing.assert_close(*derivatives(*found), rtol=0.1, atol=0)
 
 
 def test_products_that_somebody_else_redefines_are_left_alone():
-    class Transposed(TorchFunctionMode):
+    class OfTanh(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is F.linear and args[1].shape[0] == args[1].shape[1]:
-                args = (args[0], args[1].t(), *args[2:])
+            if func is F.linear:
+                args = (args[0].tanh(), args[1].tanh(), *args[2:])
             return func(*args, **(kwargs or {}))
 
-    with Transposed():
-        probed, recorded, w, raw = taken(SharedBias)
-    assert {f.weight for f in probed.factors} == {"last.weight"}
+    with OfTanh():
+        probed, recorded, w, raw = taken(mlp)
+    assert not probed.factors
     torch.testing.assert_close(*derivatives(probed, recorded, w, raw), rtol=1e-10, atol=0)
 
 
