@@ -137,11 +137,8 @@ def with_tensors(model: nn.Module, loss: Callable[[], Tensor], tensors: Mapping[
         tensors: by their names in the model; one that stands in several places is replaced in each.
     """
     places: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules(
-        prefix="model"
-    ):  # each once, however often it stands in the model
-        own = [module.named_parameters, module.named_buffers]
-        for named in own:
+    for prefix, module in model.named_modules(prefix="model"):  # each once, wherever else it stands
+        for named in (module.named_parameters, module.named_buffers):
             for name, tensor in named(prefix, recurse=False, remove_duplicate=False):
                 places.setdefault(id(tensor), []).append(name)
     known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
