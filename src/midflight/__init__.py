@@ -3,31 +3,42 @@
 from typing import TYPE_CHECKING, Any
 
 from midflight import losses, nn, penalties
-from midflight.capture import param_groups
 from midflight.checking import CheckReport, check
 from midflight.errors import (
     BindingError,
+    InvalidLoss,
     MidflightError,
     MissingExtra,
-    NeedsClosure,
     NoCompiler,
     NoForwardMode,
     NotTwiceDifferentiable,
     SpaceError,
+    UnknownGradient,
     UnknownName,
     UnreachedHyperparameter,
     UnsupportedOptimizer,
     UnsupportedParameter,
+    UnusableLoader,
 )
 from midflight.hypergrad import ESTIMATORS, Estimator, hypergradient
-from midflight.hypersteps import SignSteps
-from midflight.population import Population, stacked
 from midflight.problem import Problem, Step
 from midflight.ranges import RANGES, default_range
-from midflight.rotation import Rotation
 from midflight.space import Categorical, Float, Hyperparameter, Int, Space
-from midflight.trajectory import Replay, Trajectory
-from midflight.tuner import Tuner
+from midflight.tuner import (
+    Averaged,
+    Every,
+    FrontLoaded,
+    NextStep,
+    Population,
+    Replay,
+    Rotation,
+    SignSteps,
+    TimeBudget,
+    Trajectory,
+    Tuner,
+    param_groups,
+    stacked,
+)
 from midflight.updates import RULES, Update, UpdateRule
 
 if TYPE_CHECKING:
@@ -42,16 +53,20 @@ __all__ = [
     "ESTIMATORS",
     "RANGES",
     "RULES",
+    "Averaged",
     "BindingError",
     "Categorical",
     "CheckReport",
     "Estimator",
+    "Every",
     "Float",
+    "FrontLoaded",
     "Hyperparameter",
     "Int",
+    "InvalidLoss",
     "MidflightError",
     "MissingExtra",
-    "NeedsClosure",
+    "NextStep",
     "NoCompiler",
     "NoForwardMode",
     "NotTwiceDifferentiable",
@@ -63,12 +78,15 @@ __all__ = [
     "Space",
     "SpaceError",
     "Step",
+    "TimeBudget",
     "Trajectory",
     "Tuner",
+    "UnknownGradient",
     "UnknownName",
     "UnreachedHyperparameter",
     "UnsupportedOptimizer",
     "UnsupportedParameter",
+    "UnusableLoader",
     "Update",
     "UpdateRule",
     "check",

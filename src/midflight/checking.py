@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midflight.binding import Bind, Binding
-from midflight.capture import RandomState, evaluating, trained_parameters, with_tensors
 from midflight.errors import MidflightError, NotTwiceDifferentiable, UnreachedHyperparameter
 from midflight.hypergrad import CLAIMS, Estimator, estimator_for, hypergradient
 from midflight.hypergrad.mixed import is_linear, knows_forward_mode
@@ -21,6 +19,9 @@ from midflight.problem import Problem
 from midflight.space import Space
 from midflight.testing.oracles import along, derivative
 from midflight.trees import Tensors, leaves
+from midflight.tuner.binding import Bind, Binding
+from midflight.tuner.live import RandomState, evaluating, with_tensors
+from midflight.tuner.optimizers import trained_parameters, unwrapped
 from midflight.updates import State, Update
 
 ENTRIES = 5  # of a large hyperparameter that are differenced
@@ -105,7 +106,7 @@ def check(
     batch: Any,
     validate: Callable[[nn.Module, Any], Tensor],
     valid_batch: Any,
-    bind: Bind = (),
+    bind: Bind = None,
     estimators: Sequence[str | Estimator] = ("one_step", "one_step_cheap", "t1t2"),
 ) -> CheckReport:
     """Compare hypergradients of your own training step with central differences, in float64.
@@ -177,7 +178,7 @@ class _Trial:
         self._model = model
         self._space = space
         live = trained_parameters(model, optimizer)
-        binding = Binding(optimizer, space, bind)
+        binding = Binding(unwrapped(optimizer), space, bind)
         random = RandomState(live)
         buffers = {name: _cast(b) for name, b in model.named_buffers()}
         frozen = {name: _cast(p.detach()) for name, p in model.named_parameters() if name not in live}

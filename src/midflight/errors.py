@@ -17,8 +17,16 @@ class UnreachedHyperparameter(MidflightError, RuntimeError):
     """A hyperparameter influences neither the training loss's gradient nor the update."""
 
 
-class NeedsClosure(MidflightError, TypeError):
-    """An estimator has to evaluate the training loss again, but was given a tensor."""
+class InvalidLoss(MidflightError, TypeError):
+    """A loss function did not return one number with a gradient."""
+
+
+class UnknownGradient(MidflightError, RuntimeError):
+    """What happened to the gradient between `backward` and `step` could not be told."""
+
+
+class UnusableLoader(MidflightError, TypeError):
+    """A loader cannot be read by the tuner without taking batches from the training loop."""
 
 
 class NoForwardMode(MidflightError, NotImplementedError):

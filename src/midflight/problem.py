@@ -6,21 +6,20 @@
 whether they come from a `Problem` or from a user's live training loop.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from midflight.errors import NeedsClosure, UnreachedHyperparameter
-from midflight.graph import Factors, Pairs
+from midflight.errors import UnreachedHyperparameter
+from midflight.graph import Pairs
 from midflight.trees import Tensors, leaves
 from midflight.updates import State, Updates, step_ahead
 
-_Estimator = TypeVar("_Estimator", bound=Callable[..., Tensors])
 TrainLoss = Callable[[Tensors, Tensors], Tensor]
+"""(weights, values of the hyperparameters) -> training loss, on one batch under the same random numbers."""
 
 
 def gradient(loss: Tensor, params: Tensors, *, create_graph: bool = False) -> Tensors:
@@ -57,80 +56,86 @@ class Problem:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step about to be taken, everything an estimator may look at.
+    """One optimiser step about to be taken: everything an estimator may look at but v.
 
     Attributes:
         params: theta, weight name -> tensor; not modified.
-        grads: g as the optimiser will receive it, without graph.
-        grads_with_graph: g as a differentiable function of the hyperparameters; empty if the
-            training loss reads none, or if `train_loss` is to be asked instead. From a probe not all, see
-            `factors`; `hypergrad.mixed.double_backward` reads both.
+        grads: g as the optimiser receives it, without graph.
         state: optimiser state before the step, weight name -> state.
         updates: weight name -> rule and options; tuned options carry the graph to hparams.
         hparams: the leaves that are tuned, name -> tensor.
         values: what the model sees of them, differentiable with respect to hparams.
-        valid_grad: function that gives weights -> dC2/dtheta there, named like params, new tensors that the
-            estimator uses up; the function is called only if its weights matter, which spares
-            `next_params` where they do not.
-        train_loss: (params, values) -> training loss, to be evaluated again on the same batch under
-            the same random numbers; None where the user gave a loss rather than a function.
+        mixed_partial: w -> d/dhparams <w, g>, for those hparams that g depends on.
+        train_loss: the training loss as a function; None in a population.
+        clipped: w -> J^T w, J the Jacobian of what happens to a gradient between `backward` and `step`;
+            None if nothing happens.
         members: of a population: the first dimension of every tensor; None for one training.
-        factors: g of the weights that `grads_with_graph` leaves out, as products that were not carried out.
     """
 
     params: Tensors
     grads: Tensors
-    grads_with_graph: Tensors
     state: Mapping[str, State]
     updates: Updates
     hparams: Tensors
     values: Tensors
-    valid_grad: Callable[[Callable[[], Tensors]], Tensors]
+    mixed_partial: Callable[[Tensors], Tensors]
     train_loss: TrainLoss | None = None
+    clipped: Callable[[Tensors], Tensors] | None = None
     members: int | None = None
-    factors: Sequence[Factors] = ()
 
     def next_params(self) -> Tensors:
         """theta' = U(theta, s, g, phi), without graph; a second copy of the weights."""
         return step_ahead(self.params, self.grads, self.state, self.updates)
 
-    def training_loss(self) -> TrainLoss:
-        """`train_loss`; raises `NeedsClosure` where it is not there."""
-        if self.train_loss is None:
-            raise NeedsClosure(
-                "this estimator evaluates the training loss again and needs it as a function, but got a "
-                "tensor; call tuner.backward(lambda: loss_fn(model(x), y)) instead of tuner.backward(loss)."
-            )
-        return self.train_loss
-
     def chain(self, pairs: Pairs) -> Tensors:
-        """The sum of <cotangent, d output/d hparams> over (output, cotangent), shaped like hparams.
-
-        Raises:
-            UnreachedHyperparameter: no output is a function of some entry.
-        """
+        """The sum of <cotangent, d output/d hparams> over (output, cotangent), for hparams that are reached."""
         pairs = [(output, cotangent) for output, cotangent in pairs if output.requires_grad]
-        found: tuple[Tensor | None, ...] = (None,) * len(self.hparams)
-        if pairs:
-            outputs = [output for output, _ in pairs]
-            cotangents = [cotangent.to(output) for output, cotangent in pairs]
-            found = torch.autograd.grad(outputs, list(self.hparams.values()), cotangents, allow_unused=True)
-        missing = [name for name, g in zip(self.hparams, found, strict=True) if g is None]
-        if missing:
-            raise UnreachedHyperparameter(
-                f"each hyperparameter must reach the gradient of the training loss or a tuned option, but "
-                f"{', '.join(missing)} did not; use it in the model or the loss, or bind it to an option "
-                "of the optimiser with bind=."
-            )
+        if not pairs:
+            return {}
+        outputs = [output for output, _ in pairs]
+        cotangents = [cotangent.to(output) for output, cotangent in pairs]
+        found = torch.autograd.grad(outputs, list(self.hparams.values()), cotangents, allow_unused=True)
         return {name: g for name, g in zip(self.hparams, found, strict=True) if g is not None}
 
 
-def reevaluates(estimator: _Estimator) -> _Estimator:
-    """Mark an estimator that asks `Step.train_loss`: g is then not recorded with its graph."""
-    estimator.__dict__["reevaluates"] = True
-    return estimator
+def double_backward(grads: Tensors, hparams: Tensors, w: Tensors) -> Tensors:
+    """d/dhparams <w, g> through the recorded graph of g, reverse over reverse.
+
+    Args:
+        grads: g with its graph; entries without one do not depend on the hyperparameters.
+        hparams: leaves of that graph.
+        w: named like grads, or more.
+
+    Returns:
+        name -> tensor, for the hparams that g depends on.
+    """
+    with_graph = {name: g for name, g in grads.items() if g.requires_grad and name in w}
+    if not with_graph:
+        return {}
+    cotangents = [w[name].to(g) for name, g in with_graph.items()]
+    found = torch.autograd.grad(
+        list(with_graph.values()), list(hparams.values()), cotangents, allow_unused=True
+    )
+    return {name: g for name, g in zip(hparams, found, strict=True) if g is not None}
 
 
-def is_reevaluating(estimator: Any) -> bool:
-    """Whether an estimator, or what it is a `functools.partial` of, was marked by `reevaluates`."""
-    return getattr(estimator.func if isinstance(estimator, partial) else estimator, "reevaluates", False)
+def recorded(grads: Tensors, hparams: Tensors) -> Callable[[Tensors], Tensors]:
+    """`Step.mixed_partial` where g was recorded with its graph."""
+    return partial(double_backward, grads, hparams)
+
+
+def added(a: Tensors, b: Tensors) -> Tensors:
+    """a + b, where a missing entry counts as zero."""
+    return {name: a[name] + b[name] if name in a and name in b else a.get(name, b.get(name)) for name in a | b}  # type: ignore[misc]
+
+
+def require_reached(found: Tensors, hparams: Tensors) -> Tensors:
+    """`found` if it has every hyperparameter; raises `UnreachedHyperparameter` otherwise."""
+    missing = [name for name in hparams if name not in found]
+    if missing:
+        raise UnreachedHyperparameter(
+            f"each hyperparameter must reach the gradient of the training loss or a tuned option, but "
+            f"{', '.join(missing)} did not; use it in the model or the loss, or bind it to an option "
+            "of the optimiser with bind=."
+        )
+    return {name: found[name] for name in hparams}

@@ -14,10 +14,10 @@ def detach(tree: Mapping[str, Tensor]) -> Tensors:
     return {name: t.detach() for name, t in tree.items()}
 
 
-def apart(tree: Mapping[str, Tensor]) -> Tensors:
-    """The same values, every entry in memory of its own, to be written to; most are left where they are.
+def unalias(tree: Mapping[str, Tensor]) -> Tensors:
+    """Copy entries that share memory with another or with themselves, so that each can be written in place.
 
-    As gradients a and b of f(a + b) are one tensor, and that of sum(a) is one number.
+    The gradients a and b of f(a + b) are one tensor, and that of sum(a) is one number.
     """
     shared = Counter(t.untyped_storage().data_ptr() for t in tree.values())
     return {

@@ -1,26 +1,24 @@
 """Estimators of the hypergradient, one file each, and the function that applies them.
 
-An estimator is a function of a `Step`. A new one is one file here and one row in `ESTIMATORS`;
-the row gives it every test and its line in `midflight check`.
+An estimator says where it wants v and is called with it; see `midflight.hypergrad.base`. A new one is one file
+here and one row in `ESTIMATORS`; the row gives it every test and its line in `midflight check`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from midflight.errors import UnknownName
 from midflight.graph import require_twice_differentiable
-from midflight.hypergrad.central_difference import central_difference
-from midflight.hypergrad.forward_over_reverse import forward_over_reverse
-from midflight.hypergrad.implicit import implicit_cg, implicit_neumann
-from midflight.hypergrad.one_step import one_step, one_step_cheap
+from midflight.hypergrad.base import Estimator
+from midflight.hypergrad.implicit import ImplicitCG, ImplicitNeumann, implicit_cg, implicit_neumann
+from midflight.hypergrad.mixed import mixed_partial_of
+from midflight.hypergrad.one_step import central_difference, forward_over_reverse, one_step, one_step_cheap
 from midflight.hypergrad.paper import paper
 from midflight.hypergrad.t1t2 import t1t2
-from midflight.hypergrad.unrolled import unrolled
-from midflight.problem import Problem, Step, is_reevaluating
+from midflight.hypergrad.unrolled import Unrolled, unrolled
+from midflight.problem import Problem, Step, double_backward, require_reached
 from midflight.trees import Tensors, detach, leaves
 from midflight.updates import State
-
-Estimator = Callable[[Step], Tensors]
 
 ESTIMATORS: dict[str, Estimator] = {
     "one_step": one_step,
@@ -54,7 +52,7 @@ CLAIMS: dict[str, Claim] = {
 
 def estimator_for(choice: str | Estimator) -> Estimator:
     """An estimator by name, or the one given; raises `UnknownName`."""
-    if callable(choice):
+    if not isinstance(choice, str):
         return choice
     if choice not in ESTIMATORS:
         raise UnknownName("estimator", choice, ESTIMATORS)
@@ -75,7 +73,7 @@ def hypergradient(
         params: weights, name -> tensor; not modified.
         hparams: what is tuned, name -> tensor (the raw coordinates of a `Space`, say).
         state: optimiser state before the step, weight name -> state ({} before the first).
-        estimator: a name from `ESTIMATORS` or a function of a `Step`.
+        estimator: a name from `ESTIMATORS` or an `Estimator`.
 
     Returns:
         name -> tensor shaped like hparams; units: validation loss per unit of hparams.
@@ -87,23 +85,36 @@ def hypergradient(
     """
     estimate = estimator_for(estimator)
     params, hparams = leaves(params), leaves(hparams)
-    recorded = not is_reevaluating(estimate)
-    grads = problem.train_grads(params, hparams, create_graph=recorded)
+    twice = estimate.mixed in (None, "double backward")
+    grads = problem.train_grads(params, hparams, create_graph=twice and not estimate.needs_train_loss)
     require_twice_differentiable(grads.values())
 
-    return estimate(
-        Step(
-            params=detach(params),
-            grads=detach(grads),
-            grads_with_graph={name: g for name, g in grads.items() if g.requires_grad},
-            state=state,
-            updates=problem.updates(hparams),
-            hparams=hparams,
-            values=hparams,
-            valid_grad=lambda where: problem.valid_grads(where()),
-            train_loss=problem.train_loss,
-        )
+    def mixed_partial(w: Tensors) -> Tensors:
+        if twice:
+            return double_backward(grads, hparams, w)
+        assert estimate.mixed is not None
+        return mixed_partial_of(estimate.mixed, problem.train_loss, detach(params), hparams, w)
+
+    step = Step(
+        params=detach(params),
+        grads=detach(grads),
+        state=state,
+        updates=problem.updates(hparams),
+        hparams=hparams,
+        values=hparams,
+        mixed_partial=mixed_partial,
+        train_loss=problem.train_loss,
     )
+    return require_reached(estimate(step, problem.valid_grads(estimate.at(step))), hparams)
 
 
-__all__ = ["CLAIMS", "ESTIMATORS", "Estimator", "estimator_for", "hypergradient"]
+__all__ = [
+    "CLAIMS",
+    "ESTIMATORS",
+    "Estimator",
+    "ImplicitCG",
+    "ImplicitNeumann",
+    "Unrolled",
+    "estimator_for",
+    "hypergradient",
+]

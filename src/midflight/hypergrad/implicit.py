@@ -9,58 +9,82 @@ The system is solved by a Neumann series, each term of which is one more step lo
 conjugate gradients on the normal equations, which need neither symmetry nor a contraction.
 """
 
+from dataclasses import dataclass
+
 import torch
 
-from midflight.problem import Step, gradient, reevaluates
+from midflight.hypergrad.mixed import train_loss_of
+from midflight.problem import Step, gradient
 from midflight.solvers import conjugate_gradient, neumann
-from midflight.trees import Tensors, add_scaled, detach, leaves
+from midflight.trees import Tensors, add_scaled, leaves
 
 
-@reevaluates
-def implicit_neumann(step: Step, terms: int = 10) -> Tensors:
+@dataclass(frozen=True)
+class ImplicitNeumann:
     """The Neumann series cut after `terms` terms; 1 is `one_step`.
 
     Exact as terms -> infinity at a fixed point of a contracting update. Costs one validation pass, one
     double backward and `terms - 1` products with dU/dtheta, each a double backward. Momentum counts as
-    in one step, for the state is held. Needs the loss as a function.
+    in one step, for the state is held.
+
+    Args:
+        terms: of the series.
     """
-    settled = _Settled(step)
-    u = neumann(settled.transposed, settled.v, terms=terms)
-    return settled.hypergradient(u)
+
+    terms: int = 10
+    mixed: str | None = None
+    needs_train_loss: bool = True
+
+    def at(self, step: Step) -> Tensors:
+        return step.next_params()
+
+    def __call__(self, step: Step, v: Tensors) -> Tensors:
+        settled = _Settled(step)
+        return settled.hypergradient(neumann(settled.transposed, v, terms=self.terms))
 
 
-@reevaluates
-def implicit_cg(step: Step, iterations: int = 10, damping: float = 0.0) -> Tensors:
+@dataclass(frozen=True)
+class ImplicitCG:
     """Conjugate gradients on A^T A u = A^T v, A = (I - dU/dtheta)^T.
 
     Exact after as many iterations as there are weights, at a fixed point where A is invertible. Costs
-    one validation pass and per iteration one product with dU/dtheta and one with its transpose. Needs
-    the loss as a function.
+    one validation pass and per iteration one product with dU/dtheta and one with its transpose.
 
     Args:
-        step: the optimiser step.
         iterations: of conjugate gradients.
         damping: added to A^T A; > 0 where A is singular, as with more weights than data.
     """
-    settled = _Settled(step)
 
-    def a(u: Tensors) -> Tensors:
-        return add_scaled(u, settled.transposed(u), -1.0)
+    iterations: int = 10
+    damping: float = 0.0
+    mixed: str | None = None
+    needs_train_loss: bool = True
 
-    def a_transposed(u: Tensors) -> Tensors:
-        return add_scaled(u, settled.forward(u), -1.0)
+    def at(self, step: Step) -> Tensors:
+        return step.next_params()
 
-    def normal(u: Tensors) -> Tensors:
-        return add_scaled(a_transposed(a(u)), u, damping)
+    def __call__(self, step: Step, v: Tensors) -> Tensors:
+        settled = _Settled(step)
 
-    return settled.hypergradient(conjugate_gradient(normal, a_transposed(settled.v), iterations=iterations))
+        def a(u: Tensors) -> Tensors:
+            return add_scaled(u, settled.transposed(u), -1.0)
+
+        def a_transposed(u: Tensors) -> Tensors:
+            return add_scaled(u, settled.forward(u), -1.0)
+
+        def normal(u: Tensors) -> Tensors:
+            return add_scaled(a_transposed(a(u)), u, self.damping)
+
+        return settled.hypergradient(
+            conjugate_gradient(normal, a_transposed(v), iterations=self.iterations)
+        )
 
 
 class _Settled:
     """theta' = U(theta, h) as a differentiable function, and products with its Jacobian."""
 
     def __init__(self, step: Step) -> None:
-        train_loss = step.training_loss()
+        train_loss = train_loss_of(step)
         self._step = step
         self._params = leaves(step.params)
         grads = gradient(train_loss(self._params, step.values), self._params, create_graph=True)
@@ -68,7 +92,6 @@ class _Settled:
             name: u.rule.step(self._params[name], grads[name], step.state[name], u.options)[0]
             for name, u in step.updates.items()
         }
-        self.v = step.valid_grad(lambda: detach(self._new))
 
     def transposed(self, u: Tensors) -> Tensors:
         """(dU/dtheta)^T u"""
@@ -97,3 +120,7 @@ class _Settled:
             materialize_grads=True,
         )
         return dict(zip(self._params, found, strict=True))
+
+
+implicit_neumann = ImplicitNeumann()
+implicit_cg = ImplicitCG()

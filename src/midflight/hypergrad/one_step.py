@@ -5,20 +5,39 @@
 with v = dC2/dtheta taken after the step (exact) or before it (cheap).
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 from midflight.hypergrad.mixed import pullback
 from midflight.problem import Step
 from midflight.trees import Tensors
 
 
-def one_step(step: Step) -> Tensors:
-    """Exact for one step: v = dC2/dtheta taken at theta'; blind to effects beyond it.
+@dataclass(frozen=True)
+class OneStep:
+    """Exact for one step; blind to effects beyond it.
 
-    Costs one validation pass, one copy of the weights and, if the training loss reads a
-    hyperparameter, one mixed partial.
+    Costs one validation pass, one copy of the weights and, if the training loss reads a hyperparameter, one
+    mixed partial.
+
+    Args:
+        place: "next" takes v at theta', the exact derivative. "current" takes it at theta: off by
+            O(learning rate), and needs no copy of the weights.
+        mixed: how the mixed partial must be found; see `Estimator`.
     """
-    return pullback(step, step.valid_grad(step.next_params))
+
+    place: Literal["next", "current"] = "next"
+    mixed: str | None = None
+    needs_train_loss: bool = False
+
+    def at(self, step: Step) -> Tensors:
+        return step.next_params() if self.place == "next" else step.params
+
+    def __call__(self, step: Step, v: Tensors) -> Tensors:
+        return pullback(step, v)
 
 
-def one_step_cheap(step: Step) -> Tensors:
-    """The same with v taken at theta, before the step: off by O(learning rate), needs no copy."""
-    return pullback(step, step.valid_grad(lambda: step.params))
+one_step = OneStep()
+one_step_cheap = OneStep("current")
+forward_over_reverse = OneStep(mixed="forward mode")
+central_difference = OneStep(mixed="difference")

@@ -18,7 +18,7 @@ from midflight.trees import Tensors
 from midflight.updates import tuned_options
 
 
-def paper(step: Step) -> Tensors:
+class Paper:
     """Eq. 5 for a weight decay bound to the optimiser, Eq. 6 for the one other hyperparameter.
 
     w0 is the first matrix among the weights, shape (outputs, inputs).
@@ -26,29 +26,44 @@ def paper(step: Step) -> Tensors:
     Raises:
         UnreachedHyperparameter: there is more than one other hyperparameter, or no matrix.
     """
-    v = step.valid_grad(step.next_params)
-    pairs: Pairs = []
-    for name, u in step.updates.items():
-        if "weight_decay" in tuned_options(u.options):
-            decay = u.options["weight_decay"]
-            pairs.append((decay, -u.options["lr"] * (v[name] * step.params[name]).sum_to_size(decay.shape)))
 
-    noises = _unbound(step, [decay for decay, _ in pairs])
-    members = 0 if step.members is None else 1  # dimensions in front of all others
-    first = next((name for name, p in step.params.items() if p.ndim == members + 2), None)
-    if noises and (len(noises) > 1 or first is None or step.hparams[noises[0]].ndim > members):
-        raise UnreachedHyperparameter(
-            "the estimator 'paper' knows one weight decay and one input noise of a network that begins with "
-            f"a matrix; it cannot tell what to do for {', '.join(noises)}. Use 'one_step'."
-        )
-    if noises and first is not None:
-        noise, weight = step.values[noises[0]], step.params[first]
-        shape = (*weight.shape[:members], weight.shape[-1])
-        draw = noise.detach().to(weight)[..., None] * torch.randn(
-            shape, dtype=weight.dtype, device=weight.device
-        )
-        pairs.append((noise, torch.linalg.vecdot(draw, (weight * v[first]).sum(-2))))
-    return step.chain(pairs)
+    mixed = None
+    needs_train_loss = False
+
+    def at(self, step: Step) -> Tensors:
+        return step.next_params()
+
+    def __call__(self, step: Step, v: Tensors) -> Tensors:
+        pairs: Pairs = []
+        for name, u in step.updates.items():
+            if "weight_decay" in tuned_options(u.options):
+                decay = u.options["weight_decay"]
+                along = (v[name] * step.params[name]).sum_to_size(decay.shape)
+                pairs.append((decay, -_number(u.options["lr"]) * along))
+
+        noises = _unbound(step, [decay for decay, _ in pairs])
+        members = 0 if step.members is None else 1  # dimensions in front of all others
+        first = next((name for name, p in step.params.items() if p.ndim == members + 2), None)
+        if noises and (len(noises) > 1 or first is None or step.hparams[noises[0]].ndim > members):
+            raise UnreachedHyperparameter(
+                "the estimator 'paper' knows one weight decay and one input noise of a network that begins "
+                f"with a matrix; it cannot tell what to do for {', '.join(noises)}. Use 'one_step'."
+            )
+        if noises and first is not None:
+            noise, weight = step.values[noises[0]], step.params[first]
+            shape = (*weight.shape[:members], weight.shape[-1])
+            draw = noise.detach().to(weight)[..., None] * torch.randn(
+                shape, dtype=weight.dtype, device=weight.device
+            )
+            pairs.append((noise, torch.linalg.vecdot(draw, (weight * v[first]).sum(-2))))
+        return step.chain(pairs)
+
+
+paper = Paper()
+
+
+def _number(option: float | Tensor) -> float | Tensor:
+    return option.detach() if isinstance(option, Tensor) else option
 
 
 def _unbound(step: Step, options: list[Tensor]) -> list[str]:

@@ -13,17 +13,24 @@ from midflight.updates import SGD, Update
 _PLAIN = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, "maximize": False}
 
 
-def t1t2(step: Step) -> Tensors:
+class T1T2:
     """Ignores the optimiser's preconditioner and momentum; exact for plain SGD only.
 
     Costs what `one_step` costs. A tuned weight decay is taken as coupled L2.
-
-    Raises:
-        UnreachedHyperparameter: a tuned option has no meaning for plain gradient descent.
     """
-    v = step.valid_grad(step.next_params)
-    plain = {
-        name: Update(SGD(), _PLAIN | {k: u.options[k] for k in ("lr", "weight_decay")})
-        for name, u in step.updates.items()
-    }
-    return pullback(replace(step, updates=plain), v)
+
+    mixed = None
+    needs_train_loss = False
+
+    def at(self, step: Step) -> Tensors:
+        return step.next_params()
+
+    def __call__(self, step: Step, v: Tensors) -> Tensors:
+        plain = {
+            name: Update(SGD(), _PLAIN | {k: u.options[k] for k in ("lr", "weight_decay")})
+            for name, u in step.updates.items()
+        }
+        return pullback(replace(step, updates=plain), v)
+
+
+t1t2 = T1T2()

@@ -5,30 +5,48 @@
 (Maclaurin et al. 2015; truncated: Shaban et al. 2019.)
 """
 
-from midflight.problem import Step, gradient, reevaluates
+from dataclasses import dataclass
+
+from midflight.hypergrad.mixed import train_loss_of
+from midflight.problem import Step, gradient
 from midflight.trees import Tensors, detach, leaves
 from midflight.updates import State
 
 
-@reevaluates
-def unrolled(step: Step, steps: int = 5) -> Tensors:
+@dataclass(frozen=True)
+class Unrolled:
     """Exact for `steps` steps on the current batch, moments of the optimiser included.
 
-    Costs `steps` double backwards and one validation pass; holds `steps` copies of the weights, of
-    the state and of the training graph. Needs the loss as a function.
+    Costs `steps` gradients to find the place of v, then `steps` double backwards and one validation pass. Holds
+    `steps` copies of the weights, of the state and of the training graph.
 
     Args:
-        step: the optimiser step.
         steps: how far it looks ahead; 1 is `one_step`.
     """
-    train_loss = step.training_loss()
-    params = leaves(step.params)
-    state: dict[str, State] = dict(step.state)
-    for _ in range(steps):
-        grads = gradient(train_loss(params, step.values), params, create_graph=True)
-        new = {}
-        for name, u in step.updates.items():
-            new[name], state[name] = u.rule.step(params[name], grads[name], state[name], u.options)
-        params = new
-    v = step.valid_grad(lambda: detach(params))
-    return step.chain([(params[name], v[name]) for name in params])
+
+    steps: int = 5
+    mixed: str | None = None
+    needs_train_loss: bool = True
+
+    def at(self, step: Step) -> Tensors:
+        return detach(self._last(step, create_graph=False))
+
+    def __call__(self, step: Step, v: Tensors) -> Tensors:
+        params = self._last(step, create_graph=True)
+        return step.chain([(params[name], v[name]) for name in params])
+
+    def _last(self, step: Step, *, create_graph: bool) -> Tensors:
+        """theta_K."""
+        train_loss = train_loss_of(step)
+        params = leaves(step.params)
+        state: dict[str, State] = dict(step.state)
+        for _ in range(self.steps):
+            grads = gradient(train_loss(params, step.values), params, create_graph=create_graph)
+            new = {}
+            for name, u in step.updates.items():
+                new[name], state[name] = u.rule.step(params[name], grads[name], state[name], u.options)
+            params = new if create_graph else leaves(new)
+        return params
+
+
+unrolled = Unrolled()

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midflight import losses, penalties
-from midflight.capture import trained_parameters
 from midflight.nn import Augment, Dropout, GaussianNoise, MultiplicativeNoise
 from midflight.problem import Problem
 from midflight.ranges import default_range
 from midflight.space import Float, Hyperparameter, Space
 from midflight.trees import Tensors, detach
+from midflight.tuner.optimizers import trained_parameters
 from midflight.updates import State, Update, read_option, read_options, rule_for
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -217,9 +217,10 @@ def why_skipped(optimizer: str, hyperparameter: str) -> str | None:
     kind = KINDS[hyperparameter]
     if kind.needs and not find_spec(kind.needs):
         return f"{kind.needs} is not installed."
-    if kind.option is None:
-        return None
     optim = OPTIMIZERS[optimizer]([nn.Parameter(torch.zeros(1, 1))])
+    if kind.option is None:
+        smooth = rule_for(optim).differentiable
+        return None if smooth else f"{type(optim).__name__} rounds its step, which has no derivative there."
     if kind.option not in rule_for(optim).tunable:
         return f"{type(optim).__name__} has no option {kind.option} that can be tuned."
     if kind.option == "momentum" and read_option(optim.param_groups[0], "momentum") == 0:

@@ -3,6 +3,8 @@
 A new rule is one file here and one row in `RULES`; the row gives it every test.
 """
 
+import inspect
+
 import torch
 
 from midflight.errors import UnsupportedOptimizer
@@ -59,10 +61,9 @@ def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """The pure twin of a torch optimiser.
 
     Raises:
-        UnsupportedOptimizer: there is none; a subclass counts as another optimiser, for its step
-            may differ.
+        UnsupportedOptimizer: there is none; a subclass with a step of its own counts as another optimiser.
     """
-    kind = type(optimizer)
+    kind = _stepping(type(optimizer))
     if kind in REFUSED:
         raise UnsupportedOptimizer(f"{kind.__name__} cannot be differentiated: {REFUSED[kind]}")
     if kind not in RULES:
@@ -72,6 +73,15 @@ def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
             "use one of these, or add an UpdateRule for it to midflight.updates.RULES."
         )
     return RULES[kind]
+
+
+def _stepping(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The class of torch whose step this is: a subclass that only sets options steps as its base does."""
+    for base in kind.__mro__:
+        if base in RULES or base in REFUSED:
+            same = inspect.unwrap(kind.step) is inspect.unwrap(base.step)
+            return base if same else kind
+    return kind
 
 
 __all__ = [

@@ -25,6 +25,8 @@ class UpdateRule(ABC):
     """The options with respect to which the step can be differentiated."""
     elementwise: ClassVar[bool] = True
     """Whether an entry of the new weight depends on the same entry of the rest, and on numbers, alone."""
+    differentiable: ClassVar[bool] = True
+    """Whether the step has a derivative with respect to g; options may have one all the same."""
     one_pass: ClassVar[bool] = False
     """Whether `ahead` and `pullback` go through memory once and gain nothing from working in pieces."""
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from midflight.trees import Tensors, apart
+from midflight.trees import Tensors, unalias
 from midflight.updates.base import Options, State, Update, UpdateRule
 from midflight.updates.flat import lies_whole
 
@@ -152,7 +152,7 @@ def pull_back(
 
     w is written over v, which is used up: the two side by side would be the most that a hyper-step holds.
     """
-    v = apart(v)
+    v = unalias(v)
     tuned: dict[int, tuple[Tensor, Tensor]] = {}
     for block in blocks(params, states, updates, grads, v):
         part, derivatives = block.rule.pullback(

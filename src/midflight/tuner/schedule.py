@@ -1,4 +1,4 @@
-"""When to take a hyper-step: early more often, at every k-th call, or as often as a share of the time allows.
+"""When hyper-steps come: early more often, at every n-th optimiser step, or within a share of the time.
 
 A hyperparameter far from its best spoils the weights for as long as it stays there, so most hyper-steps are
 best spent early.
@@ -11,24 +11,27 @@ from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 PER = 20
-"""Calls to a hyper-step, on the whole."""
+"""Optimiser steps per hyper-step, over the whole run."""
 
 
-class Pace(Protocol):
-    """Asked after each call of `backward`."""
+class Schedule(Protocol):
+    """When hyper-steps come; asked after each optimiser step."""
 
     @property
-    def stride(self) -> float:
+    def step_scale(self) -> float:
         """How far a hyper-step goes, in its usual lengths."""
 
-    def next_is_hyper(self, calls: int, hyper: bool, busy: bool = False) -> bool:
-        """Whether the coming call takes a hyper-step.
+    def next_is_hyper(self, steps: int, hyper: bool, busy: bool = False) -> bool:
+        """Whether the coming optimiser step has a hyper-step.
 
         Args:
-            calls: of `backward` so far.
-            hyper: whether the last of them took one.
-            busy: whether the tuner did something else for itself since the call before.
+            steps: of the optimiser so far.
+            hyper: whether the last of them had one.
+            busy: whether the tuner did something else for itself since the step before.
         """
+
+    def begin(self, total_steps: int | None) -> None:
+        """The run begins; it has so many optimiser steps, if that is known."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -36,17 +39,22 @@ class Pace(Protocol):
 
 
 class Every:
-    """At each k-th call."""
+    """At each n-th optimiser step.
 
-    stride = 1.0
+    Args:
+        n: n >= 1.
+    """
 
-    def __init__(self, k: int) -> None:
-        if k < 1:
-            raise ValueError(f"every >= 1 must hold, but every={k}.")
-        self.k = k
+    step_scale = 1.0
 
-    def next_is_hyper(self, calls: int, hyper: bool, busy: bool = False) -> bool:
-        return (calls + 1) % self.k == 0
+    def __init__(self, n: int) -> None:
+        self.n = whole("n", n)
+
+    def begin(self, total_steps: int | None) -> None:
+        pass
+
+    def next_is_hyper(self, steps: int, hyper: bool, busy: bool = False) -> bool:
+        return (steps + 1) % self.n == 0
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -55,23 +63,31 @@ class Every:
         pass
 
 
-class Early:
-    """One hyper-step for `per` calls of a run, most of them early: the n-th of N after (n / N)^2 of the run.
+class FrontLoaded:
+    """One hyper-step for `per` optimiser steps, most of them early: the n-th of N after (n / N)^2 of the run.
+
+    Where the length of the run is not known, at each `per`-th step.
 
     Args:
-        total: calls in the whole run.
-        per: calls to a hyper-step, on the whole.
+        per: optimiser steps per hyper-step, over the whole run.
     """
 
-    stride = 1.0
+    step_scale = 1.0
 
-    def __init__(self, total: int, per: int = PER) -> None:
-        self._total, self._planned, self._taken = total, max(1, total // per), 0
+    def __init__(self, per: int = PER) -> None:
+        self.per = whole("per", per)
+        self._total: int | None = None
+        self._taken = 0
 
-    def next_is_hyper(self, calls: int, hyper: bool, busy: bool = False) -> bool:
+    def begin(self, total_steps: int | None) -> None:
+        self._total = total_steps
+
+    def next_is_hyper(self, steps: int, hyper: bool, busy: bool = False) -> bool:
         self._taken += hyper
-        due = (calls + 1) * self._planned**2 >= self._total * (self._taken + 1) ** 2
-        return due and calls > 0  # the first call shows how many there are to a step
+        if self._total is None:
+            return (steps + 1) % self.per == 0
+        planned = max(1, self._total // self.per)
+        return steps > 0 and (steps + 1) * planned**2 >= self._total * (self._taken + 1) ** 2
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self._taken}
@@ -80,20 +96,19 @@ class Early:
         self._taken = state["taken"]
 
 
-class Budget:
+class TimeBudget:
     """As often as tuning stays below a share of the time that training takes without it.
 
-    From the end of one `backward` to the end of the next is one training step of the user's loop, whatever is
-    in it. Plain steps are those in which the tuner did nothing, nor just before. What the others take
+    From the end of one optimiser step to the end of the next is one training step of the user's loop, whatever
+    is in it. Plain steps are those in which the tuner did nothing, nor just before. What the others take
     over the mean of the plain ones is the cost of tuning. The next hyper-step comes when share x (time
-    that training takes so far) pays for all of tuning so far and one hyper-step more. If the number of calls
-    is known, part of what the rest of the run will pay is spent early: share x time x sqrt(calls in the run /
-    calls so far). The first hyper-step is slow for reasons of its own: it comes at once, soon followed by a
+    that training takes so far) pays for all of tuning so far and one hyper-step more. If the number of steps
+    is known, part of what the rest of the run will pay is spent early: share x time x sqrt(steps in the run /
+    steps so far). The first hyper-step is slow for reasons of its own: it comes at once, soon followed by a
     second that shows what one costs, and what the first took beyond that is paid over the whole run.
 
     Args:
         share: of the training time, in (0, 1]; 0.05 allows 5 %.
-        total: calls in the whole run; None if not known.
         clock: seconds.
     """
 
@@ -106,21 +121,21 @@ class Budget:
     counts as a usual one."""
     AHEAD = 4.0
     """At most so many times the share is spent early."""
-    STRIDES = 0.5, 4.0
-    """The shortest and the longest stride."""
+    STEP_SCALES = 0.5, 4.0
+    """The shortest and the longest step scale."""
     REACH = 0.75
-    """Strides grow by this power of the calls to a hyper-step: with 1/2, fewer ones would wander as far,
+    """Strides grow by this power of the steps to a hyper-step: with 1/2, fewer ones would wander as far,
     with 1, go as far in one direction."""
     AFTERMATH = 1
     """So many steps after a hyper-step find caches that it has emptied, and are not plain."""
 
     def __init__(
-        self, share: float, total: int | None = None, clock: Callable[[], float] = time.perf_counter
+        self, share: float, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        if not 0 < share <= 1:
-            raise ValueError(f"0 < budget <= 1 must hold, but budget={share}.")
+        if isinstance(share, bool) or not 0 < share <= 1:
+            raise ValueError(f"0 < share <= 1 must hold, but share={share}.")
         self.share = share
-        self._total = total
+        self._total: int | None = None
         self._clock = clock
         self._last: float | None = None
         self._plain, self._hyper = _Mean(), _Mean()
@@ -129,25 +144,28 @@ class Budget:
         self._trained = 0.0
         self._tuned = 0.0
 
+    def begin(self, total_steps: int | None) -> None:
+        self._total = total_steps
+
     @property
     def spent(self) -> float:
         """Time of tuning so far over that of training without it."""
         return self._tuned / self._trained if self._trained else 0.0
 
     @property
-    def stride(self) -> float:
-        """(calls to a hyper-step / PER) ^ REACH"""
+    def step_scale(self) -> float:
+        """(steps to a hyper-step / PER) ^ REACH"""
         plain = self._plain.value
         if not self._hyper.count or not plain:
             return 1.0
-        shortest, longest = self.STRIDES
-        calls = (self._hyper.value - plain) / (self.share * plain)
-        return min(longest, max(shortest, math.pow(max(0.0, calls) / PER, self.REACH)))
+        shortest, longest = self.STEP_SCALES
+        steps = (self._hyper.value - plain) / (self.share * plain)
+        return min(longest, max(shortest, math.pow(max(0.0, steps) / PER, self.REACH)))
 
-    def next_is_hyper(self, calls: int, hyper: bool, busy: bool = False) -> bool:
+    def next_is_hyper(self, steps: int, hyper: bool, busy: bool = False) -> bool:
         now = self._clock()
         took, self._last = None if self._last is None else now - self._last, now
-        if took is None or calls <= self.WARM_UP:
+        if took is None or steps <= self.WARM_UP:
             return False
         self._since = 0 if hyper else self._since + 1
         alike = self._hyper if hyper else self._plain
@@ -163,14 +181,14 @@ class Budget:
         usual = took if plain else self._plain.value
         self._trained += usual
         self._tuned += took - usual
-        return self._can_pay(calls)
+        return self._can_pay(steps)
 
-    def _can_pay(self, calls: int) -> bool:
+    def _can_pay(self, steps: int) -> bool:
         if self._first is None:
             return True
         if not self._hyper.count:
             return self._since > self.AFTERMATH
-        early = math.sqrt(max(1.0, self._total / calls)) if self._total else 1.0
+        early = math.sqrt(max(1.0, self._total / steps)) if self._total else 1.0
         once = max(0.0, self._first - self._hyper.value)
         due = self._tuned - once * (1 - 1 / early) + self._hyper.value - self._plain.value
         return due <= self.share * self._trained * min(self.AHEAD, early)
@@ -202,10 +220,15 @@ class _Mean:
         self.value += (x - self.value) / self.count
 
 
-def pace_for(every: int | None, budget: float | None, total_steps: int | None) -> Pace:
-    """What the arguments of these names of `Tuner` ask for."""
-    if budget is not None:
-        return Budget(budget, total_steps)
-    if every is None and total_steps is not None:
-        return Early(total_steps)
-    return Every(PER if every is None else every)
+def whole(name: str, value: Any) -> int:
+    """`value` if it is a whole number of at least 1; raises `ValueError` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, but {name}={value!r}.")
+    return value
+
+
+def schedule_for(schedule: Schedule | int | None) -> Schedule:
+    """The schedule that an argument asks for; raises `ValueError` for a number that is no whole one."""
+    if schedule is None:
+        return FrontLoaded()
+    return Every(schedule) if isinstance(schedule, int | float) else schedule  # type: ignore[arg-type]

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from midflight.batches import EndlessBatches
-from midflight.binding import Bind, Binding
-from midflight.capture import evaluating, trained_parameters, with_tensors
 from midflight.errors import BindingError, UnsupportedOptimizer, UnsupportedParameter
 from midflight.hypergrad import Estimator, estimator_for
-from midflight.hypersteps import SignSteps, annealing
 from midflight.memory import keep_freed_memory
-from midflight.pacing import pace_for
-from midflight.problem import Step, gradient, is_reevaluating
+from midflight.problem import Step, gradient, recorded, require_reached
 from midflight.space import Space
 from midflight.trees import Tensors, detach, leaves
+from midflight.tuner.binding import Bind, Binding
+from midflight.tuner.data import EndlessBatches
+from midflight.tuner.hyper_optimizer import Move, SignSteps
+from midflight.tuner.live import evaluating, with_tensors
+from midflight.tuner.optimizers import trained_parameters
+from midflight.tuner.schedule import Schedule, schedule_for
 from midflight.updates import State, Update, Updates, read_options, rule_for
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -32,6 +33,8 @@ Loss = Callable[[nn.Module, Any], Tensor]
 class Population:
     """n trainings with their own weights, batches and hyperparameters; each as `Tuner` would have it.
 
+    The horizon is "step" (see `Tuner`), and `step` takes the training step as well.
+
     Args:
         n: members.
         build: space -> model; called once for each member, under its seed. All of its randomness in
@@ -39,15 +42,15 @@ class Population:
         space: what is tuned; every member begins at its values, or at `starts`.
         optimizer: parameters -> the torch optimiser whose step is taken, such as
             `partial(torch.optim.Adam, lr=1e-3)`.
-        loss: (model, batch of one member) -> training loss, a scalar.
-        validate: (model, batch of one member) -> validation loss, a scalar; in eval mode.
+        loss_fn: (model, batch of one member) -> training loss, a scalar.
+        valid_loss_fn: (model, batch of one member) -> validation loss, a scalar, in eval mode; `loss_fn` by default.
         valid_loader: validation batches whose tensors have n as their first dimension.
         starts: name -> n values to begin at.
         seeds: of the members' initial weights; 0 to n - 1 if left out.
         exploit: after every so many hyper-steps the worst fifth copies the best fifth: weights, optimiser
             state and hyperparameters, by the mean validation loss since the last time. Its own gradients then
             part them again. None: members never meet.
-        bind, every, estimator, total_steps, hyper_optimizer: as for `Tuner`.
+        bind, schedule, estimator, total_steps, hyper_optimizer: as for `Tuner`.
         compile: have torch.compile make one pass over memory of every training step, and of each of the two
             that a hyper-step adds, which are a dozen operations otherwise. Takes half a minute at first and a
             C++ compiler, on a GPU Triton; for Adam and AdamW, others stay as they are. torch compiles two
@@ -73,14 +76,14 @@ class Population:
         space: Space,
         optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
         *,
-        loss: Loss,
-        validate: Loss,
+        loss_fn: Loss,
         valid_loader: Iterable[Any],
+        valid_loss_fn: Loss | None = None,
         starts: Mapping[str, Sequence[Any]] | None = None,
         seeds: Sequence[int] | None = None,
         exploit: int | None = None,
-        bind: Bind = (),
-        every: int | None = None,
+        bind: Bind = None,
+        schedule: Schedule | int | None = None,
         estimator: str | Estimator = "one_step",
         total_steps: int | None = None,
         hyper_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = SignSteps,
@@ -93,7 +96,7 @@ class Population:
                     f"n >= 1 and n {what}, one per member, must hold; n={n}, {len(given)} given."
                 )
         self.n, self.space, self._build = n, space, build
-        self._loss, self._validate, self._exploit = loss, validate, exploit
+        self._loss, self._validate, self._exploit = loss_fn, valid_loss_fn or loss_fn, exploit
         models = [_seeded(build, space, seed) for seed in seeds]
         self._model = models[0]
         if any(True for _ in self._model.buffers()):
@@ -106,7 +109,7 @@ class Population:
             raise UnsupportedOptimizer(f"the optimiser must step elementwise, but {kind} does not.")
         if compile:
             self._rule = self._rule.compiled(next(self._model.parameters()).device)
-        self._bound = Binding(self.optimizer, space, bind).options
+        self._bound = Binding([self.optimizer], space, bind).options
         for name in self._bound:
             if space[name].spec.shape:
                 raise BindingError(f"a bound hyperparameter must be one number here, but {name} is not.")
@@ -126,17 +129,16 @@ class Population:
         self.raws: Tensors = self._start(starts or {})
         """Unit coordinates of the hyperparameters, name -> tensor of shape (n, ...)."""
         self._estimate = estimator_for(estimator)
-        if is_reevaluating(self._estimate):
+        if self._estimate.needs_train_loss or self._estimate.mixed not in (None, "double backward"):
             raise ValueError("the estimator must work on the recorded graph, such as one_step.")
         self._calls = 0
-        self.hyper_optimizer = hyper_optimizer(list(self.raws.values()))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.hyper_optimizer,
-            annealing(lambda: min(1.0, self._calls / total_steps) if total_steps else None),
+        self._move_raws = Move(
+            self.raws, hyper_optimizer, lambda: min(1.0, self._calls / total_steps) if total_steps else None
         )
-        self.pace = pace_for(every, None, total_steps)
+        self.schedule = schedule_for(schedule)
+        self.schedule.begin(total_steps)
         self._batches = EndlessBatches(valid_loader, "valid_loader")
-        self._moves, self._hyper = 0, self.pace.next_is_hyper(0, hyper=False)
+        self._moves, self._hyper = 0, self.schedule.next_is_hyper(0, hyper=False)
         self._seen: list[Tensor] = []
         keep_freed_memory(self.params.values())
 
@@ -161,23 +163,21 @@ class Population:
         grads = gradient(losses.sum(), params, create_graph=hyper)
         updates = self._updates(values)
         if hyper:
-            found = self._estimate(
-                Step(
-                    params=detach(params),
-                    grads=detach(grads),
-                    grads_with_graph={name: g for name, g in grads.items() if g.requires_grad},
-                    state=self.state,
-                    updates=updates,
-                    hparams=raws,
-                    values=values,
-                    valid_grad=self._valid_grad,
-                    members=self.n,
-                )
+            step = Step(
+                params=detach(params),
+                grads=detach(grads),
+                state=self.state,
+                updates=updates,
+                hparams=raws,
+                values=values,
+                mixed_partial=recorded(grads, raws),
+                members=self.n,
             )
+            found = require_reached(self._estimate(step, self._valid_grad(self._estimate.at(step))), raws)
         self._train(detach(grads), updates)
         if hyper:
             self._move(found)
-        self._hyper = self.pace.next_is_hyper(self._calls, hyper)
+        self._hyper = self.schedule.next_is_hyper(self._calls, hyper)
         return losses.detach()
 
     def losses(self, batch: Any) -> Tensor:
@@ -189,6 +189,11 @@ class Population:
         """`function` (model, batch of one member) -> scalar, of all members in eval mode, shape (n,)."""
         with evaluating(self._model):
             return self._losses(function, self.params, self.values, batch)
+
+    @property
+    def hyper_optimizer(self) -> torch.optim.Optimizer:
+        """What moves the raw coordinates."""
+        return self._move_raws.optimizer
 
     @property
     def values(self) -> Tensors:
@@ -230,9 +235,8 @@ class Population:
                 "params": self.params,
                 "state": self.state,
                 "raws": detach(self.raws),
-                "hyper_optimizer": self.hyper_optimizer.state_dict(),
-                "schedule": self._schedule.state_dict(),
-                "pace": self.pace.state_dict(),
+                "move": self._move_raws.state_dict(),
+                "schedule": self.schedule.state_dict(),
                 "batches": self._batches.state_dict(),
                 "calls": self._calls,
                 "moves": self._moves,
@@ -248,9 +252,8 @@ class Population:
         with torch.no_grad():
             for name, raw in self.raws.items():
                 raw.copy_(state["raws"][name])
-        self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        self.pace.load_state_dict(state["pace"])
+        self._move_raws.load_state_dict(state["move"])
+        self.schedule.load_state_dict(state["schedule"])
         self._batches.load_state_dict(state["batches"])
         self._calls, self._moves, self._hyper = state["calls"], state["moves"], state["hyper"]
 
@@ -262,8 +265,8 @@ class Population:
         result: Tensor = torch.func.vmap(of_one, randomness="different")(params, values, batch)
         return result
 
-    def _valid_grad(self, where: Callable[[], Tensors]) -> Tensors:
-        params = leaves(where())
+    def _valid_grad(self, at: Tensors) -> Tensors:
+        params = leaves(at)
         with evaluating(self._model):
             losses = self._losses(self._validate, params, detach(self.values), next(self._batches))
         self._seen.append(losses.detach())
@@ -292,13 +295,8 @@ class Population:
 
     @torch.no_grad()
     def _move(self, hypergradients: Tensors) -> None:
-        for name, raw in self.raws.items():
-            raw.grad = hypergradients[name].nan_to_num(0.0, 0.0, 0.0)  # a member that diverged stays
-        self.hyper_optimizer.step()
-        self.hyper_optimizer.zero_grad()
-        self._schedule.step()
-        for raw in self.raws.values():
-            raw.clamp_(0, 1)
+        # a member that diverged stays
+        self._move_raws({name: g.nan_to_num(0.0, 0.0, 0.0) for name, g in hypergradients.items()})
         self._moves += 1
         if self._exploit and self._moves % self._exploit == 0:
             self.exploit(torch.stack(self._seen).mean(0))

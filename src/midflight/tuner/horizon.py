@@ -12,7 +12,7 @@ Which of the two errs shows in C1 / C2, training over validation loss at the ave
 falls below a line from 1 at the start to MEMORISED at the end of the run. The average moves slowly, so
 that at caution 0 the v of the last few hyper-steps are averaged too, which saves validation data. Towards the
 end of a run it is shortened: little is left to judge then, and as the weights that a run ends with, a long
-average lags behind. docs/LOG.md has what was measured on the way to this.
+average lags behind.
 
 This is for what regularises. Options that say how a step is taken, such as the learning rate, pay or
 cost at once and are judged at theta', the weights after the step.
@@ -21,12 +21,12 @@ cost at once and are judged at theta', the weights after the step.
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from midflight.trees import Tensors, apart
+from midflight.trees import Tensors, unalias
 
 WINDOW = 0.1
 """The average reaches back over this share of the steps so far."""
@@ -48,13 +48,102 @@ MOST = 3.0
 """The most caution there is; the sign of a weak hypergradient needs more than 1 to come through."""
 
 
-class Foresight:
-    """The averaged weights, and how far judgement leans from them to the weights themselves.
+class Horizon(Protocol):
+    """How far the validation loss looks ahead."""
+
+    looks: bool
+    """Whether `observe` wants the losses at `average` at each hyper-step."""
+    at_average: bool
+    """Whether `place` is the average now."""
+    calm: float
+    """1 where signs of hypergradients can be averaged, 0 where each counts."""
+
+    def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None) -> bool:
+        """The weights after this many optimiser steps; returns whether that took time."""
+
+    def place(self, where: Callable[[], Tensors]) -> Tensors:
+        """Where v is taken instead of at the weights that `where` gives."""
+
+    def smoothed(self, v: Tensors) -> Tensors:
+        """What becomes of v; its memory may be used."""
+
+    def average(self) -> Tensors:
+        """Weights at which C1 and C2 are compared; not to be changed."""
+
+    def observe(
+        self, train_loss: float, valid_loss: float, progress: float | None, buffers: Mapping[str, Tensor]
+    ) -> None:
+        """C1 and C2 at the average."""
+
+    def candidates(self) -> dict[str, Tensors]:
+        """What the run could end with beside its last weights."""
+
+    def forget(self) -> None:
+        """The weights have jumped."""
+
+    def forget_v(self) -> None:
+        """The last v was not finite: do not average with it."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class NextStep:
+    """Judge each step by the validation loss right after it.
+
+    Exact for the moment, and blind to the rest of the run: it over-regularises where data are many and training is
+    short.
+    """
+
+    looks = False
+    at_average = False
+    calm = 1.0
+
+    def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None) -> bool:
+        return False
+
+    def place(self, where: Callable[[], Tensors]) -> Tensors:
+        return where()
+
+    def smoothed(self, v: Tensors) -> Tensors:
+        return v
+
+    def average(self) -> Tensors:
+        return {}
+
+    def observe(
+        self, train_loss: float, valid_loss: float, progress: float | None, buffers: Mapping[str, Tensor]
+    ) -> None:
+        pass
+
+    def candidates(self) -> dict[str, Tensors]:
+        return {}
+
+    def forget(self) -> None:
+        pass
+
+    def forget_v(self) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class Averaged:
+    """Judge each step for the run: at the averaged weights, leaning to the weights themselves with caution.
+
+    Holds up to three copies of the weights: the average, the best average, and v of the last hyper-steps.
 
     Attributes:
         caution: in [0, MOST]; 0 judges at the average, 1 at the weights.
         best: weights and buffers where the validation loss at the average was least; empty before.
     """
+
+    looks = True
 
     def __init__(self) -> None:
         self.caution = 0.0
@@ -87,10 +176,10 @@ class Foresight:
         # halves would not add up
         now = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for n, p in params.items()}
         self._dtypes = {name: p.dtype for name, p in params.items()}
-        if self._average:
-            torch._foreach_lerp_([self._average[name] for name in now], list(now.values()), share)
-        else:
-            self._average = {name: p.clone() for name, p in now.items()}
+        known = [name for name in now if name in self._average]
+        if known:
+            torch._foreach_lerp_([self._average[name] for name in known], [now[name] for name in known], share)
+        self._average |= {name: p.clone() for name, p in now.items() if name not in self._average}
         return True
 
     def average(self) -> Tensors:
@@ -135,27 +224,34 @@ class Foresight:
             self.best = {n: t.clone() for n, t in {**self.average(), **(buffers or {})}.items()}
 
     @property
+    def at_average(self) -> bool:
+        """Without caution the average itself is the place."""
+        return self.caution == 0
+
+    @property
     def calm(self) -> float:
         """1 without caution, 0 from a caution of 1 on."""
         return max(0.0, 1 - self.caution)
 
     @torch.no_grad()
-    def judged(self, where: Callable[[], Tensors]) -> Tensors:
-        """Where v is taken instead of at the weights that `where` gives; not asked at caution 0."""
+    def place(self, where: Callable[[], Tensors]) -> Tensors:
+        """The average, or with caution between it and the weights that `where` gives, or beyond them."""
         if self.caution == 0:
             return self.average()
-        return {
-            name: self._average[name].lerp(p.to(self._average[name]), self.caution).to(p)
-            for name, p in where().items()
+        found = where()
+        known = [name for name in found if name in self._average]
+        return found | {
+            name: self._average[name].lerp(found[name].to(self._average[name]), self.caution).to(found[name])
+            for name in known
         }
 
     @torch.no_grad()
-    def steadied(self, v: Tensors) -> Tensors:
+    def smoothed(self, v: Tensors) -> Tensors:
         """v averaged with the earlier ones, which count less the more caution there is, and not from 1 on.
 
-        The average takes the place of v in its memory, for whoever uses it up; Foresight keeps its own.
+        The average takes the place of v in its memory; this object keeps its own.
         """
-        v = apart(v)
+        v = unalias(v)
         self._weight *= STEADY * self.calm
         self._weight += 1
         if self._v.keys() != v.keys():
@@ -164,6 +260,10 @@ class Foresight:
             torch._foreach_lerp_([self._v[name] for name in v], list(v.values()), 1 / self._weight)
             torch._foreach_copy_(list(v.values()), [self._v[name] for name in v])
         return v
+
+    def candidates(self) -> dict[str, Tensors]:
+        """The average now, and where the validation loss was least on the way."""
+        return {"average": self.average(), "earlier": self.best} if self.best else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume."""

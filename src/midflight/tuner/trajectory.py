@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
-from midflight.binding import Bind, Binding
 from midflight.space import Space
 from midflight.trees import Tensors
+from midflight.tuner.binding import Bind, Binding
+from midflight.tuner.hooks import StepHooks
+from midflight.tuner.optimizers import Optimizers, unwrapped
+from midflight.tuner.schedule import whole
 
 MOST_POINTS = 1000
 """A longer trajectory is thinned: every other point is dropped."""
@@ -20,25 +23,25 @@ class Trajectory:
     """The raw coordinates of a space over the training steps of a run."""
 
     def __init__(self) -> None:
-        self._calls: list[int] = []
+        self._steps: list[int] = []
         self._raws: list[Tensors] = []
         self._stride = 1
         self._seen = 0
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return len(self._steps)
 
     @torch.no_grad()
-    def record(self, calls: int, space: Space) -> None:
-        """The values from here on, `calls` training steps into the run."""
+    def record(self, steps: int, space: Space) -> None:
+        """The values from here on, `steps` optimiser steps into the run."""
         self._seen += 1
         if (self._seen - 1) % self._stride:
             return
-        self._calls.append(calls)
+        self._steps.append(steps)
         self._raws.append({name: raw.detach().to("cpu", copy=True) for name, raw in space.raws.items()})
         entries = sum(raw.numel() for raw in self._raws[0].values())
         if len(self) > max(2, min(MOST_POINTS, MOST_ENTRIES // entries)):
-            self._calls, self._raws = self._calls[::2], self._raws[::2]
+            self._steps, self._raws = self._steps[::2], self._raws[::2]
             self._stride *= 2
 
     def at(self, share: float) -> Tensors:
@@ -47,21 +50,21 @@ class Trajectory:
         Raises:
             ValueError: nothing was recorded, or the share is outside [0, 1].
         """
-        if not self._calls:
+        if not self._steps:
             raise ValueError("a trajectory must hold at least one record to be followed, but it is empty.")
         if not 0 <= share <= 1:
             raise ValueError(f"0 <= share <= 1 must hold, but share={share}.")
-        calls = share * self._calls[-1]
-        after = bisect_left(self._calls, calls)
+        steps = share * self._steps[-1]
+        after = bisect_left(self._steps, steps)
         before = max(0, after - 1)
-        gap = self._calls[after] - self._calls[before]
-        part = (calls - self._calls[before]) / gap if gap else 0.0
+        gap = self._steps[after] - self._steps[before]
+        part = (steps - self._steps[before]) / gap if gap else 0.0
         return {name: raw.lerp(self._raws[after][name], part) for name, raw in self._raws[before].items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to follow it later, or to go on recording."""
         return {
-            "calls": list(self._calls),
+            "steps": list(self._steps),
             "raws": list(self._raws),
             "stride": self._stride,
             "seen": self._seen,
@@ -69,7 +72,7 @@ class Trajectory:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        self._calls, self._raws = list(state["calls"]), list(state["raws"])
+        self._steps, self._raws = list(state["steps"]), list(state["raws"])
         self._stride, self._seen = state["stride"], state["seen"]
 
 
@@ -78,7 +81,7 @@ class Replay:
 
     Source: Luketina et al. 2016, section 4, retrain with T2 once the hyperparameters are found.
 
-    Build it where the tuner stood; it moves the space after each `optimizer.step()`.
+    Build it where the tuner stood. It moves the space after each `optimizer.step()`, and the loop stays as it is.
 
     Args:
         trajectory: `tuner.trajectory`.
@@ -97,38 +100,47 @@ class Replay:
         self,
         trajectory: Trajectory,
         space: Space,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         *,
-        bind: Bind = (),
+        bind: Bind = None,
         total_steps: int,
     ) -> None:
-        if total_steps < 1:
-            raise ValueError(f"total_steps >= 1 must hold, but total_steps={total_steps}.")
-        self._trajectory, self._space, self._total = trajectory, space, total_steps
-        self._binding = Binding(optimizer, space, bind)
+        self._trajectory, self._space, self._total = trajectory, space, whole("total_steps", total_steps)
+        optimizers = unwrapped(optimizer)
+        self._binding = Binding(optimizers, space, bind)
         self._steps = 0
         self._space.requires_grad_(False)
         self._move()
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._step())
+        self._hooks = StepHooks(optimizers, lambda o, _: self._binding.write(o), self._after_step)
 
     def detach(self) -> None:
-        """Stop following; the space keeps its values."""
-        self._hook.remove()
+        """Stop following; the space and the optimiser keep their values."""
+        self._hooks.remove()
+        self._binding.detach()
+        self._binding.settle()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume."""
-        return {"steps": self._steps, "trajectory": self._trajectory.state_dict()}
+        return {
+            "steps": self._steps,
+            "trajectory": self._trajectory.state_dict(),
+            "binding": self._binding.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict`."""
         self._steps = state["steps"]
         self._trajectory.load_state_dict(state["trajectory"])
+        self._binding.load_state_dict(state["binding"])
         self._move()
 
-    def _step(self) -> None:
-        self._steps += 1
-        self._move()
+    def _after_step(self, _: torch.optim.Optimizer, last: bool) -> None:
+        self._binding.restore()
+        if last:
+            self._steps += 1
+            self._move()
 
+    @torch.no_grad()
     def _move(self) -> None:
-        self._space.load_state_dict({"raw": self._trajectory.at(min(1.0, self._steps / self._total))})
-        self._binding.write()
+        for name, raw in self._trajectory.at(min(1.0, self._steps / self._total)).items():
+            self._space[name].raw.copy_(raw)

@@ -1,0 +1,26 @@
+"""The tuner in the user's loop, one file per policy."""
+
+from midflight.tuner.horizon import Averaged, NextStep
+from midflight.tuner.hyper_optimizer import SignSteps
+from midflight.tuner.optimizers import param_groups
+from midflight.tuner.population import Population, stacked
+from midflight.tuner.rotation import Rotation
+from midflight.tuner.schedule import Every, FrontLoaded, TimeBudget
+from midflight.tuner.trajectory import Replay, Trajectory
+from midflight.tuner.tuner import Tuner
+
+__all__ = [
+    "Averaged",
+    "Every",
+    "FrontLoaded",
+    "NextStep",
+    "Population",
+    "Replay",
+    "Rotation",
+    "SignSteps",
+    "TimeBudget",
+    "Trajectory",
+    "Tuner",
+    "param_groups",
+    "stacked",
+]

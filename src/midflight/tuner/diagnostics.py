@@ -1,0 +1,88 @@
+"""What a tuner noticed about a run, in sentences."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from statistics import fmean, variance
+from typing import Any
+
+from torch import Tensor
+
+from midflight.space import Space
+
+PINNED = 0.25
+"""A hyperparameter that stood at its bound for the last quarter of the hyper-steps is reported."""
+SIGNIFICANT = 3.0
+"""Standard errors by which the loss on a third split must exceed that on T2 to be reported."""
+
+
+
+class Bounds:
+    """How long every entry of a hyperparameter has been at one of its bounds."""
+
+    def __init__(self) -> None:
+        self._moves = 0
+        self._inside: dict[str, int] = {}  # the last move after which an entry was inside
+
+    def observe(self, space: Space) -> None:
+        """After each move."""
+        self._moves += 1
+        for name, raw in space.raws.items():
+            if bool(((raw > 0) & (raw < 1)).any()):
+                self._inside[name] = self._moves
+
+    def report(self, space: Space) -> list[str]:
+        """One sentence per hyperparameter that has been pinned for long."""
+        found = []
+        for name, raw in space.raws.items():
+            long = self._moves - self._inside.get(name, 0)
+            if long > max(10, PINNED * self._moves):
+                spec = space[name].spec
+                sides = ("lower", raw <= 0, spec.low), ("upper", raw >= 1, spec.high)
+                where = " and ".join(
+                    f"its {side} bound {bound:g}" + ("" if at.all() else f" ({int(at.sum())} entries)")
+                    for side, at, bound in sides
+                    if at.any()
+                )
+                found.append(
+                    f"{name} stood at {where} for the last {long} of {self._moves} hyper-steps; "
+                    "widen its range if a better value may lie beyond."
+                )
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"moves": self._moves, "inside": dict(self._inside)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._moves, self._inside = state["moves"], dict(state["inside"])
+
+
+def overfitted(loss: Callable[[Any], Tensor], tuned_on: Iterable[Any], third: Iterable[Any]) -> list[str]:
+    """A sentence if the loss on T2 is lower than on data that neither trained nor tuned, beyond chance.
+
+    Weights have seen neither split, so without tuning the two losses are alike; Welch's test on the
+    losses of the batches, one-sided, at SIGNIFICANT standard errors.
+
+    Args:
+        loss: batch -> its mean loss.
+        tuned_on: the batches of T2, at least two, of about the same size.
+        third: batches of a third split of the same kind, at least two.
+
+    Raises:
+        ValueError: one of them has fewer than two batches.
+    """
+    both = [[float(loss(batch)) for batch in batches] for batches in (tuned_on, third)]
+    for name, values in zip(("T2", "the third split"), both, strict=True):
+        if len(values) < 2:
+            raise ValueError(
+                f"{name} must have at least 2 batches to compare the two, but has {len(values)}; "
+                "use smaller batches."
+            )
+    t2, t3 = map(fmean, both)
+    error = math.sqrt(sum(variance(values) / len(values) for values in both))
+    if t3 - t2 <= SIGNIFICANT * error:
+        return []
+    return [
+        f"T2 is overfitted: its loss is {t2:.4g}, that of the third split {t3:.4g}, "
+        f"{(t3 - t2) / error if error else math.inf:.1f} standard errors apart; "
+        "tune fewer hyperparameters, or on more validation data."
+    ]

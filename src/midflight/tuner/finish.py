@@ -1,0 +1,61 @@
+"""Which of the weights that a run has to offer is best."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from midflight.trees import Tensors
+from midflight.tuner.data import examples_of
+from midflight.tuner.hyperstep import HyperStep
+from midflight.tuner.live import weights_at
+
+
+@torch.no_grad()
+def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str, float]:
+    """Give the model the weights and buffers with the least validation loss.
+
+    Each candidate goes through T2 in the same order. A batch counts by its examples. Batches on which a
+    candidate's loss is not finite while another's is finite count against it; those that are bad for all are left
+    out.
+
+    Args:
+        hyperstep: of the run.
+        candidates: name -> weights and buffers; the last ones are "last".
+
+    Returns:
+        name -> validation loss, the best first.
+    """
+    live = hyperstep.live
+    tensors = {**dict(live.model.named_buffers()), **hyperstep.params()}
+    found: dict[str, list[tuple[float, int]]] = {}
+    batches = None if hyperstep.t2.repeats else list(hyperstep.t2.whole_pass())
+    with hyperstep.randomness.borrowed():
+        states = hyperstep.randomness.snapshot()
+    for name, at in {"last": {}, **candidates}.items():
+        with live.borrowed(), torch.no_grad(), weights_at(tensors, at):
+            hyperstep.randomness.rewind(states)
+            stream = hyperstep.t2.whole_pass() if batches is None else batches
+            found[name] = [
+                (float(live.valid_loss(hyperstep.valid_loss, batch)), examples_of(batch) or 1)
+                for batch in stream
+            ]
+    losses = _means(found)
+    ranked = dict(sorted(losses.items(), key=lambda item: (math.isnan(item[1]), item[1])))
+    best = next(iter(ranked))
+    for name, value in candidates.get(best, {}).items():
+        tensors[name].copy_(value)
+    return ranked
+
+
+def _means(found: Mapping[str, list[tuple[float, int]]]) -> dict[str, float]:
+    """The mean over the examples of the batches that are finite for at least one candidate."""
+    columns: list[Any] = list(zip(*found.values(), strict=False))
+    kept = [n for n, column in enumerate(columns) if any(math.isfinite(loss) for loss, _ in column)]
+    means = {}
+    for name, losses in found.items():
+        chosen = [losses[n] for n in kept]
+        total = sum(size for _, size in chosen)
+        means[name] = sum(loss * size for loss, size in chosen) / total if total else math.nan
+    return means

@@ -1,0 +1,276 @@
+"""What happens to the gradient between `backward` and `step`, and its Jacobian.
+
+Loops scale, clip and average gradients there. At a hyper-step the gradient as `backward` left it, r, is compared
+with the one that the optimiser gets, g, in a few entries of each weight:
+
+    g = r                               nothing happened                J = 1
+    g = a r, a always the same          a constant factor               J = 1, or a where it differs by weight
+    g = a r, |g| always the same        clipped by norm                 J = (c / |r|) (1 - u u^T),  u = r / |r|
+    |g| cut off at one number           clipped by value                J = 1 where |g| is below it, else 0
+
+A loss scale that a `GradScaler` applied is taken out of r first. What fits none of these is refused.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midflight.errors import UnknownGradient
+from midflight.trees import Tensors
+
+EPSILON = 1e-6
+"""torch clips by c / (|r| + EPSILON)."""
+SAME, SAME_NORM = 1e-4, 1e-3
+"""Relative differences of factors and norms that count as none: roundings of half precision aside."""
+SAMPLED = 16
+"""Entries of a weight that are compared, beside its largest."""
+
+
+@dataclass
+class _Seen:
+    """A gradient as `backward` left it: its largest entry and some others."""
+
+    largest: Tensor
+    entries: Tensor
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """The Jacobian of clipping as a linear map, by weight.
+
+    Attributes:
+        norms: (u of the weights clipped together, the factor they got, 1 - EPSILON / |r| or so).
+        limit: entries of this size were cut off; None if none were.
+        grads: as the optimiser gets them.
+        factors: constant factors by weight.
+    """
+
+    norms: list[tuple[Tensors, float, float]] = field(default_factory=list)
+    limit: float | None = None
+    grads: Tensors = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def __call__(self, w: Tensors) -> Tensors:
+        """J^T w, for the weights of w and for those clipped together with them."""
+        found = dict(w)
+        for name, factor in self.factors.items():
+            if name in found:
+                found[name] = factor * found[name]
+        if self.limit is not None:
+            for name in w:
+                found[name] = torch.where(self.grads[name].abs() < self.limit, w[name], 0)
+        for unit, factor, share in self.norms:
+            along = sum(float((w[name] * u).sum()) for name, u in unit.items() if name in w)
+            for name, u in unit.items():
+                found[name] = factor * (w.get(name, 0) - share * along * u)
+        return found
+
+
+class ReceivedGradient:
+    """Watches `backward` before a hyper-step and tells what happened to its gradient since.
+
+    Args:
+        max_grad_norm: the norm to which the loop clips, if it does; None finds out at the second time.
+    """
+
+    def __init__(self, max_grad_norm: float | None = None) -> None:
+        self._max_norm = max_grad_norm
+        self._seen: dict[str, _Seen] = {}
+        self._passes: dict[str, int] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._norms: dict[frozenset[str], float] = {}
+        self._factors: dict[frozenset[str], list[tuple[float, float]]] = {}
+
+    def watch(self, params: Mapping[str, Tensor]) -> None:
+        """From now on note what `backward` leaves in `.grad`."""
+        self.rest()
+        for name, p in params.items():
+            if p.requires_grad:
+                self._hooks.append(p.register_post_accumulate_grad_hook(self._note(name)))
+
+    def rest(self) -> None:
+        """Note nothing more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._seen, self._passes = [], {}, {}
+
+    def _note(self, name: str) -> Callable[[Tensor], None]:
+        def hook(p: Tensor) -> None:
+            grad = p.grad
+            if grad is not None and not grad.is_sparse and grad.numel():
+                self._seen[name] = _Seen(grad.abs().amax(), _sample(grad).clone())
+                self._passes[name] = self._passes.get(name, 0) + 1
+
+        return hook
+
+    @torch.no_grad()
+    def jacobian(self, grads: Tensors) -> Clipped | None:
+        """What happened since `backward`, as a map w -> J^T w; None if nothing did.
+
+        Args:
+            grads: of all weights that have one, as the optimisers get them, without loss scale.
+
+        Raises:
+            UnknownGradient: it fits nothing known, or is not known yet.
+        """
+        seen = {name: s for name, s in self._seen.items() if name in grads}
+        passes = max(self._passes.values(), default=1)
+        self.rest()
+        if not seen:
+            return self._unseen(grads)
+        scale = loss_scale()
+        ratios = _ratios(seen, {name: grads[name] for name in seen}, scale)
+        tolerance = {name: _tolerance(grads[name]) for name in seen}
+        limit = _limit(ratios, tolerance)
+        if limit is not None:
+            return Clipped(limit=limit, grads=grads)
+        groups = _together(ratios, tolerance)
+        return self._of_groups(groups, grads, passes)
+
+    def _unseen(self, grads: Tensors) -> Clipped | None:
+        """Without a look at `backward`, such as at the first step of a run that was resumed within one."""
+        if self._max_norm is not None and _norm(grads) >= self._max_norm * (1 - 1e-3):
+            raise UnknownGradient("the gradient was clipped, but `backward` was not seen.")
+        return None
+
+    def _of_groups(
+        self, groups: list[tuple[float, list[str]]], grads: Tensors, passes: int
+    ) -> Clipped | None:
+        norms: list[tuple[Tensors, float, float]] = []
+        factors: dict[str, float] = {}
+        for ratio, names in groups:
+            if abs(ratio - 1) <= max(_tolerance(grads[name]) for name in names):
+                continue
+            together = {name: grads[name] for name in names}
+            size = _norm(together)
+            if self._is_clipped(frozenset(names), ratio, size, passes):
+                unit = {name: g / size for name, g in together.items()}
+                norms.append((unit, ratio, size / (size + EPSILON * ratio)))
+            elif abs(ratio * passes - 1) >= SAME:
+                factors |= dict.fromkeys(names, ratio)
+        return Clipped(norms=norms, factors=factors) if norms or factors else None
+
+    def _is_clipped(self, names: frozenset[str], ratio: float, size: float, passes: int) -> bool:
+        """Whether these weights got their common factor by clipping rather than by a constant."""
+        if any(abs(size / norm - 1) < SAME_NORM for norm in (self._max_norm, self._norms.get(names)) if norm):
+            return True
+        if abs(ratio * passes - 1) < SAME:  # the mean of what accumulation summed up
+            return False
+        known = self._factors.setdefault(names, [])
+        known.append((ratio, size))
+        if len(known) == 1:
+            raise UnknownGradient(
+                f"the gradient was multiplied by {ratio:.4g} between backward and step; whether it is clipped "
+                "shows at the next hyper-step, or pass max_grad_norm=."
+            )
+        same_ratio = all(abs(r / ratio - 1) < SAME for r, _ in known)
+        same_size = all(abs(s / size - 1) < SAME for _, s in known)
+        if same_size and not same_ratio:
+            self._norms[names] = size
+            return True
+        if same_ratio:
+            if not same_size:
+                return False
+            raise UnknownGradient("the gradient stays the same, so that clipping and scaling look alike.")
+        del known[:-1]
+        raise UnknownGradient(
+            f"the gradient must be left alone between backward and step, clipped, or multiplied by one number, "
+            f"but it was multiplied by {ratio:.4g} to a norm of {size:.4g}, and otherwise before; pass "
+            "max_grad_norm= if it is clipped."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned about the loop."""
+        return {"norms": dict(self._norms), "factors": {k: list(v) for k, v in self._factors.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from `state_dict`."""
+        self._norms = dict(state["norms"])
+        self._factors = {k: list(v) for k, v in state["factors"].items()}
+
+
+def loss_scale() -> float:
+    """The scale of the `GradScaler` that is calling `step` now; 1 without one."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.amp.GradScaler):
+            return float(caller.get_scale())
+        frame = frame.f_back  # type: ignore[assignment]
+    return 1.0
+
+
+def _sample(grad: Tensor) -> Tensor:
+    flat = grad.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
+
+
+def _ratios(
+    seen: Mapping[str, _Seen], grads: Tensors, scale: float
+) -> dict[str, tuple[float, float, float, float]]:
+    """Weight -> (least, greatest factor of the sampled entries, factor of the largest one, largest now)."""
+    found = {}
+    for name, s in seen.items():
+        before = torch.cat([s.entries.reshape(-1), s.largest.reshape(1)]).double() / scale
+        after = torch.cat([_sample(grads[name]), grads[name].abs().amax().reshape(1)]).double()
+        used = before != 0
+        if bool(used.any()):
+            ratios = (after[used] / before[used]).tolist()
+            largest = float(after[-1] / before[-1])
+            found[name] = min(ratios), max(ratios), largest, float(after[-1])
+    return found
+
+
+def _tolerance(grad: Tensor) -> float:
+    """A few roundings of its type; a scale and a clip round once each."""
+    return 16 * torch.finfo(grad.dtype).eps
+
+
+def _limit(
+    ratios: Mapping[str, tuple[float, float, float, float]], tolerance: Mapping[str, float]
+) -> float | None:
+    """The number at which entries were cut off; None if none were."""
+    cut = {name for name, (_, _, largest, _) in ratios.items() if largest < 1 - tolerance[name]}
+    rest = [ratios[name] + (tolerance[name],) for name in ratios if name not in cut]
+    if not cut or any(abs(ratio - 1) > far for *some, _, far in rest for ratio in some):
+        return None
+    limits = [ratios[name][3] for name in cut]
+    if max(limits) - min(limits) > SAME * max(limits):
+        return None
+    uneven = any(_is_uneven(ratios[name], tolerance[name]) for name in cut)
+    factors = [ratios[name][2] for name in cut]
+    return min(limits) if uneven or max(factors) - min(factors) > SAME * max(factors) else None
+
+
+def _is_uneven(ratio: tuple[float, float, float, float], tolerance: float) -> bool:
+    least, greatest, *_ = ratio
+    return greatest - least > tolerance * max(abs(greatest), abs(least))
+
+
+def _together(
+    ratios: Mapping[str, tuple[float, float, float, float]], tolerance: Mapping[str, float]
+) -> list[tuple[float, list[str]]]:
+    """Weights with equal factors, as (factor, names)."""
+    groups: list[tuple[float, list[str]]] = []
+    for name, ratio in ratios.items():
+        if _is_uneven(ratio, tolerance[name]):
+            raise UnknownGradient(
+                f"the gradient must be left alone between backward and step, clipped, or multiplied by one "
+                f"number, but entries of {name} were multiplied by {ratio[0]:.4g} to {ratio[1]:.4g}."
+            )
+        factor = ratio[2]
+        for known, names in groups:
+            if abs(known - factor) <= tolerance[name] * abs(known):
+                names.append(name)
+                break
+        else:
+            groups.append((factor, [name]))
+    return groups
+
+
+def _norm(tensors: Tensors) -> float:
+    return float(torch.stack([t.double().norm() for t in tensors.values()]).norm())

@@ -1,0 +1,63 @@
+"""The one seam: hooks of `optimizer.step`, where the gradient is final."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Before = Callable[[torch.optim.Optimizer, bool], None]
+After = Callable[[torch.optim.Optimizer, bool], None]
+
+
+class StepHooks:
+    """Calls back before and after the steps of some optimisers that train one model in turns.
+
+    A `closure` is wrapped: the gradient is there once it has run.
+
+    Args:
+        optimizers: each steps once in a training step.
+        before: (optimizer, whether it is the first of them in this training step), with the final gradient.
+        after: (optimizer, whether it is the last), once its weights have moved.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], before: Before, after: After) -> None:
+        self._optimizers = list(optimizers)
+        self._before, self._after = before, after
+        self._stepped: set[int] = set()
+        self._pre = {id(o): o.register_step_pre_hook(self._on_step) for o in self._optimizers}
+        self._post = {id(o): o.register_step_post_hook(self._on_stepped) for o in self._optimizers}
+
+    def remove(self) -> None:
+        """Call back no more."""
+        for hook in (*self._pre.values(), *self._post.values()):
+            hook.remove()
+
+    def _on_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        args = args[1:] if args and args[0] is optimizer else args
+        closure = kwargs.get("closure", args[0] if args else None)
+        if closure is None:
+            self._begin(optimizer)
+            return None
+
+        def with_gradient() -> Any:
+            loss = closure()
+            self._begin(optimizer)
+            return loss
+
+        return (optimizer,), {**kwargs, "closure": with_gradient}
+
+    def _begin(self, optimizer: torch.optim.Optimizer) -> None:
+        if id(optimizer) in self._stepped:  # again, before the others: a new training step
+            self._stepped.clear()
+        self._before(optimizer, not self._stepped)
+
+    def _on_stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._stepped.add(id(optimizer))
+        last = len(self._stepped) == len(self._optimizers)
+        if last:
+            self._stepped.clear()
+        self._after(optimizer, last)
+        # a user's own pre-hook, such as clipping, may have been added since: ours comes after it
+        optimizer._optimizer_step_pre_hooks.move_to_end(self._pre[id(optimizer)].id)

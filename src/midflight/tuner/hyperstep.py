@@ -1,0 +1,258 @@
+"""One hyper-step: from the live loop just before `optimizer.step` to the hypergradients.
+
+    received gradient  ->  place  ->  v = dC2/dtheta there  ->  estimator(step, v)  ->  hypergradients
+
+Data flows down this list. Nothing here moves anything.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from midflight.errors import UnsupportedOptimizer, UnsupportedParameter
+from midflight.hypergrad import Estimator
+from midflight.hypergrad.one_step import one_step
+from midflight.problem import Step
+from midflight.space import Space
+from midflight.trees import Tensors, detach
+from midflight.tuner.binding import Binding
+from midflight.tuner.data import EndlessBatches, require_many_passes
+from midflight.tuner.gradient import Clipped, ReceivedGradient
+from midflight.tuner.horizon import Horizon, NextStep
+from midflight.tuner.live import LiveModel, Loss, weights_at
+from midflight.tuner.mixed_partial import MixedPartial
+from midflight.tuner.optimizers import named_parameters, require_real
+from midflight.tuner.randomness import Randomness
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a hyper-step found.
+
+    Attributes:
+        hypergradients: name -> tensor shaped like the raw coordinate, of the hyperparameters that were reached.
+        valid_loss: C2 where v was taken; NaN counts as a failed look.
+        train_loss: C1 at the averaged weights; None if nobody asked.
+    """
+
+    hypergradients: Tensors
+    valid_loss: float
+    train_loss: float | None = None
+
+
+class HyperStep:
+    """Computes hypergradients of a live loop.
+
+    Args:
+        model, optimizers, space: what is trained, by whom, and what is tuned.
+        binding: which hyperparameters are options.
+        losses: training and validation loss, (model, batch) -> scalar.
+        loaders: of T1 and T2.
+        estimator: of the hypergradient.
+        horizon: where v is taken.
+        examples: of a T1 batch for the mixed partial.
+        max_grad_norm: see `ReceivedGradient`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        space: Space,
+        binding: Binding,
+        losses: tuple[Loss, Loss],
+        loaders: tuple[Iterable[Any], Iterable[Any]],
+        estimator: Estimator,
+        horizon: Horizon,
+        examples: int,
+        max_grad_norm: float | None,
+    ) -> None:
+        require_real(model, optimizers)
+        require_many_passes(loaders[0], "train_loader")
+        self._model, self._optimizers, self._space, self._binding = model, optimizers, space, binding
+        self._require_smooth()
+        self._estimator, self.horizon = estimator, horizon
+        self.randomness = Randomness([*loaders, *(loss for loss in losses)])
+        self.t1 = EndlessBatches(loaders[0], "train_loader", self.randomness)
+        self.t2 = EndlessBatches(loaders[1], "valid_loader", self.randomness)
+        own = {id(p) for p in model.parameters()}
+        others = [p for _, p, *_ in named_parameters(model, optimizers) if id(p) not in own]
+        self.live = LiveModel(model, self.randomness, others)
+        self.train_loss, self.valid_loss = losses
+        self.mixed = MixedPartial(
+            self.live, self.randomness, space, self.train_loss, examples, estimator.mixed
+        )
+        self.received = ReceivedGradient(max_grad_norm)
+        self._loss_reads = bool(binding.unbound)
+        self._said_standing = False
+
+    def params(self) -> Tensors:
+        """The weights of the optimisers, name -> live leaf."""
+        return {name: p for name, p, *_ in named_parameters(self._model, self._optimizers)}
+
+    def buffers(self) -> Tensors:
+        """The model's buffers, name -> live tensor."""
+        return dict(self._model.named_buffers())
+
+    def watch(self) -> None:
+        """A hyper-step comes with the next step: note the gradient that `backward` leaves."""
+        if self._loss_reads or self.mixed.way is None:
+            self.received.watch({**dict(self._model.named_parameters()), **self.params()})
+
+    def __call__(self) -> Look:
+        """The hypergradients of the step about to be taken; leaves no trace in the loop.
+
+        Raises:
+            UnknownGradient: it could not be told what happened to the gradient.
+        """
+        params = self.params()
+        grads = self._final_gradients(params)
+        everywhere = {**grads, **self._standing(params)}
+        clipped = self.received.jacobian(everywhere) if self._loss_reads else None
+        live = {**dict(self._model.named_parameters()), **params}
+        with self.live.borrowed():
+            flags = {name: p.requires_grad for name, p in params.items() if name in grads}
+            try:
+                self._space.requires_grad_(True)
+                for name in flags:  # a weight that was frozen in mid-run may still be moved by its optimiser
+                    params[name].requires_grad_(True)
+                return self._look(params, grads, clipped, live)
+            finally:
+                for name, flag in flags.items():
+                    params[name].requires_grad_(flag)
+                for raw in self._space.raws.values():
+                    raw.grad = None
+                self._space.requires_grad_(False)
+
+    def _look(
+        self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors
+    ) -> Look:
+        batch = next(self.t1)
+        step = self._step(params, grads, clipped, live, batch)
+        steering = self._binding.steering if self.horizon.looks else []
+        judged = [name for name in self._space if name not in steering]
+        c1 = self._loss_at_average(params, batch) if self.horizon.looks else None
+        c2, found = math.nan, {}
+        if judged:
+            here = replace(step, hparams={name: step.hparams[name] for name in judged})
+            place = self.horizon.place(lambda: self._estimator.at(here))
+            c2, v = self._valid_gradient(params, place, grads)
+            if not math.isfinite(c2):
+                return Look({}, c2, c1)
+            found = self._estimator(here, self.horizon.smoothed(v))
+        if steering:
+            here = replace(step, hparams={name: step.hparams[name] for name in steering}, mixed_partial=_none)
+            loss, v = self._valid_gradient(params, one_step.at(here), grads)
+            found, c2 = {**found, **one_step(here, v)}, c2 if judged else loss
+        if self.horizon.looks and not (judged and self.horizon.at_average):
+            c2 = self._loss_at_average(params, next(self.t2))
+        return Look(found, c2, c1)
+
+    def _step(
+        self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors, batch: Any
+    ) -> Step:
+        values = {name: self._space[name].value for name in self._space}
+        owners = {id(p): self._optimizers[o] for _, p, o, _ in named_parameters(self._model, self._optimizers)}
+        used = {name: params[name] for name in grads}
+
+        def mixed_partial(w: Tensors) -> Tensors:
+            trained = {name: p for name, p in live.items() if p.requires_grad}
+            return self.mixed(self.mixed.try_few(batch), trained, w) if self._loss_reads else {}
+
+        return Step(
+            params=detach(used),
+            grads=grads,
+            state={name: owners[id(p)].state.get(p, {}) for name, p in used.items()},
+            updates=self._binding.updates(used, values),
+            hparams=self._space.raws,
+            values=values,
+            mixed_partial=mixed_partial,
+            train_loss=self.mixed.train_loss(batch) if self._estimator.needs_train_loss else None,
+            clipped=clipped,
+        )
+
+    def _valid_gradient(self, params: Tensors, at: Tensors, grads: Tensors) -> tuple[float, Tensors]:
+        """C2 and its gradient at other weights, for the weights that are about to be moved."""
+        batch = next(self.t2)
+        targets = {name: params[name] for name in grads}
+        with weights_at(params, at):
+            loss, found = self.live.gradients(lambda: self.live.valid_loss(self.valid_loss, batch), targets)
+        return float(loss), {
+            name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()
+        }
+
+    @torch.no_grad()
+    def _loss_at_average(self, params: Tensors, batch: Any) -> float:
+        with weights_at(params, self.horizon.average()):
+            return float(self.live.valid_loss(self.valid_loss, batch))
+
+    def _final_gradients(self, params: Tensors) -> Tensors:
+        """What the optimisers are about to read, without the scale that a fused one takes out itself."""
+        found = {}
+        for name, p, o, _ in named_parameters(self._model, self._optimizers):
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise UnsupportedParameter(
+                    f"gradients must be dense, but that of {name} is sparse; "
+                    "build its embedding with sparse=False."
+                )
+            scale = getattr(self._optimizers[o], "grad_scale", None)
+            found[name] = p.grad.detach() if scale is None else p.grad.detach() / scale
+        return found
+
+    def _standing(self, params: Tensors) -> Tensors:
+        """Gradients of the model's weights that none of the optimisers moves."""
+        own = {id(p) for p in params.values()}
+        found = {
+            name: p.grad.detach()
+            for name, p in self._model.named_parameters()
+            if p.requires_grad and p.grad is not None and id(p) not in own and not p.grad.is_sparse
+        }
+        if found and not self._said_standing:
+            self._said_standing = True
+            warnings.warn(
+                f"{len(found)} weights of the model, such as {next(iter(found))}, are in no optimiser of the "
+                "tuner and count as standing still; pass all optimisers as a list.",
+                stacklevel=2,
+            )
+        return found
+
+    def _require_smooth(self) -> None:
+        for optimizer, rule in zip(self._optimizers, self._binding.rules, strict=True):
+            if not rule.differentiable and self._binding.unbound:
+                raise UnsupportedOptimizer(
+                    f"{type(optimizer).__name__} rounds its step to bfloat16, so that no hyperparameter of the loss "
+                    f"has a derivative; tune its own options only ({', '.join(sorted(rule.tunable))}), but the "
+                    f"space has {', '.join(self._binding.unbound)}."
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to resume."""
+        return {
+            "t1": self.t1.state_dict(),
+            "t2": self.t2.state_dict(),
+            "randomness": self.randomness.state_dict(),
+            "horizon": self.horizon.state_dict(),
+            "received": self.received.state_dict(),
+            "way": self.mixed.way,
+            "whole_batches": self.mixed.whole_batches,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from `state_dict`."""
+        self.t1.load_state_dict(state["t1"])
+        self.t2.load_state_dict(state["t2"])
+        self.randomness.load_state_dict(state["randomness"])
+        self.horizon.load_state_dict(state["horizon"])
+        self.received.load_state_dict(state["received"])
+        self.mixed.way, self.mixed.whole_batches = state["way"], state["whole_batches"]
+
+
+def _none(_: Tensors) -> Tensors:
+    return {}

@@ -1,0 +1,270 @@
+"""The user's live model, evaluated with other weights and left without a trace.
+
+Everything that the tuner computes on the model happens inside `LiveModel.borrowed`: whatever goes wrong there, in
+the user's functions or by Ctrl-C, weights, buffers, modes, gradients and random numbers are as they were.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from midflight.errors import InvalidLoss
+from midflight.trees import Tensors
+from midflight.tuner.randomness import Randomness
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> scalar."""
+
+
+class LiveModel:
+    """Evaluates a user's loss functions on a user's model.
+
+    Args:
+        model: the model being trained, compiled or not.
+        randomness: the tuner's own random numbers.
+        others: weights that are trained and not the model's.
+    """
+
+    def __init__(self, model: nn.Module, randomness: Randomness, others: Iterable[Tensor] = ()) -> None:
+        self.model = model
+        self._others = list(others)
+        self._by_backward = False
+        self._randomness = randomness
+        self._recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """For the length of a hyper-step: the model may be changed, and is put back."""
+        with ExitStack() as stack:
+            stack.enter_context(signals_wait())
+            stack.enter_context(self._randomness.borrowed())
+            stack.enter_context(preserved(self.model, self._others))
+            stack.enter_context(_uncompiled())
+            stack.enter_context(_no_autocast_cache())
+            stack.enter_context(torch.enable_grad())
+            if self._recurrent:  # cuDNN's recurrent layers know neither eval mode nor second derivatives
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            yield
+
+    def valid_loss(self, function: Loss, batch: Any) -> Tensor:
+        """`function(model, batch)` in eval mode."""
+        with evaluating(self.model):
+            return self._call(function, batch)
+
+    def train_loss(self, function: Loss, batch: Any) -> Tensor:
+        """`function(model, batch)` in the mode in which the model trains."""
+        return self._call(function, batch)
+
+    def gradients(self, loss: Callable[[], Tensor], at: Tensors) -> tuple[Tensor, Tensors]:
+        """The loss and its gradient at leaves, name -> tensor; without those that the loss does not reach.
+
+        Reentrant checkpointing knows `backward` only: there the leaves' `.grad` is used, which `borrowed` emptied.
+        """
+        value = loss()
+        if not self._by_backward:
+            try:
+                found = torch.autograd.grad(value, list(at.values()), allow_unused=True)
+                return value.detach(), {n: g for n, g in zip(at, found, strict=True) if g is not None}
+            except RuntimeError as error:
+                if "heckpoint" not in str(error):
+                    raise
+                self._by_backward, value = True, loss()
+        for leaf in at.values():
+            leaf.grad = None
+        value.backward()  # type: ignore[no-untyped-call]
+        grads = {name: leaf.grad for name, leaf in at.items() if leaf.grad is not None}
+        for leaf in at.values():
+            leaf.grad = None
+        return value.detach(), grads
+
+    def _call(self, function: Loss, batch: Any) -> Tensor:
+        torch.clear_autocast_cache()  # it may hold casts of other weights
+        return scalar_loss(function, function(self.model, batch))
+
+
+def scalar_loss(function: Loss, loss: Any) -> Tensor:
+    """`loss` if it is one number; raises `InvalidLoss` otherwise."""
+    name = getattr(function, "__name__", type(function).__name__)
+    if not isinstance(loss, Tensor):
+        raise InvalidLoss(f"{name} must return a scalar tensor, but returned {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise InvalidLoss(
+            f"{name} must return one loss, but returned a tensor of shape {tuple(loss.shape)}; average it over "
+            "the examples."
+        )
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise InvalidLoss(
+            f"{name} must return a loss with a gradient with respect to the weights, but it has none; remove "
+            "torch.no_grad(), .detach() or .item() from it."
+        )
+    return loss.reshape(())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, then each back in the mode it had."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def weights_at(params: Mapping[str, Tensor], at: Tensors) -> Iterator[None]:
+    """The parameters hold other values, then their own storage again, bit for bit.
+
+    The swap goes through `.data`: graphs recorded before stay valid, tied weights stay tied, and
+    a weight need not belong to the model.
+    """
+    before = {name: params[name].data for name in at}
+    try:
+        for name, value in at.items():
+            params[name].data = value
+        yield
+    finally:
+        for name, data in before.items():
+            params[name].data = data
+
+
+@contextmanager
+def preserved(model: nn.Module, others: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Attributes, buffers, gradients and `requires_grad` are put back, whatever happens.
+
+    Forward passes change copies of the buffers. Gradients begin at None, so that nothing is added to the user's.
+    """
+    tables = [(t, dict(t)) for m in model.modules() for t in (m.__dict__, m._buffers, m._parameters)]
+    buffers = [(b, b.data) for b in model.buffers()]
+    weights = {id(p): p for p in [*model.parameters(), *others]}.values()
+    params = [(p, p.grad, p.requires_grad) for p in weights]
+    try:
+        for b, data in buffers:
+            b.data = data.clone()
+        for p, *_ in params:
+            p.grad = None
+        yield
+    finally:
+        for table, entries in tables:
+            _put_back(table, entries)
+        for b, data in buffers:
+            b.data = data
+        for p, grad, requires_grad in params:
+            if p.requires_grad is not requires_grad:
+                p.requires_grad_(requires_grad)
+            p.grad = grad
+
+
+def _put_back(table: dict[str, Any], entries: dict[str, Any]) -> None:
+    if len(table) != len(entries) or any(table.get(key) is not value for key, value in entries.items()):
+        table.clear()
+        table.update(entries)
+
+
+def _uncompiled() -> Any:
+    """Compiled modules and functions run eagerly, where there are any: other shapes would compile them anew."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Autocast keeps casts of the weights by their identity, which stays as their values are exchanged."""
+    before = torch.is_autocast_cache_enabled()
+    try:
+        torch.set_autocast_cache_enabled(False)
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
+
+
+_WAITING = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
+
+
+IMPATIENT = 3
+"""So many signals of a kind, and the user does not want to wait for a function that hangs."""
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Signals with a Python handler, such as Ctrl-C, wait until the block is over; a third one does not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    handlers = {s: handler for s in _WAITING if callable(handler := signal.getsignal(s))}
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        came.append((number, frame))
+        if sum(number == n for n, _ in came) >= IMPATIENT:
+            handlers[signal.Signals(number)](number, frame)
+
+    try:
+        for number in handlers:
+            signal.signal(number, wait)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in came[:1]:
+            handlers[signal.Signals(number)](number, frame)
+
+
+class _LossModule(nn.Module):
+    """A user's loss function as a module, so that `functional_call` can give its model other weights."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self) -> Tensor:
+        return self._loss()
+
+
+def with_tensors(model: nn.Module, loss: Callable[[], Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+    """What the loss is while the model has other weights and buffers, differentiable in them.
+
+    Args:
+        tensors: by their names in the model; one that stands in several places is replaced in each.
+    """
+    places: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules(prefix="model"):  # each once, wherever else it stands
+        for named in (module.named_parameters, module.named_buffers):
+            for name, tensor in named(prefix, recurse=False, remove_duplicate=False):
+                places.setdefault(id(tensor), []).append(name)
+    known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    everywhere = {place: t for name, t in tensors.items() for place in places[id(known[name])]}
+    # torch's own way with tied weights takes those of a module under two names away from it for good
+    result: Tensor = torch.func.functional_call(_LossModule(model, loss), everywhere, (), tie_weights=False)
+    return result
+
+
+class RandomState:
+    """The random generators of torch as they are now, on the CPU and on the devices of the weights."""
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self.devices = sorted({p.device.index or 0 for p in params.values() if p.is_cuda})
+        self._cpu = torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Draw the same numbers again; afterwards the generators are where they were."""
+        with torch.random.fork_rng(devices=self.devices):
+            torch.set_rng_state(self._cpu)
+            for device, state in zip(self.devices, self._cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield

@@ -1,0 +1,202 @@
+"""How the training gradient depends on the hyperparameters, on a few examples of T1 and on the live model.
+
+    d/dlambda <w, g(theta, lambda)>
+
+Three ways give it; the first that works for the user's code is chosen at the first hyper-step:
+
+    forward mode        where the loss is linear in all that it reads of the space
+    double backward     with plain attention kernels, since fused ones are differentiable once only
+    difference          first derivatives at theta +- e w, for any code
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointError
+
+from midflight.errors import InvalidLoss, NotTwiceDifferentiable
+from midflight.graph import graph_leaves, require_twice_differentiable
+from midflight.hypergrad.mixed import is_linear, knows_forward_mode, mixed_partial_of, relative_epsilon
+from midflight.problem import double_backward
+from midflight.space import Space
+from midflight.trees import Tensors, detach, leaves, norm
+from midflight.tuner.data import first_examples
+from midflight.tuner.live import LiveModel, Loss, weights_at, with_tensors
+from midflight.tuner.randomness import Randomness
+
+DOUBLE_BACKWARD, FORWARD_MODE, DIFFERENCE = "double backward", "forward mode", "difference"
+
+
+class MixedPartial:
+    """Finds d/draw <w, g> on batches of T1; to be used inside `LiveModel.borrowed`.
+
+    Args:
+        live: the model.
+        randomness: the tuner's random numbers; each pass over one batch draws the same.
+        space: raw coordinates are differentiated with respect to.
+        loss_fn: (model, batch) -> training loss.
+        examples: how many of a batch are used.
+        way: one of the three; None chooses.
+
+    Attributes:
+        way: the one in use; None before the first hyper-step.
+        whole_batches: whether `loss_fn` does not work on a part of a batch.
+    """
+
+    def __init__(
+        self,
+        live: LiveModel,
+        randomness: Randomness,
+        space: Space,
+        loss_fn: Loss,
+        examples: int,
+        way: str | None = None,
+    ) -> None:
+        self._live, self._randomness, self._space, self._loss_fn = live, randomness, space, loss_fn
+        self._examples = examples
+        self._checked = False
+        self.way = way
+        self.whole_batches = False
+
+    def train_loss(self, batch: Any) -> Callable[[Tensors, Tensors], Tensor]:
+        """(weights, values) -> the loss on the batch, differentiable in both; the same random numbers each time."""
+        states = self._randomness.snapshot()
+        model = self._live.model
+        buffers = dict(model.named_buffers())
+
+        def loss(params: Tensors, values: Tensors) -> Tensor:
+            self._randomness.rewind(states)
+            copies = {name: b.clone() for name, b in buffers.items()}
+            with self._space.seeing(values):
+                return with_tensors(
+                    model, lambda: self._live.train_loss(self._loss_fn, batch), {**params, **copies}
+                )
+
+        return loss
+
+    def few(self, batch: Any) -> Any:
+        """The examples of a batch that are used; all of them where the loss does not take fewer."""
+        return batch if self.whole_batches else first_examples(batch, self._examples)
+
+    def __call__(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
+        """d/draw <w, g>.
+
+        Args:
+            batch: of T1, as `few` gave it.
+            params: the live weights, name -> leaf; more than w has entries for.
+            w: cotangents of the training gradient.
+
+        Returns:
+            name -> tensor shaped like the raw coordinate, for the hyperparameters that g depends on.
+        """
+        if self.way is None:
+            self.way = self._choose(batch, params)
+            if self.way == DOUBLE_BACKWARD:
+                try:
+                    return self._double_backward(batch, params, w)
+                except (RuntimeError, NotTwiceDifferentiable, CheckpointError, NotImplementedError) as error:
+                    if isinstance(error, InvalidLoss | torch.OutOfMemoryError):
+                        raise
+                    self.way = DIFFERENCE
+        if self.way == FORWARD_MODE:
+            return self._forward_mode(batch, params, w)
+        if self.way == DIFFERENCE:
+            return self._difference(batch, params, w)
+        return self._double_backward(batch, params, w)
+
+    def _double_backward(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
+        states = self._randomness.snapshot()
+        targets = {name: params[name] for name in w if name in params}
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = self._live.train_loss(self._loss_fn, batch)
+            found = torch.autograd.grad(
+                loss, list(targets.values()), create_graph=True, allow_unused=True
+            )
+            grads = {name: g for name, g in zip(targets, found, strict=True) if g is not None}
+            if not self._checked:
+                require_twice_differentiable(grads.values())
+                self._checked = True
+            self._randomness.rewind(states)
+            return double_backward(grads, self._space.raws, w)
+
+    def _difference(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
+        at = {name: params[name].detach() for name in w if name in params}
+        length = norm({name: w[name] for name in at})
+        e = relative_epsilon(at) * norm(at) / torch.where(length > 0, length, 1)
+        states, raws = self._randomness.snapshot(), self._space.raws
+        sides = []
+        for sign in (1.0, -1.0):
+            moved = {name: p + (sign * e).to(p) * w[name].to(p) for name, p in at.items()}
+
+            def loss() -> Tensor:
+                self._randomness.rewind(states)
+                return self._live.train_loss(self._loss_fn, batch)
+
+            with weights_at(params, moved):
+                sides.append(self._live.gradients(loss, raws)[1])
+        up, down = sides
+        return {name: (up[name] - down[name]) / (2 * e).to(up[name]) for name in up if name in down}
+
+    def _forward_mode(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
+        values = {name: self._space[name].value for name in self._space}
+        at = {name: params[name].detach() for name in w if name in params}
+        found = mixed_partial_of(FORWARD_MODE, self.train_loss(batch), at, detach(values), w)
+        outputs = [values[name] for name in found]
+        grads = torch.autograd.grad(outputs, list(self._space.raws.values()), list(found.values()), allow_unused=True)
+        return {name: g for name, g in zip(self._space.raws, grads, strict=True) if g is not None}
+
+    def _choose(self, batch: Any, params: Mapping[str, Tensor]) -> str:
+        """Forward mode where it is right and cheaper; double backward is tried otherwise."""
+        values = leaves({name: self._space[name].value for name in self._space})
+        names = {name for name, _ in self._live.model.named_parameters()}
+        at = {name: p.detach() for name, p in params.items() if name in names}
+        states = self._randomness.snapshot()
+        with sdpa_kernel(SDPBackend.MATH):
+            plain = self._live.train_loss(self._loss_fn, batch)  # an error in it is the user's
+            self._randomness.rewind(states)
+            try:
+                train_loss = self.train_loss(batch)
+                linear = (
+                    set(params) <= names
+                    and self._sees_all(train_loss, plain, at, values)
+                    and is_linear(train_loss, at, values)
+                    and knows_forward_mode(train_loss, at, values)
+                )
+            except (RuntimeError, CheckpointError, NotImplementedError, TypeError, ValueError):
+                linear = False
+        self._randomness.rewind(states)
+        return FORWARD_MODE if linear else DOUBLE_BACKWARD
+
+    def _sees_all(
+        self, train_loss: Callable[[Tensors, Tensors], Tensor], plain: Tensor, at: Tensors, values: Tensors
+    ) -> bool:
+        """Whether other weights reach all of the loss: code may hold on to the parameters themselves."""
+        replaced = train_loss(leaves(at), values)
+        live = {id(p) for p in self._live.model.parameters()}
+        return torch.equal(replaced.detach(), plain.detach()) and not any(
+            id(leaf) in live for leaf in graph_leaves(replaced)
+        )
+
+    def try_few(self, batch: Any) -> Any:
+        """`few`, once it is known that the loss takes a part of a batch; falls back to whole batches."""
+        few = self.few(batch)
+        if self.way is not None or few is batch:
+            return few
+        states = self._randomness.snapshot()
+        try:
+            with torch.no_grad():
+                self._live.train_loss(self._loss_fn, few)
+        except Exception:  # whatever the user's code says of a part of a batch; the whole one will tell
+            self.whole_batches = True
+            few = batch
+        self._randomness.rewind(states)
+        return few
+
+    @property
+    def examples(self) -> int:
+        """Of a batch, for the mixed partial; 0 where batches are used as they are."""
+        return 0 if self.whole_batches else self._examples
+

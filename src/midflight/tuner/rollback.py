@@ -1,0 +1,131 @@
+"""What a tuner does when a loss or a hypergradient is not finite: leave the look out, go back after several."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from midflight.space import Space
+from midflight.tuner.schedule import whole
+
+PATIENCE = 3
+"""Failed hyper-steps in a row until steps are halved and the last copy is restored."""
+RECOVERY = 10
+"""Good hyper-steps in a row after which a shrunk step doubles again."""
+
+
+class Rollback:
+    """A copy of model, optimisers and hyperparameters, renewed at every n-th good hyper-step.
+
+    Costs the memory of the weights and of the optimiser's state once more.
+
+    Args:
+        every: good hyper-steps between two copies, n >= 1.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], space: Space, every: int
+    ) -> None:
+        self._model, self._optimizers, self._space = model, list(optimizers), space
+        self._every = whole("rollback", every)
+        self._good = 0
+        self._state: dict[str, Any] | None = None
+
+    def good(self) -> None:
+        """A hyper-step at finite values; keep them if it is time."""
+        if self._good % self._every == 0:
+            self._state = {
+                "model": _copy(self._model.state_dict()),
+                "optimizers": [_copy(optimizer.state_dict()) for optimizer in self._optimizers],
+                "space": _copy(self._space.state_dict()),
+            }
+        self._good += 1
+
+    def restore(self) -> bool:
+        """Go back to the copy and drop all gradients, so that the coming optimiser step does nothing.
+
+        Returns:
+            whether there was a copy.
+        """
+        if self._state is None:
+            return False
+        self._model.load_state_dict(self._state["model"])
+        self._space.load_state_dict(self._state["space"])
+        for optimizer, state in zip(self._optimizers, self._state["optimizers"], strict=True):
+            options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(_copy(state))  # it would train the copy
+            for group, now in zip(optimizer.param_groups, options, strict=True):
+                group.update(now)  # where the user's schedule stands
+            optimizer.zero_grad(set_to_none=True)
+        return True
+
+
+class NonFiniteGuard:
+    """Counts hyper-steps that were not finite, and says how far to shrink the next ones.
+
+    Attributes:
+        skipped: failed hyper-steps, all of them left out.
+        restored: how often the last good snapshot was restored.
+        shrink: the factor on the length of the hyper-steps: halved by PATIENCE failures in a row, doubled after
+            RECOVERY good ones in a row until it is 1 again.
+    """
+
+    def __init__(self, rollback: Rollback | None) -> None:
+        self._rollback = rollback
+        self.skipped = 0
+        self.restored = 0
+        self.shrink = 1.0
+        self._row = 0  # > 0: failures in a row; < 0: good ones
+
+    def good(self) -> None:
+        self._row = min(self._row, 0) - 1
+        if self._row % RECOVERY == 0:
+            self.shrink = min(1.0, 2 * self.shrink)
+        if self._rollback:
+            self._rollback.good()
+
+    def failed(self) -> bool:
+        """Count a failure.
+
+        Returns:
+            whether weights, optimiser and hyperparameters are now those of the snapshot.
+        """
+        self._row = max(self._row, 0) + 1
+        self.skipped += 1
+        if self._row % PATIENCE:
+            return False  # a bad batch costs its look only
+        self.shrink /= 2
+        if not self._rollback or not self._rollback.restore():
+            return False
+        self.restored += 1
+        return True
+
+    def report(self) -> list[str]:
+        if not self.skipped:
+            return []
+        went_back = f"; the last good copy was restored {self.restored} times" * bool(self.restored)
+        return [
+            f"{self.skipped} hyper-steps were left out: a loss or hypergradient was not finite{went_back}."
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "skipped": self.skipped, "restored": self.restored, "shrink": self.shrink, "row": self._row
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.skipped, self.restored, self.shrink, self._row = (
+            state[name] for name in ("skipped", "restored", "shrink", "row")
+        )
+
+
+def _copy(state: Any) -> Any:
+    """A state_dict whose tensors are the caller's own."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, Mapping):
+        return {key: _copy(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copy(value) for value in state)
+    return state
