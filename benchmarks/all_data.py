@@ -11,7 +11,7 @@ Test error, paired by start, of
     t1 only      a new training on T1 that follows the trajectory: what re-training alone changes
     rotated      one tuned run in which T1 and T2 change roles at each pass (mf.Rotation)
 
-A training on T1 + T2 takes as many epochs, thus more steps. Rows: docs/results/all_data.jsonl.
+A training on T1 + T2 takes as many epochs, thus more steps. Rows: docs/results/all_data_seam.jsonl.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.utils.data import BatchSampler
 
 import midflight as mf
 
-ROWS = RESULTS / "all_data.jsonl"
+ROWS = RESULTS / "all_data_seam.jsonl"
 TASKS = ["digits", "tabular", "mnist_5k"]
 ARMS = ["tuned", "trajectory", "last", "t1 only", "rotated"]
 STARTS = 10
@@ -50,7 +50,7 @@ def train(job: tuple[str, int]) -> Row:
     tuned = Training(name, start)
     tuner = tuned.tune()
     for _ in range(tuned.steps):
-        tuned.step(tuner)
+        tuned.step()
     fixed_last = mf.Trajectory()
     fixed_last.record(0, tuned.space)
     errors = {
@@ -65,7 +65,7 @@ def train(job: tuple[str, int]) -> Row:
 
 def followed(name: str, start: Point, trajectory: mf.Trajectory, with_t2: bool) -> float:
     run = Training(name, start, with_t2=with_t2)
-    mf.Replay(trajectory, run.space, run.optimizer, bind=run.bound, total_steps=run.steps)
+    mf.Replay(trajectory, run.space, run.optimizer, total_steps=run.steps)
     for _ in range(run.steps):
         run.step()
     return run.losses()[1]
@@ -77,15 +77,14 @@ def rotated(name: str, start: Point) -> float:
     rotation = mf.Rotation(len(run.t1), folds, seed=1)
     size = min(256, len(rotation.valid))
     steps_of_a_pass = -(-len(rotation.train) // run.task.batch)
-    tuner = mf.Tuner(
-        run.model, run.optimizer, run.space, bind=run.bound, total_steps=run.task.epochs * steps_of_a_pass,
-        validate=lambda model, batch: run.task.loss(model(batch[0]), batch[1]),
-        valid_loader=Drawn(run.t1, rotation.valid, size), train_loader=Drawn(run.t1, rotation.seen, size),
+    mf.Tuner(
+        run.model, run.optimizer, run.space, run.task.loss_of, Drawn(run.t1, rotation.seen, size),
+        Drawn(run.t1, rotation.valid, size), total_steps=run.task.epochs * steps_of_a_pass,
     )  # fmt: skip
     for _ in range(run.task.epochs):
-        for x, y in Drawn(run.t1, rotation.train, run.task.batch):
+        for batch in Drawn(run.t1, rotation.train, run.task.batch):
             run.optimizer.zero_grad()
-            tuner.backward(run.task.loss(run.model(x), y))
+            run.task.loss_of(run.model, batch).backward()
             run.optimizer.step()
     return run.losses()[1]
 

@@ -3,38 +3,44 @@
     python benchmarks/any_start.py                       all tasks; takes up where it stopped
     python benchmarks/any_start.py --tasks digits        some of them
     python benchmarks/any_start.py --figure              table and figure from the stored rows alone
+    python benchmarks/any_start.py --pair                tuned runs against the first edition's, by start
     python benchmarks/any_start.py --four                dropout and learning rate tuned as well; three tasks
     python benchmarks/any_start.py --seed 21             a seed that no constant was chosen on
 
 log10 L2 in [-7, -0.5] and input noise in [0, 1.2] are tuned. Per task: a 10 x 10 grid of fixed runs; from
-each start (the four corners and 36 Sobol points) a fixed run and a tuned one, and a tuned one without
-foresight (plain `one_step`). All runs of a task share seed, data and batches; the learning rate is constant.
+each start (the four corners and 36 Sobol points) a fixed run, a tuned one, and a tuned one with the horizon
+"step". All runs of a task share seed, data and batches; the learning rate is constant.
 A tuned run ends with `tuner.finish`; its last weights are compared as well, and so are fixed runs finished
 alike (the best, by validation, of last weights, their average, and 27 checkpoints). The best of the grid
 is the smallest of 100 validation losses, so it is a lucky one among equals. Test errors are used for
-nothing. Rows: docs/results/any_start.jsonl.
+nothing. Rows: docs/results/any_start_seam.jsonl. Grid and fixed runs have no tuner: their rows come from
+docs/results/any_start.jsonl, the first edition's.
 
 With --four the space is log10 L2, noise, dropout in [0, 0.8] and log10 learning rate in [-5, -1]; the 100
 fixed runs are Sobol points, and the starts are the 16 corners and 24 Sobol points. Rows:
-docs/results/any_start_four.jsonl.
+docs/results/any_start_seam_four.jsonl.
 """
 
 import argparse
+import math
 import multiprocessing
 import time
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 from lattice import CHECKPOINTS
 from matplotlib.figure import Figure
 from tasks import HIGH_OF_FOUR, LOW_OF_FOUR, RESULTS, TASKS, Point, Row, Training, compute, rows
 
-from midflight.capture import trained_parameters, weights_at
-from midflight.foresight import Foresight
+import midflight as mf
+from midflight.tuner.live import weights_at
+from midflight.tuner.optimizers import trained_parameters
 
-ROWS = RESULTS / "any_start.jsonl"
+FIRST, ROWS = RESULTS / "any_start.jsonl", RESULTS / "any_start_seam.jsonl"
+"""Rows of the first edition, and of this one."""
 ARMS = {"grid": 100, "fixed": 40, "tuned": 40, "one_step": 40}
-ROWS_OF_FOUR = RESULTS / "any_start_four.jsonl"
+UNTUNED = ("grid", "fixed")
 TASKS_OF_FOUR = ["digits", "tabular", "mnist_5k"]
 
 
@@ -73,18 +79,18 @@ def train(job: tuple[str, str, int, int, bool]) -> Row:
     name, arm, index, seed, four = job
     start = (point_of_four if four else point)(arm, index)
     run = Training(name, start, seed)
-    tuner = run.tune(foresight=arm == "tuned") if arm in ("tuned", "one_step") else None
+    tuner = None if arm in UNTUNED else run.tune(horizon="run" if arm == "tuned" else "step")
     fixed = None if tuner else Candidates(run)
     began = time.perf_counter()
     path, caution = [], []
     for n in range(1, run.steps + 1):
-        run.step(tuner)
+        run.step()
         if fixed:
             fixed.follow(n)
         if n % (run.steps // run.task.epochs) == 0:
             path.append(run.point)
-            if tuner and tuner.foresight:
-                caution.append(round(tuner.foresight.caution, 3))
+            if arm == "tuned":
+                caution.append(round(tuner.horizon.caution, 3))
     seconds = time.perf_counter() - began
     valid, test = run.losses()
     if fixed:
@@ -105,7 +111,7 @@ class Candidates:
     """
 
     def __init__(self, run: Training) -> None:
-        self.run, self.average = run, Foresight()
+        self.run, self.average = run, mf.Averaged()
         self.params = trained_parameters(run.model, run.optimizer)
         self.checkpoints = {run.steps * (i + 1) // CHECKPOINTS for i in range(CHECKPOINTS)}
         self.found: list[tuple[float, float]] = []
@@ -123,11 +129,26 @@ class Candidates:
         return [(valid if valid == valid else float("inf"), test) for valid, test in found]
 
 
+def files(seed: int, four: bool) -> tuple[Path, Path]:
+    """Where the rows of the first edition are, and those of this one."""
+    suffix = "_four" * four + f"_seed{seed}" * bool(seed)
+    return FIRST.with_stem(FIRST.stem + suffix), ROWS.with_stem(ROWS.stem + suffix)
+
+
+def stored(seed: int = 0, four: bool = False) -> list[Row]:
+    """The rows of this edition, and the untuned ones of the first."""
+    first, ours = files(seed, four)
+    return [row for row in rows(first) if row["arm"] in UNTUNED] + rows(ours)
+
+
 def losses(found: list[Row], task: str, arm: str, finished: bool = False) -> list[float]:
     """Validation losses by index, with the last weights or finished; infinite for a run that diverged."""
     chosen = sorted((r for r in found if (r["task"], r["arm"]) == (task, arm)), key=lambda r: r["index"])
-    values = [r["finish"][0] if finished else r["valid_loss"] for r in chosen]
-    return [float("inf") if v is None or v != v else v for v in values]
+    return [finite(r["finish"][0] if finished else r["valid_loss"]) for r in chosen]
+
+
+def finite(loss: float | None) -> float:
+    return float("inf") if loss is None or loss != loss else loss
 
 
 COMPARED = {
@@ -163,6 +184,32 @@ def table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def pairs(first: list[Row], ours: list[Row]) -> str:
+    """Per task: finished loss of tuned runs over that of the first edition's from the same start."""
+    lines = [
+        "| task | starts | new over first, geometric mean | within 10 % of best of 100: new | first |",
+        "|---|---|---|---|---|",
+    ]
+    for task in TASKS:
+        new, old = (
+            {r["index"]: finite(r["finish"][0]) for r in found if (r["task"], r["arm"]) == (task, "tuned")}
+            for found in (ours, first)
+        )
+        both = sorted(new.keys() & old.keys())
+        grid = losses(first, task, "grid") or losses(ours, task, "grid")
+        if len(both) < 2 or len(grid) < ARMS["grid"]:
+            continue
+        near, near_first = (sum(ends[i] <= 1.1 * min(grid) for i in both) for ends in (new, old))
+        ratio = ratio_of([math.log(new[i] / old[i]) for i in both])
+        lines.append(f"| {task} | {len(both)} | {ratio} | {near}/{len(both)} | {near_first}/{len(both)} |")
+    return "\n".join(lines)
+
+
+def ratio_of(logs: list[float]) -> str:
+    """Geometric mean of ratios, ± two standard errors of their mean logarithm."""
+    return f"{math.exp(fmean(logs)):.3f} ± {2 * stdev(logs) / math.sqrt(len(logs)):.3f}"
+
+
 def figure(found: list[Row], path: Path) -> None:
     """Per whole task: validation loss of the 40 starts, sorted, by arm."""
     whole = [t for t in TASKS if all(len(losses(found, t, a)) == n for a, n in ARMS.items())]
@@ -194,23 +241,26 @@ def main() -> None:
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="all if left out")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--figure", action="store_true", help="compute nothing")
+    parser.add_argument("--pair", action="store_true", help="compute nothing, compare with the first edition")
     parser.add_argument("--four", action="store_true", help="tune dropout and the learning rate as well")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches; rows of their own")
     options = parser.parse_args()
-    stored = ROWS_OF_FOUR if options.four else ROWS
-    if options.seed:
-        stored = stored.with_stem(f"{stored.stem}_seed{options.seed}")
+    first, ours = files(options.seed, options.four)
+    if options.pair:
+        print(pairs(rows(first), rows(ours)))
+        return
     tasks = options.tasks or (TASKS_OF_FOUR if options.four else list(TASKS))
     if not options.figure:
-        done = {(row["task"], row["arm"], row["index"]) for row in rows(stored)}
-        jobs = [(t, a, i) for t in tasks for a, n in ARMS.items() for i in range(n)]
+        done = {(row["task"], row["arm"], row["index"]) for row in stored(options.seed, options.four)}
+        jobs = [(t, a, i) for t in tasks for a in options.arms for i in range(ARMS[a])]
         jobs = [(*job, options.seed, options.four) for job in jobs if job not in done]
-        compute(stored, jobs, train, options.workers)
-    found = rows(stored)
+        compute(ours, jobs, train, options.workers)
+    found = stored(options.seed, options.four)
     print(table(found))
-    figure(found, stored.with_suffix(".png"))
+    figure(found, ours.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/budget.py            quiet, as the machine is
     python benchmarks/budget.py --load     with two busy processes beside it
 
-MLP 784-300-300-10, batch 128, Adam; L2 and input noise tuned with foresight. Denormal floats are flushed:
+MLP 784-300-300-10, batch 128, Adam; L2 and input noise tuned. Denormal floats are flushed:
 otherwise strong L2, once tuned, slows every step, which is no cost of tuning. Prints the time of the tuned
 training over the plain one and stores both settings in docs/results/budget.json.
 """
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import midflight as mf
-from midflight.cli import machine
+from midflight.machine import machine
 
 OUT = Path(__file__).parent.parent / "docs/results/budget.json"
 STEPS, TURN = 2000, 10
@@ -37,9 +37,8 @@ class Training:
         self.optimizer = torch.optim.Adam(self.model.parameters(), weight_decay=float(space["weight_decay"]))
         batches = list(zip(X.split(128), Y.split(128), strict=True))
         self.tuner = None if budget is None else mf.Tuner(
-            self.model, self.optimizer, space, validate=lambda m, b: F.cross_entropy(m(b[0]), b[1]),
-            valid_loader=batches, train_loader=batches, bind=["weight_decay"], budget=budget,
-            total_steps=STEPS,
+            self.model, self.optimizer, space, loss, batches, batches, total_steps=STEPS,
+            schedule=mf.TimeBudget(budget),
         )  # fmt: skip
         space.requires_grad_(False)
 
@@ -49,10 +48,13 @@ class Training:
         for _ in range(steps):
             rows = torch.randint(len(Y), (128,))
             self.optimizer.zero_grad()
-            loss = F.cross_entropy(self.model(X[rows]), Y[rows])
-            self.tuner.backward(loss) if self.tuner else loss.backward()
+            loss(self.model, (X[rows], Y[rows])).backward()
             self.optimizer.step()
         return time.perf_counter() - began
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def busy() -> None:
@@ -79,7 +81,7 @@ def main() -> None:
             seconds = [s + t.run(TURN) for s, t in zip(seconds, (plain, tuned), strict=True)]
         ratio = seconds[1] / seconds[0]
         assert tuned.tuner is not None
-        counted = 1 + tuned.tuner.pace.spent
+        counted = 1 + tuned.tuner.log()["cost"]
         print(f"budget {budget:.2f}: {ratio:.3f} of the plain time; the tuner counted {counted:.3f}")
         found[f"{'load' if load else 'quiet'} {budget}"] = round(ratio, 4)
     for process in others:

@@ -6,13 +6,14 @@
 
 Engines search the table that benchmarks/lattice.py trained, 10 seeds each; Ray's population-based training
 trains its members for real. Engines report the best model at any of 27 checkpoints.
-midflight reports what `tuner.finish` gives: from 20 starts with `budget=0.08`, which is within 1.1 trainings,
-and from the 40 starts of any_start.py without a budget, alone and as the best of n. A run of midflight
-counts for the time it takes over that of a fixed run, measured here in turns on one thread. Passes through
-T2 that choose the model are free for all: 27 in a training of an engine, 3 in `finish`, whose share is
-stored. The last row of a task is the best of the 100 fixed runs of any_start.py, each finished as the tuned
-ones are: what averaging and checkpoints alone would give an engine. Needs the extra `bench`. Rows:
-docs/results/equal_compute.jsonl.
+midflight reports what `tuner.finish` gives: from 20 starts with `TimeBudget(0.08)`, which is within 1.1
+trainings, and from the 40 starts of any_start.py without a budget, alone and as the best of n. A run of
+midflight counts for the time it takes over that of a fixed run, measured here in turns on one thread. Passes
+through T2 that choose the model are free for all: 27 in a training of an engine, 3 in `finish`, whose share
+is stored. The last row of a task is the best of the 100 fixed runs of any_start.py, each finished as the
+tuned ones are: what averaging and checkpoints alone would give an engine. Needs the extra `bench`. Rows:
+docs/results/equal_compute_seam.jsonl. Engines have no tuner: their rows come from
+docs/results/equal_compute.jsonl, the first edition's.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from tasks import HIGH, LOW, RESULTS, TASKS, Row, Training, append, compute, one
 
 import midflight as mf
 
-ROWS = RESULTS / "equal_compute.jsonl"
+FIRST, ROWS = RESULTS / "equal_compute.jsonl", RESULTS / "equal_compute_seam.jsonl"
+"""Rows of the first edition, and of this one."""
 BUDGETS = [1, 2, 4, 8, 16, 32]
 SEEDS = 10
 PBT = "Ray PBT"
@@ -41,6 +43,11 @@ BUDGET, STARTS = 0.08, 20
 """One run of midflight with this budget; from so many starts."""
 ALIKE = "100 fixed, finished alike"
 COST = "cost of tuning"
+
+
+def known() -> list[Row]:
+    """The rows of this edition, and those of the engines of the first."""
+    return [row for row in rows(FIRST) if row["arm"] not in (LABEL, COST)] + rows(ROWS)
 
 
 def searched(job: tuple[str, str, int]) -> Row:
@@ -73,7 +80,7 @@ def beside_a_fixed_one(run: Training, tuner: mf.Tuner) -> tuple[float, float]:
     tuned_seconds = fixed_seconds = 0.0
     for n in range(0, run.steps, 10):
         steps = min(10, run.steps - n)
-        tuned_seconds += seconds(lambda steps=steps: [run.step(tuner) for _ in range(steps)])
+        tuned_seconds += seconds(lambda steps=steps: [run.step() for _ in range(steps)])
         fixed_seconds += seconds(lambda steps=steps: [fixed.step() for _ in range(steps)])
     return round(tuned_seconds / fixed_seconds, 3), round(seconds(tuner.finish) / fixed_seconds, 3)
 
@@ -88,29 +95,27 @@ def within_a_budget(job: tuple[str, int]) -> Row:
     """A tuned run that is told what it may cost."""
     task, index = job
     run = Training(task, any_start.point("tuned", index))
-    ratio, _ = beside_a_fixed_one(run, run.tune(budget=BUDGET))
+    ratio, _ = beside_a_fixed_one(run, run.tune(schedule=mf.TimeBudget(BUDGET)))
     return {"task": task, "arm": LABEL, "index": index, "best": [[ratio, *run.losses()]]}
-
-
-def cost(task: str) -> float:
-    """What a tuned run costs in trainings."""
-    return next(r["ratio"] for r in reversed(rows(ROWS)) if (r["task"], r["arm"]) == (task, COST))
 
 
 @cache
 def stored(task: str, arm: str) -> list[tuple[float, float]]:
     """(validation loss, test error) of the finished runs of any_start.py."""
-    return [tuple(r["finish"]) for r in rows(any_start.ROWS) if (r["task"], r["arm"]) == (task, arm)]
+    return [tuple(r["finish"]) for r in any_start.stored() if (r["task"], r["arm"]) == (task, arm)]
 
 
-def best_of(task: str, budget: float, draws: int = 200) -> tuple[float, list[float]]:
-    """Compute spent, and test errors of the best run, by validation, of as many random starts as fit."""
+def best_of(task: str, budget: float, cost: float, draws: int = 200) -> tuple[float, list[float]]:
+    """Compute spent, and test errors of the best run, by validation, of as many random starts as fit.
+
+    `cost`: of a tuned run, in trainings.
+    """
     runs = stored(task, "tuned")
-    n = max(1, int(budget / cost(task)))
+    n = max(1, int(budget / cost))
     rng = np.random.default_rng(0)
     groups = [[r] for r in runs] if n == 1 else [[runs[i] for i in rng.choice(len(runs), n, replace=False)]
                                                  for _ in range(draws)]  # fmt: skip
-    return n * cost(task), [min(group)[1] for group in groups if group]
+    return n * cost, [min(group)[1] for group in groups if group]
 
 
 def errors(found: list[Row], task: str, arm: str, budget: int) -> tuple[float, list[float]]:
@@ -118,7 +123,8 @@ def errors(found: list[Row], task: str, arm: str, budget: int) -> tuple[float, l
     if arm == ALIKE:
         return 100, [min(stored(task, "grid"))[1]] if budget == max(BUDGETS) else []
     if arm == LABEL and budget > 1:
-        return best_of(task, budget)
+        costs = [r["ratio"] for r in found if (r["task"], r["arm"]) == (task, COST)]
+        return best_of(task, budget, costs[-1]) if costs and stored(task, "tuned") else (budget, [])
     budgets = {PBT: POPULATIONS, LABEL: [1]}.get(arm, BUDGETS)
     if budget not in budgets:
         return budget, []
@@ -169,7 +175,7 @@ def figure(found: list[Row]) -> None:
             ax.set_ylabel("test error of the model chosen by validation")
     handles = {label: h for ax in fig.axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
-    fig.savefig(RESULTS / "equal_compute.png", dpi=110)
+    fig.savefig(ROWS.with_suffix(".png"), dpi=110)
 
 
 def main() -> None:
@@ -181,12 +187,12 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true", help="measure again what tuning costs, nothing else")
     parser.add_argument("--figure", action="store_true", help="compute nothing")
     options = parser.parse_args()
-    known = {row["task"] for row in rows(ROWS) if row["arm"] == COST}
-    for task in TASKS if options.cost else [t for t in TASKS if t not in known]:
+    paid = {row["task"] for row in rows(ROWS) if row["arm"] == COST}
+    for task in TASKS if options.cost else [t for t in options.tasks if t not in paid and not options.figure]:
         compute_cost(task)
     if not (options.figure or options.cost):
         os.environ["OMP_NUM_THREADS"] = "1"
-        done = {(row["task"], row["arm"], row["index"]) for row in rows(ROWS)}
+        done = {(row["task"], row["arm"], row["index"]) for row in known()}
         table_engines = [e for e in options.engines if e != PBT]
         jobs = [(t, e, s) for e in table_engines for t in options.tasks for s in range(SEEDS)]
         compute(ROWS, [job for job in jobs if job not in done], searched, options.workers)
@@ -194,7 +200,7 @@ def main() -> None:
         compute(ROWS, [(t, i) for t, i in jobs if (t, LABEL, i) not in done], within_a_budget, 1)
         if PBT in options.engines:
             compute_pbt(options.tasks, done, options.workers)
-    found = rows(ROWS)
+    found = known()
     print(table(found))
     figure(found)
 

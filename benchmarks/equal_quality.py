@@ -2,14 +2,15 @@
 
     python benchmarks/equal_quality.py             all tasks; takes up where it stopped
     python benchmarks/equal_quality.py --table     from the stored rows alone
-    python benchmarks/equal_quality.py --tasks mnist_55k --parts 32/32 16/16
+    python benchmarks/equal_quality.py --pair      the default against the first edition's, by start and seed
+    python benchmarks/equal_quality.py --tasks mnist_55k --examples 8 16 64
 
-The five tasks of any_start.py from three of its starts, with six seeds. The expensive setting is exact
-`one_step` with foresight at each tenth call. Printed is the finished validation loss over that of the
-expensive run of the same seed and start: geometric mean, and two standard errors (of the logarithm) over the
-seeds, for starts of one seed share its first weights and batches; and the time over a fixed run, measured in
-turns from one start. Budgets are kept by a clock that sees the other worker. "parts": batches of 64 for T2, 8
-examples of a training batch for the mixed partial; "small parts": 24 and 8; --parts adds others. Rows:
+The five tasks of any_start.py from three of its starts, with six seeds. The expensive setting has hyper-steps
+at each tenth optimiser step. Printed is the finished validation loss over that of the expensive run of the
+same seed and start: geometric mean, and two standard errors (of the logarithm) over the seeds, for starts of
+one seed share its first weights and batches; and the time over a fixed run, measured in turns from one start.
+Budgets are kept by a clock that sees the other worker. --examples adds the default with other numbers of
+examples for the mixed partial. Rows: docs/results/equal_quality_seam.jsonl; the first edition's:
 docs/results/equal_quality.jsonl.
 """
 
@@ -17,37 +18,34 @@ import argparse
 import math
 import multiprocessing
 import os
-from statistics import fmean, stdev
+from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import any_start
 from equal_compute import beside_a_fixed_one
 from tasks import HIGH, LOW, RESULTS, TASKS, Row, Training, append, compute, rows
 
-ROWS = RESULTS / "equal_quality.jsonl"
+import midflight as mf
+
+FIRST, ROWS = RESULTS / "equal_quality.jsonl", RESULTS / "equal_quality_seam.jsonl"
+"""Rows of the first edition, and of this one."""
 STARTS = [0, 5, 14]
 SEEDS = [0, 1, 2, 5, 7, 21]
 EXPENSIVE = "one_step, every=10"
-SETTINGS: dict[str, dict[str, Any]] = {
-    EXPENSIVE: {"estimator": "one_step", "every": 10},
-    "default": {},
-    "default, parts": {"parts": (64, 8)},
-    "default, small parts": {"parts": (24, 8)},
-    "budget=0.05": {"budget": 0.05},
-    "budget=0.05, parts": {"budget": 0.05, "parts": (64, 8)},
+DEFAULT = "default"
+SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
+    EXPENSIVE: lambda: {"schedule": 10},
+    DEFAULT: dict,
+    "budget=0.05": lambda: {"schedule": mf.TimeBudget(0.05)},
 }
-MORE = "default, parts "
+MORE = "default, examples "
 
 
 def options_of(setting: str) -> dict[str, Any]:
-    if not setting.startswith(MORE):
-        return SETTINGS[setting]
-    return {"parts": pair(setting.removeprefix(MORE))}
-
-
-def pair(text: str) -> tuple[int, int]:
-    of_t2, of_batch = map(int, text.split("/"))
-    return of_t2, of_batch
+    if setting.startswith(MORE):
+        return {"examples": int(setting.removeprefix(MORE))}
+    return SETTINGS[setting]()
 
 
 def train(job: tuple[str, str, int, int]) -> Row:
@@ -55,10 +53,11 @@ def train(job: tuple[str, str, int, int]) -> Row:
     run = Training(task, any_start.point("tuned", index), seed)
     tuner = run.tune(**options_of(setting))
     for _ in range(run.steps):
-        run.step(tuner)
+        run.step()
     tuner.finish()
-    loss = run.valid_loss()  # on all of T2, whatever the size of its batches
-    return {"task": task, "arm": setting, "seed": seed, "index": index, "loss": loss, "end": run.point}
+    return {
+        "task": task, "arm": setting, "seed": seed, "index": index, "loss": run.valid_loss(), "end": run.point
+    }  # fmt: skip
 
 
 def measure_cost(task: str, setting: str) -> Row:
@@ -70,20 +69,42 @@ def measure_cost(task: str, setting: str) -> Row:
 def table(found: list[Row]) -> str:
     lines = ["| task | setting | loss over the expensive one's | time over fixed |", "|---|---|---|---|"]
     for task in TASKS:
-        losses = {
-            (r["arm"], r["seed"], r["index"]): r["loss"] for r in found if r["task"] == task and "loss" in r
-        }
+        losses = losses_of(found, task)
         costs = {r["arm"]: r["ratio"] for r in found if r["task"] == task and "ratio" in r}
         for setting in [*SETTINGS, *sorted({arm for arm, *_ in losses if arm.startswith(MORE)})]:
             if any((arm, s, i) not in losses for arm in (setting, EXPENSIVE) for s in SEEDS for i in STARTS):
                 continue
-            of_each = [
-                fmean(math.log(losses[setting, s, i] / losses[EXPENSIVE, s, i]) for i in STARTS)
-                for s in SEEDS
-            ]
-            error = 2 * stdev(of_each) / math.sqrt(len(SEEDS))
-            ratio = math.exp(fmean(of_each))
-            lines.append(f"| {task} | {setting} | {ratio:.3f} ± {error:.3f} | {costs.get(setting, '')} |")
+            ratio = ratio_of(losses, losses, (setting, EXPENSIVE), SEEDS)
+            lines.append(f"| {task} | {setting} | {ratio} | {costs.get(setting, '')} |")
+    return "\n".join(lines)
+
+
+Losses = dict[tuple[str, int, int], float]
+"""Finished validation losses by setting, seed and start."""
+
+
+def losses_of(found: list[Row], task: str) -> Losses:
+    return {(r["arm"], r["seed"], r["index"]): r["loss"] for r in found if r["task"] == task and "loss" in r}
+
+
+def ratio_of(above: Losses, below: Losses, settings: tuple[str, str], seeds: list[int]) -> str:
+    """Geometric mean of one setting's losses over another's, with two standard errors over the seeds."""
+    a, b = settings
+    return any_start.ratio_of(
+        [fmean(math.log(above[a, s, i] / below[b, s, i]) for i in STARTS) for s in seeds]
+    )
+
+
+def pairs(first: list[Row], ours: list[Row]) -> str:
+    """Per task: loss at the default over that of the first edition, of the seeds that both have whole."""
+    lines = ["| task | seeds | new over first, geometric mean |", "|---|---|---|"]
+    for task in TASKS:
+        new, old = losses_of(ours, task), losses_of(first, task)
+        whole = [s for s in SEEDS if all((DEFAULT, s, i) in found for found in (new, old) for i in STARTS)]
+        if len(whole) < 2:
+            continue
+        ratio = ratio_of(new, old, (DEFAULT, DEFAULT), whole)
+        lines.append(f"| {task} | {len(whole)} | {ratio} |")
     return "\n".join(lines)
 
 
@@ -91,16 +112,19 @@ def main() -> None:
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument(
-        "--parts", nargs="+", type=pair, metavar="T2/BATCH", default=[], help="more, as examples of each"
-    )
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--examples", nargs="+", type=int, default=[], help="the default with these as well")
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--table", action="store_true", help="compute nothing")
+    parser.add_argument("--pair", action="store_true", help="compute nothing, compare with the first edition")
     options = parser.parse_args()
+    if options.pair:
+        print(pairs(rows(FIRST), rows(ROWS)))
+        return
     if not options.table:
         os.environ["OMP_NUM_THREADS"] = "1"
         done = {(r["task"], r["arm"], r["seed"], r["index"]) for r in rows(ROWS)}
-        settings = [*SETTINGS, *(f"{MORE}{t2}/{few}" for t2, few in options.parts)]
+        settings = [*options.settings, *(f"{MORE}{n}" for n in options.examples)]
         jobs = [(t, s, seed, i) for t in options.tasks for seed in SEEDS for s in settings for i in STARTS]
         compute(ROWS, [job for job in jobs if job not in done], train, options.workers)
         for task in options.tasks:

@@ -4,8 +4,9 @@
     python benchmarks/estimators.py --json     the numbers only, nothing written
 
 Work: MLP 784-1000-1000-1000-10 with tanh, batch 100, Adam, L2 in the optimiser and input noise in the
-loss; one hyper-step. Passes are multiply-adds in units of one training step (forward and backward), as
-counted by torch's FlopCounterMode: the same on every machine. Time is the median ratio to a plain
+loss; one hyper-step with the horizon "step", and all examples of the batch for the mixed partial (by default
+it takes fewer). Passes are multiply-adds in units of one training step (forward and backward), as counted
+by torch's FlopCounterMode: the same on every machine. Time is the median ratio to a plain
 training step, the two in turn, one thread. Memory is the peak of a fresh process over that of plain
 training, in units of the weights. Errors are relative to `one_step`, float32, at step 50.
 """
@@ -35,48 +36,39 @@ WIDTH, BATCH, WARM_UP, ROUNDS = 1000, 100, 50, 7
 class Work:
     """The paper's network with a smooth activation, in the middle of training."""
 
-    def __init__(self, estimator: str) -> None:
+    def __init__(self, estimator: str | None) -> None:
+        """`estimator`: of a hyper-step at each step from now on; None for plain training."""
         torch.manual_seed(0)
-        self.space = mf.Space(
+        space = mf.Space(
             weight_decay=mf.Float(10**-5.5, 10**-2.5, log=True, init=1e-4),
             noise=mf.Float(0.0, 0.8, init=0.3),
         )
         hidden = [(nn.Linear(n, WIDTH), nn.Tanh()) for n in (784, WIDTH, WIDTH)]
         self.model = nn.Sequential(
-            mf.nn.GaussianNoise(self.space["noise"]),
+            mf.nn.GaussianNoise(space["noise"]),
             *(layer for pair in hidden for layer in pair),
             nn.Linear(WIDTH, 10),
         )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
-        self.x, self.y = torch.rand(BATCH, 784), torch.randint(0, 10, (BATCH,))
+        self.t1, t2 = ((torch.rand(BATCH, 784), torch.randint(0, 10, (BATCH,))) for _ in range(2))
         self.seen: list[Tensor] = []
-        self.tuner = mf.Tuner(
-            self.model,
-            self.optimizer,
-            self.space,
-            validate=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
-            valid_loader=[(torch.rand(BATCH, 784), torch.randint(0, 10, (BATCH,)))],
-            bind=["weight_decay"],
-            every=1,
-            estimator=estimator,
-            hyper_optimizer=lambda raws: Keep(raws, self.seen),
-        )
+        space.requires_grad_(False)
         for _ in range(WARM_UP):
-            self.plain()
+            self.step()
+        if estimator:
+            mf.Tuner(
+                self.model, self.optimizer, space, loss, [self.t1], [t2], horizon="step", schedule=1,
+                estimator=estimator, examples=BATCH, hyper_optimizer=lambda raws: Keep(raws, self.seen),
+            )  # fmt: skip
 
-    def loss(self) -> Tensor:
-        return F.cross_entropy(self.model(self.x), self.y)
-
-    def plain(self) -> None:
-        self.space.requires_grad_(False)
+    def step(self) -> None:
         self.optimizer.zero_grad()
-        self.loss().backward()
+        loss(self.model, self.t1).backward()
         self.optimizer.step()
 
-    def hyper(self) -> None:
-        self.optimizer.zero_grad()
-        self.tuner.backward(self.loss)
-        self.optimizer.step()
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 class Keep(torch.optim.Optimizer):
@@ -92,26 +84,26 @@ class Keep(torch.optim.Optimizer):
 
 def passes(estimator: str) -> float:
     """Multiply-adds of a hyper-step over those of a training step; the training step itself included."""
-    work = Work(estimator)
-    work.hyper()  # the first one also finds out the structure
+    tuned = Work(estimator)
+    tuned.step()  # the first one also finds out the structure
     counts = []
-    for step in (work.plain, work.hyper):
+    for work in (Work(None), tuned):
         with FlopCounterMode(display=False) as counter:
-            step()
+            work.step()
         counts.append(counter.get_total_flops())
     return counts[1] / counts[0]
 
 
 def time_ratio(estimator: str) -> float:
     """Median over rounds of a hyper-step's time over a plain step's, the two in turn."""
-    work = Work(estimator)
-    work.hyper()
+    plain, tuned = Work(None), Work(estimator)
+    tuned.step()
     ratios = []
     for _ in range(ROUNDS):
         times = []
-        for step in (work.plain, work.hyper):
+        for work in (plain, tuned):
             began = time.perf_counter()
-            step()
+            work.step()
             times.append(time.perf_counter() - began)
         ratios.append(times[1] / times[0])
     return statistics.median(ratios)
@@ -120,8 +112,7 @@ def time_ratio(estimator: str) -> float:
 def hypergradient(estimator: str) -> Tensor:
     """(weight_decay, noise) of one hyper-step; the same state and random numbers for every estimator."""
     work = Work(estimator)
-    torch.manual_seed(1)
-    work.hyper()
+    work.step()
     return work.seen[-1]
 
 
@@ -133,17 +124,16 @@ def peak(estimator: str) -> float:
 
 def alone(estimator: str) -> None:
     """Print the peak resident memory of this process after a few steps."""
-    work = Work("one_step" if estimator == "plain" else estimator)
-    step = work.plain if estimator == "plain" else work.hyper
+    work = Work(None if estimator == "plain" else estimator)
     for _ in range(3):
-        step()
+        work.step()
     status = Path("/proc/self/status").read_text()  # ru_maxrss would be that of the parent at the fork
     print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
 def measure() -> dict[str, Any]:
     """All estimators, and the machine."""
-    weights = sum(p.numel() * 4 for p in Work("one_step").model.parameters()) / 2**20
+    weights = sum(p.numel() * 4 for p in Work(None).model.parameters()) / 2**20
     plain, exact = peak("plain"), hypergradient("one_step")
     rows: list[dict[str, Any]] = []
     for name in mf.ESTIMATORS:

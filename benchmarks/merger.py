@@ -12,7 +12,8 @@ for as many plain ones as it takes, measured here in turns on one thread. Valida
 and so is the engine's own time. A searched trial is finished as a tuned one: the best, by validation, of its
 last weights, their average, and the best earlier average. Best so far is the model of least validation loss
 at any epoch of any trial; its test error is reported and used for nothing. Needs the extra `search`. Rows:
-docs/results/merger.jsonl.
+docs/results/merger_seam.jsonl; those of `searched`, which no tuner has touched, are taken from
+docs/results/merger.jsonl, the rows of the first edition.
 """
 
 import argparse
@@ -27,18 +28,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from tasks import RESULTS, Row, Splits, append, compute, diabetes, images, one_thread, rows
-from torch import Tensor
+from tasks import RESULTS, Batch, Row, Splits, append, compute, diabetes, images, one_thread, rows
+from torch import Tensor, nn
 
 import midflight as mf
 from midflight import search
-from midflight.batches import Shuffled
-from midflight.capture import evaluating, trained_parameters, weights_at
-from midflight.foresight import Foresight
 from midflight.search.problems import MLP_SPACE, network, optimizer_for
 from midflight.trees import Tensors
+from midflight.tuner.data import Shuffled
+from midflight.tuner.live import evaluating, weights_at
+from midflight.tuner.optimizers import trained_parameters
 
-ROWS = RESULTS / "merger.jsonl"
+FIRST, ROWS = RESULTS / "merger.jsonl", RESULTS / "merger_seam.jsonl"
+"""Rows of the first edition, and of this one."""
 SEEDS, EPOCHS, TRAININGS = 10, 27, 16
 BUDGETS = [1, 2, 4, 8, 16]
 ENGINES = ["bohb", "smac"]
@@ -58,6 +60,10 @@ class Task:
     batch: int
     outputs: int = 10
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+
+    def loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
+        x, y = batch
+        return self.loss(model(x), y)
 
     def error(self, outputs: Tensor, y: Tensor) -> float:
         """A share of wrong classes, or the squared error."""
@@ -92,19 +98,17 @@ class Training:
         self.batches = Shuffled(self.t1, self.task.batch, seed + 1)
         self.steps, self.total = 0, EPOCHS * (len(self.t1) // self.task.batch)
         self.params = trained_parameters(self.model, self.optimizer)
-        self.average, self.earlier = Foresight(), (float("inf"), {})
+        self.average, self.earlier = mf.Averaged(), (float("inf"), {})
         size = min(128, len(self.t2), len(self.t1))
         self.tuner = online and mf.Tuner(
-            self.model, self.optimizer, online, validate=lambda m, b: self.task.loss(m(b[0]), b[1]),
-            valid_loader=Shuffled(self.t2, size, seed + 2), train_loader=Shuffled(self.t1, size, seed + 3),
-            bind=["weight_decay"], total_steps=self.total,
+            self.model, self.optimizer, online, self.task.loss_of, Shuffled(self.t1, size, seed + 3),
+            Shuffled(self.t2, size, seed + 2), total_steps=self.total,
         )  # fmt: skip
 
     def epoch(self) -> None:
-        for x, y in self.batches:
+        for batch in self.batches:
             self.optimizer.zero_grad()
-            loss = self.task.loss(self.model(x), y)
-            self.tuner.backward(loss) if self.tuner else loss.backward()
+            self.task.loss_of(self.model, batch).backward()
             self.optimizer.step()
             self.steps += 1
             if not self.tuner:
@@ -114,7 +118,7 @@ class Training:
     def valid(self, weights: Tensors) -> float:
         """Validation loss at these weights; at those of the model if there are none."""
         with evaluating(self.model), weights_at({n: self.params[n] for n in weights}, weights):
-            return float(self.task.loss(self.model(self.t2.x), self.t2.y))
+            return float(self.task.loss_of(self.model, (self.t2.x, self.t2.y)))
 
     @torch.no_grad()
     def test_error(self, weights: Tensors) -> float:
@@ -179,6 +183,11 @@ class Purse:
                 self.best = valid
                 self.trace.append([round(self.spent, 4), valid, training.test_error(weights)])
             trial.report(epoch, valid, training.state_dict(), online)
+
+
+def known() -> list[Row]:
+    """The rows of this edition, and the searched ones of the first."""
+    return [row for row in rows(FIRST) if row["arm"] == "searched"] + rows(ROWS)
 
 
 def searched(job: tuple[str, str, str, int]) -> Row:
@@ -288,7 +297,7 @@ def figure(found: list[Row]) -> None:
         label: h for axis in fig.axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)
-    fig.savefig(RESULTS / "merger.png", dpi=110)
+    fig.savefig(ROWS.with_suffix(".png"), dpi=110)
 
 
 def main() -> None:
@@ -301,11 +310,11 @@ def main() -> None:
     parser.add_argument("--figure", action="store_true", help="compute nothing")
     options = parser.parse_args()
     if not options.figure:
-        known = {row["task"] for row in rows(ROWS) if row["arm"] == COST}
+        paid = {row["task"] for row in rows(ROWS) if row["arm"] == COST}
         for task in options.tasks:
-            if task not in known:
+            if task not in paid:
                 compute_cost(task)
-        done = {(r["task"], r.get("engine"), r["arm"], r["index"]) for r in rows(ROWS)}
+        done = {(r["task"], r.get("engine"), r["arm"], r["index"]) for r in known()}
         jobs = [
             (t, e, a, s)
             for t in options.tasks
@@ -314,7 +323,7 @@ def main() -> None:
             for a in ARMS
         ]
         compute(ROWS, [job for job in jobs if job not in done], searched, options.workers)
-    found = rows(ROWS)
+    found = known()
     print(table(found))
     figure(found)
 

@@ -1,17 +1,17 @@
 """What tuning costs over the same training untuned: time and memory, the paper's networks, peers beside it.
 
-    python benchmarks/overhead.py              tables; numbers to docs/results/overhead.json
+    python benchmarks/overhead.py              tables; numbers to docs/results/overhead_seam.json
     python benchmarks/overhead.py --json       the numbers only, nothing written
     python benchmarks/overhead.py --sizes 1000-1000-1000 --k 10
-    python benchmarks/overhead.py --k 10 --no-memory --json --variants one_step "one_step, parts, compiled"
+    python benchmarks/overhead.py --k 10 --no-memory --json --variants one_step "one_step, L2 alone"
 
 One thread, denormals flushed. All variants of a size and a k take turns of 10 steps in one process; a ratio
 is a variant's turn over plain training's turn of the same round: median and quartiles over rounds, for a
 budget the sum of all turns after the first 200 steps. Both sides have the same settings of Adam: its default
-(foreach), or fused. "parts" are batches of 64 for T2 and 8 examples for the mixed partial instead of 100
-each, "small parts" 24 and 8. Memory: peak resident memory of a fresh process over that at its start (data
-and network in place), median of 5, and that over plain's. k "auto": midflight's default, one hyper-step for
-20 (evenly spaced here), and a budget.
+(foreach), or fused. At a fixed k midflight has the horizon "step", as the peers do. k "auto" is its default:
+the horizon "run" and one hyper-step for 20, evenly spaced here; or a budget. Memory: peak resident memory of
+a fresh process over that at its start (data and network in place), median of 5, and that over plain's. The
+numbers of the first edition: docs/results/overhead.json.
 
 Peers, where they are installed: `make peers`.
 """
@@ -31,32 +31,24 @@ import numpy as np
 import torch
 from peers import PEERS, Midflight, Training
 
-from midflight.cli import machine
+from midflight.machine import machine
 
 HERE = Path(__file__).parent
-OUT = HERE.parent / "docs/results/overhead.json"
+OUT = HERE.parent / "docs/results/overhead_seam.json"
 SIZES = ["1000-1000-1000", "2000-1000-1000-500", "4000-2000-1000-500-250"]
-PARTS, SMALL, BUDGET = (64, 8), (24, 8), 0.03
+BUDGET = 0.03
 
 Make = Callable[..., Training]
 OURS: dict[str, Make] = {
-    "one_step": Midflight,
-    "one_step, parts": partial(Midflight, parts=PARTS),
-    "one_step_cheap, parts": partial(Midflight, parts=PARTS, estimator="one_step_cheap"),
-    "one_step_cheap, parts, foresight": partial(Midflight, parts=PARTS, foresight=True),
-    "one_step, parts, compiled": partial(Midflight, parts=PARTS, compile=True),
-    "one_step, small parts, compiled": partial(Midflight, parts=SMALL, compile=True),
-    "one_step, L2 alone": partial(Midflight, noise=False),
-    "one_step, L2 alone, parts": partial(Midflight, noise=False, parts=PARTS),
-    "one_step, L2 alone, parts, compiled": partial(Midflight, noise=False, parts=PARTS, compile=True),
-    "one_step, L2 alone, small parts, compiled": partial(Midflight, noise=False, parts=SMALL, compile=True),
-    "t1t2": partial(Midflight, estimator="t1t2"),
-    "paper": partial(Midflight, estimator="paper"),
+    "one_step": partial(Midflight, horizon="step"),
+    "one_step, L2 alone": partial(Midflight, horizon="step", noise=False),
+    "t1t2": partial(Midflight, horizon="step", estimator="t1t2"),
+    "paper": partial(Midflight, horizon="step", estimator="paper"),
 }
 AUTO: dict[str, Make] = {
-    "default (foresight, one for 20)": partial(Midflight, foresight=True),
-    "default, parts": partial(Midflight, parts=PARTS, foresight=True),
-    f"one_step, parts, budget {BUDGET}": partial(Midflight, parts=PARTS, budget=BUDGET),
+    "default (horizon run, one for 20)": Midflight,
+    "default, L2 alone": partial(Midflight, noise=False),
+    f"default, budget {BUDGET}": partial(Midflight, budget=BUDGET),
 }
 ALL = {"plain": Training, **OURS, **AUTO, **PEERS}
 

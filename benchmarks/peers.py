@@ -25,11 +25,11 @@ def mlp(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*(layer for pair in hidden for layer in pair), nn.Linear(sizes[-1], 10))
 
 
-def batches(size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+def batches() -> Iterator[tuple[Tensor, Tensor]]:
     """Random images; drawn beforehand, for their drawing is not what is measured."""
     generator = torch.Generator().manual_seed(1)
     drawn = [
-        (torch.rand(size, 784, generator=generator), torch.randint(0, 10, (size,), generator=generator))
+        (torch.rand(BATCH, 784, generator=generator), torch.randint(0, 10, (BATCH,), generator=generator))
         for _ in range(10)
     ]
     while True:
@@ -76,20 +76,17 @@ class Training:
 
 
 class Midflight(Training):
-    """Variants: the estimator, parts (examples of T2, of the batch for the mixed partial), L2 alone,
-    foresight, a budget, compiled.
+    """Variants: the horizon, the estimator, L2 alone, a budget.
 
-    With a budget the length of the run is not told, so that nothing is spent ahead; k = 0 means one for 20.
+    The length of the run is not told, so that nothing is spent ahead; k = 0 means one for 20.
     """
 
     def __init__(
-        self, widths: Sequence[int], k: int, fused: bool | None = None, *, estimator: str | None = None,
-        parts: tuple[int, int] = (BATCH, BATCH), noise: bool = True, foresight: bool = False,
-        budget: float | None = None, compile: bool = False,
+        self, widths: Sequence[int], k: int, fused: bool | None = None, *, horizon: str = "run",
+        estimator: str = "one_step", noise: bool = True, budget: float | None = None,
     ) -> None:  # fmt: skip
-        self.estimator, self.tunes_noise = estimator, noise
-        self.valid_batch, self.probed = parts
-        self.foresight, self.budget, self.compile = foresight, budget, compile
+        self.horizon, self.estimator = horizon, estimator
+        self.tunes_noise, self.budget = noise, budget
         super().__init__(widths, k, fused)
 
     def set_up(self) -> None:
@@ -99,31 +96,27 @@ class Midflight(Training):
         space = mf.Space(ranges)
         level = space["noise"] if self.tunes_noise else START[1]
         self.model = nn.Sequential(mf.nn.GaussianNoise(level), self.net)
-        self.tuner = mf.Tuner(
-            self.model, self.optimizer, space, bind=["weight_decay"],
-            validate=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
-            valid_loader=Endless(self.valid_batch),
-            train_loader=Endless(self.valid_batch) if self.foresight else None,
-            estimator=self.estimator, total_steps=None if self.budget else 100_000,
-            budget=self.budget, every=None if self.budget else self.k or 20, compile=self.compile,
+        mf.Tuner(
+            self.model, self.optimizer, space, self.loss, Endless(), Endless(), horizon=self.horizon,
+            estimator=self.estimator, schedule=mf.TimeBudget(self.budget) if self.budget else self.k or None,
         )  # fmt: skip
 
+    @staticmethod
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
     def step(self) -> None:
-        x, y = next(self.train)
+        batch = next(self.train)
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(x), y)
-        few = self.probed
-        probe = (lambda: F.cross_entropy(self.model(x[:few]), y[:few])) if few < BATCH else None
-        self.tuner.backward(loss, probe)
+        self.loss(self.model, batch).backward()
         self.optimizer.step()
 
 
 class Endless:
-    def __init__(self, size: int) -> None:
-        self.size = size
+    """A loader without an end."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return batches(self.size)
+        return batches()
 
 
 class Higher(Training):

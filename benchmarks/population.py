@@ -3,9 +3,9 @@
     python benchmarks/population.py                  one thread; numbers to docs/results/population.json
     python benchmarks/population.py --device cuda    to population_cuda.json
 
-Adam (the loop's fused), batch 100, L2 and input noise tuned by `one_step` at every 10th step, both with
-`compile=True`. Loop and population take turns of 10 steps; printed is the time of a step per member, median
-over turns.
+Adam (the loop's fused), batch 100, L2 and input noise tuned at every 10th step with the horizon "step", the
+population with `compile=True`. Loop and population take turns of 10 steps; printed is the time of a step per
+member, median over turns.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import midflight as mf
-from midflight.cli import machine
+from midflight.machine import machine
 
 RESULTS = Path(__file__).parent.parent / "docs/results"
 NETWORKS = {"64-64-64-10": [64, 64, 64, 10], "784-200-200-10": [784, 200, 200, 10]}
@@ -46,8 +46,8 @@ def population(sizes: list[int], n: int, device: str) -> Callable[[], object]:
     """A function that takes one step of all members together."""
     batch = torch.rand(n, BATCH, sizes[0], device=device), torch.randint(0, 10, (n, BATCH), device=device)
     pop = mf.Population(
-        n, lambda s: build(sizes, s).to(device), space(), torch.optim.Adam, loss=loss, validate=loss,
-        valid_loader=[batch], bind=["weight_decay"], every=10, compile=True,
+        n, lambda s: build(sizes, s).to(device), space(), torch.optim.Adam, loss_fn=loss,
+        valid_loader=[batch], schedule=10, compile=True,
     )  # fmt: skip
     return partial(pop.step, batch)
 
@@ -58,14 +58,11 @@ def loop(sizes: list[int], device: str) -> Callable[[], None]:
     batch = torch.rand(BATCH, sizes[0], device=device), torch.randint(0, 10, (BATCH,), device=device)
     model = build(sizes, own).to(device)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    tuner = mf.Tuner(
-        model, optimizer, own, validate=loss, valid_loader=[batch], bind=["weight_decay"], every=10,
-        compile=True,
-    )  # fmt: skip
+    mf.Tuner(model, optimizer, own, loss, [batch], [batch], horizon="step", schedule=10)
 
     def step() -> None:
         optimizer.zero_grad()
-        tuner.backward(loss(model, batch))
+        loss(model, batch).backward()
         optimizer.step()
 
     return step

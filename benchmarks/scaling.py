@@ -3,18 +3,19 @@
     python benchmarks/scaling.py            measures, and writes docs/results/scaling.json and .png
     python benchmarks/scaling.py --figure   the figure alone, from the stored numbers
 
-One thread, Adam, batches of 100 random images. Weights: an MLP with two equal hidden layers, 10^5 to 10^8
-weights; L2 and input noise, exact one_step. Hyperparameters: one weight of the loss for each of n training
+One thread, Adam, batches of 100 random images, horizon "step". Weights: an MLP with two equal hidden layers,
+10^5 to 10^8 weights; L2 and input noise. Hyperparameters: one weight of the loss for each of n training
 examples, from 2 to 10^6, on a network of 10^5 weights. Members: a `Population` of networks of 10^4 weights.
 Each measurement has a fresh process: median time of a plain step and of one with a hyper-step, peak memory.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from overhead import status
 from torch import Tensor, nn
 
 import midflight as mf
-from midflight.cli import machine
+from midflight.machine import machine
 
 OUT = Path(__file__).parent.parent / "docs/results/scaling.json"
 BATCH = 100
@@ -50,7 +51,7 @@ def mlp(weights: float) -> nn.Sequential:
     )  # fmt: skip
 
 
-def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
@@ -62,30 +63,41 @@ def by_weights(n: int, every: int) -> Callable[[], None]:
     space = noisy()
     model = nn.Sequential(mf.nn.GaussianNoise(space["noise"]), mlp(n))
     optimizer = torch.optim.Adam(model.parameters())
-    x, y = images(BATCH)
-    tuner = mf.Tuner(
-        model, optimizer, space, validate=loss, valid_loader=[(x, y)], bind=["weight_decay"], every=every
-    )
-    return stepper(optimizer, lambda: tuner.backward(loss(model, (x, y))))
+    batches = [images(BATCH)]
+    mf.Tuner(model, optimizer, space, loss, batches, batches, horizon="step", schedule=every)
+    return stepper(optimizer, lambda: loss(model, batches[0]))
 
 
 def by_hyperparameters(n: int, every: int) -> Callable[[], None]:
     space, model = mf.Space(weight=mf.Float(0.0, 2.0, shape=(n,))), mlp(1e5)
     optimizer = torch.optim.Adam(model.parameters())
-    x, y = images(BATCH)
+    loader = Numbered(n)
+    batches = iter(loader)
 
-    def weighted() -> Tensor:
-        rows = torch.randint(n, (BATCH,))
-        return (space["weight"][rows] * F.cross_entropy(model(x), y, reduction="none")).mean()
+    def weighted(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x, y, numbers = batch
+        return (space["weight"][numbers] * F.cross_entropy(model(x), y, reduction="none")).mean()
 
-    tuner = mf.Tuner(model, optimizer, space, validate=loss, valid_loader=[(x, y)], every=every)
-    return stepper(optimizer, lambda: tuner.backward(weighted()))
+    mf.Tuner(
+        model, optimizer, space, weighted, loader, loader, valid_loss_fn=loss, horizon="step", schedule=every
+    )
+    return stepper(optimizer, lambda: weighted(model, next(batches)))
 
 
-def stepper(optimizer: torch.optim.Optimizer, backward: Callable[[], object]) -> Callable[[], None]:
+class Numbered:
+    """Endless batches of the same images, numbered anew each time as if they were from n examples."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.images = n, images(BATCH)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return ((*self.images, torch.randint(self.n, (BATCH,))) for _ in itertools.count())
+
+
+def stepper(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Callable[[], None]:
     def step() -> None:
         optimizer.zero_grad()
-        backward()
+        loss().backward()
         optimizer.step()
 
     return step
@@ -95,7 +107,7 @@ def by_members(n: int, every: int) -> Callable[[], object]:
     x, y = images(n, BATCH)
     population = mf.Population(
         n, lambda space: nn.Sequential(mf.nn.GaussianNoise(space["noise"]), mlp(1e4)), noisy(),
-        torch.optim.Adam, loss=loss, validate=loss, valid_loader=[(x, y)], bind=["weight_decay"], every=every,
+        torch.optim.Adam, loss_fn=loss, valid_loader=[(x, y)], schedule=every,
     )  # fmt: skip
     return lambda: population.step((x, y))
 

@@ -13,9 +13,10 @@ weights (many copies as one tensor, so that the validation loss is the expectati
 constant rate. Real task: digits, MLP 64-64, SGD with momentum, 30 epochs, three starts of the learning rate.
 """
 
+import itertools
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,18 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import midflight as mf
-from midflight.hypergrad import implicit_neumann, one_step, unrolled
+from midflight.hypergrad import ImplicitNeumann, Unrolled
 from midflight.study.data import load
+from midflight.tuner.data import Shuffled, Split
 
 OUT = Path(__file__).parent.parent / "docs/results"
 CURVATURES = torch.logspace(0, -2, 20)
 STEPS, COPIES, LOW, HIGH = 200, 2000, 1e-3, 1.0
-ESTIMATORS: dict[str, Callable[..., Any]] = {
-    "one_step": one_step,
-    "unrolled 5": partial(unrolled, steps=5),
-    "unrolled 20": partial(unrolled, steps=20),
-    "implicit_neumann 20": partial(implicit_neumann, terms=20),
+ESTIMATORS: dict[str, mf.Estimator] = {
+    "one_step": mf.ESTIMATORS["one_step"],
+    "unrolled 5": Unrolled(steps=5),
+    "unrolled 20": Unrolled(steps=20),
+    "implicit_neumann 20": ImplicitNeumann(terms=20),
 }
 
 
@@ -78,7 +80,15 @@ def best_schedule() -> Tensor:
     return raw.detach().exp().clamp(max=1.5)
 
 
-def tuned(estimator: Callable[..., Any]) -> tuple[Tensor, float]:
+class Targets:
+    """Endless batches of c, shape (COPIES, number of curvatures)."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            yield torch.randn(COPIES, len(CURVATURES))
+
+
+def tuned(estimator: mf.Estimator) -> tuple[Tensor, float]:
     """(schedule, final expected loss) of SGD whose learning rate is tuned, from a start of 0.3."""
     torch.manual_seed(0)
     weights = nn.Parameter(10 * torch.randn(COPIES, len(CURVATURES)))
@@ -87,49 +97,53 @@ def tuned(estimator: Callable[..., Any]) -> tuple[Tensor, float]:
     model = nn.Module()
     model.register_parameter("weights", weights)
 
-    def loss(target: Tensor | float) -> Tensor:
+    def loss(model: nn.Module, target: Tensor | float) -> Tensor:
         return 0.5 * (CURVATURES * (model.weights - target) ** 2).sum(1).mean()
 
-    tuner = mf.Tuner(
-        model, optimizer, space, validate=lambda *_: loss(0.0), valid_loader=[None], bind=["lr"], every=1,
+    def loss_fn(model: nn.Module, target: Tensor) -> Tensor:
+        # the gradient of a mean over copies is 1/COPIES of each copy's: every copy takes its own step
+        return COPIES * loss(model, target)
+
+    mf.Tuner(
+        model, optimizer, space, loss_fn, Targets(), [0.0], valid_loss_fn=loss, schedule=1, horizon="step",
         estimator=estimator, hyper_optimizer=partial(mf.SignSteps, lr=0.02, agreement=0.0),
     )  # fmt: skip
     rates = []
-    for _ in range(STEPS):
+    for target in itertools.islice(Targets(), STEPS):
         rates.append(float(space["lr"]))
         optimizer.zero_grad()
-        # the gradient of a mean over copies is 1/COPIES of each copy's: every copy takes its own step
-        tuner.backward(lambda: COPIES * loss(torch.randn(COPIES, len(CURVATURES))))
+        loss_fn(model, target).backward()
         optimizer.step()
-    return torch.tensor(rates), float(loss(0.0).detach() + 0.5 * CURVATURES.sum())
+    return torch.tensor(rates), float(loss(model, 0.0).detach() + 0.5 * CURVATURES.sum())
 
 
-def digits(start: float, estimator: Callable[..., Any] | None) -> dict[str, float]:
+def digits(start: float, estimator: mf.Estimator | None) -> dict[str, float]:
     """Validation loss of an MLP whose learning rate starts at `start` and is tuned, or fixed if None."""
     torch.manual_seed(0)
     data = load("digits")
     x, y = torch.from_numpy(data.train_x), torch.from_numpy(data.train_y)
-    x_train, y_train, x_valid, y_valid = x[:1000], y[:1000], x[1000:], y[1000:]
+    t1, t2 = Split(x[:1000], y[:1000]), Split(x[1000:], y[1000:])
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=start, momentum=0.9)
     space = mf.Space(lr=mf.Float(1e-4, 1.0, log=True, init=start))
     steps = 30 * (1000 // 50)
-    batches = [(x_valid[i::4], y_valid[i::4]) for i in range(4)]
-    tuner = None if estimator is None else mf.Tuner(
-        model, optimizer, space, validate=lambda m, b: F.cross_entropy(m(b[0]), b[1]), valid_loader=batches,
-        bind=["lr"], every=5, estimator=estimator, total_steps=steps,
-    )  # fmt: skip
+    batches = [(t2.x[i::4], t2.y[i::4]) for i in range(4)]
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    if estimator is not None:
+        mf.Tuner(
+            model, optimizer, space, loss_fn, Shuffled(t1, 50, seed=1), batches, schedule=5, horizon="step",
+            estimator=estimator, total_steps=steps,
+        )  # fmt: skip
     for _ in range(30):
         for batch in torch.randperm(1000).split(50):
             optimizer.zero_grad()
-            loss = partial(lambda batch: F.cross_entropy(model(x_train[batch]), y_train[batch]), batch)
-            if tuner is None:
-                loss().backward()
-            else:
-                tuner.backward(loss)
+            loss_fn(model, (t1.x[batch], t1.y[batch])).backward()
             optimizer.step()
     with torch.no_grad():
-        return {"lr": float(space["lr"]), "valid_loss": float(F.cross_entropy(model(x_valid), y_valid))}
+        return {"lr": float(space["lr"]), "valid_loss": float(loss_fn(model, (t2.x, t2.y)))}
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ reported and used for nothing.
 import json
 import math
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import midflight as mf
-from midflight.batches import EndlessBatches, Shuffled, Split
-from midflight.capture import evaluating
-from midflight.cli import machine
 from midflight.levels import default_floor
+from midflight.machine import machine
 from midflight.study.arm import mlp
 from midflight.study.data import load
+from midflight.tuner.data import Shuffled, Split
+from midflight.tuner.live import evaluating
 
 RESULTS = Path(__file__).parent.parent / "docs/results"
 LOW, HIGH = (-7.0, 0.0), (-0.5, 1.2)
@@ -34,6 +34,7 @@ NAMES, LOG = ("weight_decay", "noise", "dropout", "lr"), ("weight_decay", "lr")
 Point = tuple[float, ...]
 """(log10 L2, noise) or (log10 L2, noise, dropout, log10 learning rate)"""
 Splits = tuple[Split, Split, Split]
+Batch = tuple[Tensor, Tensor]
 Row = dict[str, Any]
 
 
@@ -47,6 +48,10 @@ class Task:
     batch: int
     valid_batch: int
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+
+    def loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
+        x, y = batch
+        return self.loss(model(x), y)
 
 
 def images(name: str, train: int, valid: int) -> Splits:
@@ -123,42 +128,32 @@ class Training:
                 for name, low, high, init in zip(NAMES, LOW_OF_FOUR, HIGH_OF_FOUR, start, strict=False)
             }
         )
-        self.bound = [name for name in names if name in LOG]
+        self.space.requires_grad_(False)  # fixed runs compute no gradient that nobody uses
         network = self.task.network()
         if "dropout" in names:
             network = with_dropout(network, self.space["dropout"])
         self.noise = mf.nn.GaussianNoise(self.space["noise"], floor=0.0)
         self.model = nn.Sequential(self.noise, network)
-        options = {name: float(self.space[name]) for name in self.bound}
+        options = {name: float(self.space[name]) for name in names if name in LOG}
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True, **options)
         self.seed = seed
-        self.probed: int | None = None
-        self.batches = EndlessBatches(Shuffled(self.t1, self.task.batch, seed=seed + 1), "T1")
+        self.batches = endless(Shuffled(self.t1, self.task.batch, seed=seed + 1))
         self.steps = self.task.epochs * (len(self.t1) // self.task.batch)
 
-    def tune(self, foresight: bool = True, parts: tuple[int, int] | None = None, **options: Any) -> mf.Tuner:
-        """A tuner at its defaults but for these options; hand it to `step`.
-
-        `parts`: examples in T2's batches, and of a training batch those for the mixed partial.
-        """
+    def tune(self, **options: Any) -> mf.Tuner:
+        """A tuner at its defaults but for these options; from now on `step` moves the hyperparameters."""
         self.noise.floor = default_floor(self.space["noise"])
-        size, self.probed = parts or (self.task.valid_batch, None)
-        t1 = Shuffled(self.t1, min(size, len(self.t1)), seed=self.seed + 3) if foresight else None
+        size = self.task.valid_batch
         return mf.Tuner(
-            self.model, self.optimizer, self.space, bind=self.bound, total_steps=self.steps,
-            validate=lambda model, batch: self.task.loss(model(batch[0]), batch[1]),
-            valid_loader=Shuffled(self.t2, size, seed=self.seed + 2),
-            train_loader=t1, **options,
+            self.model, self.optimizer, self.space, self.task.loss_of,
+            Shuffled(self.t1, min(size, len(self.t1)), seed=self.seed + 3),
+            Shuffled(self.t2, size, seed=self.seed + 2), total_steps=self.steps, **options,
         )  # fmt: skip
 
-    def step(self, tuner: mf.Tuner | None = None) -> None:
-        """One step, a hyper-step perhaps."""
-        x, y = next(self.batches)
+    def step(self) -> None:
+        batch = next(self.batches)
         self.optimizer.zero_grad()
-        loss = self.task.loss(self.model(x), y)
-        few = self.probed
-        probe = (lambda: self.task.loss(self.model(x[:few]), y[:few])) if few else None
-        tuner.backward(loss, probe) if tuner else loss.backward()
+        self.task.loss_of(self.model, batch).backward()
         self.optimizer.step()
 
     def state_dict(self) -> Row:
@@ -184,7 +179,7 @@ class Training:
     @torch.no_grad()
     def valid_loss(self) -> float:
         with evaluating(self.model):
-            return float(self.task.loss(self.model(self.t2.x), self.t2.y))
+            return float(self.task.loss_of(self.model, (self.t2.x, self.t2.y)))
 
     @torch.no_grad()
     def test_error(self) -> float:
@@ -194,6 +189,12 @@ class Training:
         if self.task.loss is F.mse_loss:
             return float(F.mse_loss(outputs, self.test.y))
         return float((outputs.argmax(1) != self.test.y).float().mean())
+
+
+def endless(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Pass after pass."""
+    while True:
+        yield from batches
 
 
 def _natural(name: str, value: float) -> float:

@@ -4,28 +4,31 @@ Everything is evaluated on copies through `functional_call`; the model, the opti
 are left as they were.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from midflight.errors import MidflightError, NotTwiceDifferentiable, UnreachedHyperparameter
-from midflight.hypergrad import CLAIMS, Estimator, estimator_for, hypergradient
+from midflight.errors import InvalidLoss, MidflightError, NotTwiceDifferentiable, UnreachedHyperparameter
+from midflight.graph import require_twice_differentiable
+from midflight.hypergrad import CLAIMS, ESTIMATORS, Estimator, estimator_for, hypergradient
 from midflight.hypergrad.mixed import is_linear, knows_forward_mode
+from midflight.levels import held_constants
 from midflight.problem import Problem
 from midflight.space import Space
 from midflight.testing.oracles import along, derivative
 from midflight.trees import Tensors, leaves
 from midflight.tuner.binding import Bind, Binding
-from midflight.tuner.live import RandomState, evaluating, with_tensors
-from midflight.tuner.optimizers import trained_parameters, unwrapped
+from midflight.tuner.live import LiveModel, Loss, with_tensors
+from midflight.tuner.optimizers import Optimizers, trained_parameters, unwrapped
+from midflight.tuner.randomness import Randomness
 from midflight.updates import State, Update
 
 ENTRIES = 5  # of a large hyperparameter that are differenced
-TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ class Line:
 
     Attributes:
         hyperparameter: its name, with the index of the entry if it has a shape.
-        estimator: by name.
+        estimator: its name in `ESTIMATORS`, or its class with what was chosen.
         estimate: of dC2/d raw.
         truth: the central difference that agrees best with its neighbours in step size.
         uncertainty: how far it disagrees with them.
-        passed: |estimate - truth| within 1e-6 relative or three times the uncertainty; None for an
-            estimator that claims no exactness.
+        passed: |estimate - truth| within what the estimator claims or three times the uncertainty; None for
+            one that claims no exactness.
     """
 
     hyperparameter: str
@@ -62,7 +65,7 @@ class CheckReport:
     Attributes:
         lines: the table of errors.
         hints: likely causes of what went wrong, and what to know, one sentence each.
-        mixed_partial: how the mixed partial is found when the loss is given as a function.
+        mixed_partial: how `Tuner` finds the mixed partial.
     """
 
     lines: list[Line]
@@ -99,48 +102,48 @@ class CheckReport:
 
 def check(
     model: nn.Module,
-    loss: Callable[[nn.Module, Any], Tensor],
-    optimizer: torch.optim.Optimizer,
+    loss: Loss,
+    optimizer: Optimizers,
     space: Space,
     *,
     batch: Any,
-    validate: Callable[[nn.Module, Any], Tensor],
+    validate: Loss,
     valid_batch: Any,
     bind: Bind = None,
     estimators: Sequence[str | Estimator] = ("one_step", "one_step_cheap", "t1t2"),
 ) -> CheckReport:
     """Compare hypergradients of your own training step with central differences, in float64.
 
+    Layers of `mf.nn.Dropout` draw at one rate, so that their derivative is compared with its own relaxation.
+
     Args:
         model: in the mode in which it trains.
         loss: (model, batch) -> training loss, a scalar.
-        optimizer: holds the model's weights; its state is used, or three steps are taken on a copy
-            if it has none.
+        optimizer: holds the model's weights, one or several as for `Tuner`; its state is used, or three steps
+            are taken on a copy if it has none.
         space: the hyperparameters; a large one is checked in five entries.
         batch: training batch; floating-point tensors in it (in tuples, lists, dicts) are cast.
         validate: (model, batch) -> validation loss, in eval mode.
         valid_batch: validation batch.
         bind: as for `Tuner`.
-        estimators: what to compare, by name or as functions.
+        estimators: what to compare, names from `ESTIMATORS` or estimators.
 
     Raises:
         BindingError, UnsupportedOptimizer, UnsupportedParameter, UnknownName: as `Tuner` would.
     """
     hints: list[str] = []
     trial = _Trial(model, loss, optimizer, space, batch, validate, valid_batch, bind)
-    chosen = {
-        e if isinstance(e, str) else getattr(e, "__name__", str(e)): estimator_for(e) for e in estimators
-    }
+    chosen = [(_name(e), estimator_for(e)) for e in estimators]
     lines: list[Line] = []
     mixed_partial = "not found"
-    with _double():
+    with trial.borrowed():
         try:
             hints += trial.conditions()
             state = trial.settled_state()
             truths = {name: trial.truth(name, state) for name in space}
             hints += _about_truths(truths)
             mixed_partial = trial.mixed_partial()
-            for name, estimator in chosen.items():
+            for name, estimator in chosen:
                 estimate = hypergradient(trial.problem, trial.params, trial.raws, state, estimator)
                 lines += _lines(name, estimate, truths)
         except (MidflightError, RuntimeError) as error:
@@ -162,59 +165,75 @@ class _Truth:
 
 
 class _Trial:
-    """The user's step as a pure problem in float64."""
+    """The user's step as a pure problem in float64, to be used while it has `borrowed` the model."""
 
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[nn.Module, Any], Tensor],
-        optimizer: torch.optim.Optimizer,
+        loss: Loss,
+        optimizer: Optimizers,
         space: Space,
         batch: Any,
-        validate: Callable[[nn.Module, Any], Tensor],
+        validate: Loss,
         valid_batch: Any,
         bind: Bind,
     ) -> None:
-        self._model = model
-        self._space = space
-        live = trained_parameters(model, optimizer)
-        binding = Binding(unwrapped(optimizer), space, bind)
-        random = RandomState(live)
+        self._model, self._space = model, space
+        trained, optimizers = trained_parameters(model, optimizer), unwrapped(optimizer)
+        binding = Binding(optimizers, space, bind)
+        binding.detach()  # read only
+        self._randomness = Randomness()
+        live = self._live = LiveModel(model, self._randomness)
         buffers = {name: _cast(b) for name, b in model.named_buffers()}
-        frozen = {name: _cast(p.detach()) for name, p in model.named_parameters() if name not in live}
+        frozen = {name: _cast(p.detach()) for name, p in model.named_parameters() if name not in trained}
         batch, valid_batch = _cast(batch), _cast(valid_batch)
-        self.params: Tensors = {name: _cast(p.detach()) for name, p in live.items()}
+        self.params: Tensors = {name: _cast(p.detach()) for name, p in trained.items()}
         self.raws: Tensors = {name: _cast(raw.detach()) for name, raw in space.raws.items()}
+        states = {p: state for o in optimizers for p, state in o.state.items()}
         self._state: dict[str, State] = {
-            name: {k: _cast(v) if k != "step" else v.clone() for k, v in optimizer.state.get(p, {}).items()}
-            for name, p in live.items()
+            name: {key: x.clone() if key == "step" else _cast(x) for key, x in states.get(p, {}).items()}
+            for name, p in trained.items()
         }
 
-        def call(function: Callable[[nn.Module, Any], Tensor], data: Any, params: Tensors) -> Tensor:
-            weights = {**frozen, **{name: b.clone() for name, b in buffers.items()}, **params}
-            return with_tensors(model, lambda: function(model, data), weights)
+        def call(function: Loss, data: Any, params: Tensors, valid: bool = False) -> Tensor:
+            self._randomness.rewind(self._draws)
+            evaluate = live.valid_loss if valid else live.train_loss
+            tensors = {**frozen, **{name: b.clone() for name, b in buffers.items()}, **params}
+            return with_tensors(model, lambda: evaluate(function, data), tensors)
 
         def train_loss(params: Tensors, raws: Tensors) -> Tensor:
-            with random.replayed(), space.using(raws):
+            with space.using(raws):
                 return call(loss, batch, params)
 
         def valid_loss(params: Tensors) -> Tensor:
-            with random.replayed(), evaluating(model):
-                return call(validate, valid_batch, params)
+            return call(validate, valid_batch, params, valid=True)
 
         def updates(raws: Tensors) -> dict[str, Update]:
             with space.using(raws):
-                return binding.updates(live, {name: space[name].value for name in binding.options})
+                return binding.updates(trained, {name: space[name].value for name in binding.options})
 
         self.problem = Problem(train_loss, valid_loss, updates)
 
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """As a hyper-step has the model, in float64; at the end all is as it was."""
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.float64)
+            with self._live.borrowed(), held_constants(), sdpa_kernel(SDPBackend.MATH):
+                self._draws = self._randomness.snapshot()
+                yield
+        finally:
+            torch.set_default_dtype(before)
+
     def conditions(self) -> Iterator[str]:
         """What should be known before any derivative is taken."""
-        first, second = (self.problem.train_loss(self.params, self.raws) for _ in range(2))
+        with torch.no_grad():
+            first, second = (self.problem.train_loss(self.params, self.raws) for _ in range(2))
         if not torch.equal(first, second):
             yield (
-                "the loss differs between two evaluations with the same random state of torch: it draws from "
-                "numpy or random, or changes itself; re-evaluating estimators and this table cannot be right."
+                "the loss differs between two evaluations with the same random states of torch, numpy and "
+                "random: it has a generator of its own, or changes itself; this table cannot be right."
             )
         if not bool(torch.isfinite(first)):
             yield "the training loss is not finite here."
@@ -252,26 +271,48 @@ class _Trial:
         return _Truth(tuple(raw.shape), entries)
 
     def mixed_partial(self) -> str:
-        """How `Tuner` finds the mixed partial, given the loss as a function."""
+        """How `Tuner` finds the mixed partial."""
         values = leaves({name: self._space[name].value for name in self._space})
 
         def train_loss(params: Tensors, values: Tensors) -> Tensor:
             with self._space.seeing(values):
                 return self.problem.train_loss(params, {})
 
-        if not is_linear(train_loss, self.params, values):
-            return "double backward"
-        if not knows_forward_mode(train_loss, self.params, values):
-            return "double backward (the loss is linear in what it reads, but has no forward mode)"
-        return "forward over reverse: the loss is linear in what it reads of the space"
+        try:
+            linear = is_linear(train_loss, self.params, values)
+        except InvalidLoss:  # nothing reads a hyperparameter
+            linear = False
+        if linear and knows_forward_mode(train_loss, self.params, values):
+            return "forward mode: the loss is linear in what it reads of the space"
+        grads = self.problem.train_grads(leaves(self.params), leaves(self.raws), create_graph=True)
+        try:
+            require_twice_differentiable(grads.values())
+        except NotTwiceDifferentiable:
+            return "difference: the loss is differentiable once only"
+        return "double backward"
+
+
+def _name(estimator: str | Estimator) -> str:
+    """Of an estimator in the table; one with other settings than those in `ESTIMATORS` shows them."""
+    if isinstance(estimator, str):
+        return estimator
+    for name, known in ESTIMATORS.items():
+        if estimator == known:
+            return name
+    kind = getattr(estimator, "__name__", type(estimator).__name__)
+    if not is_dataclass(estimator):
+        return str(kind)
+    chosen = (f"{f.name}={x!r}" for f in fields(estimator) if (x := getattr(estimator, f.name)) != f.default)
+    return f"{kind}({', '.join(chosen)})"
 
 
 def _lines(estimator: str, estimate: Tensors, truths: Mapping[str, _Truth]) -> Iterator[Line]:
-    exact = estimator in CLAIMS and CLAIMS[estimator].steps == 1
+    claim = CLAIMS.get(estimator)
+    exact = claim is not None and claim.steps == 1
     for name, truth in truths.items():
         for i, (value, uncertainty) in truth.entries.items():
             found = float(estimate[name].reshape(-1)[i])
-            allowed = max(TOLERANCE * abs(value), 3 * uncertainty)
+            allowed = max(claim.tolerance * abs(value) if claim else 0.0, 3 * uncertainty)
             passed = abs(found - value) <= allowed if exact else None
             yield Line(f"{name}[{i}]" if truth.shape else name, estimator, found, value, uncertainty, passed)
 
@@ -293,7 +334,7 @@ def _explained(error: Exception) -> str:
     if isinstance(error, UnreachedHyperparameter):
         return f"{text} If it is used, its gradient is cut: float(), .item(), .data, detach or rounding."
     if isinstance(error, NotTwiceDifferentiable):
-        return text
+        return f"{text} `Tuner` takes differences by itself here."
     if "inplace operation" in text:
         return (
             "an in-place operation changes a tensor that a second derivative needs; write x = f(x) instead "
@@ -314,13 +355,3 @@ def _cast(data: Any) -> Any:
     if isinstance(data, Mapping):
         return {k: _cast(v) for k, v in data.items()}
     return type(data)(_cast(x) for x in data) if type(data) in (list, tuple) else data
-
-
-@contextmanager
-def _double() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

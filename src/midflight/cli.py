@@ -8,7 +8,7 @@
 
 Examples:
   midflight study smoke
-  midflight study quick --run mine --starts 20 --estimator one_step t1t2
+  midflight study quick --run mine --starts 20 --estimator default t1t2
   midflight study paper --networks 1000-1000-1000 --device cuda
   midflight report quick --json
   midflight search mlp --data mnist --engine bohb --time 5m

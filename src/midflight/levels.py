@@ -8,7 +8,9 @@ drawn at no less than a floor, 5 % of its range, where the derivative still tell
 the hyperparameter itself may reach 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -27,12 +29,31 @@ def default_floor(level: Level) -> float:
 
 def drawn(level: Level, floor: float, like: Tensor) -> Tensor:
     """The level at which to draw, at least `floor`, on the device of `like`; the derivative passes."""
-    if isinstance(level, Hyperparameter):
-        level = level.value
-    elif callable(level):
-        level = level()
-    x = level.to(like.device) if isinstance(level, Tensor) else like.new_tensor(level)
-    return x + (floor - x).clamp(min=0).detach()
+    now: Any = level.value if isinstance(level, Hyperparameter) else level() if callable(level) else level
+    x = now.to(like.device) if isinstance(now, Tensor) else like.new_tensor(now)
+    return x + constant((level, floor), (floor - x).clamp(min=0).detach())
+
+
+_held: dict[Any, Tensor] | None = None
+
+
+def constant(what: Any, value: Tensor) -> Tensor:
+    """A value that derivatives take for a constant; inside `held_constants` the first one of its kind."""
+    return value if _held is None else _held.setdefault(what, value)
+
+
+@contextmanager
+def held_constants() -> Iterator[None]:
+    """Keep each `constant` at its first value, so that differences see the function that is differentiated.
+
+    Floors and the masks of dropout follow a level, though the derivative does not count it.
+    """
+    global _held
+    before, _held = _held, {}
+    try:
+        yield
+    finally:
+        _held = before
 
 
 def describe(level: Level) -> str:

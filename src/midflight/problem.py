@@ -88,7 +88,8 @@ class Step:
         return step_ahead(self.params, self.grads, self.state, self.updates)
 
     def chain(self, pairs: Pairs) -> Tensors:
-        """The sum of <cotangent, d output/d hparams> over (output, cotangent), for hparams that are reached."""
+        """The sum of <cotangent, d output/d hparams> over (output, cotangent), for hparams that are
+        reached."""
         pairs = [(output, cotangent) for output, cotangent in pairs if output.requires_grad]
         if not pairs:
             return {}
@@ -126,7 +127,7 @@ def recorded(grads: Tensors, hparams: Tensors) -> Callable[[Tensors], Tensors]:
 
 def added(a: Tensors, b: Tensors) -> Tensors:
     """a + b, where a missing entry counts as zero."""
-    return {name: a[name] + b[name] if name in a and name in b else a.get(name, b.get(name)) for name in a | b}  # type: ignore[misc]
+    return {**a, **{name: a[name] + t if name in a else t for name, t in b.items()}}
 
 
 def require_reached(found: Tensors, hparams: Tensors) -> Tensors:

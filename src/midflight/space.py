@@ -5,11 +5,14 @@ model: `SGD(model.parameters())` must not train it on the training loss, and `mo
 replace it. Its hypergradient lands in `raw.grad`, so any torch optimiser can move it.
 """
 
+import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,8 +32,8 @@ class Float:
     """A continuous hyperparameter between `low` and `high`, both included.
 
     Args:
-        low: smallest value.
-        high: largest value; low < high.
+        low: smallest value, finite.
+        high: largest value, finite; low < high.
         log: move on a logarithmic scale; needs low > 0.
         logit: move on a logit scale, for rates that crowd at 0 or 1; needs 0 < low and high < 1.
         init: where it starts, one number for all entries or one each; the middle of the
@@ -55,8 +58,12 @@ class Float:
     when: When | None = field(default=None, kw_only=True, hash=False)
 
     def __post_init__(self) -> None:
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if isinstance(bound, bool) or not isinstance(bound, numbers.Real) or not math.isfinite(bound):
+                raise SpaceError(f"{name} must be a finite number, but {name}={bound!r}.")
         if not self.low < self.high:
             raise SpaceError(f"low < high must hold, but low={self.low} and high={self.high}.")
+        object.__setattr__(self, "shape", _as_shape(self.shape))
         if self.log and self.low <= 0:
             raise SpaceError(
                 f"low > 0 must hold for log=True, but low={self.low}; pass log=False or a positive low."
@@ -75,7 +82,12 @@ class Float:
 
         What float32 rounded just over a bound is brought back to it.
         """
-        tensor = torch.as_tensor(value, dtype=torch.float64)
+        try:
+            tensor = torch.as_tensor(value, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            tensor = None
+        if tensor is None or isinstance(value, bool):
+            raise SpaceError(f"a value must be a number or a list of numbers, but got {value!r}.")
         if tensor.shape not in ((), self.shape):
             raise SpaceError(f"a value of shape {self.shape} is needed, but got {tuple(tensor.shape)}.")
         low, high = self.low - ROUNDING * abs(self.low), self.high + ROUNDING * abs(self.high)
@@ -90,6 +102,15 @@ class Float:
     def transform(self) -> Transform:
         """The map from the unit interval onto [low, high]."""
         return (Log if self.log else Logit if self.logit else Linear)(self.low, self.high)
+
+
+def _as_shape(shape: Any) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, list | tuple) else (shape,)
+    if not isinstance(shape, list | tuple) or any(type(n) is not int or n < 1 for n in sizes):
+        raise SpaceError(
+            f"shape must be a tuple of whole numbers of at least 1, such as (3,), but got {shape!r}."
+        )
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -153,17 +174,29 @@ class Categorical:
 
 
 class Hyperparameter:
-    """One entry of a `Space`: use it like a tensor wherever a tensor can stand.
+    """One entry of a `Space`: use it like a tensor wherever a tensor can stand, and like a number in loggers.
+
+    numpy, `float` and format strings see the value as it is now, without its gradient.
 
     Attributes:
         raw: unit coordinates in [0, 1], a leaf tensor of the shape of the `Float`; moved by the tuner.
         value: what the model sees, `transform(raw)`, differentiable with respect to `raw`.
     """
 
+    __array_priority__ = (
+        1000  # numpy's operators leave the operation to the ones below, which keep the gradient
+    )
+
     def __init__(self, name: str, spec: Float, dtype: torch.dtype) -> None:
         self.name = name
         self.spec = spec
         self.transform = spec.transform
+        low, high = self.transform.value(torch.tensor([0.0, 1.0], dtype=dtype)).tolist()
+        if not (math.isfinite(high) and low < high):
+            raise SpaceError(
+                f"the range of {name} must fit into {dtype}, but [{spec.low:g}, {spec.high:g}] becomes "
+                f"[{low:g}, {high:g}]; take another range or dtype=torch.float64."
+            )
         self.raw = torch.full(spec.shape, 0.5, dtype=dtype)
         self._seen: Tensor | None = None
         if spec.init is not None:
@@ -180,6 +213,15 @@ class Hyperparameter:
 
     def __float__(self) -> float:
         return float(self.value.detach())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return np.array(self.value.detach().tolist(), dtype=dtype)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value.detach().tolist(), spec) if spec else repr(self)
+
+    def __round__(self, digits: int | None = None) -> float:
+        return round(float(self), digits)
 
     def __bool__(self) -> bool:
         return bool(self.value)
@@ -265,6 +307,9 @@ class Hyperparameter:
         return func(*_values_of(args), **{k: _value_of(v) for k, v in (kwargs or {}).items()})
 
 
+numbers.Number.register(Hyperparameter)  # TensorBoard asks numpy whether it is a scalar
+
+
 def _value_of(x: Any) -> Any:
     if isinstance(x, Hyperparameter):
         return x.value
@@ -284,7 +329,8 @@ class Space:
         named: the same as keywords: `Space(noise=Float(0, 0.8))`.
 
     Raises:
-        SpaceError: it is empty, or an entry is not a `Float`.
+        SpaceError: it is empty; a name is no text; an entry is not a `Float`, or its range does not fit
+            `dtype`.
     """
 
     def __init__(
@@ -294,6 +340,10 @@ class Space:
         if not specs:
             raise SpaceError("a Space needs at least one hyperparameter, such as noise=Float(0, 0.8).")
         for name, spec in specs.items():
+            if not isinstance(name, str) or not name:
+                raise SpaceError(
+                    f"a hyperparameter's name must be a text that is not empty, but got {name!r}."
+                )
             if isinstance(spec, Int | Categorical):
                 raise SpaceError(
                     f"{name} must be a Float to be tuned while the model trains, but is {spec!r}, which has "
@@ -337,12 +387,6 @@ class Space:
         for entry in self._entries.values():
             entry.raw.requires_grad_(flag)
 
-    def clamp_(self) -> None:
-        """Bring every raw coordinate back into [0, 1], in place."""
-        with torch.no_grad():
-            for entry in self._entries.values():
-                entry.raw.clamp_(0, 1)
-
     @contextmanager
     def using(self, raws: Tensors) -> Iterator[None]:
         """Let those who read this space find other raw tensors for a while."""
@@ -367,16 +411,46 @@ class Space:
                 self[name]._seen = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The raw coordinates, to be saved with the model's."""
-        return {"raw": {name: entry.raw.detach().clone() for name, entry in self._entries.items()}}
+        """The raw coordinates and their ranges, to be saved with the model's state."""
+        return {
+            "raw": {name: entry.raw.detach().clone() for name, entry in self._entries.items()},
+            "range": {name: _range(entry.spec) for name, entry in self._entries.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave; raises `SpaceError` if the names differ."""
+        """Restore what `state_dict` gave; what was saved in another range keeps its value.
+
+        Raises:
+            SpaceError: names or shapes differ, or a value lies outside this range; nothing is changed then.
+        """
         if set(state["raw"]) != set(self._entries):
             raise SpaceError(
                 f"the saved space has {sorted(state['raw'])}, this one {sorted(self._entries)}; "
                 "build the same space before loading."
             )
+        raws = {
+            name: _moved(entry, state["raw"][name], state.get("range", {}).get(name))
+            for name, entry in self._entries.items()
+        }
         with torch.no_grad():
-            for name, entry in self._entries.items():
-                entry.raw.copy_(state["raw"][name])
+            for name, raw in raws.items():
+                self[name].raw.copy_(raw)
+
+
+def _range(spec: Float) -> tuple[float, float, str]:
+    return float(spec.low), float(spec.high), "log" if spec.log else "logit" if spec.logit else "linear"
+
+
+def _moved(entry: Hyperparameter, raw: Tensor, saved: Sequence[Any] | None) -> Tensor:
+    """The coordinate here of what stood at `raw` in the range `saved`; None is this range."""
+    spec = entry.spec
+    if raw.shape != spec.shape:
+        raise SpaceError(f"{entry.name} must have shape {spec.shape}, but was saved with {tuple(raw.shape)}.")
+    if saved is None or tuple(saved) == _range(spec):
+        return raw
+    low, high, scale = saved
+    value = Float(low, high, log=scale == "log", logit=scale == "logit").transform.value(raw.double())
+    try:
+        return spec.transform.raw(spec.check(value)).clamp(0, 1)
+    except SpaceError as error:
+        raise SpaceError(f"the saved {entry.name} does not fit: {error}") from None

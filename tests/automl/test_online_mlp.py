@@ -13,8 +13,7 @@ import midflight as mf
 from midflight.automl import network, online_mlp
 from midflight.automl.network import Recipe, followed, tuned
 from midflight.automl.validation import held_out
-from midflight.batches import Split
-from midflight.foresight import Foresight
+from midflight.tuner.data import Split
 
 STARTS = {"weight_decay": 1e-4, "noise": 0.2, "dropout": 0.1}
 
@@ -107,8 +106,8 @@ def test_following_shortens_its_average_towards_the_end():
     network_ = followed(rows, 2, loss, recipe(), first.trajectory, passes=50, stop=50)
 
     run = network.Training(rows, 2, loss, recipe())
-    replay = mf.Replay(first.trajectory, run.space, run.optimizer, bind=["weight_decay"], total_steps=200)
-    average = Foresight()
+    replay = mf.Replay(first.trajectory, run.space, run.optimizer, total_steps=200)
+    average = mf.Averaged()
     for step in range(1, 201):
         run.step()
         average.follow(dict(run.model.named_parameters()), step, step / 200)

@@ -13,14 +13,30 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
+import midflight as mf
 from midflight import ESTIMATORS, cli
+from midflight.study.arm import evaluate, prepare, run_arm, seed_of
 from midflight.study.run import run_study
-from midflight.study.spec import Arm, SpecError, preset
+from midflight.study.spec import Arm, Spec, SpecError, preset
 from midflight.study.store import Result, Row, Store, StoreError, StoreUnavailable
 from midflight.testing import KINDS, OPTIMIZERS
+from midflight.tuner.data import Shuffled
 
-TINY = ["--networks", "16", "--epochs", "4", "--train", "400", "--valid", "100", "--landscape", "2"]
+TINY = [
+    *("--networks", "16", "--epochs", "4", "--train", "400", "--valid", "100", "--landscape", "2"),
+    *("--estimator", "one_step", "default"),
+]
+FIRST_EDITION = (
+    '{"batch": 50, "dataset": "digits", "device": "cpu", "epochs": 20, "estimator": ["one_step", "paper"], '
+    '"every": 5, "hyper_lr": 0.03, "hyper_optimizer": "sign", "l2": [-5.5, -2.5], "landscape": 3, "lr": 0.001, '
+    '"lr_end": 0.1, "networks": ["64-64"], "noise": [0.0, 0.8], "seed": 0, "starts": 4, "train": 1000, '
+    '"valid": 437, "wide": false}'
+)
+"""The smoke study as the first edition stored it."""
 
 
 def command(store, *more, run="r"):
@@ -123,7 +139,8 @@ def test_a_study_twice_runs_nothing_twice_and_studies_do_not_mix(tmp_path, monke
 
 
 def test_paired_arms_share_their_start_and_reruns_begin_where_tuning_ended(tmp_path):
-    spec = preset("smoke", networks=("16",), epochs=2, train=400, valid=100, starts=2, landscape=0)
+    spec = preset("smoke", networks=("16",), epochs=10, train=400, valid=100, starts=2, landscape=0)
+    hypersteps = {"": 0, "one_step": 80 // 5, "paper": 80 // 5, "default": 80 // 20}
     with Store(tmp_path / "s.sqlite") as store:
         store.open_run("r", spec, "here")
         run_study(spec, store, "r", workers=1)
@@ -138,8 +155,57 @@ def test_paired_arms_share_their_start_and_reruns_begin_where_tuning_ended(tmp_p
             assert result.end == result.start
         else:
             assert result.start == pytest.approx(spec.start(arm.index))
-        assert len(result.trajectory) == (spec.steps() // spec.every if arm.kind == "tuned" else 0)
+        assert len(result.trajectory) == (hypersteps[arm.estimator] if arm.kind == "tuned" else 0)
         assert len(result.valid_errors) == spec.epochs
+
+
+def test_a_default_run_is_a_plain_loop_beside_a_tuner_that_is_given_no_policy():
+    spec = preset("smoke", networks=("16",), epochs=10, train=400, valid=100)
+    arm, data = Arm("16", "tuned", "default", 1), prepare(spec)
+    begin, seed = spec.start(1), seed_of(spec, arm)
+    row = run_arm(spec, arm, begin, data, lambda *_: None).result
+
+    torch.manual_seed(seed)
+    space = mf.Space(
+        weight_decay=mf.Float(10**-5.5, 10**-2.5, log=True, init=10 ** begin[0]),
+        noise=mf.Float(0.0, 0.8, init=begin[1]),
+    )
+    net = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    model = nn.Sequential(mf.nn.GaussianNoise(space["noise"], floor=0.008), net)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1 ** (1 / 10))
+    t1, t2 = Shuffled(data.t1, 50, seed), Shuffled(data.t2, 50, seed + 1)
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    tuner = mf.Tuner(model, optimizer, space, loss_fn, t1, t2, total_steps=80)
+    for _ in range(10):
+        for batch in t1:
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            optimizer.step()
+        scheduler.step()
+    tuner.finish()
+
+    valid_loss, valid_error = evaluate(model, data.t2)
+    end = float(space["weight_decay"].value.log10()), float(space["noise"])
+    assert row.end == end
+    assert (row.valid_loss, row.valid_error) == (valid_loss, valid_error)
+    assert row.test_error == evaluate(model, data.test)[1]
+
+
+def test_an_estimator_takes_a_hyperstep_at_every_so_many_steps_and_moves_by_signs():
+    spec = preset("smoke", networks=("16",), epochs=2, train=400, valid=100)
+    begin = (-4.0, 0.4)
+    row = run_arm(spec, Arm("16", "tuned", "one_step", 0), begin, prepare(spec), lambda *_: None).result
+    assert [step for step, *_ in row.trajectory] == [5, 10, 15]
+    l2, noise = begin
+    for (_, *point), left in zip(row.trajectory, (16 - 0, 16 - 5, 16 - 10), strict=True):
+        length = 0.03 * left / 16  # of the interval, annealed over the 16 steps of the run
+        assert abs(point[0] - l2) == pytest.approx(3.0 * length, rel=1e-3)
+        assert abs(point[1] - noise) == pytest.approx(0.8 * length, rel=1e-3)
+        l2, noise = point
 
 
 def test_starts_do_not_depend_on_how_many_there_are_and_stay_inside():
@@ -171,6 +237,7 @@ def test_starts_do_not_depend_on_how_many_there_are_and_stay_inside():
         (("study", "smoke", "--networks", "12x4"), "widths"),
         (("study", "smoke", "--workers", "-2"), "workers >= 1 must hold, but got -2"),
         (("study", "smoke", "--device", "tpu"), "cpu, cuda"),
+        (("study", "smoke", "--device", "cuda"), "use --estimator one_step paper, or --device cpu"),
         (("study", "smoke", "--train", "5000"), "train + valid must be at most 1437"),
         (("report", "nothing"), "is not there"),
     ],
@@ -220,6 +287,16 @@ def test_a_changed_preset_under_an_old_name_is_refused_and_names_the_change(tmp_
         store.open_run("r", spec, "there")
         with pytest.raises(StoreError, match="epochs: 20 -> 21"):
             store.open_run("r", replace(spec, epochs=21), "here")
+
+
+def test_a_study_of_the_first_edition_is_read_and_the_new_preset_gets_a_name_of_its_own(tmp_path):
+    old = Spec.from_json(FIRST_EDITION)
+    assert old == preset("smoke", estimator=("one_step", "paper"))
+    with Store(tmp_path / "s.sqlite") as store:
+        store.open_run("smoke", old, "there")
+        assert store.spec("smoke") == old
+        with pytest.raises(StoreError, match=r"estimator: .*-> \(.*'default'\).* with --run"):
+            store.open_run("smoke", preset("smoke"), "here")
 
 
 def test_a_full_disk_ends_with_a_sentence_and_loses_no_finished_arm(tmp_path):

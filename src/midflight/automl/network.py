@@ -8,18 +8,17 @@ were best (Luketina et al. 2016, section 4).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor, nn
 
-from midflight.batches import EndlessBatches, Shuffled, Split
-from midflight.capture import evaluating, weights_at
-from midflight.foresight import Foresight
 from midflight.nn import Dropout, GaussianNoise
 from midflight.ranges import default_range
 from midflight.space import Space
-from midflight.trajectory import Replay, Trajectory
-from midflight.tuner import Tuner
+from midflight.tuner import Averaged, Replay, Trajectory, Tuner
+from midflight.tuner.data import Shuffled, Split
+from midflight.tuner.live import evaluating, weights_at
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOOKS = 50
@@ -77,17 +76,15 @@ class Training:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.lr, fused=True)
         batch = min(recipe.batch, len(rows))
         self.pass_steps = len(rows) // batch
-        self._batches = EndlessBatches(Shuffled(rows, batch, recipe.seed + 1), "T1")
+        self._batches = chain.from_iterable(repeat(Shuffled(rows, batch, recipe.seed + 1)))
 
-    def step(self, tuner: Tuner | None = None) -> None:
-        """One optimiser step, through the tuner if there is one."""
-        x, y = next(self._batches)
+    def step(self) -> None:
+        """One optimiser step."""
         self.optimizer.zero_grad()
-        loss = self.loss(self.model(x), y)
-        tuner.backward(loss) if tuner else loss.backward()  # type: ignore[no-untyped-call]
+        self.loss_on(self.model, next(self._batches)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
-    def validate(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss_on(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The loss of `model` on a batch."""
         return self.loss(model(batch[0]), batch[1])
 
@@ -122,20 +119,20 @@ def tuned(t1: Split, t2: Split, outputs: int, loss: Loss, recipe: Recipe) -> Tun
     """Train on T1 while T2 tunes, until T2's loss at the averaged weights has had no new best for a while."""
     run = Training(t1, outputs, loss, recipe)
     tuner = Tuner(
-        run.model, run.optimizer, run.space, validate=run.validate, bind=["weight_decay"],
-        valid_loader=Shuffled(t2, min(VALID_BATCH, len(t2)), recipe.seed + 2),
-        train_loader=Shuffled(t1, min(VALID_BATCH, len(t1)), recipe.seed + 3),
+        run.model, run.optimizer, run.space, run.loss_on,
+        Shuffled(t1, min(VALID_BATCH, len(t1)), recipe.seed + 3),
+        Shuffled(t2, min(VALID_BATCH, len(t2)), recipe.seed + 2),
         total_steps=recipe.steps,
     )  # fmt: skip
     params = dict(run.model.named_parameters())
     between = max(1, recipe.steps // LOOKS)
     best, best_step, step = math.inf, 0, 0
     while step < recipe.steps and step - best_step <= recipe.patience * recipe.steps:
-        run.step(tuner)
+        run.step()
         step += 1
-        if step % between == 0 and tuner.foresight is not None:
-            with torch.no_grad(), evaluating(run.model), weights_at(params, tuner.foresight.average()):
-                now = float(run.validate(run.model, (t2.x, t2.y)))
+        if step % between == 0:
+            with torch.no_grad(), evaluating(run.model), weights_at(params, tuner.horizon.average()):
+                now = float(run.loss_on(run.model, (t2.x, t2.y)))
             if now < best:
                 best, best_step = now, step
     losses = tuner.finish()
@@ -152,8 +149,8 @@ def followed(
     run = Training(rows, outputs, loss, recipe)
     steps = max(1, round(stop * run.pass_steps))
     total = max(steps, round(passes * run.pass_steps))
-    replay = Replay(trajectory, run.space, run.optimizer, bind=["weight_decay"], total_steps=total)
-    average, params = Foresight(), dict(run.model.named_parameters())
+    replay = Replay(trajectory, run.space, run.optimizer, total_steps=total)
+    average, params = Averaged(), dict(run.model.named_parameters())
     for step in range(1, steps + 1):
         run.step()
         average.follow(params, step, step / total)

@@ -1,7 +1,7 @@
 """Estimators of the hypergradient, one file each, and the function that applies them.
 
-An estimator says where it wants v and is called with it; see `midflight.hypergrad.base`. A new one is one file
-here and one row in `ESTIMATORS`; the row gives it every test and its line in `midflight check`.
+An estimator says where it wants v and is called with it; see `midflight.hypergrad.base`. A new one is one
+file here and one row in `ESTIMATORS`; the row gives it every test and its line in `midflight check`.
 """
 
 from collections.abc import Mapping
@@ -52,9 +52,9 @@ CLAIMS: dict[str, Claim] = {
 
 def estimator_for(choice: str | Estimator) -> Estimator:
     """An estimator by name, or the one given; raises `UnknownName`."""
-    if not isinstance(choice, str):
+    if isinstance(choice, Estimator) and callable(choice):
         return choice
-    if choice not in ESTIMATORS:
+    if not isinstance(choice, str) or choice not in ESTIMATORS:
         raise UnknownName("estimator", choice, ESTIMATORS)
     return ESTIMATORS[choice]
 

@@ -1,7 +1,7 @@
 """What an estimator of the hypergradient is.
 
-An estimator says where it wants v = dC2/dtheta (`at`), and is called with it. Control flows one way: the caller
-asks for the place, takes v there, and hands it down.
+An estimator says where it wants v = dC2/dtheta (`at`), and is called with it. Control flows one way: the
+caller asks for the place, takes v there, and hands it down.
 """
 
 from typing import Protocol, runtime_checkable
@@ -20,8 +20,11 @@ class Estimator(Protocol):
         needs_train_loss: whether `Step.train_loss` is evaluated.
     """
 
-    mixed: str | None
-    needs_train_loss: bool
+    @property
+    def mixed(self) -> str | None: ...
+
+    @property
+    def needs_train_loss(self) -> bool: ...
 
     def at(self, step: Step) -> Tensors:
         """The weights at which v is taken, name -> tensor, shaped like step.params."""

@@ -75,9 +75,7 @@ class ImplicitCG:
         def normal(u: Tensors) -> Tensors:
             return add_scaled(a_transposed(a(u)), u, self.damping)
 
-        return settled.hypergradient(
-            conjugate_gradient(normal, a_transposed(v), iterations=self.iterations)
-        )
+        return settled.hypergradient(conjugate_gradient(normal, a_transposed(v), iterations=self.iterations))
 
 
 class _Settled:

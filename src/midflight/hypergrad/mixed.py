@@ -45,8 +45,8 @@ def train_loss_of(step: Step) -> TrainLoss:
     """
     if step.train_loss is None or step.clipped is not None:
         raise NotImplementedError(
-            "this estimator differentiates through the training loss itself and knows neither populations nor "
-            "clipped gradients; use 'one_step'."
+            "this estimator differentiates through the training loss itself and knows neither populations "
+            "nor clipped gradients; use 'one_step'."
         )
     return step.train_loss
 

@@ -27,8 +27,8 @@ class Paper:
         UnreachedHyperparameter: there is more than one other hyperparameter, or no matrix.
     """
 
-    mixed = None
-    needs_train_loss = False
+    mixed: str | None = None
+    needs_train_loss: bool = False
 
     def at(self, step: Step) -> Tensors:
         return step.next_params()

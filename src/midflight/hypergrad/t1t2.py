@@ -19,8 +19,8 @@ class T1T2:
     Costs what `one_step` costs. A tuned weight decay is taken as coupled L2.
     """
 
-    mixed = None
-    needs_train_loss = False
+    mixed: str | None = None
+    needs_train_loss: bool = False
 
     def at(self, step: Step) -> Tensors:
         return step.next_params()

@@ -17,8 +17,8 @@ from midflight.updates import State
 class Unrolled:
     """Exact for `steps` steps on the current batch, moments of the optimiser included.
 
-    Costs `steps` gradients to find the place of v, then `steps` double backwards and one validation pass. Holds
-    `steps` copies of the weights, of the state and of the training graph.
+    Costs `steps` gradients to find the place of v, then `steps` double backwards and one validation pass.
+    Holds `steps` copies of the weights, of the state and of the training graph.
 
     Args:
         steps: how far it looks ahead; 1 is `one_step`.

@@ -16,16 +16,17 @@ for a Bernoulli variable of this scale.
 import torch
 from torch import Tensor, nn
 
-from midflight.levels import Level, default_floor, describe, drawn
+from midflight.levels import Level, constant, default_floor, describe, drawn
 from midflight.space import Hyperparameter
 
 
 class Dropout(nn.Module):
     """Each entry is 0 with probability `rate`, else scaled by 1 / (1 - rate), while training; x in eval mode.
 
-    The forward pass is that of `torch.nn.Dropout`. The derivative with respect to `rate` estimates the
-    derivative of the expected loss over the masks; it is unbiased where the loss is quadratic in each
-    single mask entry, whatever it is in all of them together. Elsewhere it is biased, by the
+    The forward pass is that of `torch.nn.Dropout`, whose attributes `p` and `inplace` this layer has too.
+    The derivative with respect to `rate` estimates the derivative of the expected loss over the masks; it is
+    unbiased where the loss is quadratic in each single mask entry, whatever it is in all of them together.
+    Elsewhere it is biased, by the
     trapezoid rule's error. Measured by enumerating all masks of 8 tanh units (the median of 16 networks,
     benchmarks/dropout_gradient.py), at rates 0.1, 0.5 and 0.8, in the form <w, gradient> in which a
     hypergradient meets it: bias 6, 10 and 42 % with weights of the initial scale, 23, 24 and 19 % with
@@ -47,6 +48,9 @@ class Dropout(nn.Module):
         ValueError: 0 <= rate < 1 does not hold.
     """
 
+    inplace = False
+    """As every `nn.Dropout` by default."""
+
     def __init__(self, rate: Level, floor: float | None = None) -> None:
         super().__init__()
         bounds: tuple[float, ...] = ()  # of a function they are not known
@@ -60,6 +64,11 @@ class Dropout(nn.Module):
         self.rate = rate
         self.floor = default_floor(rate) if floor is None else floor
 
+    @property
+    def p(self) -> float:
+        """The rate now, a number without gradient; of a layer whose rate has shape ()."""
+        return float(self.rate() if callable(self.rate) else self.rate)
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
@@ -71,8 +80,8 @@ class Dropout(nn.Module):
         return x * (mask + (rate - at) * slope).to(x.dtype)
 
     def _drawn_at(self, rate: Tensor) -> Tensor:
-        """The rate as a constant. An oracle that moves the rate but not the masks overrides it."""
-        return rate.detach()
+        """The rate at which masks are drawn, as a constant."""
+        return constant(self.rate, rate.detach())
 
     def extra_repr(self) -> str:
         return f"rate: {describe(self.rate)}, floor={self.floor:g}"

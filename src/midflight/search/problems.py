@@ -14,17 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import midflight.nn as mfnn
-from midflight.batches import Shuffled, Split
 from midflight.errors import MidflightError
 from midflight.ranges import default_range
 from midflight.search.errors import SearchError
 from midflight.search.space import Config, Space
 from midflight.search.trial import Objective, Trial
 from midflight.space import Categorical, Float, Int
-from midflight.space import Space as TunedSpace
 from midflight.study.arm import evaluate
 from midflight.study.data import DATASETS, load
 from midflight.tuner import Tuner
+from midflight.tuner.data import Shuffled, Split
 
 BATCH = 128
 VALID = 1 / 6  # of the training images tune and judge, as 10,000 of MNIST's 60,000 usually do
@@ -71,23 +70,27 @@ class Mlp:
         torch.manual_seed(trial.seed)
         levels: dict[str, Any] = {name: online[name] for name in online} if online else {}
         model = network(t1.x.shape[1], int(t1.y.max()) + 1, {**params, **levels})
-        optimizer = optimizer_for(model, params)
+        searched = {name: value for name, value in params.items() if name not in levels}
+        optimizer = optimizer_for(model, searched)
         batches = Shuffled(t1, min(BATCH, len(t1)), trial.seed + 1)
-        tuner = _tuner(model, optimizer, online, t1, t2, trial) if online else None
+        tuner = online and Tuner(
+            model, optimizer, online, _cross_entropy, batches,
+            Shuffled(t2, min(BATCH, len(t2)), trial.seed + 2), total_steps=trial.epochs * len(batches),
+        )  # fmt: skip
         state = trial.load()
         done = 0
         if state is not None:
             done = state["epoch"]
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            optimizer.param_groups[0].update(_options(searched))  # a clone has its own configuration
             batches.generator.set_state(state["batches"])
             if tuner:
                 tuner.load_state_dict(state["tuner"])
         for epoch in range(done + 1, trial.epochs + 1):
-            for x, y in batches:
+            for batch in batches:
                 optimizer.zero_grad()
-                loss = F.cross_entropy(model(x), y)
-                tuner.backward(loss) if tuner else loss.backward()  # type: ignore[no-untyped-call]
+                _cross_entropy(model, batch).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             ends = epoch == trial.epochs
             if tuner and ends:
@@ -179,23 +182,15 @@ def network(inputs: int, classes: int, params: Config) -> nn.Sequential:
 
 
 def optimizer_for(model: nn.Module, params: Config) -> torch.optim.Optimizer:
-    """The optimiser of a configuration."""
-    options = {"lr": params["lr"], "weight_decay": params["weight_decay"]}
+    """The optimiser of a configuration; options that it leaves out are at torch's defaults."""
     if params["optimizer"] == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=params["momentum"], **options)
+        return torch.optim.SGD(model.parameters(), **_options(params))
     kind = torch.optim.AdamW if params["optimizer"] == "adamw" else torch.optim.Adam
-    return kind(model.parameters(), fused=True, **options)
+    return kind(model.parameters(), fused=True, **_options(params))
 
 
-def _tuner(
-    model: nn.Module, optimizer: torch.optim.Optimizer, online: TunedSpace, t1: Split, t2: Split, trial: Trial
-) -> Tuner:
-    size = min(BATCH, len(t1), len(t2))
-    return Tuner(
-        model, optimizer, online, validate=_cross_entropy,
-        valid_loader=Shuffled(t2, size, trial.seed + 2), train_loader=Shuffled(t1, size, trial.seed + 3),
-        bind=["weight_decay"], total_steps=trial.epochs * (len(t1) // min(BATCH, len(t1))),
-    )  # fmt: skip
+def _options(params: Config) -> dict[str, Any]:
+    return {name: params[name] for name in ("lr", "momentum", "weight_decay") if name in params}
 
 
 def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

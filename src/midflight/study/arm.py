@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midflight.batches import Shuffled, Split
-from midflight.hypersteps import SignSteps
 from midflight.nn import GaussianNoise
 from midflight.space import Float, Space
 from midflight.study.data import load
-from midflight.study.spec import Arm, Spec, SpecError, widths
+from midflight.study.spec import DEFAULT, Arm, Spec, SpecError, widths
 from midflight.study.store import Result, Row
-from midflight.tuner import Tuner
+from midflight.tuner import Every, SignSteps, Tuner
+from midflight.tuner.data import Shuffled, Split
 
 Point = tuple[float, float]
 """(log10 L2, noise)"""
@@ -67,44 +66,43 @@ def run_arm(
     seed = seed_of(spec, arm)
     torch.manual_seed(seed)
     space = space_of(spec, begin)
-    tuned = arm.kind == "tuned"
     model = noisy_mlp(spec, arm, data.t1.x.shape[1], space)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=spec.lr, weight_decay=float(space["weight_decay"]), fused=True
     )
     decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, spec.lr_end ** (1 / spec.epochs))
-    tuner = _tuner(spec, arm, model, optimizer, space, data, seed) if tuned else None
-    batches = Shuffled(data.t1, spec.batch, seed)
-
+    t1, t2 = Shuffled(data.t1, spec.batch, seed), Shuffled(data.t2, spec.batch, seed + 1)
     trajectory: list[list[float]] = []
+    tuner = None
+    if arm.kind == "tuned":
+        tuner = Tuner(
+            model, optimizer, space, loss_fn, t1, t2, total_steps=spec.steps(), **_policies(spec, arm),
+            on_hyperstep=lambda step, _: trajectory.append([step, *_point(space)]),
+        )  # fmt: skip
+
     valid_errors: list[float] = []
     epoch_seconds: list[float] = []
-    valid_loss = float("nan")
-    step = 0
     for epoch in range(spec.epochs):
         began = now(spec)
-        for x, y in batches:
+        for batch in t1:
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            if tuner is None:
-                loss.backward()  # type: ignore[no-untyped-call]
-            else:
-                tuner.backward(loss)
+            loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            step += 1
-            if tuned and step % spec.every == 0:
-                trajectory.append([step, *_point(space)])
         epoch_seconds.append(now(spec) - began)
         decay.step()
-        valid_loss, valid_error = evaluate(model, data.t2)
-        valid_errors.append(valid_error)
-        report(epoch + 1, _point(space), valid_error)
+        valid_errors.append(evaluate(model, data.t2)[1])
+        report(epoch + 1, _point(space), valid_errors[-1])
+    if tuner is not None:
+        began = now(spec)
+        tuner.finish()
+        epoch_seconds[-1] += now(spec) - began
 
+    valid_loss, valid_error = evaluate(model, data.t2)
     result = Result(
         start=begin,
-        end=_point(space) if tuned else begin,
+        end=_point(space) if tuner is not None else begin,
         valid_loss=valid_loss,
-        valid_error=valid_errors[-1],
+        valid_error=valid_error,
         test_error=None if arm.kind == "landscape" else evaluate(model, data.test)[1],
         valid_errors=valid_errors,
         trajectory=trajectory,
@@ -141,27 +139,21 @@ def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
     return loss / len(split), wrong / len(split)
 
 
-def _tuner(
-    spec: Spec,
-    arm: Arm,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    space: Space,
-    data: Data,
-    seed: int,
-) -> Tuner:
-    return Tuner(
-        model,
-        optimizer,
-        space,
-        validate=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
-        valid_loader=Shuffled(data.t2, spec.batch, seed + 1),
-        bind=["weight_decay"],
-        every=spec.every,
-        estimator=arm.estimator,
-        total_steps=spec.steps(),
-        hyper_optimizer=hyper_optimizer(spec),
-    )
+def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The mean cross-entropy of a batch (x, y)."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def _policies(spec: Spec, arm: Arm) -> dict[str, Any]:
+    """An estimator runs as in the paper: evenly spaced hyper-steps, judged right after a training step."""
+    if arm.estimator == DEFAULT:
+        return {}
+    return {
+        "schedule": Every(spec.every),
+        "estimator": arm.estimator,
+        "horizon": "step",
+        "hyper_optimizer": hyper_optimizer(spec),
+    }
 
 
 def hyper_optimizer(spec: Spec) -> Callable[[list[Tensor]], torch.optim.Optimizer]:

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midflight.batches import ShuffledForEach, Split
 from midflight.errors import NoCompiler
-from midflight.population import Population
 from midflight.study.arm import Data, Point, hyper_optimizer, noisy_mlp, now, seed_of, space_of
 from midflight.study.spec import Arm, Spec, widths
 from midflight.study.store import Result, Row
+from midflight.tuner import Population
+from midflight.tuner.data import ShuffledForEach, Split
 
 COPIES = 16
 """Memory of a member in units of its weights: state, gradients, graph, and what a hyper-step holds."""
@@ -68,13 +68,11 @@ def run_cohort(
         partial(noisy_mlp, spec, first, data.t1.x.shape[1]),
         spaces[0],
         partial(torch.optim.Adam, lr=spec.lr),
-        loss=_loss,
-        validate=_loss,
+        loss_fn=_loss,
         valid_loader=ShuffledForEach(data.t2, spec.batch, [seed + 1 for seed in seeds]),
         starts={name: [float(space[name]) for space in spaces] for name in spaces[0]},
         seeds=seeds,
-        bind=["weight_decay"],
-        every=spec.every if tuned else spec.steps() + 1,
+        schedule=spec.every if tuned else spec.steps() + 1,
         estimator=first.estimator or "one_step",
         total_steps=spec.steps(),
         hyper_optimizer=hyper_optimizer(spec),

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from midflight.study.spec import Arm, Spec
+from midflight.study.spec import DEFAULT, Arm, Spec
 from midflight.study.store import Row
 from midflight.study.summary import (
     PAPER_OVERHEAD_PERCENT,
@@ -31,6 +31,7 @@ from midflight.study.summary import (
     epoch_seconds,
     error_of,
     estimators,
+    headliner,
     measure,
     noise_path,
     on_diagonal,
@@ -38,13 +39,20 @@ from midflight.study.summary import (
     reference,
     sampling_error,
     starts,
+    timed,
 )
 
 Values: TypeAlias = npt.NDArray[np.float64]
 
 INK, MUTED, RULE = "#1f2933", "#667080", "#c9ced6"
 WORSE = "#d55e00"  # this and the next: the palette of Okabe and Ito, made to be told apart by everyone
-COLOURS = {"one_step": "#0072b2", "paper": "#a5427f", "t1t2": "#00795a", "one_step_cheap": "#3f8fc4"}
+COLOURS = {
+    DEFAULT: "#00795a",
+    "one_step": "#0072b2",
+    "paper": "#a5427f",
+    "t1t2": "#8a6d00",
+    "one_step_cheap": "#3f8fc4",
+}
 OTHER_COLOUR = "#5b5f97"
 ERROR_MAP = LinearSegmentedColormap.from_list(
     "error", ["#fffaf0", "#e8e4da", "#bfc4c9", "#8d97a5", "#667080"]
@@ -155,7 +163,7 @@ def trajectories(spec: Spec, rows: list[Row]) -> Figure:
             axis.set(xlabel="log₁₀ L2", ylabel="standard deviation of the input noise")
             at_zero = f"{tuning.noise_at_low_end} of {len(tuned)} near {noise_low:g}"
             end = tuning.noise_end
-            finding = f"median noise at the end {end.median:.2f}; {at_zero}" if end else ""
+            finding = f"median end noise {end.median:.2f}; {at_zero}" if end else ""
             _title(spec, axis, network, tuning.estimator, finding)
             if not tuned:
                 _note(axis, f"No tuned arm of {tuning.estimator} is stored yet.")
@@ -217,9 +225,10 @@ def time_per_epoch(spec: Spec, rows: list[Row]) -> Figure:
         _suptitle(spec, figure, "Time per epoch")
         panels = figure.subplots(len(networks), 2, squeeze=False, width_ratios=[1, 1.25])
         for network, (seconds, overhead) in zip(networks, panels, strict=True):
-            by_name = {e: starts(rows, network.network, e) for e in names}
+            by_name = {e: starts(timed(spec, rows), network.network, e) for e in names}
             _seconds(seconds, by_name)
-            _overheads(overhead, by_name, {t.estimator: t.overhead_percent for t in network.tunings})
+            medians = {t.estimator: t.overhead_percent for t in network.tunings}
+            _overheads(overhead, by_name, medians, headliner(spec))
             if len(networks) > 1:
                 seconds.set_title(f"{network.network}\n{seconds.get_title(loc='left')}", loc="left")
         return figure
@@ -252,6 +261,11 @@ def style() -> Any:
     return matplotlib.rc_context(settings)
 
 
+def by(estimator: str) -> str:
+    """How a run was tuned, as words after "tuned" or "tuning"."""
+    return "with midflight\N{RIGHT SINGLE QUOTATION MARK}s defaults" if estimator == DEFAULT else f"by {estimator}"
+
+
 _DEFAULTS: dict[str, Any] = {
     k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith(("backend", "webagg"))
 }
@@ -269,7 +283,8 @@ def _render(figure: Figure, kind: str, **options: Any) -> bytes:
 
 def _grid(spec: Spec, title: str) -> tuple[Figure, Any]:
     rows, columns = len(dict.fromkeys(spec.networks)), len(estimators(spec))
-    size = (max(PANEL * columns + 0.9, 6.2), (PANEL + 0.25) * rows + 0.8)
+    panel = PANEL if columns <= 2 else NARROW_PANEL  # the page scales a wide figure down, and its text
+    size = (max(panel * columns + 0.9, 6.2), (panel + 0.25) * rows + 0.8)
     figure = Figure(figsize=size, layout="constrained")
     _suptitle(spec, figure, title)
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -466,12 +481,12 @@ def _seconds(axis: Axes, by_name: dict[str, list[Start]]) -> None:
     lists += [[epoch_seconds(s.tuned) for s in found] for found in by_name.values()]
     values = np.array(lists, dtype=float).reshape(len(columns), -1)
     axis.set_title("Seconds of training per epoch")
-    axis.set_xlim(-0.4, len(columns) - 0.3)
+    axis.set_xlim(-0.4, len(columns) - 0.1)
     axis.set_xticks(range(len(columns)), columns, color=INK)
     axis.tick_params(axis="x", length=0)
     if not np.isfinite(values).any():
         axis.set_yticks([])
-        _note(axis, "No arm with two timed epochs is stored yet.")
+        _note(axis, "No timed arm is stored yet.")
         return
     for column, (name, seconds) in enumerate(zip(columns, values, strict=True)):
         colour = MUTED if column == 0 else _colour(name)
@@ -487,11 +502,13 @@ def _seconds(axis: Axes, by_name: dict[str, list[Start]]) -> None:
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
-def _overheads(axis: Axes, by_name: dict[str, list[Start]], medians: dict[str, Spread | None]) -> None:
+def _overheads(
+    axis: Axes, by_name: dict[str, list[Start]], medians: dict[str, Spread | None], first: str
+) -> None:
     """What tuning adds to an epoch, one line of points per estimator, beside the paper's figure."""
     found = {n: [o for s in f if (o := overhead_percent(s)) is not None] for n, f in by_name.items()}
-    first, of_first = next(iter(medians.items()))
-    finding = f"Tuning by {first} adds {of_first.median:+.1f} %" if of_first else "What tuning adds"
+    of_first = medians[first]
+    finding = f"Tuning {by(first)} adds {of_first.median:+.1f} %" if of_first else "What tuning adds"
     axis.set_title(finding)
     axis.axvline(0, color=RULE, lw=1, zorder=0)
     axis.axvline(PAPER_OVERHEAD_PERCENT, color=INK, lw=1, ls=(0, (4, 3)), zorder=0)

@@ -11,6 +11,11 @@ from midflight.errors import MidflightError, UnknownName
 from midflight.hypergrad import ESTIMATORS
 from midflight.study.data import DATASETS
 
+DEFAULT = "default"
+"""Tuned as `mf.Tuner` does when it is given no policy."""
+TUNINGS = (*ESTIMATORS, DEFAULT)
+"""Ways to tune a run: an estimator with the study's own settings, or `DEFAULT`."""
+
 Kind = Literal["initial", "tuned", "rerun", "landscape"]
 
 
@@ -26,7 +31,7 @@ class Arm:
         network: hidden widths, such as "1000-1000-1000".
         kind: initial (fixed at the start), tuned (while it trains), rerun (fixed at the tuned
             values) or landscape (fixed at a grid point, for the background of Fig. 1).
-        estimator: of the tuning that this arm does or follows; "" where there is none.
+        estimator: one of `TUNINGS`, of the tuning that this arm does or follows; "" where there is none.
         index: of the start, or of the grid point.
     """
 
@@ -49,13 +54,15 @@ class Spec:
         batch: images in a training batch, and in a validation batch.
         lr: of Adam on the weights at the start.
         lr_end: what is left of lr at the end, as a fraction; the decay is exponential.
-        every: training steps per hyper-step.
+        every: training steps per hyper-step; the estimator default has a schedule of its own.
         starts: random starts, each with its own weights and order of the data.
         l2: interval of log10 of the weight decay, for starts and for tuning.
         noise: interval of the input noise's standard deviation, likewise.
         wide: the intervals of the paper's code instead of its text: l2 [-5, -1], noise [0, 0.9].
-        estimator: of the hypergradient; each is run from the same starts, the first is the study's own.
-        hyper_optimizer: what moves the hyperparameters: sign steps or Adam, annealed linearly.
+        estimator: of the hypergradient, each run from the same starts, judged right after a training step;
+            or default, which is midflight as it comes and runs on a CPU only.
+        hyper_optimizer: what moves the hyperparameters: sign steps or Adam, annealed linearly; the estimator
+            default has its own.
         hyper_lr: its first step, as a fraction of the interval.
         landscape: grid points per axis of fixed runs behind Fig. 1; 0 for none.
         seed: of everything random.
@@ -103,10 +110,16 @@ class Spec:
         for network in self.networks:
             _require(bool(widths(network)), 'widths joined by "-", such as 500-500', "networks", network)
         for estimator in self.estimator:
-            if estimator not in ESTIMATORS:
-                raise UnknownName("estimator", estimator, ESTIMATORS)
+            if estimator not in TUNINGS:
+                raise UnknownName("estimator", estimator, TUNINGS)
         if self.device.split(":")[0] not in ("cpu", "cuda"):
             raise UnknownName("device", self.device, ("cpu", "cuda"))
+        if self.device != "cpu" and DEFAULT in self.estimator:
+            others = " ".join(e for e in self.estimator if e != DEFAULT) or "one_step"
+            raise SpecError(
+                "device: on a GPU the runs train together, which the estimator default cannot; "
+                f"use --estimator {others}, or --device cpu."
+            )
 
     def intervals(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """The intervals of (log10 L2, noise), `wide` taken into account."""
@@ -189,7 +202,7 @@ PRESETS: dict[str, Spec] = {
         batch=50,
         every=5,
         starts=4,
-        estimator=("one_step", "paper"),
+        estimator=("one_step", "paper", DEFAULT),
         landscape=3,
     ),
     "quick": Spec(
@@ -198,7 +211,7 @@ PRESETS: dict[str, Spec] = {
         networks=("300-300-300",),
         epochs=40,
         starts=12,
-        estimator=("one_step", "paper"),
+        estimator=("one_step", "paper", DEFAULT),
         landscape=5,
     ),
     "paper": Spec(

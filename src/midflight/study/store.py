@@ -31,10 +31,10 @@ class Result:
     Attributes:
         start: (log10 L2, noise) at the beginning.
         end: (log10 L2, noise) at the end; `start` for a fixed arm.
-        valid_loss: cross-entropy on T2 at the end.
+        valid_loss: cross-entropy on T2 at the end, by the weights that the run is left with.
         valid_error: share of T2 misclassified at the end, in [0, 1].
         test_error: share of the test set misclassified; None for the landscape, which never reads it.
-        valid_errors: `valid_error` after each epoch.
+        valid_errors: share of T2 misclassified after each epoch, by the weights of then.
         trajectory: [step, log10 L2, noise] after each hyper-step; [] for a fixed arm.
     """
 
@@ -49,7 +49,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """A stored arm: which one, what it measured, and how long each epoch took (training only)."""
+    """A stored arm: which one, what it measured, and how long each epoch took.
+
+    Seconds are of training with all that tuning adds, `Tuner.finish` in the last epoch; none of measuring.
+    """
 
     arm: Arm
     result: Result

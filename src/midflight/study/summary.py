@@ -7,14 +7,14 @@ compared start by start. What a partial study cannot answer yet is None, never N
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from math import inf, isfinite, sqrt
 from typing import Any
 
 import numpy as np
 
-from midflight.study.spec import Arm, Kind, Spec
+from midflight.study.spec import DEFAULT, Arm, Kind, Spec
 from midflight.study.store import Row
 
 TEST_IMAGES = {"mnist": 10_000, "fashion_mnist": 10_000, "digits": 360}
@@ -66,7 +66,7 @@ class ArmSummary:
     Attributes:
         test_error_percent: over the runs; None where the test set is never read (landscape).
         valid_error_percent: over the runs, at the end.
-        epoch_seconds: over the runs, of each run's median epoch without its first.
+        epoch_seconds: over the runs, of each run's mean epoch.
         best: chosen by validation.
     """
 
@@ -103,8 +103,7 @@ class Tuning:
         tuned_minus_rerun_points: paired difference of test errors; negative: end of tuning is better.
         on_diagonal: of `reruns`, |tuned - re-run| within one `sampling_error`.
         on_diagonal_percent: of `reruns`.
-        overhead_percent: over starts, median epoch of tuned / median epoch of initial - 1, the first
-            epoch of each left out.
+        overhead_percent: over starts, mean epoch of tuned / mean epoch of initial - 1.
         noise_end: over tuned arms.
         log10_l2_end: over tuned arms.
         noise_at_low_end: tuned arms that end within 5 % of the noise interval from its lower end.
@@ -167,7 +166,7 @@ class Network:
         poor_above_test_error_percent: 1.25 x that; what a poor start is.
         arms: initial, then tuned per estimator, re-run per estimator, landscape if there is one.
         tunings: per estimator.
-        comparisons: of the first estimator other than `paper` with each of the others.
+        comparisons: of `headliner` with each of the others, and of `reference` with `paper`.
     """
 
     network: str
@@ -208,7 +207,7 @@ def summarise(spec: Spec, rows: list[Row]) -> dict[str, Any]:
 def measure(spec: Spec, rows: list[Row]) -> Summary:
     """Every number of a study; rows that `spec` does not plan are left out."""
     planned = set(spec.arms())
-    rows = [row for row in rows if row.arm in planned]
+    rows = timed(spec, [row for row in rows if row.arm in planned])
     images = TEST_IMAGES[spec.dataset]
     return Summary(
         arms_done=len(rows),
@@ -229,12 +228,17 @@ def measure(spec: Spec, rows: list[Row]) -> Summary:
 
 
 def estimators(spec: Spec) -> list[str]:
-    """The estimators of a study, the study's own first."""
+    """The estimators of a study, each once."""
     return list(dict.fromkeys(spec.estimator))
 
 
+def headliner(spec: Spec) -> str:
+    """What a study is about: midflight's default where it was run, the first estimator otherwise."""
+    return DEFAULT if DEFAULT in spec.estimator else spec.estimator[0]
+
+
 def reference(spec: Spec) -> str:
-    """What the other estimators are compared with: the first that is not `paper`."""
+    """What `paper` is compared with: the first that is another."""
     return next((e for e in spec.estimator if e != "paper"), spec.estimator[0])
 
 
@@ -278,9 +282,16 @@ def on_diagonal(a: float, b: float, images: int) -> bool:
     return abs(a - b) <= sampling_error(a, b, images)
 
 
+def timed(spec: Spec, rows: list[Row]) -> list[Row]:
+    """The rows; on a GPU without the seconds of their first epoch, in which torch compiles."""
+    if spec.device == "cpu":
+        return rows
+    return [replace(row, epoch_seconds=row.epoch_seconds[1:]) for row in rows]
+
+
 def epoch_seconds(row: Row | None) -> float | None:
-    """Median seconds of training per epoch; the first, which warms up, is left out."""
-    return None if row is None or len(row.epoch_seconds) < 2 else float(np.median(row.epoch_seconds[1:]))
+    """Mean seconds of training per epoch: tuning costs more in some epochs than in others."""
+    return float(np.mean(row.epoch_seconds)) if row is not None and row.epoch_seconds else None
 
 
 def overhead_percent(start: Start) -> float | None:
@@ -302,7 +313,10 @@ def _network(spec: Spec, rows: list[Row], network: str, images: int) -> Network:
         if row.arm.kind in ("initial", "rerun") and row.result.test_error is not None
     ]
     poor = POOR * min(fixed) if fixed else inf
-    names, base = estimators(spec), reference(spec)
+    names = estimators(spec)
+    compared = [(headliner(spec), other) for other in names if other != headliner(spec)]
+    if "paper" in names and reference(spec) not in ("paper", headliner(spec)):
+        compared.append((reference(spec), "paper"))
     kinds: list[tuple[Kind, str, int]] = [("initial", "", spec.starts)]
     kinds += [("tuned", e, spec.starts) for e in names]
     kinds += [("rerun", e, spec.starts) for e in names]
@@ -316,7 +330,7 @@ def _network(spec: Spec, rows: list[Row], network: str, images: int) -> Network:
             for kind, e, planned in kinds
         ],
         tunings=[_tuning(spec, starts(rows, network, e), e, poor, images) for e in names],
-        comparisons=[_comparison(rows, network, base, other) for other in names if other != base],
+        comparisons=[_comparison(rows, network, *pair) for pair in compared],
     )
 
 

@@ -2,8 +2,8 @@
 
     option of a group = tuned value x factor,   factor = what the group says now / what it said at first
 
-The group's own number is the user's: schedulers and loops write it and read it back. The tuned value is what the
-option would be at factor 1. It is put in just before a step and taken out just after it.
+The group's own number is the user's: schedulers and loops write it and read it back. The tuned value is what
+the option would be at factor 1. It is put in just before a step and taken out just after it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,9 +57,7 @@ class Binding:
         UnsupportedOptimizer: there is no update rule for an optimiser.
     """
 
-    def __init__(
-        self, optimizers: Iterable[torch.optim.Optimizer], space: Space, bind: Bind = None
-    ) -> None:
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer], space: Space, bind: Bind = None) -> None:
         if isinstance(bind, str):
             raise BindingError(f'bind must be a list such as ["{bind}"], but got the text "{bind}".')
         self._optimizers = list(optimizers)
@@ -108,7 +106,7 @@ class Binding:
     def updates(self, params: Mapping[str, Tensor], values: Tensors) -> dict[str, Update]:
         """Rule and options of each of these weights, the bound options as functions of `values`."""
         names = {id(p): name for name, p in params.items()}
-        found = {}
+        found: dict[str, Update] = {}
         for o, g, group in self._groups():
             update = Update(self.rules[o], {**read_options(group), **self._tuned(o, g, group, values)})
             found |= {names[id(p)]: update for p in group["params"] if id(p) in names}
@@ -142,7 +140,8 @@ class Binding:
         """Resume from `state_dict`; raises `BindingError` if other options were bound."""
         if set(state) != set(self._references):
             raise BindingError(
-                f"the saved tuner had {sorted(state)} bound, this one {sorted(self._references)}; bind the same."
+                f"the saved tuner had {sorted(state)} bound, this one {sorted(self._references)}; "
+                "bind the same."
             )
         self._references = {name: list(references) for name, references in state.items()}
         self._stepped = True
@@ -190,9 +189,7 @@ class Binding:
                     )
         return found
 
-    def _places(
-        self, name: str, option: str, o: int, g: int, group: Mapping[str, Any]
-    ) -> list[_Place]:
+    def _places(self, name: str, option: str, o: int, g: int, group: Mapping[str, Any]) -> list[_Place]:
         if option == "betas":
             return [_Place(name, f"beta{i + 1}", i, 0.0) for i in range(2) if "betas" in group]
         references = self._references[name]
@@ -241,7 +238,9 @@ class Binding:
         shape = self._space[name].spec.shape
         if option == "betas" and {"beta1", "beta2"} <= tunable:
             if shape != (2,):
-                raise BindingError(f"a hyperparameter bound to betas must have shape (2,), but {name} has {shape}.")
+                raise BindingError(
+                    f"a hyperparameter bound to betas must have shape (2,), but {name} has {shape}."
+                )
             return
         if option not in tunable:
             raise BindingError(
@@ -265,4 +264,8 @@ def _setting(group: Mapping[str, Any], option: str) -> float:
 
 
 def _scheduled(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: group[key] for key in ("initial_lr", "max_lr") if isinstance(group.get(key), float | int | Tensor)}
+    return {
+        key: group[key]
+        for key in ("initial_lr", "max_lr")
+        if isinstance(group.get(key), float | int | Tensor)
+    }

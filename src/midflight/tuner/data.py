@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from midflight.errors import UnusableLoader
-from midflight.tuner.randomness import Randomness
+from midflight.tuner.randomness import NoRandomness, Randomness
 
 PASS = 100
 """Batches that count as a pass through a loader without an end."""
@@ -79,7 +79,7 @@ class EndlessBatches(Iterator[Any]):
     Args:
         loader: iterable of batches; the same object may serve the training loop.
         name: for messages.
-        randomness: the tuner's numbers; None draws from the global ones.
+        randomness: the tuner's numbers; None leaves generators alone.
 
     Raises:
         ValueError: the loader is empty, or an iterator that ran out.
@@ -91,9 +91,9 @@ class EndlessBatches(Iterator[Any]):
                 f"{name} must be an iterable of batches, such as a DataLoader or a list, but got "
                 f"{type(loader).__name__}."
             )
-        self.loader = own_copy(loader)
+        self.loader = loader if randomness is None else own_copy(loader)
         self._name = name
-        self._randomness = randomness or Randomness()
+        self._randomness = randomness or NoRandomness()
         self._iterator: Iterator[Any] | None = None
         self._states: list[Any] | None = None
         self._used = 0
@@ -156,7 +156,8 @@ class EndlessBatches(Iterator[Any]):
 
 
 def own_copy(loader: Any) -> Any:
-    """A loader with what it keeps between passes copied, such as counters; data and random numbers are shared.
+    """A loader with what it keeps between passes copied, such as counters; data and random numbers are
+    shared.
 
     What cannot be copied safely, an iterator or an object with a finalizer, is returned as it is.
     """
@@ -184,8 +185,8 @@ def require_many_passes(loader: Any, name: str) -> None:
     """Raise `UnusableLoader` for an iterator: each batch the tuner takes would be missing in the loop."""
     if isinstance(loader, Iterator):
         raise UnusableLoader(
-            f"{name} must be iterable anew at each pass, such as a DataLoader or a list, but got the iterator "
-            f"{type(loader).__name__}: batches taken by the tuner would be missing in the training loop."
+            f"{name} must be iterable anew at each pass, such as a DataLoader or a list, but got the "
+            f"iterator {type(loader).__name__}: batches taken by the tuner would be missing in the loop."
         )
 
 

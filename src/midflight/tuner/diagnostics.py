@@ -15,7 +15,6 @@ SIGNIFICANT = 3.0
 """Standard errors by which the loss on a third split must exceed that on T2 to be reported."""
 
 
-
 class Bounds:
     """How long every entry of a hyperparameter has been at one of its bounds."""
 

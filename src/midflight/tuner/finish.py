@@ -17,8 +17,8 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
     """Give the model the weights and buffers with the least validation loss.
 
     Each candidate goes through T2 in the same order. A batch counts by its examples. Batches on which a
-    candidate's loss is not finite while another's is finite count against it; those that are bad for all are left
-    out.
+    candidate's loss is not finite while another's is finite count against it; those that are bad for all are
+    left out.
 
     Args:
         hyperstep: of the run.

@@ -1,16 +1,17 @@
 """What happens to the gradient between `backward` and `step`, and its Jacobian.
 
-Loops scale, clip and average gradients there. At a hyper-step the gradient as `backward` left it, r, is compared
-with the one that the optimiser gets, g, in a few entries of each weight:
+Loops scale, clip and average gradients there. At a hyper-step the gradient as `backward` left it, r, is
+compared with the one that the optimiser gets, g, in a few entries of each weight:
 
-    g = r                               nothing happened                J = 1
-    g = a r, a always the same          a constant factor               J = 1, or a where it differs by weight
-    g = a r, |g| always the same        clipped by norm                 J = (c / |r|) (1 - u u^T),  u = r / |r|
+    g = r                               nothing happened                J = 1 g = a r, a always the same
+    a constant factor               J = 1, or a where it differs by weight g = a r, |g| always the same
+    clipped by norm                 J = (c / |r|) (1 - u u^T),  u = r / |r|
     |g| cut off at one number           clipped by value                J = 1 where |g| is below it, else 0
 
 A loss scale that a `GradScaler` applied is taken out of r first. What fits none of these is refused.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -78,9 +79,13 @@ class ReceivedGradient:
     """
 
     def __init__(self, max_grad_norm: float | None = None) -> None:
+        if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+            raise ValueError(f"max_grad_norm must be a positive number, but max_grad_norm={max_grad_norm}.")
         self._max_norm = max_grad_norm
         self._seen: dict[str, _Seen] = {}
         self._passes: dict[str, int] = {}
+        self.passes = 1
+        """How often `backward` added to the last gradient."""
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._norms: dict[frozenset[str], float] = {}
         self._factors: dict[frozenset[str], list[tuple[float, float]]] = {}
@@ -90,7 +95,7 @@ class ReceivedGradient:
         self.rest()
         for name, p in params.items():
             if p.requires_grad:
-                self._hooks.append(p.register_post_accumulate_grad_hook(self._note(name)))
+                self._hooks.append(p.register_post_accumulate_grad_hook(self._note(name)))  # type: ignore[no-untyped-call]
 
     def rest(self) -> None:
         """Note nothing more."""
@@ -118,7 +123,7 @@ class ReceivedGradient:
             UnknownGradient: it fits nothing known, or is not known yet.
         """
         seen = {name: s for name, s in self._seen.items() if name in grads}
-        passes = max(self._passes.values(), default=1)
+        passes = self.passes = max(self._passes.values(), default=1)
         self.rest()
         if not seen:
             return self._unseen(grads)
@@ -164,8 +169,8 @@ class ReceivedGradient:
         known.append((ratio, size))
         if len(known) == 1:
             raise UnknownGradient(
-                f"the gradient was multiplied by {ratio:.4g} between backward and step; whether it is clipped "
-                "shows at the next hyper-step, or pass max_grad_norm=."
+                f"the gradient was multiplied by {ratio:.4g} between backward and step; whether it is "
+                "clipped shows at the next hyper-step, or pass max_grad_norm=."
             )
         same_ratio = all(abs(r / ratio - 1) < SAME for r, _ in known)
         same_size = all(abs(s / size - 1) < SAME for _, s in known)
@@ -178,9 +183,9 @@ class ReceivedGradient:
             raise UnknownGradient("the gradient stays the same, so that clipping and scaling look alike.")
         del known[:-1]
         raise UnknownGradient(
-            f"the gradient must be left alone between backward and step, clipped, or multiplied by one number, "
-            f"but it was multiplied by {ratio:.4g} to a norm of {size:.4g}, and otherwise before; pass "
-            "max_grad_norm= if it is clipped."
+            f"the gradient must be left alone between backward and step, clipped, or multiplied by one "
+            f"number, but it was multiplied by {ratio:.4g} to a norm of {size:.4g}, and otherwise before; "
+            "pass max_grad_norm= if it is clipped."
         )
 
     def state_dict(self) -> dict[str, Any]:

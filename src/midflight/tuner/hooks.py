@@ -1,7 +1,8 @@
 """The one seam: hooks of `optimizer.step`, where the gradient is final."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -60,4 +61,5 @@ class StepHooks:
             self._stepped.clear()
         self._after(optimizer, last)
         # a user's own pre-hook, such as clipping, may have been added since: ours comes after it
-        optimizer._optimizer_step_pre_hooks.move_to_end(self._pre[id(optimizer)].id)
+        hooks = cast(OrderedDict[int, Any], optimizer._optimizer_step_pre_hooks)
+        hooks.move_to_end(self._pre[id(optimizer)].id)

@@ -53,13 +53,20 @@ class Horizon(Protocol):
 
     looks: bool
     """Whether `observe` wants the losses at `average` at each hyper-step."""
-    at_average: bool
-    """Whether `place` is the average now."""
-    calm: float
-    """1 where signs of hypergradients can be averaged, 0 where each counts."""
+
+    @property
+    def at_average(self) -> bool:
+        """Whether `place` is the average now."""
+
+    @property
+    def calm(self) -> float:
+        """1 where signs of hypergradients can be averaged, 0 where each counts."""
+
+    def due(self, steps: int) -> bool:
+        """Whether `follow` has something to do after this many optimiser steps."""
 
     def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None) -> bool:
-        """The weights after this many optimiser steps; returns whether that took time."""
+        """See the weights after this many optimiser steps; returns whether that took time."""
 
     def place(self, where: Callable[[], Tensors]) -> Tensors:
         """Where v is taken instead of at the weights that `where` gives."""
@@ -92,13 +99,17 @@ class Horizon(Protocol):
 class NextStep:
     """Judge each step by the validation loss right after it.
 
-    Exact for the moment, and blind to the rest of the run: it over-regularises where data are many and training is
+    Exact for the moment, and blind to the rest of the run: it over-regularises where data are many and
+        training is
     short.
     """
 
     looks = False
     at_average = False
     calm = 1.0
+
+    def due(self, steps: int) -> bool:
+        return False
 
     def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None) -> bool:
         return False
@@ -157,6 +168,10 @@ class Averaged:
         self._v: Tensors = {}
         self._weight = 0.0
 
+    def due(self, steps: int) -> bool:
+        """At every SAMPLED-th step, and at the first."""
+        return not self._average or steps >= self._steps + SAMPLED
+
     @torch.no_grad()
     def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None = None) -> bool:
         """Count the weights after this many steps into the average, if it is time or there is none yet.
@@ -169,7 +184,7 @@ class Averaged:
         Returns:
             whether it did.
         """
-        if self._average and steps < self._steps + SAMPLED:
+        if not self.due(steps):
             return False
         share = min(1.0, (steps - self._steps) / (_window(progress) * steps)) if steps else 1.0
         self._steps = steps
@@ -178,7 +193,9 @@ class Averaged:
         self._dtypes = {name: p.dtype for name, p in params.items()}
         known = [name for name in now if name in self._average]
         if known:
-            torch._foreach_lerp_([self._average[name] for name in known], [now[name] for name in known], share)
+            torch._foreach_lerp_(
+                [self._average[name] for name in known], [now[name] for name in known], share
+            )
         self._average |= {name: p.clone() for name, p in now.items() if name not in self._average}
         return True
 

@@ -46,7 +46,8 @@ class SignSteps(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "agreement": self.ALONE if agreement is None else agreement})
 
     def set_calm(self, calm: float) -> None:
-        """Adapt to the averaged horizon: once a model memorises (calm 0), signs disagree, yet each step counts."""
+        """Adapt to the averaged horizon: once a model memorises (calm 0), signs disagree, yet each step
+        counts."""
         for group in self.param_groups:
             group["agreement"] = calm * (self.AVERAGED if self._given is None else self._given)
 

@@ -12,22 +12,35 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from midflight.errors import UnsupportedOptimizer, UnsupportedParameter
 from midflight.hypergrad import Estimator
-from midflight.hypergrad.one_step import one_step
-from midflight.problem import Step
+from midflight.hypergrad.mixed import value_grads
+from midflight.hypergrad.one_step import central_difference, forward_over_reverse, one_step, one_step_cheap
+from midflight.problem import Step, added
 from midflight.space import Space
 from midflight.trees import Tensors, detach
 from midflight.tuner.binding import Binding
 from midflight.tuner.data import EndlessBatches, require_many_passes
 from midflight.tuner.gradient import Clipped, ReceivedGradient
-from midflight.tuner.horizon import Horizon, NextStep
+from midflight.tuner.horizon import Horizon
 from midflight.tuner.live import LiveModel, Loss, weights_at
 from midflight.tuner.mixed_partial import MixedPartial
 from midflight.tuner.optimizers import named_parameters, require_real
 from midflight.tuner.randomness import Randomness
+from midflight.tuner.running_statistics import (
+    Passes,
+    Statistics,
+    gradient_of_statistics,
+    moved_statistics,
+    tracking,
+)
+
+_BY_STATISTICS = (one_step, one_step_cheap, central_difference, forward_over_reverse)
+"""Estimators of the whole step; the others are kept as published."""
+_OUTPUT = "output of "
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,8 @@ class Look:
     """What a hyper-step found.
 
     Attributes:
-        hypergradients: name -> tensor shaped like the raw coordinate, of the hyperparameters that were reached.
+        hypergradients: name -> tensor shaped like the raw coordinate, of the hyperparameters that were
+            reached.
         valid_loss: C2 where v was taken; NaN counts as a failed look.
         train_loss: C1 at the averaged weights; None if nobody asked.
     """
@@ -129,9 +143,7 @@ class HyperStep:
                     raw.grad = None
                 self._space.requires_grad_(False)
 
-    def _look(
-        self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors
-    ) -> Look:
+    def _look(self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors) -> Look:
         batch = next(self.t1)
         step = self._step(params, grads, clipped, live, batch)
         steering = self._binding.steering if self.horizon.looks else []
@@ -141,13 +153,16 @@ class HyperStep:
         if judged:
             here = replace(step, hparams={name: step.hparams[name] for name in judged})
             place = self.horizon.place(lambda: self._estimator.at(here))
-            c2, v = self._valid_gradient(params, place, grads)
+            layers = tracking(self._model) if self._loss_reads and self._estimator in _BY_STATISTICS else {}
+            c2, v, of_statistics = self._valid_gradient(params, place, grads, layers)
             if not math.isfinite(c2):
                 return Look({}, c2, c1)
             found = self._estimator(here, self.horizon.smoothed(v))
+            if of_statistics:
+                found = added(found, self._through_statistics(batch, layers, of_statistics))
         if steering:
             here = replace(step, hparams={name: step.hparams[name] for name in steering}, mixed_partial=_none)
-            loss, v = self._valid_gradient(params, one_step.at(here), grads)
+            loss, v, _ = self._valid_gradient(params, one_step.at(here), grads, {})
             found, c2 = {**found, **one_step(here, v)}, c2 if judged else loss
         if self.horizon.looks and not (judged and self.horizon.at_average):
             c2 = self._loss_at_average(params, next(self.t2))
@@ -157,7 +172,9 @@ class HyperStep:
         self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors, batch: Any
     ) -> Step:
         values = {name: self._space[name].value for name in self._space}
-        owners = {id(p): self._optimizers[o] for _, p, o, _ in named_parameters(self._model, self._optimizers)}
+        owners = {
+            id(p): self._optimizers[o] for _, p, o, _ in named_parameters(self._model, self._optimizers)
+        }
         used = {name: params[name] for name in grads}
 
         def mixed_partial(w: Tensors) -> Tensors:
@@ -176,15 +193,34 @@ class HyperStep:
             clipped=clipped,
         )
 
-    def _valid_gradient(self, params: Tensors, at: Tensors, grads: Tensors) -> tuple[float, Tensors]:
-        """C2 and its gradient at other weights, for the weights that are about to be moved."""
-        batch = next(self.t2)
+    def _valid_gradient(
+        self, params: Tensors, at: Tensors, grads: Tensors, layers: dict[str, _BatchNorm]
+    ) -> tuple[float, Tensors, Statistics]:
+        """C2 at other weights, and its gradient for the weights about to be moved and for running
+        statistics."""
+        batch, passes = next(self.t2), Passes()
         targets = {name: params[name] for name in grads}
+
+        def loss() -> Tensor:
+            with passes.watching(layers):
+                return self.live.valid_loss(self.valid_loss, batch)
+
         with weights_at(params, at):
-            loss, found = self.live.gradients(lambda: self.live.valid_loss(self.valid_loss, batch), targets)
-        return float(loss), {
-            name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()
-        }
+            value, found = self.live.gradients(
+                loss, targets, lambda: {_OUTPUT + name: p.y for name, p in passes.of.items()}
+            )
+            delta = {name: found.pop(_OUTPUT + name) for name in layers if _OUTPUT + name in found}
+            statistics = gradient_of_statistics(layers, passes, delta)
+        v = {name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()}
+        return float(value), v, statistics
+
+    def _through_statistics(self, batch: Any, layers: dict[str, _BatchNorm], along: Statistics) -> Tensors:
+        """What reaches the validation loss by BatchNorm's running statistics, name -> d/draw."""
+        passes = Passes()
+        with passes.watching(layers):
+            self.live.train_loss(self.train_loss, self.mixed.few(batch))
+        moved = moved_statistics(layers, passes, along, self.received.passes)
+        return {} if moved is None else value_grads(moved, self._space.raws)
 
     @torch.no_grad()
     def _loss_at_average(self, params: Tensors, batch: Any) -> float:
@@ -227,9 +263,9 @@ class HyperStep:
         for optimizer, rule in zip(self._optimizers, self._binding.rules, strict=True):
             if not rule.differentiable and self._binding.unbound:
                 raise UnsupportedOptimizer(
-                    f"{type(optimizer).__name__} rounds its step to bfloat16, so that no hyperparameter of the loss "
-                    f"has a derivative; tune its own options only ({', '.join(sorted(rule.tunable))}), but the "
-                    f"space has {', '.join(self._binding.unbound)}."
+                    f"{type(optimizer).__name__} rounds its step to bfloat16, so that no hyperparameter of "
+                    f"the loss has a derivative; tune its own options only ({', '.join(sorted(rule.tunable))}), "
+                    f"but the space has {', '.join(self._binding.unbound)}."
                 )
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The user's live model, evaluated with other weights and left without a trace.
 
-Everything that the tuner computes on the model happens inside `LiveModel.borrowed`: whatever goes wrong there, in
-the user's functions or by Ctrl-C, weights, buffers, modes, gradients and random numbers are as they were.
+Everything that the tuner computes on the model happens inside `LiveModel.borrowed`: whatever goes wrong
+there, in the user's functions or by Ctrl-C, weights, buffers, modes, gradients and random numbers are as they
+were.
 """
 
 import signal
@@ -62,16 +63,23 @@ class LiveModel:
         """`function(model, batch)` in the mode in which the model trains."""
         return self._call(function, batch)
 
-    def gradients(self, loss: Callable[[], Tensor], at: Tensors) -> tuple[Tensor, Tensors]:
+    def gradients(
+        self, loss: Callable[[], Tensor], at: Tensors, inside: Callable[[], Tensors] = dict
+    ) -> tuple[Tensor, Tensors]:
         """The loss and its gradient at leaves, name -> tensor; without those that the loss does not reach.
 
-        Reentrant checkpointing knows `backward` only: there the leaves' `.grad` is used, which `borrowed` emptied.
+        With it comes the gradient at tensors inside its graph, which `inside` names once the loss is
+        computed.
+
+        Reentrant checkpointing knows `backward` only: there the leaves' `.grad` is used, which `borrowed`
+        emptied.
         """
         value = loss()
         if not self._by_backward:
             try:
-                found = torch.autograd.grad(value, list(at.values()), allow_unused=True)
-                return value.detach(), {n: g for n, g in zip(at, found, strict=True) if g is not None}
+                targets = at | {name: t for name, t in inside().items() if t.requires_grad}
+                found = torch.autograd.grad(value, list(targets.values()), allow_unused=True)
+                return value.detach(), {n: g for n, g in zip(targets, found, strict=True) if g is not None}
             except RuntimeError as error:
                 if "heckpoint" not in str(error):
                     raise
@@ -96,8 +104,8 @@ def scalar_loss(function: Loss, loss: Any) -> Tensor:
         raise InvalidLoss(f"{name} must return a scalar tensor, but returned {type(loss).__name__}.")
     if loss.numel() != 1:
         raise InvalidLoss(
-            f"{name} must return one loss, but returned a tensor of shape {tuple(loss.shape)}; average it over "
-            "the examples."
+            f"{name} must return one loss, but returned a tensor of shape {tuple(loss.shape)}; average it "
+            "over the examples."
         )
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise InvalidLoss(
@@ -140,7 +148,8 @@ def weights_at(params: Mapping[str, Tensor], at: Tensors) -> Iterator[None]:
 def preserved(model: nn.Module, others: Iterable[Tensor] = ()) -> Iterator[None]:
     """Attributes, buffers, gradients and `requires_grad` are put back, whatever happens.
 
-    Forward passes change copies of the buffers. Gradients begin at None, so that nothing is added to the user's.
+    Forward passes change copies of the buffers. Gradients begin at None, so that nothing is added to the
+    user's.
     """
     tables = [(t, dict(t)) for m in model.modules() for t in (m.__dict__, m._buffers, m._parameters)]
     buffers = [(b, b.data) for b in model.buffers()]
@@ -170,7 +179,8 @@ def _put_back(table: dict[str, Any], entries: dict[str, Any]) -> None:
 
 
 def _uncompiled() -> Any:
-    """Compiled modules and functions run eagerly, where there are any: other shapes would compile them anew."""
+    """Compiled modules and functions run eagerly, where there are any: other shapes would compile them
+    anew."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
@@ -250,21 +260,3 @@ def with_tensors(model: nn.Module, loss: Callable[[], Tensor], tensors: Mapping[
     # torch's own way with tied weights takes those of a module under two names away from it for good
     result: Tensor = torch.func.functional_call(_LossModule(model, loss), everywhere, (), tie_weights=False)
     return result
-
-
-class RandomState:
-    """The random generators of torch as they are now, on the CPU and on the devices of the weights."""
-
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        self.devices = sorted({p.device.index or 0 for p in params.values() if p.is_cuda})
-        self._cpu = torch.get_rng_state()
-        self._cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Draw the same numbers again; afterwards the generators are where they were."""
-        with torch.random.fork_rng(devices=self.devices):
-            torch.set_rng_state(self._cpu)
-            for device, state in zip(self.devices, self._cuda, strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield

@@ -62,7 +62,8 @@ class MixedPartial:
         self.whole_batches = False
 
     def train_loss(self, batch: Any) -> Callable[[Tensors, Tensors], Tensor]:
-        """(weights, values) -> the loss on the batch, differentiable in both; the same random numbers each time."""
+        """(weights, values) -> the loss on the batch, differentiable in both; the same random numbers each
+        time."""
         states = self._randomness.snapshot()
         model = self._live.model
         buffers = dict(model.named_buffers())
@@ -112,9 +113,7 @@ class MixedPartial:
         targets = {name: params[name] for name in w if name in params}
         with sdpa_kernel(SDPBackend.MATH):
             loss = self._live.train_loss(self._loss_fn, batch)
-            found = torch.autograd.grad(
-                loss, list(targets.values()), create_graph=True, allow_unused=True
-            )
+            found = torch.autograd.grad(loss, list(targets.values()), create_graph=True, allow_unused=True)
             grads = {name: g for name, g in zip(targets, found, strict=True) if g is not None}
             if not self._checked:
                 require_twice_differentiable(grads.values())
@@ -145,7 +144,9 @@ class MixedPartial:
         at = {name: params[name].detach() for name in w if name in params}
         found = mixed_partial_of(FORWARD_MODE, self.train_loss(batch), at, detach(values), w)
         outputs = [values[name] for name in found]
-        grads = torch.autograd.grad(outputs, list(self._space.raws.values()), list(found.values()), allow_unused=True)
+        grads = torch.autograd.grad(
+            outputs, list(self._space.raws.values()), list(found.values()), allow_unused=True
+        )
         return {name: g for name, g in zip(self._space.raws, grads, strict=True) if g is not None}
 
     def _choose(self, batch: Any, params: Mapping[str, Tensor]) -> str:
@@ -199,4 +200,3 @@ class MixedPartial:
     def examples(self) -> int:
         """Of a batch, for the mixed partial; 0 where batches are used as they are."""
         return 0 if self.whole_batches else self._examples
-

@@ -36,7 +36,8 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer:
         seen.add(id(optimizer))
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UnsupportedOptimizer(
-            f"optimizer must be a torch optimiser or hold one as .optimizer, but got {type(optimizer).__name__}."
+            f"optimizer must be a torch optimiser or hold one as .optimizer, but got "
+            f"{type(optimizer).__name__}."
         )
     return optimizer
 

@@ -43,7 +43,8 @@ class Population:
         optimizer: parameters -> the torch optimiser whose step is taken, such as
             `partial(torch.optim.Adam, lr=1e-3)`.
         loss_fn: (model, batch of one member) -> training loss, a scalar.
-        valid_loss_fn: (model, batch of one member) -> validation loss, a scalar, in eval mode; `loss_fn` by default.
+        valid_loss_fn: (model, batch of one member) -> validation loss, a scalar, in eval mode; `loss_fn` by
+            default.
         valid_loader: validation batches whose tensors have n as their first dimension.
         starts: name -> n values to begin at.
         seeds: of the members' initial weights; 0 to n - 1 if left out.

@@ -17,8 +17,8 @@ class Randomness:
     """Switches every random generator in reach to the tuner's own state for a while.
 
     Covered are the global generators of torch (CPU and CUDA), numpy and Python, and the generators that the
-    given objects, such as loaders, hold in their attributes. The global ones begin at a seed of their own, the
-    others where they stand.
+    given objects, such as loaders, hold in their attributes. The global ones begin at a seed of their own,
+    the others where they stand.
 
     Args:
         holders: objects whose generators the user's loop may share.
@@ -26,7 +26,9 @@ class Randomness:
 
     def __init__(self, holders: Iterable[Any] = ()) -> None:
         seed = (torch.initial_seed() ^ SALT) % 2**32
-        found = {id(g): g for holder in holders for g in _generators(holder) if g is not torch.default_generator}
+        found = {
+            id(g): g for holder in holders for g in _generators(holder) if g is not torch.default_generator
+        }
         held = [_source(generator) for generator in found.values()]
         everyone = [_source(torch.default_generator), _numpy(), _python()]
         self._sources = [*everyone, *held]
@@ -75,12 +77,18 @@ class Randomness:
             source.set(state)
 
 
+class NoRandomness(Randomness):
+    """Leaves all generators alone, but for the global one of torch at `rewind`."""
+
+    def __init__(self) -> None:
+        self._sources = [_source(torch.default_generator)]
+        self._states, self._seed, self._borrowed = [None], 0, True
+
+
 class _Source:
     """One generator: how to read, write and seed it."""
 
-    def __init__(
-        self, get: Callable[[], Any], set: Callable[[Any], Any], seed: Callable[[int], Any]
-    ) -> None:
+    def __init__(self, get: Callable[[], Any], set: Callable[[Any], Any], seed: Callable[[int], Any]) -> None:
         self.get, self.set, self.seed = get, set, seed
 
 
@@ -96,7 +104,7 @@ def _python() -> _Source:
 
 def _cuda() -> list[_Source]:
     """Of the devices that are in use already; asking the others would start them."""
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return []
     return [_source(g) for g in torch.cuda.default_generators]
 

@@ -1,4 +1,5 @@
-"""What a tuner does when a loss or a hypergradient is not finite: leave the look out, go back after several."""
+"""What a tuner does when a loss or a hypergradient is not finite: leave the look out, go back after
+several."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,8 +68,8 @@ class NonFiniteGuard:
     Attributes:
         skipped: failed hyper-steps, all of them left out.
         restored: how often the last good snapshot was restored.
-        shrink: the factor on the length of the hyper-steps: halved by PATIENCE failures in a row, doubled after
-            RECOVERY good ones in a row until it is 1 again.
+        shrink: the factor on the length of the hyper-steps: halved by PATIENCE failures in a row, doubled
+            after RECOVERY good ones in a row until it is 1 again.
     """
 
     def __init__(self, rollback: Rollback | None) -> None:

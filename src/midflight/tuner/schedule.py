@@ -99,9 +99,9 @@ class FrontLoaded:
 class TimeBudget:
     """As often as tuning stays below a share of the time that training takes without it.
 
-    From the end of one optimiser step to the end of the next is one training step of the user's loop, whatever
-    is in it. Plain steps are those in which the tuner did nothing, nor just before. What the others take
-    over the mean of the plain ones is the cost of tuning. The next hyper-step comes when share x (time
+    From the end of one optimiser step to the end of the next is one training step of the user's loop,
+    whatever is in it. Plain steps are those in which the tuner did nothing, nor just before. What the others
+    take over the mean of the plain ones is the cost of tuning. The next hyper-step comes when share x (time
     that training takes so far) pays for all of tuning so far and one hyper-step more. If the number of steps
     is known, part of what the rest of the run will pay is spent early: share x time x sqrt(steps in the run /
     steps so far). The first hyper-step is slow for reasons of its own: it comes at once, soon followed by a
@@ -129,9 +129,7 @@ class TimeBudget:
     AFTERMATH = 1
     """So many steps after a hyper-step find caches that it has emptied, and are not plain."""
 
-    def __init__(
-        self, share: float, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
         if isinstance(share, bool) or not 0 < share <= 1:
             raise ValueError(f"0 < share <= 1 must hold, but share={share}.")
         self.share = share
@@ -228,7 +226,18 @@ def whole(name: str, value: Any) -> int:
 
 
 def schedule_for(schedule: Schedule | int | None) -> Schedule:
-    """The schedule that an argument asks for; raises `ValueError` for a number that is no whole one."""
+    """The schedule that an argument asks for.
+
+    Raises:
+        TypeError: it is neither a schedule nor a number.
+        ValueError: it is a number that is not whole, or below 1.
+    """
     if schedule is None:
         return FrontLoaded()
-    return Every(schedule) if isinstance(schedule, int | float) else schedule  # type: ignore[arg-type]
+    if isinstance(schedule, int | float):
+        return Every(schedule)
+    if not hasattr(schedule, "next_is_hyper"):
+        raise TypeError(
+            f"schedule must be a whole number or a schedule such as mf.Every(20), but got {schedule!r}."
+        )
+    return schedule

@@ -81,7 +81,8 @@ class Replay:
 
     Source: Luketina et al. 2016, section 4, retrain with T2 once the hyperparameters are found.
 
-    Build it where the tuner stood. It moves the space after each `optimizer.step()`, and the loop stays as it is.
+    Build it where the tuner stood. It moves the space after each `optimizer.step()`, and the loop stays as it
+    is.
 
     Args:
         trajectory: `tuner.trajectory`.

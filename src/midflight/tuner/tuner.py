@@ -27,9 +27,11 @@ from midflight.tuner.schedule import Schedule, schedule_for, whole
 from midflight.tuner.trajectory import Trajectory
 
 EXAMPLES = 32
-"""Of a T1 batch for the mixed partial: with 8, runs end 7 % worse; with more, nothing is gained (measured)."""
+"""Of a T1 batch for the mixed partial: with 8, runs end 7 % worse; with more, nothing is gained
+(measured)."""
 PATIENCE = 10
-"""Hyper-steps without ever reaching a hyperparameter, and it counts as unreachable; undecided gradients alike."""
+"""Hyper-steps without ever reaching a hyperparameter, and it counts as unreachable; undecided gradients
+alike."""
 MOST_ENTRIES = 10_000
 """Separate hyperparameters in one space; each costs its own small operations."""
 
@@ -42,13 +44,13 @@ class Tuner:
         tuner.finish()
 
     It hooks `optimizer.step`, where the gradient is what the optimiser really gets: accumulated, unscaled and
-    clipped. The loop's own forward and backward see plain numbers. Weights, buffers, modes, gradients and random
-    numbers are the same after a hyper-step as before.
+    clipped. The loop's own forward and backward see plain numbers. Weights, buffers, modes, gradients and
+    random numbers are the same after a hyper-step as before.
 
     Args:
         model: the model being trained, compiled or not.
-        optimizer: the torch optimiser that trains it, or a wrapper that holds it as `.optimizer`; a list if several
-            train the model together, each stepping once in a training step.
+        optimizer: the torch optimiser that trains it, or a wrapper that holds it as `.optimizer`; a list if
+            several train the model together, each stepping once in a training step.
         space: what is tuned.
         loss_fn: (model, batch) -> training loss, a scalar, the mean over the batch. It must be what the loop
             minimises over an optimiser step, and read the hyperparameters where the loop does.
@@ -57,21 +59,21 @@ class Tuner:
         valid_loss_fn: (model, batch) -> validation loss, a scalar, on batches of either loader; `loss_fn` by
             default. Called in eval mode.
         bind: hyperparameters that are options of the optimiser, as names that are both or {hyperparameter:
-            option}. None binds every name of the space that is an option. An option is the tuned value times the
-            factor that the loop's scheduler gives, for the length of a step. Param groups whose option is 0 while
-            others' is not are left alone.
-        total_steps: optimiser steps of the whole run, over which hyper-steps anneal to zero. None: they shrink
-            slowly and never end.
+            option}. None binds every name of the space that is an option. An option is the tuned value times
+            the factor that the loop's scheduler gives, for the length of a step. Param groups whose option is
+            0 while others' is not are left alone.
+        total_steps: optimiser steps of the whole run, over which hyper-steps anneal to zero. None: they
+            shrink slowly and never end.
         schedule: when hyper-steps come: `FrontLoaded()` (one for 20 optimiser steps, most of them early),
             `Every(n)` or `TimeBudget(share)`; a whole number n is `Every(n)`.
         estimator: of the hypergradient, a name from `midflight.ESTIMATORS` or an `Estimator`.
-        horizon: "run" judges each step for the run, at averaged weights (`Averaged`); "step" at the weights right
-            after it (`NextStep`).
+        horizon: "run" judges each step for the run, at averaged weights (`Averaged`); "step" at the weights
+            right after it (`NextStep`).
         hyper_optimizer: raw tensors -> torch optimiser that moves them.
         max_grad_norm: the norm to which the loop clips; None finds out, at the price of a hyper-step or two.
         examples: of a T1 batch for the mixed partial.
-        rollback: keep a copy of model, optimiser and hyperparameters, renewed at every so many good hyper-steps,
-            and go back to it after three failed ones in a row. None keeps no copy.
+        rollback: keep a copy of model, optimiser and hyperparameters, renewed at every so many good
+            hyper-steps, and go back to it after three failed ones in a row. None keeps no copy.
         on_hyperstep: called with (optimiser steps so far, `log()`) after each hyper-step.
 
     Raises:
@@ -107,8 +109,8 @@ class Tuner:
     ) -> None:
         if len(space) > MOST_ENTRIES:
             raise SpaceError(
-                f"a space must have at most {MOST_ENTRIES} separate hyperparameters, but has {len(space)}; use one "
-                "Float with shape=."
+                f"a space must have at most {MOST_ENTRIES} separate hyperparameters, but has {len(space)}; "
+                "use one Float with shape=."
             )
         for name, function in (("loss_fn", loss_fn), ("valid_loss_fn", valid_loss_fn)):
             if not callable(function) and not (name == "valid_loss_fn" and function is None):
@@ -192,13 +194,13 @@ class Tuner:
         found = self._guard.report() + self._bounds.report(self.space)
         if self._undecided:
             found.append(
-                f"{self._undecided} hyper-steps were left out: what happened to the gradient before the step was "
-                "not clear; pass max_grad_norm= if it is clipped."
+                f"{self._undecided} hyper-steps were left out: what happened to the gradient before the step "
+                "was not clear; pass max_grad_norm= if it is clipped."
             )
         if self._total and not 0.5 <= self.steps / self._total <= 1:
             found.append(
-                f"the run had {self.steps} optimiser steps, but total_steps={self._total}; hyper-steps anneal "
-                "over total_steps."
+                f"the run had {self.steps} optimiser steps, but total_steps={self._total}; hyper-steps "
+                "anneal over total_steps."
             )
         if third is not None:
             live = self._hyperstep.live
@@ -210,13 +212,13 @@ class Tuner:
     def finish(self) -> dict[str, float]:
         """End the run: stop tuning, and give the model the best of the weights that the run has to offer.
 
-        These are the last ones, and with the horizon "run" also the average of the recent ones and the average where
-        the validation loss was least on the way. One pass through T2 for each decides, or 100 batches where T2 has
-        no end.
+        These are the last ones, and with the horizon "run" also the average of the recent ones and the
+        average where the validation loss was least on the way. One pass through T2 for each decides, or 100
+        batches where T2 has no end.
 
         Returns:
-            the name of each ("last", "average", "earlier") -> its validation loss, the mean over the examples of
-            T2, the best first.
+            the name of each ("last", "average", "earlier") -> its validation loss, the mean over the examples
+            of T2, the best first.
         """
         self.detach()
         return choose(self._hyperstep, self.horizon.candidates())
@@ -257,8 +259,8 @@ class Tuner:
         """
         if state["policies"] != self._policies():
             raise ValueError(
-                f"the saved tuner was made with {state['policies']}, this one with {self._policies()}; make it with "
-                "the same arguments."
+                f"the saved tuner was made with {state['policies']}, this one with {self._policies()}; "
+                "make it with the same arguments."
             )
         self.space.load_state_dict(state["space"])
         self._binding.load_state_dict(state["binding"])
@@ -274,7 +276,11 @@ class Tuner:
         self._plan(hyper=False)
 
     def _policies(self) -> dict[str, str]:
-        policies = {"schedule": self.schedule, "horizon": self.horizon, "hyper_optimizer": self.hyper_optimizer}
+        policies = {
+            "schedule": self.schedule,
+            "horizon": self.horizon,
+            "hyper_optimizer": self.hyper_optimizer,
+        }
         return {name: type(policy).__name__ for name, policy in policies.items()}
 
     def _before_step(self, optimizer: torch.optim.Optimizer, first: bool) -> None:
@@ -319,8 +325,8 @@ class Tuner:
         if missing:
             raise UnreachedHyperparameter(
                 f"each hyperparameter must reach the gradient of the training loss or a tuned option, but "
-                f"{', '.join(missing)} did not in {PATIENCE} hyper-steps; use it in the model or in loss_fn, or bind "
-                "it to an option of the optimiser with bind=."
+                f"{', '.join(missing)} did not in {PATIENCE} hyper-steps; use it in the model or in loss_fn, "
+                "or bind it to an option of the optimiser with bind=."
             )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, last: bool) -> None:
@@ -329,13 +335,16 @@ class Tuner:
             return
         hyper = self._due
         self.steps += 1
-        busy = self.horizon.follow(self._hyperstep.params(), self.steps, self._progress())
+        busy = self.horizon.due(self.steps) and self.horizon.follow(
+            self._hyperstep.params(), self.steps, self._progress()
+        )
         look, self._look = self._look, None
         if look is not None:
             self._apply(look)
         if self._total is not None and self.steps == self._total + 1:
             warnings.warn(
-                f"the run is longer than total_steps={self._total} optimiser steps; hyperparameters move no more.",
+                f"the run is longer than total_steps={self._total} optimiser steps; hyperparameters move no "
+                "more.",
                 stacklevel=2,
             )
         self._plan(hyper, busy)
@@ -372,7 +381,9 @@ class Tuner:
         """Changes when somebody changes a gradient."""
         if len(self._optimizers) == 1:
             return []
-        return [(id(p.grad), p.grad._version) for p in self._hyperstep.params().values() if p.grad is not None]
+        return [
+            (id(p.grad), p.grad._version) for p in self._hyperstep.params().values() if p.grad is not None
+        ]
 
 
 def _skips(optimizer: torch.optim.Optimizer) -> bool:
@@ -382,8 +393,10 @@ def _skips(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _horizon_for(horizon: str | Horizon) -> Horizon:
-    if not isinstance(horizon, str):
+    if hasattr(horizon, "place"):
         return horizon
     if horizon not in ("run", "step"):
         raise UnknownName("horizon", horizon, ("run", "step"))
-    return Averaged() if horizon == "run" else NextStep()
+    if horizon == "run":
+        return Averaged()
+    return NextStep()

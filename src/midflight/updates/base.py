@@ -71,6 +71,8 @@ class UpdateRule(ABC):
         tuned = {name: options[name].detach().requires_grad_() for name in tuned_options(options)}
         with torch.enable_grad():
             new, _ = self.step(param.detach(), grad, state, {**options, **tuned})
+        if not new.requires_grad:  # such as a step of Muon, none of whose options is tuned
+            return torch.zeros_like(v), {}
         w, *rest = torch.autograd.grad(new, [grad, *tuned.values()], v, materialize_grads=True)
         return w, dict(zip(tuned, rest, strict=True))
 
@@ -93,7 +95,9 @@ def read_options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_option(group: Mapping[str, Any], option: str) -> float:
     """One option of a `param_group` as a number."""
-    return float(read_options(group)[option])
+    if option in ("beta1", "beta2"):
+        return float(group["betas"][option == "beta2"])
+    return float(group[option])
 
 
 def write_option(group: dict[str, Any], option: str, value: float) -> None:

@@ -1,0 +1,350 @@
+"""The hypergradient of a live loop against a central difference of the step as that loop takes it, in float64.
+
+The truth needs nothing of midflight but the map from raw coordinate to value: the run is copied just before a
+hyper-step, and the loop's own step is taken from the copy with the raw coordinate shifted, by torch's own
+optimiser, clipping, `GradScaler` and scheduler. An option of the optimiser is written into the groups by hand.
+
+The table is optimisers x loops x kinds of hyperparameters. Each loop that does something to the gradient or to an
+option also has a wrong twin: a tuner that does not know of it, which the comparison must reject.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import nn
+
+import midflight as mf
+from midflight.errors import UnsupportedOptimizer
+from midflight.testing.oracles import derivative
+from midflight.tuner import gradient
+from midflight.tuner.binding import Binding
+
+FEATURES, HIDDEN, CLASSES, EXAMPLES, MICRO = 8, 6, 3, 24, 4
+STEPS, EVERY = 6, 2  # the hyper-step that is compared, and how often one comes: the first two teach the tuner
+LR, DECAY = 0.03, 0.02  # of the user's groups
+MAX_NORM, MAX_ENTRY = 0.05, 0.02  # what clips at each step of every loop below; the loops assert it
+EXACT = 1e-6  # relative; rounding of a central difference of order 4 leaves 1e-7 or less, see SURE
+SURE = 2e-7  # relative uncertainty of the truth itself
+WRONG = 1e-2  # relative; the least that a wrong twin is off by
+
+KINDS = {
+    "noise": mf.Float(0.0, 1.0, init=0.4),
+    "l2": mf.Float(1e-3, 1.0, log=True, init=0.05),
+    "smoothing": mf.Float(0.0, 0.5, init=0.2),
+    "weight_decay": mf.Float(1e-3, 1.0, log=True, init=0.05),
+    "lr": mf.Float(1e-3, 1e-1, log=True, init=0.02),
+}
+IN_THE_LOSS = ("noise", "l2", "smoothing")
+
+Optimizer = Callable[..., torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Optimizer] = {
+    "SGD momentum": lambda p, **o: torch.optim.SGD(p, momentum=0.9, **o),
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "fused AdamW": lambda p, **o: torch.optim.AdamW(p, fused=True, **o),
+    "RMSprop": torch.optim.RMSprop,
+    "NAdam": torch.optim.NAdam,
+    "Muon": torch.optim.Muon,
+}
+
+
+@dataclass
+class Run:
+    """What a training loop changes, but for its scheduler: together, so that `deepcopy` keeps them together."""
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+
+    def groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def plain(run, loss, batch):
+    run.zero_grad()
+    loss(run.model, batch).backward()
+    run.step()
+
+
+def accumulated(run, loss, batch):
+    run.zero_grad()
+    for micro in zip(*(array.chunk(MICRO) for array in batch), strict=True):
+        (loss(run.model, micro) / MICRO).backward()
+    run.step()
+
+
+def averaged_by_hand(run, loss, batch):
+    run.zero_grad()
+    for micro in zip(*(array.chunk(MICRO) for array in batch), strict=True):
+        loss(run.model, micro).backward()
+    for p in run.model.parameters():
+        p.grad /= MICRO
+    run.step()
+
+
+def clip_by_norm(weights):
+    assert nn.utils.clip_grad_norm_(weights, MAX_NORM) > 1.1 * MAX_NORM
+
+
+def clipped_by_norm(run, loss, batch):
+    run.zero_grad()
+    loss(run.model, batch).backward()
+    clip_by_norm(run.model.parameters())
+    run.step()
+
+
+def accumulated_and_clipped(run, loss, batch):
+    run.zero_grad()
+    for micro in zip(*(array.chunk(MICRO) for array in batch), strict=True):
+        (loss(run.model, micro) / MICRO).backward()
+    clip_by_norm(run.model.parameters())
+    run.step()
+
+
+def clipped_by_optimizer(run, loss, batch):
+    run.zero_grad()
+    loss(run.model, batch).backward()
+    for optimizer in run.optimizers:
+        clip_by_norm([p for group in optimizer.param_groups for p in group["params"]])
+    run.step()
+
+
+def clipped_by_value(run, loss, batch):
+    run.zero_grad()
+    loss(run.model, batch).backward()
+    entries = torch.cat([p.grad.reshape(-1) for p in run.model.parameters()]).abs()
+    assert 0 < int((entries > MAX_ENTRY).sum()) < len(entries)
+    nn.utils.clip_grad_value_(run.model.parameters(), MAX_ENTRY)
+    run.step()
+
+
+def scaled(run, loss, batch):
+    run.zero_grad()
+    run.scaler.scale(loss(run.model, batch)).backward()
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)
+    run.scaler.update()
+
+
+def scaled_and_clipped(run, loss, batch):
+    run.zero_grad()
+    run.scaler.scale(loss(run.model, batch)).backward()
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    clip_by_norm(run.model.parameters())
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)
+    run.scaler.update()
+
+
+def by_closure(run, loss, batch):
+    def closure():
+        run.zero_grad()
+        value = loss(run.model, batch)
+        value.backward()
+        return value
+
+    (optimizer,) = run.optimizers
+    optimizer.step(closure)
+
+
+def cosine(optimizer):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * STEPS)
+
+
+def warm_up(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: (n + 1) / (2 * STEPS))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A user's loop.
+
+    Attributes:
+        step: (run, loss, batch): from `zero_grad` to `optimizer.step`.
+        layout: of the weights: "one" group, two "groups" of one optimiser, one with decay and one without and at
+            another learning rate, or a "pair" of optimisers.
+        scheduler: optimiser -> its scheduler, which steps after it.
+        factor: what that scheduler makes of the learning rate at the hyper-step.
+        options: of the tuner.
+    """
+
+    step: Callable[..., None]
+    layout: str = "one"
+    scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None
+    factor: float = 1.0
+    options: dict[str, float] = field(default_factory=dict)
+
+
+CLIP = {"max_grad_norm": MAX_NORM}
+LOOPS = {
+    "plain": Loop(plain),
+    "accumulation": Loop(accumulated),
+    "accumulation, mean by hand": Loop(averaged_by_hand),
+    "clip by norm": Loop(clipped_by_norm, options=CLIP),
+    "clip by norm, detected": Loop(clipped_by_norm),
+    "clip by norm after accumulation": Loop(accumulated_and_clipped, options=CLIP),
+    "clip by value": Loop(clipped_by_value),
+    "scaler": Loop(scaled),
+    "scaler and clip by norm": Loop(scaled_and_clipped, options=CLIP),
+    "closure": Loop(by_closure),
+    "cosine": Loop(plain, scheduler=cosine, factor=(1 + math.cos(math.pi * (STEPS - 1) / (2 * STEPS))) / 2),
+    "warm-up": Loop(plain, scheduler=warm_up, factor=STEPS / (2 * STEPS)),
+    "groups": Loop(plain, "groups"),
+    "groups and cosine": Loop(
+        plain, "groups", cosine, (1 + math.cos(math.pi * (STEPS - 1) / (2 * STEPS))) / 2
+    ),
+    "two optimisers": Loop(plain, "pair"),
+    "two optimisers, joint clip by norm": Loop(clipped_by_norm, "pair", options=CLIP),
+    "two optimisers, each clipped by norm": Loop(clipped_by_optimizer, "pair", options=CLIP),
+}
+
+
+def batch(seed):
+    """Inputs, their standard normal noise and their classes, as a function of the inputs."""
+    rng = torch.Generator().manual_seed(seed)
+    x, noise = torch.randn(2, EXAMPLES, FEATURES, dtype=torch.float64, generator=rng)
+    return x, noise, (x[:, :CLASSES] + 0.5 * noise[:, :CLASSES]).argmax(1)
+
+
+def network(bias):
+    """Smooth, so that a central difference has no kinks to cross."""
+    layers = nn.Linear(FEATURES, HIDDEN, bias=bias), nn.Tanh(), nn.Linear(HIDDEN, CLASSES, bias=bias)
+    return nn.Sequential(*layers).double()
+
+
+def cross_entropy(model, batch):
+    x, _, y = batch
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def training_loss(space):
+    """Whatever of the space is no option of the optimiser, at its place in the loss."""
+
+    def loss(model, batch):
+        x, noise, y = batch
+        if "noise" in space:
+            x = x + space["noise"].value * noise
+        log_p = model(x).log_softmax(1)
+        value = -log_p.gather(1, y[:, None]).mean()
+        if "smoothing" in space:
+            s = space["smoothing"].value
+            value = (1 - s) * value - s * log_p.mean()
+        if "l2" in space:
+            value = value + space["l2"] * sum(w.square().sum() for w in model.parameters())
+        return value
+
+    return loss
+
+
+def begin(optimizer, loop):
+    """A run before its first step. Muon takes matrices only, and its partner in a pair is AdamW."""
+    make = OPTIMIZERS[optimizer]
+    torch.manual_seed(3)
+    model = network(bias=optimizer != "Muon")
+    first, second = list(model[0].parameters()), list(model[2].parameters())
+    options = {"lr": LR, "weight_decay": DECAY}
+    if loop.layout == "pair":
+        partner = torch.optim.SGD if optimizer == "AdamW" else torch.optim.AdamW
+        optimizers = [make(first, **options), partner(second, lr=0.4 * LR, weight_decay=0.5 * DECAY)]
+    elif loop.layout == "groups":
+        groups = [{"params": first}, {"params": second, "lr": 0.4 * LR, "weight_decay": 0.0}]
+        optimizers = [make(groups, **options)]
+    else:
+        optimizers = [make([*first, *second], **options)]
+    # a scale that grows at each step: one that was read too early or too late is wrong
+    return Run(model, optimizers, torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=1))
+
+
+SHARES = {  # of the largest group's setting, as `begin` makes the groups
+    "one": {"lr": [1.0], "weight_decay": [1.0]},
+    "groups": {"lr": [1.0, 0.4], "weight_decay": [1.0, 0.0]},
+    "pair": {"lr": [1.0, 0.4], "weight_decay": [1.0, 0.5]},
+}
+
+
+def loss_after_the_step(run, loop, space, name):
+    """The validation loss after the loop's next step, as a function of a shift of one raw coordinate."""
+
+    def after(shift):
+        twin = copy.deepcopy(run)  # without the tuner's hooks, which torch does not copy
+        with space.using({name: space[name].raw + shift}):
+            for option in {"lr", "weight_decay"} & set(space):
+                factor = loop.factor if option == "lr" else 1.0
+                for group, share in zip(twin.groups(), SHARES[loop.layout][option], strict=True):
+                    group[option] = float(space[option].value) * share * factor
+            loop.step(twin, training_loss(space), T1)
+        with torch.no_grad():
+            return float(cross_entropy(twin.model, T2))
+
+    return after
+
+
+T1, T2 = batch(1), batch(2)
+
+
+class Recorder(torch.optim.Optimizer):
+    """Moves nothing and keeps the last hypergradient of each raw coordinate."""
+
+    def __init__(self, raws):
+        super().__init__(raws, {"lr": 1.0})
+        self.last = []
+
+    def step(self, closure=None):
+        self.last = [float(p.grad) for p in self.param_groups[0]["params"]]
+
+
+def tuned(optimizer, loop, kinds, options=None):
+    """(hypergradient by the tuner, truth) of each kind, at the hyper-step of step STEPS."""
+    space = mf.Space({kind: KINDS[kind] for kind in kinds}, dtype=torch.float64)
+    run, at = begin(optimizer, loop), []
+    tuner = mf.Tuner(
+        run.model, run.optimizers, space, training_loss(space), [T1], [T2], valid_loss_fn=cross_entropy,
+        schedule=EVERY, horizon="step", hyper_optimizer=Recorder, on_hyperstep=lambda step, _: at.append(step),
+        **{"examples": EXAMPLES, **loop.options, **(options or {})},
+    )  # fmt: skip
+    schedulers = [loop.scheduler(o) for o in run.optimizers] if loop.scheduler else []
+    for step in range(1, STEPS + 1):
+        if step == STEPS:
+            losses = {kind: loss_after_the_step(run, loop, space, kind) for kind in kinds}
+            truths = [truth_of(f) for f in losses.values()]
+            expected = losses[kinds[0]](0.0)
+        loop.step(run, training_loss(space), T1)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert at[-1] == STEPS
+    with torch.no_grad():  # the truth differentiates the step that was taken
+        assert float(cross_entropy(run.model, T2)) == pytest.approx(expected, rel=1e-13)
+    return list(zip(tuner.hyper_optimizer.last, truths, strict=True))
+
+
+def truth_of(f):
+    value, uncertainty = derivative(f)
+    assert uncertainty < SURE * abs(value)  # so none is too small to be compared relative to itself
+    return value
+
+
+def cells():
+    for optimizer in OPTIMIZERS:
+        for loop in LOOPS:
+            for kind in KINDS:
+                if optimizer != "Muon" or kind not in IN_THE_LOSS:
+                    yield pytest.param(optimizer, loop, kind, id=f"{optimizer}-{loop}-{kind}")
+
+
+@pytest.mark.parametrize(("optimizer", "loop", "kind"), list(cells()))
+def test_the_hypergradient_is_the_derivative_of_the_step_as_the_loop_takes_it(optimizer, loop, kind):
+    [(found, truth)] = tuned(optimizer, LOOPS[loop], [kind])
+    assert found / truth == pytest.approx(1, abs=EXACT)
