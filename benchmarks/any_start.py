@@ -26,7 +26,6 @@ import math
 import multiprocessing
 import time
 from pathlib import Path
-from statistics import fmean, stdev
 
 import torch
 from lattice import CHECKPOINTS
@@ -207,7 +206,8 @@ def pairs(first: list[Row], ours: list[Row]) -> str:
 
 def ratio_of(logs: list[float]) -> str:
     """Geometric mean of ratios, ± two standard errors of their mean logarithm."""
-    return f"{math.exp(fmean(logs)):.3f} ± {2 * stdev(logs) / math.sqrt(len(logs)):.3f}"
+    found = torch.tensor(logs, dtype=torch.float64)
+    return f"{found.mean().exp():.3f} ± {2 * found.std() / len(found) ** 0.5:.3f}"
 
 
 def figure(found: list[Row], path: Path) -> None:

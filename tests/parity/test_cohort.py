@@ -18,7 +18,7 @@ SPEC = preset(
     "smoke", train=200, valid=100, epochs=3, networks=("16-16",), starts=3, landscape=2, batch=25, every=1,
     estimator=("one_step", "t1t2"),
 )  # fmt: skip
-"""With a hyper-step at every step and batches as small as its examples, a tuner sees each batch of the loop."""
+"""A hyper-step at every step, and batches no larger than its examples: the tuner sees the loop's batches."""
 NETWORK = SPEC.networks[0]
 
 
@@ -81,8 +81,8 @@ def test_without_a_compiler_a_cohort_runs_uncompiled(monkeypatch):
     assert asked == [False]
     with pytest.warns(UserWarning, match=r"uncompiled and slower: no g\+\+ here"):
         cohort._compiled_if_possible(
-            preset("smoke", **{**vars(SPEC), "device": "cuda"}), 1, lambda space: nn.Linear(4, 3), space_of(spec, spec.start(0)),
-            torch.optim.Adam, loss_fn=None, valid_loader=[0],
+            preset("smoke", **{**vars(SPEC), "device": "cuda"}), 1, lambda space: nn.Linear(4, 3),
+            space_of(spec, spec.start(0)), torch.optim.Adam, loss_fn=None, valid_loader=[0],
         )  # fmt: skip
     assert asked == [False, True, False]
 

@@ -66,6 +66,9 @@ def test_the_live_loop_gives_the_hypergradient_of_the_pure_function(optimizer, e
     assert compare([found], [expected]).relative_error < tolerance
 
 
+DRAWS = 300
+
+
 def test_with_noise_of_its_own_the_mean_hypergradient_is_the_loops():
     """E[-lr v . d/dlambda g], where v is at the weights after a step by one draw and g is of another."""
     s = mf.Space({"noise": mf.Float(0.0, 1.0, init=0.5)}, dtype=torch.float64)
@@ -75,7 +78,7 @@ def test_with_noise_of_its_own_the_mean_hypergradient_is_the_loops():
     t = tuner(
         model, optimizer, s, train_loader=[batch], valid_loader=[batch], hyper_optimizer=Recorder, examples=64
     )
-    for _ in range(1000):
+    for _ in range(DRAWS):
         model.load_state_dict(start)
         train(model, optimizer, 1, batch)
     found = torch.stack([seen[0] for seen in t.hyper_optimizer.seen])
@@ -87,7 +90,7 @@ def test_with_noise_of_its_own_the_mean_hypergradient_is_the_loops():
         )
 
     true = []
-    for _ in range(1000):
+    for _ in range(DRAWS):
         model.load_state_dict(start)
         for p, g in zip(model.parameters(), gradient(False), strict=True):
             p.data.sub_(0.1 * g)
@@ -96,9 +99,9 @@ def test_with_noise_of_its_own_the_mean_hypergradient_is_the_loops():
         g = gradient(True)
         true.append(torch.autograd.grad(g, s["noise"].raw, [-0.1 * u for u in v])[0])
     true = torch.stack(true)
-    error = math.sqrt(float(found.var() + true.var()) / 1000)
+    error = math.sqrt(float(found.var() + true.var()) / DRAWS)
     assert abs(float(found.mean() - true.mean())) < 4 * error  # standard errors
-    assert 4 * error < 0.2 * abs(float(true.mean()))
+    assert 4 * error < 0.4 * abs(float(true.mean()))
     assert float(found.std()) == pytest.approx(float(true.std()), rel=0.2)
 
 

@@ -263,7 +263,7 @@ def style() -> Any:
 
 def by(estimator: str) -> str:
     """How a run was tuned, as words after "tuned" or "tuning"."""
-    return "with midflight\N{RIGHT SINGLE QUOTATION MARK}s defaults" if estimator == DEFAULT else f"by {estimator}"
+    return "with midflight’s defaults" if estimator == DEFAULT else f"by {estimator}"  # noqa: RUF001
 
 
 _DEFAULTS: dict[str, Any] = {

@@ -1,12 +1,13 @@
 """What happens to the gradient between `backward` and `step`, and its Jacobian.
 
 Loops scale, clip and average gradients there. At a hyper-step the gradient as `backward` left it, r, is
-compared with the one that the optimiser gets, g, in a few entries of each weight:
+compared with the one that the optimiser gets, g, in a few entries of each weight and in norm:
 
-    g = r                               nothing happened                J = 1 g = a r, a always the same
-    a constant factor               J = 1, or a where it differs by weight g = a r, |g| always the same
-    clipped by norm                 J = (c / |r|) (1 - u u^T),  u = r / |r|
-    |g| cut off at one number           clipped by value                J = 1 where |g| is below it, else 0
+    seen                        meaning                 J
+    g = r                       nothing happened        1
+    g = a r, a stays            a constant factor       a, or 1 if a makes a mean of what accumulation summed
+    g = a r, |g| stays          clipped by norm         (c / |r|) (1 - u u^T),  u = r / |r|
+    |g| cut off at a number     clipped by value        1 where |g| is below it, else 0
 
 A loss scale that a `GradScaler` applied is taken out of r first. What fits none of these is refused.
 """
@@ -33,10 +34,11 @@ SAMPLED = 16
 
 @dataclass
 class _Seen:
-    """A gradient as `backward` left it: its largest entry and some others."""
+    """A gradient as `backward` left it: its largest entry, some others, and its norm."""
 
     largest: Tensor
     entries: Tensor
+    norm: Tensor
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,18 @@ class ReceivedGradient:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._norms: dict[frozenset[str], float] = {}
         self._factors: dict[frozenset[str], list[tuple[float, float]]] = {}
+        self._sizes: list[float] = []
 
     def watch(self, params: Mapping[str, Tensor]) -> None:
         """From now on note what `backward` leaves in `.grad`."""
         self.rest()
         for name, p in params.items():
             if p.requires_grad:
+                theirs = list((p._post_accumulate_grad_hooks or {}).items())
                 self._hooks.append(p.register_post_accumulate_grad_hook(self._note(name)))  # type: ignore[no-untyped-call]
+                for key, hook in theirs:  # those of the user, such as clipping, come after ours
+                    del p._post_accumulate_grad_hooks[key]
+                    p._post_accumulate_grad_hooks[key] = hook
 
     def rest(self) -> None:
         """Note nothing more."""
@@ -107,7 +114,7 @@ class ReceivedGradient:
         def hook(p: Tensor) -> None:
             grad = p.grad
             if grad is not None and not grad.is_sparse and grad.numel():
-                self._seen[name] = _Seen(grad.abs().amax(), _sample(grad).clone())
+                self._seen[name] = _Seen(_largest(grad), _sample(grad).clone(), grad.detach().norm())
                 self._passes[name] = self._passes.get(name, 0) + 1
 
         return hook
@@ -131,15 +138,31 @@ class ReceivedGradient:
         ratios = _ratios(seen, {name: grads[name] for name in seen}, scale)
         tolerance = {name: _tolerance(grads[name]) for name in seen}
         limit = _limit(ratios, tolerance)
-        if limit is not None:
+        if limit is not None and all(
+            _cut_at(limit, s, grads[name], scale, tolerance[name]) for name, s in seen.items()
+        ):
             return Clipped(limit=limit, grads=grads)
         groups = _together(ratios, tolerance)
         return self._of_groups(groups, grads, passes)
 
     def _unseen(self, grads: Tensors) -> Clipped | None:
-        """Without a look at `backward`, such as at the first step of a run that was resumed within one."""
-        if self._max_norm is not None and _norm(grads) >= self._max_norm * (1 - 1e-3):
-            raise UnknownGradient("the gradient was clipped, but `backward` was not seen.")
+        """Gradients that were written by hand: nothing tells what was done to them but their norm."""
+        size = _norm(grads)
+        if self._max_norm is not None:
+            clipped = size >= self._max_norm * (1 - SAME_NORM)
+        elif not self._sizes:
+            self._sizes.append(size)
+            raise UnknownGradient(
+                "the gradient did not come from backward(); whether it is clipped shows at the next "
+                "hyper-step, or pass max_grad_norm=, math.inf if it never is."
+            )
+        else:
+            clipped = any(abs(size / known - 1) < SAME_NORM for known in self._sizes)
+            self._sizes = [*self._sizes, size][-2:]
+        if clipped:
+            raise UnknownGradient(
+                "a clipped gradient must come from backward(), but it was written into .grad by other means."
+            )
         return None
 
     def _of_groups(
@@ -149,6 +172,9 @@ class ReceivedGradient:
         factors: dict[str, float] = {}
         for ratio, names in groups:
             if abs(ratio - 1) <= max(_tolerance(grads[name]) for name in names):
+                continue
+            if ratio == 0:
+                factors |= dict.fromkeys(names, 0.0)
                 continue
             together = {name: grads[name] for name in names}
             size = _norm(together)
@@ -198,15 +224,32 @@ class ReceivedGradient:
         self._factors = {k: list(v) for k, v in state["factors"].items()}
 
 
-def loss_scale() -> float:
-    """The scale of the `GradScaler` that is calling `step` now; 1 without one."""
+def calling_scaler() -> torch.amp.GradScaler | None:
+    """The `GradScaler` that is calling `step` now; None without one, or if it is disabled."""
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if isinstance(caller, torch.amp.GradScaler):
-            return float(caller.get_scale())
+        if isinstance(caller, torch.amp.GradScaler) and caller.is_enabled():
+            return caller
         frame = frame.f_back  # type: ignore[assignment]
-    return 1.0
+    return None
+
+
+def loss_scale() -> float:
+    """The scale that the `GradScaler` calling `step` put on the loss; 1 without one."""
+    scaler = calling_scaler()
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def scaler_stage(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> str:
+    """What a `GradScaler` did to an optimiser since its last `update`: "READY", "UNSCALED" or "STEPPED"."""
+    state = scaler._per_optimizer_states.get(id(optimizer))
+    return "READY" if state is None else str(state["stage"].name)
+
+
+def _largest(grad: Tensor) -> Tensor:
+    low, high = torch.aminmax(grad.detach())
+    return torch.maximum(-low, high)
 
 
 def _sample(grad: Tensor) -> Tensor:
@@ -221,11 +264,14 @@ def _ratios(
     found = {}
     for name, s in seen.items():
         before = torch.cat([s.entries.reshape(-1), s.largest.reshape(1)]).double() / scale
-        after = torch.cat([_sample(grads[name]), grads[name].abs().amax().reshape(1)]).double()
+        after = torch.cat([_sample(grads[name]), _largest(grads[name]).reshape(1)]).double()
         used = before != 0
         if bool(used.any()):
             ratios = (after[used] / before[used]).tolist()
             largest = float(after[-1] / before[-1])
+            whole = float(torch.linalg.vector_norm(grads[name]) * scale / s.norm)
+            if abs(whole - largest) > SAME * abs(largest):  # entries that are not sampled, such as a mask
+                ratios.append(whole)
             found[name] = min(ratios), max(ratios), largest, float(after[-1])
     return found
 
@@ -249,6 +295,12 @@ def _limit(
     uneven = any(_is_uneven(ratios[name], tolerance[name]) for name in cut)
     factors = [ratios[name][2] for name in cut]
     return min(limits) if uneven or max(factors) - min(factors) > SAME * max(factors) else None
+
+
+def _cut_at(limit: float, seen: _Seen, grad: Tensor, scale: float, tolerance: float) -> bool:
+    """Whether the sampled entries are those of before, cut off at the limit."""
+    expected = (seen.entries / scale).clamp(-limit, limit)
+    return bool(((_sample(grad) - expected).abs() <= tolerance * limit).all())
 
 
 def _is_uneven(ratio: tuple[float, float, float, float], tolerance: float) -> bool:

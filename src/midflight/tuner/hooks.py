@@ -6,6 +6,8 @@ from typing import Any, cast
 
 import torch
 
+from midflight.tuner.gradient import calling_scaler, scaler_stage
+
 Before = Callable[[torch.optim.Optimizer, bool], None]
 After = Callable[[torch.optim.Optimizer, bool], None]
 
@@ -52,6 +54,9 @@ class StepHooks:
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
         if id(optimizer) in self._stepped:  # again, before the others: a new training step
             self._stepped.clear()
+        scaler = calling_scaler() if len(self._optimizers) > 1 else None
+        if scaler is not None:  # whose step it left out, for infinite gradients, counts as taken
+            self._stepped |= {id(o) for o in self._optimizers if scaler_stage(scaler, o) == "STEPPED"}
         self._before(optimizer, not self._stepped)
 
     def _on_stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

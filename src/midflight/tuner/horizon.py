@@ -10,7 +10,7 @@ regularisation looks better, and memorising comes later.
 
 Which of the two errs shows in C1 / C2, training over validation loss at the average. Caution rises as it
 falls below a line from 1 at the start to MEMORISED at the end of the run. The average moves slowly, so
-that at caution 0 the v of the last few hyper-steps are averaged too, which saves validation data. Towards the
+that at caution 0 the hypergradients of the last few hyper-steps are averaged too, which saves data. Towards the
 end of a run it is shortened: little is left to judge then, and as the weights that a run ends with, a long
 average lags behind.
 
@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from midflight.trees import Tensors, unalias
+from midflight.trees import Tensors
 
 WINDOW = 0.1
 """The average reaches back over this share of the steps so far."""
@@ -35,7 +35,7 @@ LAST, LAST_WINDOW = 0.2, 0.03
 SAMPLED = 5
 """The weights are counted into it at every so many steps."""
 STEADY = 0.8
-"""What v keeps of the earlier ones at caution 0."""
+"""What the mean hypergradient keeps of the earlier ones at caution 0."""
 RECENT = 0.15
 """C1 and C2 are averaged over this share of the hyper-steps so far."""
 MEMORISED = 0.35
@@ -46,6 +46,9 @@ GAIN = 10.0
 """Caution per unit of C1 / C2 below the line."""
 MOST = 3.0
 """The most caution there is; the sign of a weak hypergradient needs more than 1 to come through."""
+
+KEPT = {torch.float32: torch.float16}
+"""The best weights are kept in half the memory; a model loses less by it than it differs by the batch."""
 
 
 class Horizon(Protocol):
@@ -71,8 +74,8 @@ class Horizon(Protocol):
     def place(self, where: Callable[[], Tensors]) -> Tensors:
         """Where v is taken instead of at the weights that `where` gives."""
 
-    def smoothed(self, v: Tensors) -> Tensors:
-        """What becomes of v; its memory may be used."""
+    def smoothed(self, hypergradients: Tensors) -> Tensors:
+        """What becomes of the hypergradients that were found at `place`."""
 
     def average(self) -> Tensors:
         """Weights at which C1 and C2 are compared; not to be changed."""
@@ -88,9 +91,6 @@ class Horizon(Protocol):
     def forget(self) -> None:
         """The weights have jumped."""
 
-    def forget_v(self) -> None:
-        """The last v was not finite: do not average with it."""
-
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
@@ -100,8 +100,7 @@ class NextStep:
     """Judge each step by the validation loss right after it.
 
     Exact for the moment, and blind to the rest of the run: it over-regularises where data are many and
-        training is
-    short.
+    training is short.
     """
 
     looks = False
@@ -117,8 +116,8 @@ class NextStep:
     def place(self, where: Callable[[], Tensors]) -> Tensors:
         return where()
 
-    def smoothed(self, v: Tensors) -> Tensors:
-        return v
+    def smoothed(self, hypergradients: Tensors) -> Tensors:
+        return hypergradients
 
     def average(self) -> Tensors:
         return {}
@@ -134,9 +133,6 @@ class NextStep:
     def forget(self) -> None:
         pass
 
-    def forget_v(self) -> None:
-        pass
-
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -147,7 +143,7 @@ class NextStep:
 class Averaged:
     """Judge each step for the run: at the averaged weights, leaning to the weights themselves with caution.
 
-    Holds up to three copies of the weights: the average, the best average, and v of the last hyper-steps.
+    Holds the average of the weights, and in half precision the best one.
 
     Attributes:
         caution: in [0, MOST]; 0 judges at the average, 1 at the weights.
@@ -165,7 +161,7 @@ class Averaged:
         self._average: Tensors = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._losses: deque[tuple[int, float, float]] = deque()
-        self._v: Tensors = {}
+        self._mean: Tensors = {}
         self._weight = 0.0
 
     def due(self, steps: int) -> bool:
@@ -207,11 +203,7 @@ class Averaged:
         """The weights have jumped: begin the average and the losses anew; the caution stays."""
         self._average, self._looks = {}, 0
         self._losses.clear()
-        self.forget_v()
-
-    def forget_v(self) -> None:
-        """The last v was not finite: do not average with it."""
-        self._v, self._weight = {}, 0.0
+        self._mean, self._weight = {}, 0.0
 
     @torch.no_grad()
     def observe(
@@ -238,7 +230,16 @@ class Averaged:
             self.caution = min(MOST, max(0.0, GAIN * (_line(progress) - c1 / c2)))
         if c2 <= self._best_loss:
             self._best_loss = c2
-            self.best = {n: t.clone() for n, t in {**self.average(), **(buffers or {})}.items()}
+            self._keep({**self.average(), **(buffers or {})})
+
+    def _keep(self, tensors: Tensors) -> None:
+        """The best so far; finer numbers than these would not change a loss that is compared."""
+        for name, t in tensors.items():
+            kept = self.best.get(name)
+            if kept is None:
+                self.best[name] = t.to(KEPT.get(t.dtype, t.dtype), copy=True)
+            else:
+                kept.copy_(t)
 
     @property
     def at_average(self) -> bool:
@@ -263,36 +264,36 @@ class Averaged:
         }
 
     @torch.no_grad()
-    def smoothed(self, v: Tensors) -> Tensors:
-        """v averaged with the earlier ones, which count less the more caution there is, and not from 1 on.
-
-        The average takes the place of v in its memory; this object keeps its own.
-        """
-        v = unalias(v)
+    def smoothed(self, hypergradients: Tensors) -> Tensors:
+        """The mean with those of earlier hyper-steps, which count less the more caution there is."""
         self._weight *= STEADY * self.calm
         self._weight += 1
-        if self._v.keys() != v.keys():
-            self._v, self._weight = {name: g.clone() for name, g in v.items()}, 1.0
-        else:
-            torch._foreach_lerp_([self._v[name] for name in v], list(v.values()), 1 / self._weight)
-            torch._foreach_copy_(list(v.values()), [self._v[name] for name in v])
-        return v
+        share = 1 / self._weight
+        self._mean = {
+            name: self._mean[name].lerp(g, share) if name in self._mean else g.clone()
+            for name, g in hypergradients.items()
+        }
+        return dict(self._mean)
 
     def candidates(self) -> dict[str, Tensors]:
         """The average now, and where the validation loss was least on the way."""
-        return {"average": self.average(), "earlier": self.best} if self.best else {}
+        if not self.best:
+            return {}
+        earlier = {name: t.to(self._dtypes.get(name, t.dtype)) for name, t in self.best.items()}
+        return {"average": self.average(), "earlier": earlier}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume."""
         return {
             "caution": self.caution,
             "best": dict(self.best),
+            "dtypes": dict(self._dtypes),
             "best_loss": self._best_loss,
             "looks": self._looks,
             "steps": self._steps,
             "average": {name: a.clone() for name, a in self._average.items()},
             "losses": list(self._losses),
-            "v": {name: g.clone() for name, g in self._v.items()},
+            "mean": {name: g.clone() for name, g in self._mean.items()},
             "weight": self._weight,
         }
 
@@ -300,10 +301,11 @@ class Averaged:
         """Resume from `state_dict`."""
         self.caution = state["caution"]
         self.best, self._best_loss = dict(state["best"]), state["best_loss"]
+        self._dtypes = dict(state["dtypes"])
         self._looks, self._steps = state["looks"], state["steps"]
         self._average = {name: a.clone() for name, a in state["average"].items()}
         self._losses = deque(tuple(entry) for entry in state["losses"])
-        self._v, self._weight = {name: g.clone() for name, g in state["v"].items()}, state["weight"]
+        self._mean, self._weight = {n: g.clone() for n, g in state["mean"].items()}, state["weight"]
 
 
 def _window(progress: float | None) -> float:

@@ -21,10 +21,10 @@ from midflight.hypergrad.mixed import value_grads
 from midflight.hypergrad.one_step import central_difference, forward_over_reverse, one_step, one_step_cheap
 from midflight.problem import Step, added
 from midflight.space import Space
-from midflight.trees import Tensors, detach
+from midflight.trees import Tensors, all_finite, detach
 from midflight.tuner.binding import Binding
 from midflight.tuner.data import EndlessBatches, require_many_passes
-from midflight.tuner.gradient import Clipped, ReceivedGradient
+from midflight.tuner.gradient import Clipped, ReceivedGradient, calling_scaler, scaler_stage
 from midflight.tuner.horizon import Horizon
 from midflight.tuner.live import LiveModel, Loss, weights_at
 from midflight.tuner.mixed_partial import MixedPartial
@@ -130,15 +130,10 @@ class HyperStep:
         clipped = self.received.jacobian(everywhere) if self._loss_reads else None
         live = {**dict(self._model.named_parameters()), **params}
         with self.live.borrowed():
-            flags = {name: p.requires_grad for name, p in params.items() if name in grads}
             try:
                 self._space.requires_grad_(True)
-                for name in flags:  # a weight that was frozen in mid-run may still be moved by its optimiser
-                    params[name].requires_grad_(True)
                 return self._look(params, grads, clipped, live)
             finally:
-                for name, flag in flags.items():
-                    params[name].requires_grad_(flag)
                 for raw in self._space.raws.values():
                     raw.grad = None
                 self._space.requires_grad_(False)
@@ -157,9 +152,11 @@ class HyperStep:
             c2, v, of_statistics = self._valid_gradient(params, place, grads, layers)
             if not math.isfinite(c2):
                 return Look({}, c2, c1)
-            found = self._estimator(here, self.horizon.smoothed(v))
+            found = self._estimator(here, v)
             if of_statistics:
                 found = added(found, self._through_statistics(batch, layers, of_statistics))
+            if all_finite(found.values()):
+                found = self.horizon.smoothed(found)
         if steering:
             here = replace(step, hparams={name: step.hparams[name] for name in steering}, mixed_partial=_none)
             loss, v, _ = self._valid_gradient(params, one_step.at(here), grads, {})
@@ -178,8 +175,11 @@ class HyperStep:
         used = {name: params[name] for name in grads}
 
         def mixed_partial(w: Tensors) -> Tensors:
+            if not self._loss_reads:
+                return {}
             trained = {name: p for name, p in live.items() if p.requires_grad}
-            return self.mixed(self.mixed.try_few(batch), trained, w) if self._loss_reads else {}
+            w = {name: w[name] for name in w if name in trained}  # the gradient of a frozen one stays
+            return self.mixed(self.mixed.try_few(batch), trained, w)
 
         return Step(
             params=detach(used),
@@ -205,12 +205,19 @@ class HyperStep:
             with passes.watching(layers):
                 return self.live.valid_loss(self.valid_loss, batch)
 
-        with weights_at(params, at):
-            value, found = self.live.gradients(
-                loss, targets, lambda: {_OUTPUT + name: p.y for name, p in passes.of.items()}
-            )
-            delta = {name: found.pop(_OUTPUT + name) for name in layers if _OUTPUT + name in found}
-            statistics = gradient_of_statistics(layers, passes, delta)
+        flags = {name: p.requires_grad for name, p in targets.items()}
+        try:
+            for p in targets.values():  # one that was frozen in mid-run may still be moved by its optimiser
+                p.requires_grad_(True)
+            with weights_at(params, at):
+                value, found = self.live.gradients(
+                    loss, targets, lambda: {_OUTPUT + name: p.y for name, p in passes.of.items()}
+                )
+                delta = {name: found.pop(_OUTPUT + name) for name in layers if _OUTPUT + name in found}
+                statistics = gradient_of_statistics(layers, passes, delta)
+        finally:
+            for name, flag in flags.items():
+                targets[name].requires_grad_(flag)
         v = {name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()}
         return float(value), v, statistics
 
@@ -230,6 +237,7 @@ class HyperStep:
     def _final_gradients(self, params: Tensors) -> Tensors:
         """What the optimisers are about to read, without the scale that a fused one takes out itself."""
         found = {}
+        scaler = calling_scaler() if len(self._optimizers) > 1 else None  # one alone is unscaled by now
         for name, p, o, _ in named_parameters(self._model, self._optimizers):
             if p.grad is None:
                 continue
@@ -239,6 +247,8 @@ class HyperStep:
                     "build its embedding with sparse=False."
                 )
             scale = getattr(self._optimizers[o], "grad_scale", None)
+            if scale is None and scaler is not None and scaler_stage(scaler, self._optimizers[o]) == "READY":
+                scale = scaler.get_scale()  # it steps later and is unscaled then
             found[name] = p.grad.detach() if scale is None else p.grad.detach() / scale
         return found
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from midflight.errors import InvalidLoss
+from midflight.graph import graph_nodes
 from midflight.trees import Tensors
 from midflight.tuner.randomness import Randomness
 
@@ -36,7 +37,6 @@ class LiveModel:
     def __init__(self, model: nn.Module, randomness: Randomness, others: Iterable[Tensor] = ()) -> None:
         self.model = model
         self._others = list(others)
-        self._by_backward = False
         self._randomness = randomness
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
 
@@ -75,18 +75,14 @@ class LiveModel:
         emptied.
         """
         value = loss()
-        if not self._by_backward:
-            try:
+        with _without_hooks(at.values()):
+            if not reenters(value):
                 targets = at | {name: t for name, t in inside().items() if t.requires_grad}
                 found = torch.autograd.grad(value, list(targets.values()), allow_unused=True)
                 return value.detach(), {n: g for n, g in zip(targets, found, strict=True) if g is not None}
-            except RuntimeError as error:
-                if "heckpoint" not in str(error):
-                    raise
-                self._by_backward, value = True, loss()
-        for leaf in at.values():
-            leaf.grad = None
-        value.backward()  # type: ignore[no-untyped-call]
+            for leaf in at.values():
+                leaf.grad = None
+            value.backward()  # type: ignore[no-untyped-call]
         grads = {name: leaf.grad for name, leaf in at.items() if leaf.grad is not None}
         for leaf in at.values():
             leaf.grad = None
@@ -95,6 +91,24 @@ class LiveModel:
     def _call(self, function: Loss, batch: Any) -> Tensor:
         torch.clear_autocast_cache()  # it may hold casts of other weights
         return scalar_loss(function, function(self.model, batch))
+
+
+def reenters(loss: Tensor) -> bool:
+    """Whether a part of the graph is hidden behind reentrant checkpointing, which knows `backward` only."""
+    return any("CheckpointFunction" in node.name() for node in graph_nodes([loss]))
+
+
+@contextmanager
+def _without_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """The user's hooks on gradients, such as clipping, are for the training loss."""
+    kept = [(leaf, leaf._backward_hooks, leaf._post_accumulate_grad_hooks) for leaf in leaves]
+    try:
+        for leaf, *_ in kept:
+            leaf._backward_hooks, leaf._post_accumulate_grad_hooks = None, None
+        yield
+    finally:
+        for leaf, before, after in kept:
+            leaf._backward_hooks, leaf._post_accumulate_grad_hooks = before, after
 
 
 def scalar_loss(function: Loss, loss: Any) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
@@ -24,7 +25,7 @@ from midflight.problem import double_backward
 from midflight.space import Space
 from midflight.trees import Tensors, detach, leaves, norm
 from midflight.tuner.data import first_examples
-from midflight.tuner.live import LiveModel, Loss, weights_at, with_tensors
+from midflight.tuner.live import LiveModel, Loss, reenters, weights_at, with_tensors
 from midflight.tuner.randomness import Randomness
 
 DOUBLE_BACKWARD, FORWARD_MODE, DIFFERENCE = "double backward", "forward mode", "difference"
@@ -113,13 +114,19 @@ class MixedPartial:
         targets = {name: params[name] for name in w if name in params}
         with sdpa_kernel(SDPBackend.MATH):
             loss = self._live.train_loss(self._loss_fn, batch)
+            if reenters(loss):
+                raise CheckpointError("reentrant checkpointing cannot be differentiated twice.")
             found = torch.autograd.grad(loss, list(targets.values()), create_graph=True, allow_unused=True)
             grads = {name: g for name, g in zip(targets, found, strict=True) if g is not None}
             if not self._checked:
                 require_twice_differentiable(grads.values())
                 self._checked = True
-            self._randomness.rewind(states)
-            return double_backward(grads, self._space.raws, w)
+            after = self._randomness.snapshot()
+            self._randomness.rewind(states)  # for checkpoints, which compute again in this backward
+            try:
+                return double_backward(grads, self._space.raws, w)
+            finally:
+                self._randomness.rewind(after)  # the next hyper-step draws other numbers
 
     def _difference(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
         at = {name: params[name].detach() for name in w if name in params}
@@ -166,7 +173,7 @@ class MixedPartial:
                     and is_linear(train_loss, at, values)
                     and knows_forward_mode(train_loss, at, values)
                 )
-            except (RuntimeError, CheckpointError, NotImplementedError, TypeError, ValueError):
+            except Exception:  # the user's code may ask of its weights what replaced ones do not give
                 linear = False
         self._randomness.rewind(states)
         return FORWARD_MODE if linear else DOUBLE_BACKWARD
@@ -174,11 +181,17 @@ class MixedPartial:
     def _sees_all(
         self, train_loss: Callable[[Tensors, Tensors], Tensor], plain: Tensor, at: Tensors, values: Tensors
     ) -> bool:
-        """Whether other weights reach all of the loss: code may hold on to the parameters themselves."""
+        """Whether other weights reach all of the loss: code may hold on to the parameters, or choose by flags."""
         replaced = train_loss(leaves(at), values)
         live = {id(p) for p in self._live.model.parameters()}
-        return torch.equal(replaced.detach(), plain.detach()) and not any(
-            id(leaf) in live for leaf in graph_leaves(replaced)
+        with forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(p, torch.zeros_like(p)) for name, p in at.items()}
+            moving = forward_ad.unpack_dual(train_loss(duals, values)).primal
+            same = torch.equal(moving.detach(), plain.detach())
+        return (
+            same
+            and torch.equal(replaced.detach(), plain.detach())
+            and not any(id(leaf) in live for leaf in graph_leaves(replaced))
         )
 
     def try_few(self, batch: Any) -> Any:

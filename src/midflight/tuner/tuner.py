@@ -307,8 +307,6 @@ class Tuner:
             self._guard.good()
             self._require_reached(look.hypergradients)
             return look
-        if math.isfinite(look.valid_loss):
-            self.horizon.forget_v()
         if self._guard.failed():
             self.horizon.forget()
         self._move.shrink(self._guard.shrink)
@@ -393,7 +391,9 @@ def _skips(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _horizon_for(horizon: str | Horizon) -> Horizon:
-    if hasattr(horizon, "place"):
+    if not isinstance(horizon, str):
+        if not hasattr(horizon, "place"):
+            raise UnknownName("horizon", horizon, ("run", "step"))
         return horizon
     if horizon not in ("run", "step"):
         raise UnknownName("horizon", horizon, ("run", "step"))

@@ -19,7 +19,8 @@ def tuned(spec, build, start, steps=60, every=1, seed=0, **options):
     """The raw coordinates after training from `start`, 0 or 1.
 
     Args:
-        build: hyperparameter -> model, optimizer, step -> training loss, model -> validation loss.
+        build: hyperparameter -> model, optimizer, step -> training loss, model -> validation loss. A batch
+            is the number of a step.
     """
     torch.manual_seed(seed)
     space = mf.Space({"h": spec})
@@ -30,17 +31,20 @@ def tuned(spec, build, start, steps=60, every=1, seed=0, **options):
         model,
         optimizer,
         space,
-        validate=lambda m, _: valid_loss(m),
-        valid_loader=[None],
-        every=every,
+        lambda _, step: train_loss(step),
+        range(every - 1, steps, every),
+        [None],
+        valid_loss_fn=lambda m, _: valid_loss(m),
+        schedule=every,
+        horizon="step",
         hyper_optimizer=partial(mf.SignSteps, lr=0.03, agreement=0.0),
         **options,
     )
     for step in range(steps):
         optimizer.zero_grad()
-        tuner.backward(train_loss(step))
+        train_loss(step).backward()
         optimizer.step()
-    assert tuner.failures.skipped == 0
+    assert tuner.log()["hypersteps"] == steps // every
     return space["h"].raw.detach()
 
 

@@ -68,10 +68,10 @@ TRAIN, VALID = ([data(count, seed + i) for i in range(N)] for count, seed in ((S
 
 
 def population(optimizer="adam", device="cpu", **options):
-    options = {"bind": ["weight_decay"], "every": 3, "total_steps": STEPS, "starts": STARTS, **options}
+    options = {"bind": ["weight_decay"], "schedule": 3, "total_steps": STEPS, "starts": STARTS, **options}
     return mf.Population(
-        N, lambda space: Net(space).to(device), space(), OPTIMIZERS[optimizer], loss=loss, validate=validate,
-        valid_loader=together(VALID, device), **options,
+        N, lambda space: Net(space).to(device), space(), OPTIMIZERS[optimizer], loss_fn=loss,
+        valid_loss_fn=validate, valid_loader=together(VALID, device), **options,
     )  # fmt: skip
 
 
@@ -80,22 +80,26 @@ def together(each, device="cpu"):
 
 
 def alone(i, optimizer, bind, estimator):
-    """The member as a loop of its own; its training losses and what it ends with."""
+    """The member as a loop of its own; its training losses and what it ends with.
+
+    The tuner's own way through T1 has each third batch, the one at which a hyper-step comes.
+    """
     torch.manual_seed(i)
     own = space()
     model = Net(own)
     own.set(**{name: values[i] for name, values in STARTS.items()})
     opt = OPTIMIZERS[optimizer](model.parameters())
-    tuner = mf.Tuner(
-        model, opt, own, validate=validate, valid_loader=VALID[i], bind=bind, every=3, total_steps=STEPS,
-        estimator=estimator,
+    mf.Tuner(
+        model, opt, own, loss, TRAIN[i][2::3], VALID[i], valid_loss_fn=validate, bind=bind, schedule=3,
+        horizon="step", total_steps=STEPS, estimator=estimator,
     )  # fmt: skip
     losses = []
     for batch in TRAIN[i]:
         opt.zero_grad()
-        losses.append(float(tuner.backward(loss(model, batch))))
+        losses.append(loss(model, batch))
+        losses[-1].backward()
         opt.step()
-    return losses, model, own
+    return [float(x.detach()) for x in losses], model, own
 
 
 @pytest.mark.parametrize(
@@ -209,8 +213,8 @@ def test_noise_and_dropout_are_drawn_for_each_member():
     x, y = torch.randn(16, 6), torch.randint(0, 3, (16,))
     batch = x.expand(4, 16, 6), y.expand(4, 16)
     pop = mf.Population(
-        4, build, own, partial(torch.optim.SGD, lr=0.1), loss=validate, validate=validate,
-        valid_loader=[batch], seeds=[0] * 4, every=1,
+        4, build, own, partial(torch.optim.SGD, lr=0.1), loss_fn=validate, valid_loader=[batch],
+        seeds=[0] * 4, schedule=1,
     )  # fmt: skip
     before = pop.raws["noise"].clone()
     assert len(set(pop.losses(batch).tolist())) == 1
@@ -219,7 +223,7 @@ def test_noise_and_dropout_are_drawn_for_each_member():
 
 
 def test_the_worst_copy_the_best_and_then_go_their_own_ways():
-    pop = population(every=1)
+    pop = population(schedule=1)
     for batch in list(mf.stacked(TRAIN))[:3]:
         pop.step(batch)
     kept = {name: p.clone() for name, p in pop.params.items()}
@@ -238,7 +242,7 @@ def test_the_worst_copy_the_best_and_then_go_their_own_ways():
 def test_exploiting_comes_after_so_many_hyper_steps_by_the_mean_validation_loss(monkeypatch):
     seen = []
     monkeypatch.setattr(mf.Population, "exploit", lambda self, losses: seen.append((self._calls, losses)))
-    pop = population(every=3, exploit=4)
+    pop = population(schedule=3, exploit=4)
     for batch in mf.stacked(TRAIN):
         pop.step(batch)
     assert [calls for calls, _ in seen] == [12, 24]
@@ -265,7 +269,7 @@ def test_models_with_buffers_and_steps_that_mix_entries_are_refused():
     def build(kind):
         return lambda space: nn.Sequential(nn.Linear(4, 4, bias=False), kind(4))
 
-    options = {"loss": validate, "validate": validate, "valid_loader": [0]}
+    options = {"loss_fn": validate, "valid_loader": [0]}
     with pytest.raises(mf.UnsupportedParameter, match="buffers"):
         mf.Population(2, build(nn.BatchNorm1d), space(), OPTIMIZERS["adam"], **options)
     with pytest.raises(mf.UnsupportedOptimizer, match="elementwise"):

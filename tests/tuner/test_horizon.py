@@ -1,0 +1,334 @@
+"""Where the tuner judges a step, and the two regimes that the averaged horizon tells apart."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from toys import Recorder, cross_entropy, train, tuner
+
+import midflight as mf
+from midflight.testing.oracles import derivative
+from midflight.tuner.horizon import (
+    GAIN,
+    LAST_WINDOW,
+    MEMORISED,
+    MOST,
+    OPEN_END,
+    SAMPLED,
+    STEADY,
+    WINDOW,
+    Averaged,
+)
+from midflight.updates import rule_for
+
+
+@pytest.mark.parametrize(
+    ("c1", "c2", "caution"), [(0.0, 1.0, MOST), (1.0, 1.0, 0.0), (0.4, 1.0, GAIN * (OPEN_END - 0.4))]
+)
+def test_caution_rises_as_the_training_loss_falls_below_the_validation_loss(c1, c2, caution):
+    horizon = Averaged()
+    horizon.observe(c1, c2, None)
+    assert horizon.caution == pytest.approx(caution)
+
+
+def test_the_line_falls_from_1_to_memorised_over_the_run():
+    horizon, cautions = Averaged(), []
+    for n in range(101):
+        horizon.observe(MEMORISED + 0.05, 1.0, n / 100)
+        cautions.append(horizon.caution)
+    assert cautions[0] == MOST
+    assert cautions[-1] == 0.0
+    assert cautions == sorted(cautions, reverse=True)
+
+
+def test_caution_follows_recent_losses_only():
+    horizon = Averaged()
+    for c1 in [0.0] * 85 + [1.0] * 16:
+        horizon.observe(c1, 1.0, None)
+    assert horizon.caution == 0.0
+
+
+def test_losses_that_have_no_ratio_leave_the_caution_as_it_is():
+    horizon = Averaged()
+    horizon.caution = 0.7
+    horizon.observe(1.0, -1.0, None)
+    assert horizon.caution == 0.7
+
+
+def test_a_restored_horizon_judges_and_goes_on_as_the_saved_one():
+    saved, restored, w = Averaged(), Averaged(), {"w": torch.ones(3)}
+    for n in range(100):
+        saved.follow({"w": torch.full((3,), float(n))}, 5 * n)
+        saved.observe(0.5, 1.0 + abs(n - 50), 0.5)
+        saved.smoothed({"w": torch.full((3,), float(n))})
+    restored.load_state_dict(saved.state_dict())
+    for each in (saved, restored):
+        each.caution = 0.3
+    assert torch.equal(saved.place(lambda: w)["w"], restored.place(lambda: w)["w"])
+    found = [each.smoothed({"w": torch.ones(3)})["w"] for each in (saved, restored)]
+    assert torch.equal(*found)
+    assert found[0][0] > 2.0
+    assert torch.equal(saved.best["w"], restored.best["w"])
+    for each in (saved, restored):
+        each.follow(w, 600)
+        each.observe(0.5, 2.0, 0.5)
+    assert saved.caution == restored.caution > 0
+    assert torch.equal(saved.place(lambda: w)["w"], restored.place(lambda: w)["w"])
+    assert torch.equal(saved.best["w"], restored.best["w"])
+
+
+def test_a_restored_horizon_gives_averages_in_the_types_of_the_weights_before_it_has_seen_any():
+    saved, restored = Averaged(), Averaged()
+    saved.follow({"w": torch.ones(3, dtype=torch.bfloat16)}, 5)
+    restored.load_state_dict(saved.state_dict())
+    assert restored.average()["w"].dtype == torch.bfloat16
+
+
+def test_the_average_reaches_back_over_a_share_of_the_run_also_in_bfloat16():
+    horizon, expected = Averaged(), 1.0
+    for n in range(1, 201):
+        if n > 1:
+            expected += min(1.0, 1 / (WINDOW * n)) * (n - expected)
+        horizon.follow({"w": torch.full((3,), float(n), dtype=torch.bfloat16)}, SAMPLED * n)
+    average = horizon.average()["w"]
+    assert average.dtype == torch.bfloat16
+    assert average.float() == pytest.approx(torch.full((3,), expected), rel=1e-2)
+    exact = Averaged()
+    for n in range(1, 201):
+        assert exact.follow({"w": torch.full((3,), float(n), dtype=torch.float64)}, SAMPLED * n)
+        not_yet = {"w": torch.full((3,), 1e9, dtype=torch.float64)}
+        assert not exact.follow(not_yet, SAMPLED * n + 1)
+    assert exact.average()["w"].tolist() == pytest.approx([expected] * 3, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("progress", "window"),
+    [(None, WINDOW), (0.0, WINDOW), (0.8, WINDOW), (0.9, (WINDOW + LAST_WINDOW) / 2), (1.0, LAST_WINDOW)],
+)
+def test_towards_the_end_of_a_run_the_average_is_shortened(progress, window):
+    horizon = Averaged()
+    horizon.follow({"w": torch.zeros(3)}, 995, progress)
+    horizon.follow({"w": torch.ones(3)}, 995 + SAMPLED, progress)
+    assert horizon.average()["w"].tolist() == pytest.approx([SAMPLED / (window * 1000)] * 3)
+
+
+def decay_space(**more):
+    return mf.Space({"weight_decay": mf.Float(1e-4, 1e-1, log=True, init=1e-2), **more})
+
+
+def test_the_tuner_tells_the_horizon_how_much_of_the_run_is_over(monkeypatch):
+    told = []
+    monkeypatch.setattr(Averaged, "follow", lambda self, params, steps, progress: told.append(progress))
+    model = nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tuner(model, optimizer, decay_space(), horizon="run", schedule=10, total_steps=4)
+    train(model, optimizer, 4)
+    with pytest.warns(UserWarning, match="total_steps"):
+        train(model, optimizer, 1)
+    assert told == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_a_v_that_repeats_one_number_in_memory_is_averaged_too():
+    horizon = Averaged()
+    for n in (1.0, 1.0):
+        found = horizon.smoothed({"w": torch.full((1,), n).expand(3)})
+    assert found["w"].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(("caution", "kept"), [(0.0, STEADY), (0.5, STEADY / 2), (1.0, 0.0), (3.0, 0.0)])
+def test_v_is_averaged_with_earlier_ones_the_less_the_more_caution_there_is(caution, kept):
+    horizon = Averaged()
+    horizon.caution = caution
+    for n in range(1, 5):
+        given = horizon.smoothed({"w": torch.full((2,), float(n))})["w"]
+        found = given.tolist()
+        given.fill_(9.0)  # used up
+    weights = [kept ** (4 - n) for n in range(1, 5)]
+    expected = sum(n * w for n, w in zip(range(1, 5), weights, strict=True)) / sum(weights)
+    assert found == pytest.approx([expected] * 2)
+    assert horizon.smoothed({"other": torch.ones(1)}).keys() == {"other"}
+
+
+def test_the_average_with_the_least_validation_loss_is_kept():
+    horizon = Averaged()
+    for n, c2 in enumerate([3.0, 1.0, 2.0, 5.0]):
+        horizon.forget()
+        horizon.follow({"w": torch.full((2,), float(n))}, n)
+        horizon.observe(1.0, c2, None, {"b": torch.tensor([-1.0 * n])})
+    assert horizon.best["w"].tolist() == [1.0, 1.0]
+    assert horizon.best["b"].tolist() == [-1.0]
+
+
+@pytest.fixture
+def in_float64():
+    """(training batch, validation batch, smooth network) in float64."""
+    torch.manual_seed(0)
+    train_batch, valid_batch = (
+        (torch.randn(32, 6, dtype=torch.float64), torch.randint(0, 3, (32,))) for _ in range(2)
+    )
+    return train_batch, valid_batch, nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+@pytest.mark.parametrize("estimator", ["one_step_cheap", "one_step"])
+@pytest.mark.parametrize("caution", [0.0, 0.3, 1.0, 3.0])
+def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(
+    caution, estimator, monkeypatch, in_float64
+):
+    """<v(average + caution (theta - average)), theta'(h)> differentiated centrally, v held fixed.
+
+    With `one_step`, theta' in place of theta.
+    """
+    batch, (xv, yv), model = in_float64
+    space = mf.Space({"weight_decay": mf.Float(1e-4, 1e-1, log=True, init=1e-2)}, dtype=torch.float64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    t = tuner(
+        model, optimizer, space, train_loader=[batch], valid_loader=[(xv, yv)], horizon="run",
+        hyper_optimizer=Recorder, estimator=estimator,
+    )  # fmt: skip
+    train(model, optimizer, 60, batch)  # the average and the weights part
+    monkeypatch.setattr(Averaged, "observe", lambda self, *_: None)
+    monkeypatch.setattr(Averaged, "smoothed", lambda self, v: v)  # has a test of its own
+    t.horizon.caution = caution
+
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    state = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in model.named_parameters()}
+    optimizer.zero_grad()
+    cross_entropy(model, batch).backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    options = dict(optimizer.param_groups[0], beta1=0.9, beta2=0.999)
+    rule = rule_for(optimizer)
+
+    def after(raw):
+        value = float(space["weight_decay"].transform.value(torch.tensor(raw, dtype=torch.float64)))
+        now = {**options, "weight_decay": value}
+        return {n: rule.step(before[n], grads[n], state[n], now)[0] for n in before}
+
+    raw = float(space["weight_decay"].raw)
+    average = t.horizon.average()
+    leant = after(raw) if estimator == "one_step" else before
+    judged = {n: (average[n] + caution * (p - average[n])).requires_grad_() for n, p in leant.items()}
+    loss = F.cross_entropy(torch.func.functional_call(model, judged, (xv,)), yv)
+    v = dict(zip(judged, torch.autograd.grad(loss, list(judged.values())), strict=True))
+    truth, _ = derivative(lambda shift: float(sum((v[n] * p).sum() for n, p in after(raw + shift).items())))
+    optimizer.step()
+    assert float(t.hyper_optimizer.seen[-1][0]) == pytest.approx(truth, rel=1e-6)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), after(raw)[n])
+
+
+@pytest.mark.parametrize(("caution", "agreement"), [(0.0, 0.2), (0.4, 0.12), (2.0, 0.0)])
+def test_under_caution_steps_wait_less_for_agreement(caution, agreement, monkeypatch):
+    monkeypatch.setattr(Averaged, "observe", lambda self, *_: setattr(self, "caution", caution))
+    model = nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    t = tuner(
+        model, optimizer, decay_space(), horizon="run",
+        hyper_optimizer=lambda raws: mf.SignSteps(raws, agreement=0.2),
+    )  # fmt: skip
+    train(model, optimizer, 2)
+    assert t.hyper_optimizer.param_groups[0]["agreement"] == pytest.approx(agreement)
+
+
+def test_a_learning_rate_is_judged_at_the_weights_after_the_step(in_float64):
+    batch, (xv, yv), layers = in_float64
+    space = mf.Space(
+        {
+            "weight_decay": mf.Float(1e-4, 1e-1, log=True, init=1e-2),
+            "lr": mf.Float(1e-4, 1e-1, log=True, init=1e-2),
+            "noise": mf.Float(0.0, 1.0, init=0.2),
+        },
+        dtype=torch.float64,
+    )
+    model = nn.Sequential(mf.nn.GaussianNoise(space["noise"]), *layers)
+    optimizer = torch.optim.Adam(model.parameters())
+    t = tuner(
+        model, optimizer, space, train_loader=[batch], valid_loader=[(xv, yv)], horizon="run",
+        hyper_optimizer=Recorder,
+    )  # fmt: skip
+    train(model, optimizer, 19, batch)
+    optimizer.zero_grad()
+    cross_entropy(model, batch).backward()
+    named = dict(model.named_parameters())
+    before = {n: p.detach().clone() for n, p in named.items()}
+    state = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in named.items()}
+    grads = {n: p.grad.clone() for n, p in named.items()}
+    optimizer.step()
+    options = dict(
+        optimizer.param_groups[0], beta1=0.9, beta2=0.999, weight_decay=float(space["weight_decay"])
+    )
+    raw, rule = float(space["lr"].raw), rule_for(optimizer)
+
+    def loss_after(shift):
+        lr = float(space["lr"].transform.value(torch.tensor(raw + shift, dtype=torch.float64)))
+        at = {n: rule.step(before[n], grads[n], state[n], {**options, "lr": lr})[0] for n in before}
+        model.eval()
+        return float(F.cross_entropy(torch.func.functional_call(model, at, (xv,)), yv))
+
+    truth, _ = derivative(loss_after)
+    assert float(t.hyper_optimizer.seen[-1][1]) == pytest.approx(truth, rel=1e-6)
+
+
+def run(train_rows, steps):
+    """An MLP on a noisy rule, tuned from almost no regularisation; gives the space and the caution."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20000, 20, generator=generator)
+    y = (x[:, 0] + 0.5 * x[:, 1] * x[:, 2] + 0.7 * torch.randn(20000, generator=generator) > 0).long()
+    torch.manual_seed(0)
+    space = mf.Space(noise=mf.Float(0.0, 1.2, init=0.1))
+    model = nn.Sequential(
+        mf.nn.GaussianNoise(space["noise"]), nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2)
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    batches = [
+        (x[rows], y[rows]) for rows in torch.randint(train_rows, (steps, 64), generator=generator)
+    ]  # fmt: skip
+    t = tuner(
+        model, optimizer, space, train_loader=batches, valid_loader=[(x[-2000:], y[-2000:])], horizon="run",
+        schedule=5, total_steps=steps,
+    )  # fmt: skip
+    cautions = []
+    for batch in batches:
+        train(model, optimizer, 1, batch)
+        cautions.append(t.log()["caution"])
+    return space, cautions
+
+
+def test_it_is_cautious_where_few_data_are_memorised_and_not_where_data_are_many():
+    memorising, many = run(500, 2000), run(16000, 500)
+    assert sum(memorising[1]) / 2000 > 0.5
+    assert max(many[1][50:]) == 0.0
+    assert memorising[0].as_dict()["noise"] > 0.3 > many[0].as_dict()["noise"]
+
+
+def test_the_losses_that_set_the_caution_are_those_of_the_average_in_eval_mode(monkeypatch):
+    torch.manual_seed(0)
+    train_batch, valid_batch = ((torch.randn(16, 4), torch.randint(0, 2, (16,))) for _ in range(2))
+    space = mf.Space(noise=mf.Float(0.5, 1.0))
+    model = nn.Sequential(mf.nn.GaussianNoise(space["noise"]), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    t = tuner(model, optimizer, space, train_loader=[train_batch], valid_loader=[valid_batch], horizon="run")
+    seen = []
+    monkeypatch.setattr(Averaged, "observe", lambda self, c1, c2, *_: seen.append((c1, c2)))
+    train(model, optimizer, 4, train_batch)
+    average = t.horizon.average()
+    train(model, optimizer, 1, train_batch)
+    model.eval()
+    for batch, found in ((train_batch, seen[-1][0]), (valid_batch, seen[-1][1])):
+        expected = F.cross_entropy(torch.func.functional_call(model, average, (batch[0],)), batch[1])
+        assert found == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_a_state_saved_with_one_horizon_is_not_loaded_into_a_tuner_with_another():
+    def made(**more):
+        model = nn.Linear(8, 3)
+        return tuner(model, torch.optim.SGD(model.parameters(), lr=0.1), decay_space(), **more)
+
+    with pytest.raises(ValueError, match="make it with the same arguments"):
+        made(horizon="run").load_state_dict(made().state_dict())
+
+
+def test_a_horizon_of_another_name_is_refused():
+    model = nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(mf.UnknownName, match="run, step"):
+        tuner(model, optimizer, decay_space(), horizon="far")

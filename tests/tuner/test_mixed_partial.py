@@ -1,0 +1,253 @@
+"""How the training gradient depends on the hyperparameters: on which examples, and in which of three ways."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from toys import Recorder, cross_entropy, train, tuner
+
+import midflight as mf
+from midflight.hypergrad.one_step import OneStep
+from midflight.tuner.live import with_tensors
+
+_DATA = torch.Generator().manual_seed(0)
+X = torch.randn(32, 6, dtype=torch.float64, generator=_DATA)
+Y = torch.randint(0, 3, (32,), generator=_DATA)
+WHOLE, HALVES = (X, Y), [(X[:16], Y[:16]), (X[16:], Y[16:])]
+
+
+def space(**more):
+    return mf.Space(
+        {"scale": mf.Float(0.5, 2.0, init=1.2), "penalty": mf.Float(0.0, 1.0, init=0.1), **more},
+        dtype=torch.float64,
+    )
+
+
+def smooth(space):
+    """Nonlinear in one hyperparameter, linear in the other."""
+
+    def loss(model, batch):
+        outputs = model(batch[0] * space["scale"].value)
+        return F.cross_entropy(outputs, batch[1]) + space["penalty"].value * outputs.square().mean()
+
+    return loss
+
+
+def linear(space):
+    def loss(model, batch):
+        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        penalty = (batch[0] @ model[0].weight.T).square().mean()
+        return space["scale"].value * losses.mean() + space["penalty"].value * penalty
+
+    return loss
+
+
+def hyper_step(make_loss, part=WHOLE, middle=nn.Tanh, **options):
+    """(hypergradients, the tuner) of one hyper-step in the middle of a training on the whole batch."""
+    torch.manual_seed(0)
+    s = space()
+    model = nn.Sequential(nn.Linear(6, 8), middle(), nn.Linear(8, 3)).double()
+    optimizer, loss = torch.optim.Adam(model.parameters(), lr=0.05), make_loss(s)
+    t = tuner(
+        model, optimizer, s, loss, train_loader=[part], valid_loader=[(X.flip(0), Y)],
+        valid_loss_fn=cross_entropy, schedule=4, hyper_optimizer=Recorder, **options,
+    )  # fmt: skip
+    train(model, optimizer, 4, WHOLE, loss)
+    return torch.stack(t.hyper_optimizer.seen[0]), t
+
+
+@pytest.mark.parametrize("loss", [smooth, linear])
+def test_the_parts_of_a_batch_average_to_the_hypergradient_of_the_whole(loss):
+    whole, _ = hyper_step(loss)
+    parts = [hyper_step(loss, part)[0] for part in HALVES]
+    torch.testing.assert_close((parts[0] + parts[1]) / 2, whole, rtol=1e-9, atol=0)
+    assert not torch.allclose(parts[0], whole, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loss", [smooth, linear])
+@pytest.mark.parametrize("estimator", ["one_step", "central_difference"])
+def test_of_a_batch_the_first_examples_are_taken(loss, estimator):
+    few, t = hyper_step(loss, examples=16, estimator=estimator)
+    half, _ = hyper_step(loss, HALVES[0], estimator=estimator)
+    torch.testing.assert_close(few, half, rtol=1e-9, atol=0)
+    assert t.log()["mixed_partial/examples"] == 16
+
+
+def test_a_loss_that_does_not_take_a_part_of_a_batch_gets_the_whole():
+    def of_32(space):
+        def loss(model, batch):
+            assert len(batch[0]) == 32
+            return smooth(space)(model, batch)
+
+        return loss
+
+    found, t = hyper_step(of_32, examples=16)
+    torch.testing.assert_close(found, hyper_step(smooth)[0], rtol=1e-9, atol=0)
+    assert t.log()["mixed_partial/examples"] == 0
+
+
+def test_the_way_is_chosen_by_the_structure_of_the_loss():
+    assert hyper_step(smooth)[1].mixed_partial == "double backward"
+    assert hyper_step(linear)[1].mixed_partial == "forward mode"
+
+
+@pytest.mark.parametrize("loss", [smooth, linear])
+@pytest.mark.parametrize(
+    ("way", "tolerance"), [("double backward", 1e-9), ("forward mode", 1e-9), ("difference", 1e-5)]
+)
+def test_the_three_ways_agree(loss, way, tolerance):
+    """Difference: off by its epsilon, 2e-8, squared, and by rounding, 1e-16 over it."""
+    chosen, _ = hyper_step(loss)
+    asked, t = hyper_step(loss, estimator=OneStep(mixed=way))
+    assert t.mixed_partial == way
+    torch.testing.assert_close(asked, chosen, rtol=tolerance, atol=0)
+
+
+class OnceOnly(torch.autograd.Function):
+    """tanh whose derivative cannot be differentiated again, as in fused kernels."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g / ctx.saved_tensors[0].cosh() ** 2
+
+
+class Fused(nn.Module):
+    def forward(self, x):
+        return OnceOnly.apply(x)
+
+
+def test_code_that_is_differentiable_once_only_is_differenced():
+    found, t = hyper_step(smooth, middle=Fused)
+    assert t.mixed_partial == "difference"
+    torch.testing.assert_close(found, hyper_step(smooth)[0], rtol=1e-5, atol=0)
+    with pytest.raises(mf.NotTwiceDifferentiable, match="central_difference"):
+        hyper_step(smooth, middle=Fused, estimator=OneStep(mixed="double backward"))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_changes_nothing(reentrant):
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return self[4](checkpoint(nn.Sequential(*self[1:4]), self[0](x), use_reentrant=reentrant))
+
+    found = []
+    for kind in (nn.Sequential, Checkpointed):
+        torch.manual_seed(0)
+        s = space()
+        model = kind(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        t = tuner(
+            model, optimizer, s, smooth(s), train_loader=[WHOLE], valid_loader=[(X.flip(0), Y)],
+            valid_loss_fn=cross_entropy, schedule=4, hyper_optimizer=Recorder,
+        )  # fmt: skip
+        train(model, optimizer, 4, WHOLE, smooth(s))
+        found.append(torch.stack(t.hyper_optimizer.seen[0]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)
+
+
+def test_attention_whose_fused_kernels_are_differentiable_once_only_needs_no_difference():
+    """Against attention written out, whose gradient is that of the fused kernel."""
+
+    class Attention(nn.Module):
+        def __init__(self, by_hand):
+            super().__init__()
+            self.by_hand, self.project, self.last = by_hand, nn.Linear(3, 9), nn.Linear(6, 3)
+
+        def forward(self, x):
+            q, k, v = self.project(x.view(-1, 2, 3)).chunk(3, -1)
+            if self.by_hand:
+                return self.last(((q @ k.mT / 3**0.5).softmax(-1) @ v).flatten(1))
+            return self.last(F.scaled_dot_product_attention(q, k, v).flatten(1))
+
+    found = []
+    for by_hand in (True, False):
+        torch.manual_seed(0)
+        s = space()
+        model = Attention(by_hand).double()
+        optimizer, loss = torch.optim.Adam(model.parameters(), lr=0.05), smooth(s)
+        t = tuner(
+            model, optimizer, s, loss, train_loader=[WHOLE], valid_loader=[(X.flip(0), Y)],
+            valid_loss_fn=cross_entropy, schedule=4, hyper_optimizer=Recorder,
+        )  # fmt: skip
+        train(model, optimizer, 4, WHOLE, loss)
+        found.append(torch.stack(t.hyper_optimizer.seen[0]))
+    assert t.mixed_partial == "double backward"
+    torch.testing.assert_close(found[1], found[0], rtol=1e-7, atol=0)
+
+
+def test_linear_losses_with_batch_norm_and_many_weights_need_no_double_backward():
+    found = {}
+    for way in (None, "double backward"):
+        torch.manual_seed(0)
+        s = mf.Space(
+            {"l1": mf.Float(0.0, 0.1), "weight": mf.Float(0.0, 1.0, shape=(32,))}, dtype=torch.float64
+        )
+        model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+
+        def loss(model, batch, s=s):
+            losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+            return (s["weight"] * losses).mean() + s["l1"] * model[0].weight.abs().sum()
+
+        t = tuner(
+            model, optimizer, s, loss, train_loader=[WHOLE], valid_loader=[WHOLE],
+            valid_loss_fn=cross_entropy, estimator=OneStep(mixed=way), hyper_optimizer=Recorder,
+        )  # fmt: skip
+        train(model, optimizer, 5, WHOLE, loss)
+        found[t.mixed_partial] = torch.cat([g.reshape(-1) for seen in t.hyper_optimizer.seen for g in seen])
+    assert list(found) == ["forward mode", "double backward"]
+    assert bool((found["forward mode"] != 0).all())
+    torch.testing.assert_close(found["forward mode"], found["double backward"], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("make_loss", [smooth, linear])
+def test_a_module_under_two_names_keeps_its_weights(make_loss):
+    shared = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    model = nn.Sequential(nn.Linear(6, 6), shared, nn.Tanh(), shared, nn.Linear(6, 3)).double()
+    before = {id(t) for t in [*model.parameters(), *model.buffers()]}
+    s = space()
+    optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), make_loss(s)
+    t = tuner(
+        model, optimizer, s, loss, train_loader=[WHOLE], valid_loader=[WHOLE], valid_loss_fn=cross_entropy
+    )
+    train(model, optimizer, 2, WHOLE, loss)
+    assert t.log()["hypersteps"] == 2
+    assert {id(t) for t in [*model.parameters(), *model.buffers()]} == before
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_weight_of_two_modules_is_replaced_in_both():
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)).double()
+    model[1].weight = model[0].weight
+    ones = with_tensors(model, lambda: model(X).sum(), {"0.weight": torch.ones(6, 6, dtype=torch.float64)})
+    torch.testing.assert_close(ones, 36 * X.sum())
+    assert model[0].weight is model[1].weight
+
+
+def test_a_hyperparameter_of_noise_sees_other_numbers_at_each_hyper_step():
+    s, draws = mf.Space({"noise": mf.Float(0.0, 1.0)}, dtype=torch.float64), []
+
+    class Noise(nn.Module):
+        def forward(self, x):
+            if not self.training:
+                return x
+            draw = torch.randn_like(x)
+            draws.append(float(draw[0, 0]))
+            return x + s["noise"] * draw
+
+    model = nn.Sequential(Noise(), nn.Linear(6, 3)).double()
+    optimizer, last = torch.optim.SGD(model.parameters(), lr=0.1), []
+    tuner(
+        model, optimizer, s, train_loader=[WHOLE], valid_loader=[WHOLE],
+        on_hyperstep=lambda *_: last.append(draws[-1]),
+    )  # fmt: skip
+    train(model, optimizer, 6, WHOLE)
+    assert len({*draws}) >= 12  # of the loop's six and the tuner's six
+    assert len({*last}) == 6
