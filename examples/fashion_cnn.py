@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import midflight as mf
 from midflight.study.data import load
@@ -39,7 +40,7 @@ def cross_entropy(model: nn.Module, batch: Split) -> Tensor:
 def train(space: mf.Space, train: Split, valid: Split, epochs: int, tune: bool) -> nn.Module:
     """A network trained from seed 0 with the values of `space`, which move if `tune`."""
     torch.manual_seed(0)
-    x, y = train
+    loader = DataLoader(TensorDataset(*train), batch_size=50, shuffle=True)
     model = nn.Sequential(
         mf.nn.Augment(**{name: space[name] for name in MAGNITUDES}),
         nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(),
@@ -48,19 +49,18 @@ def train(space: mf.Space, train: Split, valid: Split, epochs: int, tune: bool) 
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     tuner = mf.Tuner(
-        model, optimizer, space, validate=cross_entropy, bind=["weight_decay"],
-        valid_loader=list(zip(valid[0].split(500), valid[1].split(500), strict=True)),
-        every=5, total_steps=epochs * len(x) // 50,
+        model, optimizer, space, cross_entropy, loader, DataLoader(TensorDataset(*valid), batch_size=500),
+        schedule=5, total_steps=epochs * len(loader),
     )  # fmt: skip
     if not tune:
-        tuner.detach()  # the bound option keeps the value of the space
+        tuner.detach()  # the optimiser keeps the values of the space
 
     for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(50):
+        for batch in loader:
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(x[rows]), y[rows])
-            tuner.backward(loss) if tune else loss.backward()
+            cross_entropy(model, batch).backward()
             optimizer.step()
+    tuner.finish()
     return model.eval()
 
 

@@ -11,12 +11,13 @@ hypergradient is right about regularisation. The tuned run can beat the re-run: 
 
 import argparse
 import pydoc_data.topics
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
 import midflight as mf
 
@@ -45,9 +46,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, t, _ = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        # The fused kernels can be differentiated once only; a hyper-step differentiates twice.
-        with sdpa_kernel(SDPBackend.MATH):
-            heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.dropout(self.out(heads.transpose(1, 2).reshape(n, t, WIDTH)))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -73,20 +72,24 @@ def train(space: mf.Space, texts: Tensor, valid: Tensor, letters: int, steps: in
     torch.manual_seed(0)
     model = Transformer(letters, space["dropout"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    loader = DataLoader(texts, batch_size=16, shuffle=True)
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        logits, smoothing = model(batch[:, :-1]), space["label_smoothing"]
+        return mf.losses.cross_entropy(logits, batch[:, 1:], label_smoothing=smoothing)
+
     tuner = mf.Tuner(
-        model, optimizer, space, validate=cross_entropy, valid_loader=valid.split(16),
-        bind=["weight_decay"], every=5, total_steps=steps,
+        model, optimizer, space, loss_fn, loader, valid.split(16), valid_loss_fn=cross_entropy,
+        schedule=5, total_steps=steps,
     )  # fmt: skip
     if not tune:
-        tuner.detach()  # the bound option keeps the value of the space
+        tuner.detach()  # the optimiser keeps the values of the space
 
-    for _ in range(steps):
-        batch = texts[torch.randint(len(texts), (16,))]
+    for batch in islice(loader, steps):
         optimizer.zero_grad()
-        logits, smoothing = model(batch[:, :-1]), space["label_smoothing"]
-        loss = mf.losses.cross_entropy(logits, batch[:, 1:], label_smoothing=smoothing)
-        tuner.backward(loss) if tune else loss.backward()
+        loss_fn(model, batch).backward()
         optimizer.step()
+    tuner.finish()
     return model.eval()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import midflight as mf
 
@@ -56,20 +57,20 @@ def train(space: mf.Space, windows: Tensor, valid: Tensor, epochs: int, tune: bo
     torch.manual_seed(0)
     model = Forecaster(space)
     optimizer = torch.optim.Adam(model.parameters(), lr=6e-3)
-    steps = epochs * -(-len(windows) // 32)
+    loader = DataLoader(windows, batch_size=32, shuffle=True)
     tuner = mf.Tuner(
-        model, optimizer, space, validate=squared_error, valid_loader=valid.split(250),
-        bind=["weight_decay"], every=5, total_steps=steps,
+        model, optimizer, space, squared_error, loader, valid.split(250),
+        schedule=5, total_steps=epochs * len(loader),
     )  # fmt: skip
     if not tune:
-        tuner.detach()  # the bound option keeps the value of the space
+        tuner.detach()  # the optimiser keeps the values of the space
 
     for _ in range(epochs):
-        for rows in torch.randperm(len(windows)).split(32):
+        for batch in loader:
             optimizer.zero_grad()
-            loss = squared_error(model, windows[rows])
-            tuner.backward(loss) if tune else loss.backward()
+            squared_error(model, batch).backward()
             optimizer.step()
+    tuner.finish()
     return model.eval()
 
 

@@ -7,8 +7,8 @@ Of 10,000 Fashion-MNIST images, 40 % carry the label of another class; 1,000 cle
 training example has a weight in [0, 1], a hyperparameter of shape (10000,): an example that pulls the
 network away from the clean data loses weight.
 
-- The loss is given as a function, `tuner.backward(lambda: ...)`. It is linear in the weights, so the tuner
-  finds all their derivatives in one forward-mode pass, without a double backward.
+- A batch carries the places of its examples, by which the loss finds their weights. It is linear in them, so
+  the tuner finds all their derivatives in one forward-mode pass, without a double backward.
 - A batch touches few of the weights; the hypergradient of the others is 0. Sign steps suit that: sign(0) is
   0, so they stay, and the scale of the derivatives, which carries the learning rate, does not matter. An
   optimiser with momentum, such as Adam, would drag the untouched ones along. The steps are large, 0.2 of
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import midflight as mf
 from midflight.study.data import load
@@ -51,27 +52,28 @@ def cross_entropy(model: nn.Module, batch: Split) -> Tensor:
 def train(space: mf.Space, train: Split, valid: Split, epochs: int, tune: bool) -> nn.Module:
     """A network trained from seed 0 with the weights of `space`, which move if `tune`."""
     torch.manual_seed(0)
-    x, y = train
+    loader = DataLoader(TensorDataset(*train, torch.arange(EXAMPLES)), batch_size=BATCH, shuffle=True)
     model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x, y, places = batch
+        return mf.losses.cross_entropy(model(x), y, example_weight=space["weight"][places])
+
     tuner = mf.Tuner(
-        model, optimizer, space, validate=cross_entropy, valid_loader=[valid], every=1,
-        total_steps=epochs * EXAMPLES // BATCH, hyper_optimizer=partial(mf.SignSteps, lr=0.2, agreement=0.0),
+        model, optimizer, space, loss_fn, loader, [valid], valid_loss_fn=cross_entropy,
+        schedule=1, examples=BATCH, horizon="step", total_steps=epochs * len(loader),
+        hyper_optimizer=partial(mf.SignSteps, lr=0.2, agreement=0.0),
     )  # fmt: skip
     if not tune:
         tuner.detach()
 
-    def weighted_loss(rows: Tensor) -> Tensor:
-        return mf.losses.cross_entropy(model(x[rows]), y[rows], example_weight=space["weight"][rows])
-
     for _ in range(epochs):
-        for rows in torch.randperm(EXAMPLES).split(BATCH):
+        for batch in loader:
             optimizer.zero_grad()
-            if tune:
-                tuner.backward(partial(weighted_loss, rows))
-            else:
-                weighted_loss(rows).backward()
+            loss_fn(model, batch).backward()
             optimizer.step()
+    tuner.finish()
     return model.eval()
 
 

@@ -54,7 +54,7 @@ def network(params: dict[str, Any]) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(inputs, 10))
 
 
-def valid_loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+def cross_entropy(model: nn.Module, batch: list[Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
@@ -65,16 +65,12 @@ def objective(trial: search.Trial) -> None:
     loader = DataLoader(train, batch_size=50, shuffle=True, generator=order)
     params, tuned = trial.params, trial.online()
     model = network({**params, **({name: tuned[name] for name in tuned} if tuned else {})})
-    options = {"lr": params["lr"], "weight_decay": params["weight_decay"]}
-    optimizer = (
-        torch.optim.Adam(model.parameters(), **options)
-        if params["optimizer"] == "adam"
-        else torch.optim.SGD(model.parameters(), momentum=params["momentum"], **options)
-    )
+    names = {"lr", "momentum", "weight_decay"} & (params.keys() - set(tuned or ()))
+    options = {name: params[name] for name in names}  # the tuner sets what is tuned
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[params["optimizer"]]
+    optimizer = kind(model.parameters(), **options)
     tuner = tuned and mf.Tuner(
-        model, optimizer, tuned, validate=valid_loss, bind=["weight_decay"],
-        valid_loader=DataLoader(valid, batch_size=128, shuffle=True, generator=torch.Generator()),
-        train_loader=DataLoader(train, batch_size=128, shuffle=True, generator=torch.Generator()),
+        model, optimizer, tuned, cross_entropy, loader, DataLoader(valid, batch_size=128, shuffle=True),
         total_steps=trial.epochs * len(loader),
     )  # fmt: skip
 
@@ -82,21 +78,21 @@ def objective(trial: search.Trial) -> None:
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0].update(options)  # its own, also where the state is another trial's
         order.set_state(state["order"])
         if tuner:
             tuner.load_state_dict(state["tuner"])
 
     for epoch in range(state["epoch"] + 1 if state else 1, trial.epochs + 1):
-        for x, y in loader:
+        for batch in loader:
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            tuner.backward(loss) if tuner else loss.backward()
+            cross_entropy(model, batch).backward()
             optimizer.step()
         if tuner and epoch == trial.epochs:
             tuner.finish()
         model.eval()
         with torch.no_grad():
-            loss = valid_loss(model, valid.tensors)
+            loss = cross_entropy(model, valid.tensors)
         model.train()
         state = {
             "epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict(),

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import midflight as mf
 
@@ -58,27 +59,32 @@ def cross_entropy(model: nn.Module, batch: Split) -> Tensor:
 def train(space: mf.Space, epochs: int, tune: bool) -> nn.Module:
     """A network trained from seed 0 with the values of `space`, which move if `tune`."""
     torch.manual_seed(0)
-    (x, y), valid, _ = data()
+    rows, valid, _ = data()
+    loader = DataLoader(TensorDataset(*rows), batch_size=25, shuffle=True)
     model = nn.Sequential(
         mf.nn.GaussianNoise(space["input_noise"]), nn.Linear(30, 64), nn.ReLU(),
         mf.nn.GaussianNoise(space["hidden_noise"]), nn.Linear(64, 64), nn.ReLU(),
         mf.nn.Dropout(space["dropout"]), nn.Linear(64, 2),
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters())
+
+    def loss_fn(model: nn.Module, batch: Split) -> Tensor:
+        loss = mf.losses.cross_entropy(model(batch[0]), batch[1], label_smoothing=space["label_smoothing"])
+        return loss + space["l1"] * mf.penalties.l1(model.parameters())
+
     tuner = mf.Tuner(
-        model, optimizer, space, validate=cross_entropy, valid_loader=[valid],
-        bind=["weight_decay", "lr", "beta1"], every=4, total_steps=4 * epochs,
+        model, optimizer, space, loss_fn, loader, [valid], valid_loss_fn=cross_entropy,
+        schedule=4, total_steps=epochs * len(loader),
     )  # fmt: skip
     if not tune:
-        tuner.detach()  # the bound options keep the values of the space
+        tuner.detach()  # the optimiser keeps the values of the space
 
     for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(25):
+        for batch in loader:
             optimizer.zero_grad()
-            loss = mf.losses.cross_entropy(model(x[rows]), y[rows], label_smoothing=space["label_smoothing"])
-            loss = loss + space["l1"] * mf.penalties.l1(model.parameters())
-            tuner.backward(loss) if tune else loss.backward()
+            loss_fn(model, batch).backward()
             optimizer.step()
+    tuner.finish()
     return model.eval()
 
 

@@ -32,6 +32,10 @@ class Counted(TorchDispatchMode):
         return out
 
 
+def cross_entropy(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
 def training(noise=True, **options):
     """A function that takes one step; with options of a tuner one that is a hyper-step."""
     torch.manual_seed(0)
@@ -41,21 +45,13 @@ def training(noise=True, **options):
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=1e-4, fused=True)
     if not noise:
         space = mf.Space(weight_decay=mf.Float(1e-6, 1e-2, log=True))
-    probe = options.pop("probe", None)
-    few = (lambda: F.cross_entropy(model(X[:probe]), Y[:probe])) if probe else None
-    tuner = None
+    space.requires_grad_(False)
     if options:
-        tuner = mf.Tuner(
-            model, optimizer, space, validate=lambda m, b: F.cross_entropy(m(b[0]), b[1]),
-            bind=["weight_decay"], every=1, **options,
-        )  # fmt: skip
-    else:
-        space.requires_grad_(False)
+        mf.Tuner(model, optimizer, space, cross_entropy, [(X, Y)], schedule=1, **options)
 
     def step():
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(X), Y)
-        tuner.backward(loss, few) if tuner else loss.backward()
+        cross_entropy(model, (X, Y)).backward()
         optimizer.step()
 
     return step
@@ -73,11 +69,14 @@ def counts(step):
 
 BATCH, PART = [(X, Y)], [(X[:32], Y[:32])]
 BOUNDS = {
-    "one_step": ({"valid_loader": BATCH}, (3.44, 10.95, 11.44)),
-    "one_step, parts": ({"valid_loader": PART, "probe": 32}, (1.96, 11.5, 10.61)),
-    "one_step_cheap": ({"valid_loader": BATCH, "estimator": "one_step_cheap"}, (3.44, 8.68, 8.17)),
-    "foresight": ({"valid_loader": BATCH, "train_loader": BATCH}, (4.32, 9.56, 9.28)),
-    "L2 alone": ({"valid_loader": BATCH, "noise": False}, (2.0, 11.43, 14.1)),
+    "one_step": ({"valid_loader": BATCH, "examples": 100, "horizon": "step"}, (0, 0, 0)),
+    "one_step, parts": ({"valid_loader": PART, "horizon": "step"}, (0, 0, 0)),
+    "one_step_cheap": (
+        {"valid_loader": BATCH, "examples": 100, "horizon": "step", "estimator": "one_step_cheap"},
+        (0, 0, 0),
+    ),
+    "defaults": ({"valid_loader": BATCH}, (0, 0, 0)),
+    "L2 alone": ({"valid_loader": BATCH, "noise": False, "horizon": "step"}, (0, 0, 0)),
 }
 """Options -> hyper-step over plain step: operations of products, calls, entries written."""
 

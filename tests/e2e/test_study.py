@@ -19,6 +19,7 @@ from torch import nn
 
 import midflight as mf
 from midflight import ESTIMATORS, cli
+from midflight.hypergrad.one_step import OneStep
 from midflight.study.arm import evaluate, prepare, run_arm, seed_of
 from midflight.study.run import run_study
 from midflight.study.spec import Arm, Spec, SpecError, preset
@@ -353,8 +354,12 @@ def test_check_passes_and_its_json_says_the_same(monkeypatch, capsys):
 
 def test_check_fails_when_an_estimator_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr("midflight.testing.table.SEEDS", 1)
-    exact = ESTIMATORS["one_step"]
-    monkeypatch.setitem(ESTIMATORS, "one_step", lambda step: {k: 1.01 * v for k, v in exact(step).items()})
+
+    class OnePercentTooLong(OneStep):
+        def __call__(self, step, v):
+            return {name: 1.01 * g for name, g in super().__call__(step, v).items()}
+
+    monkeypatch.setitem(ESTIMATORS, "one_step", OnePercentTooLong())
     code, out, _ = call(monkeypatch, capsys, "check")
     assert code == 1
     assert "FAILS" in out

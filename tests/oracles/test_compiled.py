@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import midflight as mf
-from midflight.updates import Update, compiled_adam, pull_back, read_options, rule_for, step_ahead
+from midflight.updates import Update, pull_back, read_options, rule_for, step_ahead
 from midflight.updates.adam import Adam
 from midflight.updates.compiled_adam import CompiledAdam, _compiled
 
@@ -83,34 +81,6 @@ def test_a_step_of_all_weights_equals_a_step_of_each(compiled, kind, options, ma
             for key, t in state.items():
                 torch.testing.assert_close(t, state_by_plain[key], rtol=1e-11, atol=1e-13, check_dtype=False)
         params, states = [list(tensors) for tensors in zip(*found, strict=True)]
-
-
-def test_a_tuner_with_a_compiled_rule_moves_alike_and_uses_it(compiled, monkeypatch):
-    def run(compile):
-        torch.manual_seed(0)
-        x, y = torch.randn(32, 6, dtype=torch.float64), torch.randint(0, 3, (32,))
-        space = mf.Space(
-            weight_decay=mf.Float(1e-5, 1e-1, log=True), noise=mf.Float(0.0, 1.0), dtype=torch.float64
-        )
-        model = nn.Sequential(
-            mf.nn.GaussianNoise(space["noise"]), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)
-        )
-        optimizer = torch.optim.Adam(model.double().parameters(), lr=1e-2)
-        tuner = mf.Tuner(
-            model, optimizer, space, validate=lambda m, b: F.cross_entropy(m(b[0]), b[1]),
-            valid_loader=[(x, y)], bind=["weight_decay"], every=2, compile=compile,
-        )  # fmt: skip
-        for _ in range(12):
-            optimizer.zero_grad()
-            tuner.backward(F.cross_entropy(model(x), y))
-            optimizer.step()
-        return {name: float(raw) for name, raw in space.raws.items()}
-
-    asked = []
-    plain = run(compile=False)
-    monkeypatch.setattr(compiled_adam, "_compiled", lambda f: asked.append(f) or _compiled(f))
-    assert run(compile=True) == pytest.approx(plain, rel=1e-9)
-    assert {f.__name__ for f in asked} == {"_ahead", "_pullback"}
 
 
 def test_a_missing_compiler_is_told_in_a_sentence(monkeypatch):

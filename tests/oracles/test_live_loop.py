@@ -4,8 +4,8 @@ The truth needs nothing of midflight but the map from raw coordinate to value: t
 a hyper-step, and the loop takes that step from the copy with the raw coordinate shifted, in float64, with
 torch's own optimiser, clipping, `GradScaler` and scheduler. Options are written into the groups by hand.
 
-The table is optimisers x loops x kinds of hyperparameters. Each loop that changes a gradient or an option also
-has a wrong twin: a tuner that does not know of it, which the comparison must reject.
+The table is optimisers x loops x kinds of hyperparameters. Each loop that changes a gradient or an option
+also has a wrong twin: a tuner that does not know of it, which the comparison must reject.
 """
 
 import copy
@@ -26,11 +26,12 @@ from midflight.tuner.gradient import ReceivedGradient
 from midflight.tuner.hyperstep import HyperStep
 
 FEATURES, HIDDEN, CLASSES, EXAMPLES, MICRO = 8, 6, 3, 24, 4
-STEPS, EVERY = 6, 2  # the hyper-step that is compared, and how often one comes: the first two teach the tuner
+STEPS, EVERY = 6, 3  # the second hyper-step is compared; the first may teach the tuner how the loop clips
 LR, DECAY = 0.03, 0.02  # of the user's groups
 MAX_NORM, MAX_ENTRY = 0.05, 0.02  # what clips at each step of every loop below; the loops assert it
-EXACT = 1e-6  # relative; rounding of a central difference of order 4 leaves 1e-7 or less, see SURE
-SURE = 5e-7  # relative uncertainty of the truth itself
+EXACT = 1e-6  # relative; twice what the truth may be off by
+SURE = 5e-7  # relative uncertainty of the truth, by rounding; at SEED no derivative is too small for it
+SEED = 7
 WRONG = 1e-2  # relative; the least that a wrong twin is off by
 
 KINDS = {
@@ -50,13 +51,14 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "fused AdamW": lambda p, **o: torch.optim.AdamW(p, fused=True, **o),
     "RMSprop": torch.optim.RMSprop,
     "NAdam": torch.optim.NAdam,
-    "Muon": torch.optim.Muon,
 }
+if hasattr(torch.optim, "Muon"):  # since torch 2.9
+    OPTIMIZERS["Muon"] = torch.optim.Muon
 
 
 @dataclass
 class Run:
-    """What a step of the loop changes, in one object: copied at once, the optimisers hold the copied weights."""
+    """What a step of the loop changes; copied as one, the optimisers hold the copied weights."""
 
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
@@ -191,29 +193,32 @@ class Loop:
 
 
 CLIP = {"max_grad_norm": MAX_NORM}
-LOOPS = {
+HALFWAY = (1 + math.cos(math.pi * (STEPS - 1) / (2 * STEPS))) / 2
+COMMON = {
     "plain": Loop(plain),
     "accumulation": Loop(accumulated),
-    "accumulation, mean by hand": Loop(averaged_by_hand),
     "clip by norm": Loop(clipped_by_norm, options=CLIP),
     "clip by norm, detected": Loop(clipped_by_norm),
-    "clip by norm after accumulation": Loop(accumulated_and_clipped, options=CLIP),
     "clip by value": Loop(clipped_by_value),
     "scaler": Loop(scaled),
     "scaler and clip by norm": Loop(scaled_and_clipped, options=CLIP),
     "closure": Loop(by_closure),
-    "cosine": Loop(plain, scheduler=cosine, factor=(1 + math.cos(math.pi * (STEPS - 1) / (2 * STEPS))) / 2),
-    "warm-up": Loop(plain, scheduler=warm_up, factor=STEPS / (2 * STEPS)),
+    "cosine": Loop(plain, scheduler=cosine, factor=HALFWAY),
     "groups": Loop(plain, "groups"),
-    "groups and cosine": Loop(
-        plain, "groups", cosine, (1 + math.cos(math.pi * (STEPS - 1) / (2 * STEPS))) / 2
-    ),
     "two optimisers": Loop(plain, "pair"),
+    "two optimisers, joint clip by norm": Loop(clipped_by_norm, "pair", options=CLIP),
+}
+VARIANTS = {  # with a few optimisers only
+    "accumulation, mean by hand": Loop(averaged_by_hand),
+    "accumulation and clip by norm": Loop(accumulated_and_clipped, options=CLIP),
+    "warm-up": Loop(plain, scheduler=warm_up, factor=0.5),
+    "groups and cosine": Loop(plain, "groups", cosine, HALFWAY),
+    "two optimisers, each clipped by norm": Loop(clipped_by_optimizer, "pair", options=CLIP),
     "two optimisers, scaler": Loop(scaled, "pair"),
     "two optimisers, scaler and joint clip by norm": Loop(scaled_and_clipped, "pair", options=CLIP),
-    "two optimisers, joint clip by norm": Loop(clipped_by_norm, "pair", options=CLIP),
-    "two optimisers, each clipped by norm": Loop(clipped_by_optimizer, "pair", options=CLIP),
 }
+LOOPS = COMMON | VARIANTS
+FEW = ("SGD momentum", "fused AdamW")
 
 
 def batch(seed):
@@ -256,7 +261,7 @@ def training_loss(space):
 def begin(optimizer, loop):
     """A run before its first step. Muon takes matrices only, and its partner in a pair is AdamW."""
     make = OPTIMIZERS[optimizer]
-    torch.manual_seed(7)
+    torch.manual_seed(SEED)
     model = network(bias=optimizer != "Muon")
     first, second = list(model[0].parameters()), list(model[2].parameters())
     options = {"lr": LR, "weight_decay": DECAY}
@@ -296,7 +301,7 @@ def loss_after_the_step(run, loop, space, name):
     return after
 
 
-T1, T2 = batch(15), batch(16)
+T1, T2 = batch(2 * SEED + 1), batch(2 * SEED + 2)
 
 
 class Recorder(torch.optim.Optimizer):
@@ -336,7 +341,7 @@ def tuned(optimizer, loop, kinds, options=None):
 
 def truth_of(f):
     value, uncertainty = derivative(f)
-    assert uncertainty < SURE * abs(value)  # so none is too small to be compared relative to itself
+    assert uncertainty < SURE * abs(value)  # so each can be compared relative to itself
     return value
 
 
@@ -345,7 +350,7 @@ CELLS = [
     for optimizer in OPTIMIZERS
     for loop in LOOPS
     for kind in KINDS
-    if optimizer != "Muon" or kind not in IN_THE_LOSS
+    if (loop in COMMON or optimizer in FEW) and (optimizer != "Muon" or kind not in IN_THE_LOSS)
 ]
 
 
@@ -361,6 +366,7 @@ def test_so_it_is_with_all_kinds_in_one_space(loop):
         assert found / truth == pytest.approx(1, abs=EXACT)
 
 
+@pytest.mark.skipif("Muon" not in OPTIMIZERS, reason="Muon is in torch since 2.9.")
 @pytest.mark.parametrize("layout", ["one", "pair"])
 @pytest.mark.parametrize("kind", IN_THE_LOSS)
 def test_hyperparameters_of_the_loss_are_refused_with_muon_before_training(kind, layout):
@@ -426,7 +432,7 @@ WRONG_TWINS = [
 """(what the tuner does wrong, loops where it matters, kinds, options of the tuner)"""
 
 
-@pytest.mark.parametrize("optimizer", ["SGD momentum", "fused AdamW"])
+@pytest.mark.parametrize("optimizer", FEW)
 @pytest.mark.parametrize(
     ("twin", "loop", "kind", "options"),
     [

@@ -1,14 +1,12 @@
 """Solvers against torch.linalg.solve, and the implicit estimators against dense linear algebra."""
 
-from functools import partial
-
 import pytest
 import torch
 
 import midflight as mf
-from midflight.hypergrad import implicit_cg, implicit_neumann, unrolled
+from midflight.hypergrad import ImplicitCG, ImplicitNeumann, Unrolled
 from midflight.solvers import conjugate_gradient, neumann
-from midflight.testing import OPTIMIZERS, compare, loss_after, make_case
+from midflight.testing import OPTIMIZERS, compare, loss_after, make_case, why_skipped
 from midflight.updates import SGD, Update
 
 SGD_OPTIONS = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "weight_decay": 0.0}
@@ -58,13 +56,15 @@ def test_the_neumann_series_equals_a_direct_solve():
     assert float((join(found) - truth).norm() / truth.norm()) < 1e-10
 
 
-@pytest.mark.parametrize("kind", ["weight_decay", "noise"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [(o, k) for o in OPTIMIZERS for k in ("weight_decay", "noise") if why_skipped(o, k) is None],
+)
 def test_one_term_and_one_unrolled_step_are_one_step(optimizer, kind):
     case = make_case(optimizer, kind)
     arguments = (case.problem, case.params, case.hparams, case.state)
     exact = mf.hypergradient(*arguments)
-    for estimator in (partial(unrolled, steps=1), partial(implicit_neumann, terms=1)):
+    for estimator in (Unrolled(steps=1), ImplicitNeumann(terms=1)):
         assert compare([mf.hypergradient(*arguments, estimator)], [exact]).relative_error < 1e-9
 
 
@@ -92,7 +92,7 @@ def ridge():
 
 @pytest.mark.parametrize(
     "estimator",
-    [partial(implicit_cg, iterations=40), partial(implicit_neumann, terms=3000)],
+    [ImplicitCG(iterations=40), ImplicitNeumann(terms=3000)],
     ids=["cg", "neumann"],
 )
 def test_implicit_estimators_equal_the_derivative_of_the_minimum(estimator):
@@ -112,7 +112,7 @@ def test_implicit_estimators_equal_the_derivative_of_the_minimum(estimator):
 def test_conjugate_gradients_on_a_rule_with_momentum_equal_dense_algebra():
     case = make_case("Adam", "weight_decay")
     found = mf.hypergradient(
-        case.problem, case.params, case.hparams, case.state, partial(implicit_cg, iterations=60, damping=0.5)
+        case.problem, case.params, case.hparams, case.state, ImplicitCG(iterations=60, damping=0.5)
     )
     names = list(case.params)
     sizes = [case.params[n].numel() for n in names]

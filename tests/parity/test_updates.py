@@ -198,9 +198,16 @@ def test_a_refusal_says_what_to_do(optimizer, advice):
         rule_for(getattr(torch.optim, optimizer)([torch.zeros(1)]))
 
 
-def test_a_subclass_counts_as_another_optimizer():
-    class Mine(torch.optim.SGD):
-        pass
+def test_a_subclass_steps_as_its_base_unless_it_has_a_step_of_its_own():
+    class WithDefaults(torch.optim.SGD):
+        def __init__(self, params):
+            super().__init__(params, lr=0.1, momentum=0.9)
 
+    class Mine(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    assert rule_for(WithDefaults(weights)) is RULES[torch.optim.SGD]
     with pytest.raises(UnsupportedOptimizer, match="Mine"):
-        rule_for(Mine([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+        rule_for(Mine(weights, lr=0.1))

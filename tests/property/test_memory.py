@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import midflight as mf
-from midflight import memory, population, tuner
+from midflight import memory
+from midflight.tuner import population
 
 COUNT_FAULTS = """
 import resource, torch
@@ -54,16 +55,12 @@ def test_nothing_is_done_for_weights_elsewhere(monkeypatch):
     assert asked == [31 * 2**20]
 
 
-def test_tuner_and_population_see_to_it(monkeypatch):
+def test_a_population_sees_to_it(monkeypatch):
     asked = []
-    monkeypatch.setattr(tuner, "keep_freed_memory", lambda _: asked.append("tuner"))
-    monkeypatch.setattr(population, "keep_freed_memory", lambda _: asked.append("population"))
+    monkeypatch.setattr(population, "keep_freed_memory", lambda _: asked.append(1))
     space = mf.Space(weight_decay=mf.Float(1e-6, 1e-2, log=True))
-    model = torch.nn.Linear(2, 1)
-    batches = [torch.zeros(1, 2)]
-    given = {"validate": lambda model, x: model(x).sum(), "valid_loader": batches, "bind": ["weight_decay"]}
-    mf.Tuner(model, torch.optim.Adam(model.parameters()), space, **given)
     mf.Population(
-        1, lambda _: torch.nn.Linear(2, 1), space, torch.optim.Adam, loss=given["validate"], **given
-    )
-    assert asked == ["tuner", "population"]
+        1, lambda _: torch.nn.Linear(2, 1), space, torch.optim.Adam, loss_fn=lambda model, x: model(x).sum(),
+        valid_loader=[torch.zeros(1, 2)],
+    )  # fmt: skip
+    assert asked == [1]

@@ -1,7 +1,10 @@
 """Spaces and transforms: what holds for any bounds and values."""
 
+import json
 import math
+import numbers
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -46,12 +49,48 @@ def test_log_gradient_has_the_factor_ln10_times_value_per_decade():
         ((2.0, 1.0), "low < high"),
         ((0.0, 1.0, True), "low > 0 must hold for log=True, but low=0.0; pass log=False or a positive low"),
         ((0.0, 1.0, False, 2.0), r"a value in \[0, 1\] is needed, but got 2"),
-        ((0.0, math.nan), "low < high"),
+        ((0.0, math.nan), "high must be a finite number, but high=nan"),
+        ((math.nan, 1.0), "low must be a finite number"),
+        ((0.0, math.inf), "high must be a finite number, but high=inf"),
+        ((-math.inf, 0.0), "low must be a finite number"),
+        ((True, 2), "low must be a finite number, but low=True"),
+        (("0", 2), "low must be a finite number, but low='0'"),
+        ((None, 2), "low must be a finite number"),
+        ((0.0, 1.0, False, math.nan), r"a value in \[0, 1\] is needed, but got nan"),
+        ((0.0, 1.0, False, True), "a value must be a number or a list of numbers, but got True"),
+        ((0.0, 1.0, False, "much"), "a value must be a number or a list of numbers, but got 'much'"),
     ],
 )
 def test_bad_bounds_are_refused_with_a_sentence(arguments, message):
     with pytest.raises(mf.SpaceError, match=message):
         mf.Float(*arguments)
+
+
+@pytest.mark.parametrize("shape", [3, (0,), (-1,), (2.0,), (True,), "ab", None])
+def test_a_shape_that_cannot_be_is_refused(shape):
+    with pytest.raises(mf.SpaceError, match="shape must be a tuple of whole numbers"):
+        mf.Float(0, 1, shape=shape)
+
+
+def test_bounds_from_numpy_and_shapes_in_lists_are_taken():
+    spec = mf.Float(np.float32(0.5), np.int64(2), shape=[2, 3])
+    assert mf.Space(x=spec)["x"].value.shape == (2, 3)
+    assert hash(spec) == hash(mf.Float(0.5, 2, shape=(2, 3)))
+
+
+@pytest.mark.parametrize("name", ["", None, 3, ("a",)])
+def test_a_name_that_is_no_text_is_refused(name):
+    with pytest.raises(mf.SpaceError, match="name must be a text that is not empty"):
+        mf.Space({name: mf.Float(0, 1)})
+
+
+@pytest.mark.parametrize(
+    "spec", [mf.Float(0.0, 1e39), mf.Float(1e-60, 1.0, log=True), mf.Float(1.0, 1.0 + 1e-9)]
+)
+def test_a_range_that_float32_cannot_hold_is_refused_but_float64_holds_it(spec):
+    with pytest.raises(mf.SpaceError, match=r"the range of x must fit into torch.float32"):
+        mf.Space(x=spec)
+    assert spec.low <= float(mf.Space({"x": spec}, dtype=torch.float64)["x"]) <= spec.high
 
 
 def test_an_empty_space_and_a_foreign_entry_are_refused():
@@ -76,6 +115,40 @@ def test_a_hyperparameter_stands_wherever_a_tensor_can():
     torch.testing.assert_close(torch.where(x > 1, a, b), torch.tensor([2.0, 3.0]))
     assert bool(a > b)
     assert float(a) == 3
+
+
+def test_a_hyperparameter_is_a_number_for_those_who_print_and_log():
+    space = mf.Space(x=mf.Float(0, 10, init=3.14159), each=mf.Float(0, 1, shape=(2,), init=[0.25, 0.5]))
+    x = space["x"]
+    space.requires_grad_()
+    assert f"{x:.3f} {x:8.1e}" == "3.142  3.1e+00"
+    assert f"{x}" == repr(x)
+    assert round(x, 2) == 3.14
+    assert np.isscalar(x)  # as TensorBoard's make_np asks, which then takes np.array([x])
+    assert isinstance(x, numbers.Number)
+    assert np.array([x]) == pytest.approx([3.14159])
+    assert np.asarray(x).shape == ()
+    assert np.mean([x, 1.0]) == pytest.approx(2.070795)
+    assert np.asarray(space["each"], dtype=np.float32).tolist() == [0.25, 0.5]
+    assert json.loads(json.dumps(space.as_dict())) == space.as_dict()
+    assert math.sqrt(x) == pytest.approx(3.14159**0.5)
+    assert x.raw.requires_grad
+
+
+def test_tensorboard_takes_a_hyperparameter():
+    tensorboard = pytest.importorskip("torch.utils.tensorboard.summary", exc_type=ImportError)
+    space = mf.Space(x=mf.Float(0, 10, init=2.5))
+    assert tensorboard.scalar("x", space["x"]).value[0].simple_value == 2.5
+
+
+def test_numbers_of_numpy_leave_the_gradient_to_the_hyperparameter():
+    space = mf.Space(x=mf.Float(0, 10, init=3))
+    x = space["x"]
+    space.requires_grad_()
+    for found, expected in [(np.float64(2) * x, 6), (np.float32(1) - x, -2), (x / np.float64(2), 1.5)]:
+        assert isinstance(found, torch.Tensor)
+        assert found.requires_grad
+        assert float(found.detach()) == expected
 
 
 def test_hyperparameters_are_no_parameters_or_buffers_of_the_model():
@@ -103,6 +176,56 @@ def test_state_round_trips_and_refuses_another_space():
     assert space.as_dict()["a"] == pytest.approx(0.3)
     with pytest.raises(mf.SpaceError, match="same space"):
         mf.Space(c=mf.Float(0, 1)).load_state_dict(state)
+
+
+SCALES = {"linear": {}, "log": {"log": True}, "logit": {"logit": True}}
+
+
+@given(
+    st.tuples(st.floats(0.01, 0.4), st.floats(0.6, 0.99)),
+    st.tuples(st.floats(0.001, 0.01), st.floats(0.99, 0.999)),
+    st.sampled_from(sorted(SCALES)),
+    st.sampled_from(sorted(SCALES)),
+    st.floats(0, 1),
+)
+def test_a_state_loaded_into_a_wider_range_or_another_scale_keeps_the_value(narrow, wide, a, b, raw):
+    saved = mf.Space({"x": mf.Float(*narrow, **SCALES[a])}, dtype=torch.float64)
+    saved["x"].raw.fill_(raw)
+    loaded = mf.Space({"x": mf.Float(*wide, **SCALES[b])}, dtype=torch.float64)
+    loaded.load_state_dict(saved.state_dict())
+    assert float(loaded["x"]) == pytest.approx(float(saved["x"]), rel=1e-9)
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
+    saved = mf.Space(a=mf.Float(0, 1, init=0.9), b=mf.Float(0, 8, init=7, shape=(2,)))
+    for specs, message in [
+        (
+            {"b": mf.Float(0, 5, shape=(2,))},
+            r"the saved b does not fit: a value in \[0, 5\] is needed, but got 7",
+        ),
+        ({"b": mf.Float(0, 8, shape=(3,))}, r"b must have shape \(3,\), but was saved with \(2,\)"),
+        ({"b": mf.Float(0, 8)}, r"b must have shape \(\), but was saved with \(2,\)"),
+    ]:
+        space = mf.Space({"a": mf.Float(0, 1, init=0.3), **specs})
+        before = space.as_dict()
+        with pytest.raises(mf.SpaceError, match=message):
+            space.load_state_dict(saved.state_dict())
+        assert space.as_dict() == before
+
+
+def test_a_state_survives_torch_save_bit_for_bit(tmp_path):
+    space = mf.Space(a=mf.Float(1e-5, 1, log=True, init=0.3), b=mf.Float(0.1, 0.9, logit=True, shape=(2,)))
+    torch.save(space.state_dict(), tmp_path / "space.pt")
+    raws = {name: raw.clone() for name, raw in space.raws.items()}
+    space.set(a=0.5, b=[0.2, 0.3])
+    space.load_state_dict(torch.load(tmp_path / "space.pt", weights_only=True))
+    assert all(torch.equal(raw, raws[name]) for name, raw in space.raws.items())
+
+
+def test_a_state_of_raw_coordinates_alone_is_taken_in_the_range_of_now():
+    space = mf.Space(a=mf.Float(0, 2))
+    space.load_state_dict({"raw": {"a": torch.tensor(0.25)}})
+    assert float(space["a"]) == 0.5
 
 
 def test_using_other_raws_ends_with_the_block():

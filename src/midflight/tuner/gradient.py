@@ -136,6 +136,8 @@ class ReceivedGradient:
             return self._unseen(grads)
         scale = loss_scale()
         ratios = _ratios(seen, {name: grads[name] for name in seen}, scale)
+        if not all(math.isfinite(number) for ratio in ratios.values() for number in ratio):
+            return None  # nothing to tell: this look fails by itself
         tolerance = {name: _tolerance(grads[name]) for name in seen}
         limit = _limit(ratios, tolerance)
         if limit is not None and all(

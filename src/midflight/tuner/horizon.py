@@ -9,8 +9,8 @@ gone, but a step sees the present only: while the network learns what generalise
 regularisation looks better, and memorising comes later.
 
 Which of the two errs shows in C1 / C2, training over validation loss at the average. Caution rises as it
-falls below a line from 1 at the start to MEMORISED at the end of the run. The average moves slowly, so
-that at caution 0 the hypergradients of the last few hyper-steps are averaged too, which saves data. Towards the
+falls below a line from 1 at the start to MEMORISED at the end of the run. The average moves slowly, so that
+at caution 0 the hypergradients of the last few hyper-steps are averaged too, which saves data. Towards the
 end of a run it is shortened: little is left to judge then, and as the weights that a run ends with, a long
 average lags behind.
 

@@ -196,8 +196,7 @@ class HyperStep:
     def _valid_gradient(
         self, params: Tensors, at: Tensors, grads: Tensors, layers: dict[str, _BatchNorm]
     ) -> tuple[float, Tensors, Statistics]:
-        """C2 at other weights, and its gradient for the weights about to be moved and for running
-        statistics."""
+        """C2 at other weights, its gradient at those to be moved, and that at running statistics."""
         batch, passes = next(self.t2), Passes()
         targets = {name: params[name] for name in grads}
 

@@ -104,7 +104,7 @@ def _without_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
     kept = [(leaf, leaf._backward_hooks, leaf._post_accumulate_grad_hooks) for leaf in leaves]
     try:
         for leaf, *_ in kept:
-            leaf._backward_hooks, leaf._post_accumulate_grad_hooks = None, None
+            leaf._backward_hooks = leaf._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         yield
     finally:
         for leaf, before, after in kept:

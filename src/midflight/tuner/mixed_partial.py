@@ -181,12 +181,12 @@ class MixedPartial:
     def _sees_all(
         self, train_loss: Callable[[Tensors, Tensors], Tensor], plain: Tensor, at: Tensors, values: Tensors
     ) -> bool:
-        """Whether other weights reach all of the loss: code may hold on to the parameters, or choose by flags."""
+        """Whether other weights reach all of the loss: code may hold on to parameters or choose by flags."""
         replaced = train_loss(leaves(at), values)
         live = {id(p) for p in self._live.model.parameters()}
         with forward_ad.dual_level():
-            duals = {name: forward_ad.make_dual(p, torch.zeros_like(p)) for name, p in at.items()}
-            moving = forward_ad.unpack_dual(train_loss(duals, values)).primal
+            duals = {name: forward_ad.make_dual(p, torch.zeros_like(p)) for name, p in at.items()}  # type: ignore[no-untyped-call]
+            moving = forward_ad.unpack_dual(train_loss(duals, values)).primal  # type: ignore[no-untyped-call]
             same = torch.equal(moving.detach(), plain.detach())
         return (
             same
