@@ -216,7 +216,7 @@ def compute_cost(task: str, pairs: int = 12) -> None:
     for n in range(pairs):
         params = {
             "layers": int(rng.integers(1, 4)), "width": int(rng.integers(16, 129)), "activation": "relu",
-            "optimizer": ["adam", "sgd"][n % 2], "lr": 1e-3, "momentum": 0.9,
+            "lr": 1e-3, **({"optimizer": "sgd", "momentum": 0.9} if n % 2 else {"optimizer": "adam"}),
         }  # fmt: skip
         online = SPACE.tuned(SPACE.starts(params))
         runs = [Training(task, {**params, **SPACE.starts(params)}, space, n) for space in (None, online)]

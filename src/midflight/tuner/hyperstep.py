@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from midflight.errors import UnsupportedOptimizer, UnsupportedParameter
+from midflight.graph import graph_leaves
 from midflight.hypergrad import Estimator
 from midflight.hypergrad.mixed import value_grads
 from midflight.hypergrad.one_step import central_difference, forward_over_reverse, one_step, one_step_cheap
@@ -102,7 +103,8 @@ class HyperStep:
             self.live, self.randomness, space, self.train_loss, examples, estimator.mixed
         )
         self.received = ReceivedGradient(max_grad_norm)
-        self._loss_reads = bool(binding.unbound)
+        self._loss_reads: bool | None = True if binding.unbound else None
+        """Whether the loss reads the space; None where it need not, until the first hyper-step."""
         self._said_standing = False
 
     def params(self) -> Tensors:
@@ -115,7 +117,7 @@ class HyperStep:
 
     def watch(self) -> None:
         """A hyper-step comes with the next step: note the gradient that `backward` leaves."""
-        if self._loss_reads or self.mixed.way is None:
+        if self._loss_reads is not False:
             self.received.watch({**dict(self._model.named_parameters()), **self.params()})
 
     def __call__(self) -> Look:
@@ -127,6 +129,8 @@ class HyperStep:
         params = self.params()
         grads = self._final_gradients(params)
         everywhere = {**grads, **self._standing(params)}
+        if self._loss_reads is None:
+            self._loss_reads = self._reads()
         clipped = self.received.jacobian(everywhere) if self._loss_reads else None
         live = {**dict(self._model.named_parameters()), **params}
         with self.live.borrowed():
