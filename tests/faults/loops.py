@@ -37,7 +37,7 @@ class KnownNoise(nn.Module):
         self.register_buffer("z", torch.randn(shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.level * self.z[: len(x)].to(x) if self.training else x
+        return x + self.level * self.z[: len(x)].to(x) if self.training and len(x) <= len(self.z) else x
 
 
 def set_options(loop: "Loop") -> None:

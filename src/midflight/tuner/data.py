@@ -3,15 +3,18 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from midflight.errors import UnusableLoader
-from midflight.tuner.randomness import NoRandomness, Randomness
+from midflight.tuner.randomness import DEPTH, GENERATORS, OBJECTS, NoRandomness, Randomness
 
 PASS = 100
 """Batches that count as a pass through a loader without an end."""
@@ -91,7 +94,8 @@ class EndlessBatches(Iterator[Any]):
                 f"{name} must be an iterable of batches, such as a DataLoader or a list, but got "
                 f"{type(loader).__name__}."
             )
-        self.loader = loader if randomness is None else own_copy(loader)
+        self._theirs, self._copies = loader, randomness is not None
+        self.loader = loader
         self._name = name
         self._randomness = randomness or NoRandomness()
         self._iterator: Iterator[Any] | None = None
@@ -124,11 +128,8 @@ class EndlessBatches(Iterator[Any]):
     def whole_pass(self) -> Iterator[Any]:
         """Every batch once, from the beginning; of a loader without an end the first `PASS`."""
         with self._randomness.borrowed():
-            ends = hasattr(self.loader, "__len__")
-            for n, batch in enumerate(iter(self.loader)):
-                if not ends and n >= PASS:
-                    return
-                yield batch
+            loader = own_copy(self._theirs) if self._copies else self._theirs
+            yield from islice(iter(loader), _batches_of(loader))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is."""
@@ -151,34 +152,70 @@ class EndlessBatches(Iterator[Any]):
 
     def _begin(self) -> None:
         self._states = self._randomness.snapshot()
+        if self._copies:  # anew at each pass: the loop may say `sampler.set_epoch(n)` in between
+            self.loader = own_copy(self._theirs)
         self._iterator = iter(self.loader)
         self._used = 0
 
 
-def own_copy(loader: Any) -> Any:
-    """A loader with what it keeps between passes copied, such as counters; data and random numbers are
-    shared.
+def _batches_of(loader: Iterable[Any]) -> int:
+    """Batches in a pass; a loader may have `__len__` and not know it, as a `DataLoader` of a stream."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return PASS
 
-    What cannot be copied safely, an iterator or an object with a finalizer, is returned as it is.
+
+def own_copy(loader: Any) -> Any:
+    """A loader with all that it and its parts keep between passes copied, such as counters and caches.
+
+    Arrays, functions and random generators are shared, and so is what cannot be copied safely: iterators,
+        objects
+    with a finalizer, large containers.
     """
-    kind = type(loader)
-    if isinstance(loader, Iterator) or hasattr(kind, "__del__") or not hasattr(loader, "__dict__"):
-        return loader
-    own = copy.copy(loader)
-    parts = {name: own_copy(value) for name, value in vars(loader).items() if isinstance(value, DataLoader)}
-    if isinstance(loader, DataLoader):
+    return _copied(loader, {}, DEPTH)
+
+
+def _copied(thing: Any, known: dict[int, Any], depth: int) -> Any:
+    if id(thing) in known:
+        return known[id(thing)]
+    if depth == 0 or _is_shared(thing):
+        return thing
+    if isinstance(thing, list | tuple | dict | set):
+        if len(thing) > OBJECTS or type(thing) not in (list, tuple, dict, set):
+            return thing
+        if isinstance(thing, dict):
+            own: Any = {key: _copied(value, known, depth - 1) for key, value in thing.items()}
+        else:
+            own = type(thing)(_copied(value, known, depth - 1) for value in thing)
+        known[id(thing)] = own
+        return own
+    try:
+        own = copy.copy(thing)
+    except Exception:  # whatever the user's class says to being copied
+        return thing
+    known[id(thing)] = own
+    if own is thing:  # its class wants to be shared
+        return own
+    parts = {name: _copied(value, known, depth - 1) for name, value in vars(thing).items()}
+    if isinstance(thing, DataLoader):
         parts["_iterator"] = None  # of persistent workers
-        parts |= {
-            name: copy.copy(part)
-            for name in ("sampler", "batch_sampler")
-            if (part := getattr(loader, name, None)) is not None
-        }
-        if getattr(parts.get("batch_sampler"), "sampler", None) is loader.sampler:
-            parts["batch_sampler"].sampler = parts["sampler"]
-        if isinstance(loader.dataset, IterableDataset):
-            parts["dataset"] = copy.copy(loader.dataset)
     own.__dict__.update(parts)  # past DataLoader's guard against changes
     return own
+
+
+def _is_shared(thing: Any) -> bool:
+    kind = type(thing)
+    if kind in (list, tuple, dict, set):
+        return False
+    return (
+        isinstance(thing, (Iterator, Tensor, np.ndarray, nn.Module, type, *GENERATORS))
+        or kind.__module__ == "builtins"
+        or hasattr(kind, "__del__")
+        or not hasattr(thing, "__dict__")
+        or callable(thing)
+        and isinstance(thing, FunctionType | ModuleType | partial)
+    )
 
 
 def require_many_passes(loader: Any, name: str) -> None:

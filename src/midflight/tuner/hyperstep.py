@@ -92,7 +92,8 @@ class HyperStep:
         self._model, self._optimizers, self._space, self._binding = model, optimizers, space, binding
         self._require_smooth()
         self._estimator, self.horizon = estimator, horizon
-        self.randomness = Randomness([*loaders, *(loss for loss in losses)])
+        of_modules = [list(vars(module).values()) for module in model.modules()]
+        self.randomness = Randomness([*loaders, *losses, *of_modules])
         self.t1 = EndlessBatches(loaders[0], "train_loader", self.randomness)
         self.t2 = EndlessBatches(loaders[1], "valid_loader", self.randomness)
         own = {id(p) for p in model.parameters()}
@@ -140,6 +141,17 @@ class HyperStep:
             finally:
                 for raw in self._space.raws.values():
                     raw.grad = None
+                self._space.requires_grad_(False)
+
+    def _reads(self) -> bool:
+        """Whether the training loss is a function of some hyperparameter, though all are options."""
+        raws = {id(raw) for raw in self._space.raws.values()}
+        with self.live.borrowed():
+            try:
+                self._space.requires_grad_(True)
+                loss = self.live.train_loss(self.train_loss, self.mixed.try_few(next(self.t1)))
+                return any(id(leaf) in raws for leaf in graph_leaves(loss))
+            finally:
                 self._space.requires_grad_(False)
 
     def _look(self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors) -> Look:
@@ -200,7 +212,7 @@ class HyperStep:
     def _valid_gradient(
         self, params: Tensors, at: Tensors, grads: Tensors, layers: dict[str, _BatchNorm]
     ) -> tuple[float, Tensors, Statistics]:
-        """C2 at other weights, its gradient at those to be moved, and that at running statistics."""
+        """C2 at other weights, with its gradient at those to be moved and at running statistics."""
         batch, passes = next(self.t2), Passes()
         targets = {name: params[name] for name in grads}
 
@@ -277,8 +289,8 @@ class HyperStep:
             if not rule.differentiable and self._binding.unbound:
                 raise UnsupportedOptimizer(
                     f"{type(optimizer).__name__} rounds its step to bfloat16, so that no hyperparameter of "
-                    f"the loss has a derivative; tune its own options only ({', '.join(sorted(rule.tunable))}), "
-                    f"but the space has {', '.join(self._binding.unbound)}."
+                    f"the loss has a derivative; tune its own options only, "
+                    f"{', '.join(sorted(rule.tunable))}, but the space has {', '.join(self._binding.unbound)}."
                 )
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,13 +4,16 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
 
 SALT = 0x6D69_6466  # any number but 0: the tuner must not draw what the loop draws
-DEPTH, OBJECTS = 4, 500  # how far into a loader generators are looked for
+DEPTH, OBJECTS = 4, 500
+"""How far into a loader the tuner looks for generators and state."""
 
 
 class Randomness:
@@ -35,6 +38,7 @@ class Randomness:
         self._states: list[Any] = [*[None] * len(everyone), *[source.get() for source in held]]
         self._seed = seed
         self._borrowed = False
+        self._cuda = 0
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
@@ -42,7 +46,8 @@ class Randomness:
         if self._borrowed:
             yield
             return
-        sources = [*self._sources, *_cuda()]
+        cuda = _cuda()[self._cuda :]  # started since
+        sources = [*self._sources, *cuda]
         own = [*self._states, *[None] * (len(sources) - len(self._states))]
         before = [source.get() for source in sources]
         try:
@@ -52,7 +57,7 @@ class Randomness:
             yield
             own = [source.get() for source in sources]
         finally:
-            self._states, self._sources = own, sources
+            self._states, self._sources, self._cuda = own, sources, self._cuda + len(cuda)
             for source, state in zip(sources, before, strict=True):
                 source.set(state)
             self._borrowed = False
@@ -124,7 +129,7 @@ def _source(generator: Any) -> _Source:
     return _Source(lambda: bits.state, write, lambda n: write(type(bits)(n).state))
 
 
-_KINDS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 
 
 def _generators(holder: Any) -> Iterator[Any]:
@@ -133,8 +138,8 @@ def _generators(holder: Any) -> Iterator[Any]:
     for _ in range(DEPTH):
         following: list[Any] = []
         for obj in level:
-            for value in _parts(obj):
-                if isinstance(value, _KINDS):
+            for value in [] if isinstance(obj, torch.nn.Module) else _parts(obj):
+                if isinstance(value, GENERATORS):
                     yield value
                 elif id(value) not in seen and len(seen) < OBJECTS:
                     seen.add(id(value))
@@ -143,15 +148,50 @@ def _generators(holder: Any) -> Iterator[Any]:
 
 
 def _parts(obj: Any) -> Iterable[Any]:
+    """What an object holds, or the code of its class reads of its module."""
     if isinstance(obj, torch.Tensor | np.ndarray | str | bytes | int | float | type | type(sys)):
         return ()
     if isinstance(obj, Mapping):
         return list(obj.values())[:OBJECTS] if len(obj) <= OBJECTS else ()
     if isinstance(obj, list | tuple | set):
         return obj if len(obj) <= OBJECTS else ()
-    if callable(obj) and hasattr(obj, "__closure__"):
-        return [cell.cell_contents for cell in obj.__closure__ or () if _filled(cell)]
-    return list(getattr(obj, "__dict__", {}).values())
+    if isinstance(obj, FunctionType):
+        return [
+            *(cell.cell_contents for cell in obj.__closure__ or () if _filled(cell)),
+            *_of_its_module(obj),
+        ]
+    if isinstance(obj, partial):
+        return [obj.func, *obj.args, *obj.keywords.values()]
+    own = [*vars(obj).values()] if hasattr(obj, "__dict__") else []
+    kinds = [kind for kind in type(obj).__mro__ if kind.__module__.partition(".")[0] not in _LIBRARIES]
+    for kind in kinds:
+        own += [getattr(obj, name) for name in _slots(kind) if hasattr(obj, name)]
+        own += [g for f in vars(kind).values() if isinstance(f, FunctionType) for g in _of_its_module(f)]
+    return [*own, getattr(obj, "__self__", None)]  # of a method
+
+
+_LIBRARIES = {
+    "builtins",
+    "torch",
+    "numpy",
+    "random",
+    "abc",
+    "typing",
+    "collections",
+    "itertools",
+    "functools",
+}
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _of_its_module(function: FunctionType) -> list[Any]:
+    """The generators among the global names that a function reads."""
+    names = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return [value for value in names if isinstance(value, GENERATORS)]
 
 
 def _filled(cell: Any) -> bool:

@@ -43,6 +43,9 @@ class Rotation:
         self.valid: Sampler[int] = _Part(self, held_out=True, turns=False)
         self.seen: Sampler[int] = _Part(self, held_out=False, turns=False)
 
+    def __copy__(self) -> "Rotation":
+        return self  # the samplers must agree on the fold
+
     def turn(self) -> None:
         """On to the next fold; the first call stays at the first."""
         self.fold = (self.fold + self._begun) % len(self._parts)
