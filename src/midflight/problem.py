@@ -55,6 +55,21 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Dependence:
+    """How the training gradient depends on the hyperparameters.
+
+    Attributes:
+        mixed_partial: w -> d/dhparams <w, g>, for those hparams that g depends on.
+        blended: the gradient at which dU/dg is taken where g is seen on other examples than the step's: with
+            n of them for a step's B it is (1 - n/B) g + n/B (theirs), so that what dU/dg and dg/dlambda share
+            of the noise counts as in the step itself. None: g.
+    """
+
+    mixed_partial: Callable[[Tensors], Tensors]
+    blended: Tensors | None = None
+
+
+@dataclass(frozen=True)
 class Step:
     """One optimiser step about to be taken: everything an estimator may look at but v.
 
@@ -65,7 +80,7 @@ class Step:
         updates: weight name -> rule and options; tuned options carry the graph to hparams.
         hparams: the leaves that are tuned, name -> tensor.
         values: what the model sees of them, differentiable with respect to hparams.
-        mixed_partial: w -> d/dhparams <w, g>, for those hparams that g depends on.
+        dependence: computes how g depends on hparams; asked once v is there, for it may hold much memory.
         train_loss: the training loss as a function; None in a population.
         clipped: w -> J^T w, J the Jacobian of what happens to a gradient between `backward` and `step`;
             None if nothing happens.
@@ -78,7 +93,7 @@ class Step:
     updates: Updates
     hparams: Tensors
     values: Tensors
-    mixed_partial: Callable[[Tensors], Tensors]
+    dependence: Callable[[], Dependence]
     train_loss: TrainLoss | None = None
     clipped: Callable[[Tensors], Tensors] | None = None
     members: int | None = None
@@ -120,9 +135,9 @@ def double_backward(grads: Tensors, hparams: Tensors, w: Tensors) -> Tensors:
     return {name: g for name, g in zip(hparams, found, strict=True) if g is not None}
 
 
-def recorded(grads: Tensors, hparams: Tensors) -> Callable[[Tensors], Tensors]:
-    """`Step.mixed_partial` where g was recorded with its graph."""
-    return partial(double_backward, grads, hparams)
+def recorded(grads: Tensors, hparams: Tensors) -> Callable[[], Dependence]:
+    """`Step.dependence` where g itself was recorded with its graph."""
+    return partial(Dependence, partial(double_backward, grads, hparams))
 
 
 def added(a: Tensors, b: Tensors) -> Tensors:

@@ -1,7 +1,11 @@
-"""Everything here is compared with an oracle to the last digits, so it runs in float64."""
+"""Everything here is compared with an oracle to the last digits, most of it in float64."""
 
 import pytest
 import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds, such as a compilation")
 
 
 @pytest.fixture

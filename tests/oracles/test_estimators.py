@@ -5,6 +5,7 @@ import torch
 
 import midflight as mf
 from midflight.hypergrad import CLAIMS, ESTIMATORS
+from midflight.problem import Dependence, double_backward
 from midflight.testing import OPTIMIZERS, central_difference, compare, loss_after, make_case, why_skipped
 from midflight.updates import SGD, Update
 
@@ -178,7 +179,7 @@ def test_a_gradient_that_is_clipped_before_the_step_is_pulled_back_through_its_j
     step = mf.Step(
         params=params, grads={"w": c * unit}, state={"w": {}}, updates=problem.updates(hparams),
         hparams=hparams, values=hparams,
-        mixed_partial=lambda w: mf.problem.double_backward(grads, hparams, w),
+        dependence=lambda: Dependence(lambda w: double_backward(grads, hparams, w)),
         clipped=lambda w: {"w": c / size * (w["w"] - unit * (unit @ w["w"]))},
     )  # fmt: skip
     one_step = mf.ESTIMATORS["one_step"]

@@ -1,5 +1,7 @@
 """How the training gradient depends on the hyperparameters: on which examples, and in which of three ways."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from toys import Recorder, cross_entropy, train, tuner
 import midflight as mf
 from midflight.hypergrad.one_step import OneStep
 from midflight.tuner.live import with_tensors
+from midflight.updates import read_options, rule_for
 
 _DATA = torch.Generator().manual_seed(0)
 X = torch.randn(32, 6, dtype=torch.float64, generator=_DATA)
@@ -43,12 +46,20 @@ def linear(space):
     return loss
 
 
-def hyper_step(make_loss, part=WHOLE, middle=nn.Tanh, **options):
+def adam(params):
+    return torch.optim.Adam(params, lr=0.05)
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.5, momentum=0.9)
+
+
+def hyper_step(make_loss, part=WHOLE, middle=nn.Tanh, make=adam, **options):
     """(hypergradients, the tuner) of one hyper-step in the middle of a training on the whole batch."""
     torch.manual_seed(0)
     s = space()
     model = nn.Sequential(nn.Linear(6, 8), middle(), nn.Linear(8, 3)).double()
-    optimizer, loss = torch.optim.Adam(model.parameters(), lr=0.05), make_loss(s)
+    optimizer, loss = make(model.parameters()), make_loss(s)
     t = tuner(
         model, optimizer, s, loss, train_loader=[part], valid_loader=[(X.flip(0), Y)],
         valid_loss_fn=cross_entropy, schedule=4, hyper_optimizer=Recorder, **options,
@@ -59,8 +70,9 @@ def hyper_step(make_loss, part=WHOLE, middle=nn.Tanh, **options):
 
 @pytest.mark.parametrize("loss", [smooth, linear])
 def test_the_parts_of_a_batch_average_to_the_hypergradient_of_the_whole(loss):
-    whole, _ = hyper_step(loss)
-    parts = [hyper_step(loss, part)[0] for part in HALVES]
+    """Under SGD, whose step is linear in the gradient."""
+    whole, _ = hyper_step(loss, make=sgd)
+    parts = [hyper_step(loss, part, make=sgd)[0] for part in HALVES]
     torch.testing.assert_close((parts[0] + parts[1]) / 2, whole, rtol=1e-9, atol=0)
     assert not torch.allclose(parts[0], whole, rtol=1e-3)
 
@@ -68,10 +80,46 @@ def test_the_parts_of_a_batch_average_to_the_hypergradient_of_the_whole(loss):
 @pytest.mark.parametrize("loss", [smooth, linear])
 @pytest.mark.parametrize("estimator", ["one_step", "central_difference"])
 def test_of_a_batch_the_first_examples_are_taken(loss, estimator):
-    few, t = hyper_step(loss, examples=16, estimator=estimator)
-    half, _ = hyper_step(loss, HALVES[0], estimator=estimator)
+    few, t = hyper_step(loss, examples=16, estimator=estimator, make=sgd)
+    half, _ = hyper_step(loss, HALVES[0], estimator=estimator, make=sgd)
     torch.testing.assert_close(few, half, rtol=1e-9, atol=0)
     assert t.log()["mixed_partial/examples"] == 16
+
+
+@pytest.mark.parametrize("loss", [smooth, linear])
+@pytest.mark.parametrize("examples", [8, 16, 32])
+def test_of_few_examples_adam_is_differentiated_where_they_count_for_their_share_of_the_step(loss, examples):
+    """-v . d theta'(h) with g = (1 - n/B) g of the step + n/B g of the n(h), v held at theta'."""
+    torch.manual_seed(0)
+    s = space()
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    optimizer, function = adam(model.parameters()), loss(s)
+    t = tuner(
+        model, optimizer, s, function, train_loader=[WHOLE], valid_loader=[(X.flip(0), Y)],
+        valid_loss_fn=cross_entropy, schedule=4, hyper_optimizer=Recorder, examples=examples,
+    )  # fmt: skip
+    train(model, optimizer, 3, WHOLE, function)
+    optimizer.zero_grad()
+    function(model, WHOLE).backward()
+    named, rule = dict(model.named_parameters()), rule_for(optimizer)
+    before = {n: p.detach().clone() for n, p in named.items()}
+    state = {n: {k: x.clone() for k, x in optimizer.state[p].items()} for n, p in named.items()}
+    whole = {n: p.grad.clone() for n, p in named.items()}
+    options = read_options(optimizer.param_groups[0])
+    twin = copy.deepcopy(model)
+    optimizer.step()
+    s.requires_grad_()
+    few = torch.autograd.grad(
+        function(twin, (X[:examples], Y[:examples])), list(twin.parameters()), create_graph=True
+    )
+    v = torch.autograd.grad(cross_entropy(model, (X.flip(0), Y)), list(named.values()))
+    part = examples / 32
+    w = [
+        rule.pullback(u, before[n], (1 - part) * whole[n] + part * g.detach(), state[n], options)[0]
+        for (n, g), u in zip(zip(named, few, strict=True), v, strict=True)
+    ]
+    truth = torch.autograd.grad(few, list(s.raws.values()), w)
+    torch.testing.assert_close(torch.stack(t.hyper_optimizer.seen[0]), torch.stack(truth), rtol=1e-9, atol=0)
 
 
 def test_a_loss_that_does_not_take_a_part_of_a_batch_gets_the_whole():

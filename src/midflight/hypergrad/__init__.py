@@ -5,6 +5,7 @@ file here and one row in `ESTIMATORS`; the row gives it every test and its line 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 from midflight.errors import UnknownName
@@ -16,7 +17,7 @@ from midflight.hypergrad.one_step import central_difference, forward_over_revers
 from midflight.hypergrad.paper import paper
 from midflight.hypergrad.t1t2 import t1t2
 from midflight.hypergrad.unrolled import Unrolled, unrolled
-from midflight.problem import Problem, Step, double_backward, require_reached
+from midflight.problem import Dependence, Problem, Step, double_backward, require_reached
 from midflight.trees import Tensors, detach, leaves
 from midflight.updates import State
 
@@ -102,7 +103,7 @@ def hypergradient(
         updates=problem.updates(hparams),
         hparams=hparams,
         values=hparams,
-        mixed_partial=mixed_partial,
+        dependence=partial(Dependence, mixed_partial),
         train_loss=problem.train_loss,
     )
     return require_reached(estimate(step, problem.valid_grads(estimate.at(step))), hparams)

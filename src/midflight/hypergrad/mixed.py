@@ -32,9 +32,10 @@ def pullback(step: Step, v: Tensors) -> Tensors:
     Returns:
         name -> tensor shaped like step.hparams, for the hyperparameters that the step depends on.
     """
-    w, pairs = pull_back(v, step.params, step.grads, step.state, step.updates)
+    found = step.dependence()
+    w, pairs = pull_back(v, step.params, step.grads, step.state, step.updates, found.blended)
     options = step.chain(pairs)
-    return added(options, step.mixed_partial(step.clipped(w) if step.clipped else w))
+    return added(options, found.mixed_partial(step.clipped(w) if step.clipped else w))
 
 
 def train_loss_of(step: Step) -> TrainLoss:

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from midflight.errors import UnusableLoader
-from midflight.tuner.randomness import DEPTH, GENERATORS, OBJECTS, NoRandomness, Randomness
+from midflight.tuner.randomness import (
+    DEPTH,
+    GENERATORS,
+    OBJECTS,
+    NoRandomness,
+    Randomness,
+    plain,
+    restored,
+)
 
 PASS = 100
 """Batches that count as a pass through a loader without an end."""
@@ -133,7 +141,7 @@ class EndlessBatches(Iterator[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is."""
-        return {"used": self._used, "states": self._states}
+        return {"used": self._used, "states": plain(self._states)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from where `state_dict` was taken."""
@@ -142,7 +150,7 @@ class EndlessBatches(Iterator[Any]):
             return
         with self._randomness.borrowed():
             now = self._randomness.snapshot()
-            self._randomness.rewind(state["states"])
+            self._randomness.rewind(restored(state["states"]))
             self._begin()
             assert self._iterator is not None
             for _ in range(state["used"]):
@@ -204,17 +212,18 @@ def _copied(thing: Any, known: dict[int, Any], depth: int) -> Any:
     return own
 
 
+_SHARED = (Iterator, Tensor, np.ndarray, nn.Module, type, FunctionType, ModuleType, partial)
+
+
 def _is_shared(thing: Any) -> bool:
     kind = type(thing)
     if kind in (list, tuple, dict, set):
         return False
     return (
-        isinstance(thing, (Iterator, Tensor, np.ndarray, nn.Module, type, *GENERATORS))
+        isinstance(thing, (*_SHARED, *GENERATORS))
         or kind.__module__ == "builtins"
         or hasattr(kind, "__del__")
         or not hasattr(thing, "__dict__")
-        or callable(thing)
-        and isinstance(thing, FunctionType | ModuleType | partial)
     )
 
 

@@ -57,6 +57,14 @@ class Clipped:
     grads: Tensors = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
 
+    def received(self, raw: Tensors) -> Tensors:
+        """Another gradient, as the optimiser would have got it beside this one."""
+        factors = {**self.factors, **{name: factor for unit, factor, _ in self.norms for name in unit}}
+        found = {name: factors.get(name, 1.0) * g for name, g in raw.items()}
+        if self.limit is None:
+            return found
+        return {name: g.clamp(-self.limit, self.limit) for name, g in found.items()}
+
     def __call__(self, w: Tensors) -> Tensors:
         """J^T w, for the weights of w and for those clipped together with them."""
         found = dict(w)

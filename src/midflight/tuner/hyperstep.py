@@ -20,11 +20,11 @@ from midflight.graph import graph_leaves
 from midflight.hypergrad import Estimator
 from midflight.hypergrad.mixed import value_grads
 from midflight.hypergrad.one_step import central_difference, forward_over_reverse, one_step, one_step_cheap
-from midflight.problem import Step, added
+from midflight.problem import Dependence, Step, added
 from midflight.space import Space
 from midflight.trees import Tensors, all_finite, detach
 from midflight.tuner.binding import Binding
-from midflight.tuner.data import EndlessBatches, require_many_passes
+from midflight.tuner.data import EndlessBatches, examples_of, require_many_passes
 from midflight.tuner.gradient import Clipped, ReceivedGradient, calling_scaler, scaler_stage
 from midflight.tuner.horizon import Horizon
 from midflight.tuner.live import LiveModel, Loss, weights_at
@@ -174,7 +174,7 @@ class HyperStep:
             if all_finite(found.values()):
                 found = self.horizon.smoothed(found)
         if steering:
-            here = replace(step, hparams={name: step.hparams[name] for name in steering}, mixed_partial=_none)
+            here = replace(step, hparams={name: step.hparams[name] for name in steering}, dependence=_apart)
             loss, v, _ = self._valid_gradient(params, one_step.at(here), grads, {})
             found, c2 = {**found, **one_step(here, v)}, c2 if judged else loss
         if self.horizon.looks and not (judged and self.horizon.at_average):
@@ -190,12 +190,15 @@ class HyperStep:
         }
         used = {name: params[name] for name in grads}
 
-        def mixed_partial(w: Tensors) -> Tensors:
+        def dependence() -> Dependence:
             if not self._loss_reads:
-                return {}
+                return Dependence(_none)
             trained = {name: p for name, p in live.items() if p.requires_grad}
-            w = {name: w[name] for name in w if name in trained}  # the gradient of a frozen one stays
-            return self.mixed(self.mixed.try_few(batch), trained, w)
+            few = self.mixed.try_few(batch)
+            theirs, along = self.mixed(few, trained)
+            blended = self._blended(grads, clipped.received(theirs) if clipped else theirs, few, batch)
+            # the gradient of a weight that was frozen in mid-run stays as it is
+            return Dependence(lambda w: along({name: w[name] for name in w if name in trained}), blended)
 
         return Step(
             params=detach(used),
@@ -204,10 +207,16 @@ class HyperStep:
             updates=self._binding.updates(used, values),
             hparams=self._space.raws,
             values=values,
-            mixed_partial=mixed_partial,
+            dependence=dependence,
             train_loss=self.mixed.train_loss(batch) if self._estimator.needs_train_loss else None,
             clipped=clipped,
         )
+
+    def _blended(self, grads: Tensors, theirs: Tensors, few: Any, batch: Any) -> Tensors:
+        """See `Dependence`: the gradient of the step, with the few examples counted for their share of it."""
+        of_step = (examples_of(batch) or 1) * self.received.passes
+        share = min(1.0, (examples_of(few) or 1) / of_step)
+        return {name: g.lerp(theirs[name].to(g), share) if name in theirs else g for name, g in grads.items()}
 
     def _valid_gradient(
         self, params: Tensors, at: Tensors, grads: Tensors, layers: dict[str, _BatchNorm]
@@ -289,8 +298,8 @@ class HyperStep:
             if not rule.differentiable and self._binding.unbound:
                 raise UnsupportedOptimizer(
                     f"{type(optimizer).__name__} rounds its step to bfloat16, so that no hyperparameter of "
-                    f"the loss has a derivative; tune its own options only, "
-                    f"{', '.join(sorted(rule.tunable))}, but the space has {', '.join(self._binding.unbound)}."
+                    f"the loss has a derivative; tune its own options, {', '.join(sorted(rule.tunable))}, "
+                    f"without {', '.join(self._binding.unbound)}."
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -317,3 +326,8 @@ class HyperStep:
 
 def _none(_: Tensors) -> Tensors:
     return {}
+
+
+def _apart() -> Dependence:
+    """Of options, which the training gradient does not read."""
+    return Dependence(_none)

@@ -64,7 +64,11 @@ class LiveModel:
         return self._call(function, batch)
 
     def gradients(
-        self, loss: Callable[[], Tensor], at: Tensors, inside: Callable[[], Tensors] = dict
+        self,
+        loss: Callable[[], Tensor],
+        at: Tensors,
+        inside: Callable[[], Tensors] = dict,
+        hooks: bool = False,
     ) -> tuple[Tensor, Tensors]:
         """The loss and its gradient at leaves, name -> tensor; without those that the loss does not reach.
 
@@ -75,7 +79,7 @@ class LiveModel:
         emptied.
         """
         value = loss()
-        with _without_hooks(at.values()):
+        with nullcontext() if hooks else _without_hooks(at.values()):
             if not reenters(value):
                 targets = at | {name: t for name, t in inside().items() if t.requires_grad}
                 found = torch.autograd.grad(value, list(targets.values()), allow_unused=True)

@@ -83,50 +83,87 @@ class MixedPartial:
         """The examples of a batch that are used; all of them where the loss does not take fewer."""
         return batch if self.whole_batches else first_examples(batch, self._examples)
 
-    def __call__(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
-        """d/draw <w, g>.
+    def __call__(
+        self, batch: Any, params: Mapping[str, Tensor]
+    ) -> tuple[Tensors, Callable[[Tensors], Tensors]]:
+        """The training gradient on these examples, and how it depends on the hyperparameters.
 
         Args:
             batch: of T1, as `few` gave it.
-            params: the live weights, name -> leaf; more than w has entries for.
-            w: cotangents of the training gradient.
+            params: the live weights that require a gradient, name -> leaf.
 
         Returns:
-            name -> tensor shaped like the raw coordinate, for the hyperparameters that g depends on.
+            g, name -> tensor, of the weights that the loss reaches; and w -> d/draw <w, g>, name -> tensor
+            shaped like the raw coordinate, for the hyperparameters that g depends on.
         """
         if self.way is None:
             self.way = self._choose(batch, params)
             if self.way == DOUBLE_BACKWARD:
+                states = self._randomness.snapshot()
                 try:
-                    return self._double_backward(batch, params, w)
+                    return self._guarded(batch, params)
                 except (RuntimeError, NotTwiceDifferentiable, CheckpointError, NotImplementedError) as error:
                     if isinstance(error, InvalidLoss | torch.OutOfMemoryError):
                         raise
+                    self._randomness.rewind(states)
                     self.way = DIFFERENCE
-        if self.way == FORWARD_MODE:
-            return self._forward_mode(batch, params, w)
-        if self.way == DIFFERENCE:
-            return self._difference(batch, params, w)
-        return self._double_backward(batch, params, w)
-
-    def _double_backward(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
+        if self.way == DOUBLE_BACKWARD:
+            return self._double_backward(batch, params)
         states = self._randomness.snapshot()
-        targets = {name: params[name] for name in w if name in params}
+        _, grads = self._live.gradients(
+            lambda: self._live.train_loss(self._loss_fn, batch), dict(params), hooks=True
+        )
+        along = self._forward_mode if self.way == FORWARD_MODE else self._difference
+
+        def mixed_partial(w: Tensors) -> Tensors:
+            self._randomness.rewind(states)
+            return along(batch, params, w)
+
+        return grads, mixed_partial
+
+    def _guarded(
+        self, batch: Any, params: Mapping[str, Tensor]
+    ) -> tuple[Tensors, Callable[[Tensors], Tensors]]:
+        """The first double backward, which falls back to a difference if it fails half way."""
+        states = self._randomness.snapshot()
+        grads, along = self._double_backward(batch, params)
+
+        def mixed_partial(w: Tensors) -> Tensors:
+            try:
+                return along(w)
+            except (RuntimeError, CheckpointError, NotImplementedError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.way = DIFFERENCE
+                self._randomness.rewind(states)
+                return self._difference(batch, params, w)
+
+        return grads, mixed_partial
+
+    def _double_backward(
+        self, batch: Any, params: Mapping[str, Tensor]
+    ) -> tuple[Tensors, Callable[[Tensors], Tensors]]:
+        states = self._randomness.snapshot()
         with sdpa_kernel(SDPBackend.MATH):
             loss = self._live.train_loss(self._loss_fn, batch)
             if reenters(loss):
                 raise CheckpointError("reentrant checkpointing cannot be differentiated twice.")
-            found = torch.autograd.grad(loss, list(targets.values()), create_graph=True, allow_unused=True)
-            grads = {name: g for name, g in zip(targets, found, strict=True) if g is not None}
-            if not self._checked:
-                require_twice_differentiable(grads.values())
-                self._checked = True
-            after = self._randomness.snapshot()
+            found = torch.autograd.grad(loss, list(params.values()), create_graph=True, allow_unused=True)
+        grads = {name: g for name, g in zip(params, found, strict=True) if g is not None}
+        if not self._checked:
+            require_twice_differentiable(grads.values())
+            self._checked = True
+        after = self._randomness.snapshot()
+
+        def mixed_partial(w: Tensors) -> Tensors:
             self._randomness.rewind(states)  # for checkpoints, which compute again in this backward
             try:
-                return double_backward(grads, self._space.raws, w)
+                with sdpa_kernel(SDPBackend.MATH):
+                    return double_backward(grads, self._space.raws, w)
             finally:
                 self._randomness.rewind(after)  # the next hyper-step draws other numbers
+
+        return detach(grads), mixed_partial
 
     def _difference(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
         at = {name: params[name].detach() for name in w if name in params}
@@ -190,6 +227,7 @@ class MixedPartial:
             same = torch.equal(moving.detach(), plain.detach())
         return (
             same
+            and not reenters(replaced)
             and torch.equal(replaced.detach(), plain.detach())
             and not any(id(leaf) in live for leaf in graph_leaves(replaced))
         )

@@ -171,7 +171,7 @@ class Population:
                 updates=updates,
                 hparams=raws,
                 values=values,
-                mixed_partial=recorded(grads, raws),
+                dependence=recorded(grads, raws),
                 members=self.n,
             )
             found = require_reached(self._estimate(step, self._valid_grad(self._estimate.at(step))), raws)

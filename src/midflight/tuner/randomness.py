@@ -64,12 +64,12 @@ class Randomness:
 
     def state_dict(self) -> dict[str, Any]:
         """The tuner's own states; one entry per generator."""
-        return {"states": list(self._states), "seed": self._seed}
+        return {"states": [plain(state) for state in self._states], "seed": self._seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         count = len(self._sources)
-        self._states = [*state["states"], *[None] * count][:count]
+        self._states = [*map(restored, state["states"]), *[None] * count][:count]
         self._seed = state["seed"]
 
     def snapshot(self) -> list[Any]:
@@ -80,6 +80,27 @@ class Randomness:
         """Go back to a `snapshot`; to be called while `borrowed`."""
         for source, state in zip(self._sources, states, strict=False):
             source.set(state)
+
+
+_ARRAY = "numpy"
+
+
+def plain(states: Any) -> Any:
+    """States without arrays of numpy, which `torch.load` refuses."""
+    if isinstance(states, np.ndarray):
+        return {_ARRAY: torch.from_numpy(states.copy())}
+    if isinstance(states, dict):
+        return {key: plain(value) for key, value in states.items()}
+    return type(states)(map(plain, states)) if isinstance(states, list | tuple) else states
+
+
+def restored(state: Any) -> Any:
+    """The inverse of `plain`."""
+    if isinstance(state, dict):
+        if set(state) == {_ARRAY}:
+            return state[_ARRAY].numpy()
+        return {key: restored(value) for key, value in state.items()}
+    return type(state)(map(restored, state)) if isinstance(state, list | tuple) else state
 
 
 class NoRandomness(Randomness):

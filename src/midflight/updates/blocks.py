@@ -146,18 +146,31 @@ def step_ahead(params: Tensors, grads: Tensors, states: Mapping[str, State], upd
 
 
 def pull_back(
-    v: Tensors, params: Tensors, grads: Tensors, states: Mapping[str, State], updates: Updates
+    v: Tensors,
+    params: Tensors,
+    grads: Tensors,
+    states: Mapping[str, State],
+    updates: Updates,
+    blended: Tensors | None = None,
 ) -> tuple[Tensors, list[tuple[Tensor, Tensor]]]:
     """w = (dU/dg)^T v, and (option, its derivative) for every tuned option; see `UpdateRule.pullback`.
 
-    w is written over v, which is used up: the two side by side would be the most that a hyper-step holds.
+    Writes w into v's memory, because holding both would set the peak.
+
+    Args:
+        v: gradient with respect to theta'; used up.
+        params, grads, states, updates: the step.
+        blended: gradients at which dU/dg is taken, while options are differentiated at `grads`; None:
+            `grads`.
     """
     v = unalias(v)
     tuned: dict[int, tuple[Tensor, Tensor]] = {}
-    for block in blocks(params, states, updates, grads, v):
-        part, derivatives = block.rule.pullback(
-            block.of(v), block.of(params), block.of(grads), block.state(states), block.options
-        )
+    for block in blocks(params, states, updates, grads, v, *([blended] if blended else [])):
+        of_v, param, grad, state = block.of(v), block.of(params), block.of(grads), block.state(states)
+        part, derivatives = block.rule.pullback(of_v, param, grad, state, block.options)
+        if blended:  # options and w at different gradients
+            fixed = {k: x.detach() if isinstance(x, Tensor) else x for k, x in block.options.items()}
+            part, _ = block.rule.pullback(of_v, param, block.of(blended), state, fixed)
         block.put(part, v, params)
         for name, derivative in derivatives.items():
             option = block.options[name]
