@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ORACLES, PARITY, PROPERTY = "tests/oracles", "tests/parity", "tests/property"
+ORACLES, PARITY, PROPERTY = "tests/oracles", "tests/parity", "tests/property/test_space.py"
 STUDY, CHECK = "tests/e2e/test_study.py::test_", "tests/e2e/test_check.py"
 TUNER, HORIZON, ROLLBACK, SCHEDULE, MIXED, ROTATION, TRAJECTORY, DIAGNOSTICS, POPULATION, ALIVE = (
     f"tests/tuner/test_{name}.py"

@@ -1,6 +1,7 @@
-"""A tuner that cannot move anything leaves no trace: data order, weights and random numbers are the loop's own."""
+"""Loaders of all kinds: the loop reads and draws what it would without a tuner, and a resumed run goes on as it was."""
 
 import hashlib
+import io
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -198,7 +199,7 @@ class Wrapped:
             yield tuple(part.clone() for part in batch)
 
 
-class WithAttributes(DataLoader):
+class SelfSeeding(DataLoader):
     """A subclass that counts its passes, as those of libraries do."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -282,7 +283,6 @@ AUGMENTED: dict[str, Callable[[], Any]] = {
         Rows(Own(partial(torch.rand, 1, generator=torch.Generator().manual_seed(3))))
     ),
     "a transform with slots": lambda: load(Rows(Slotted())),
-    "transforms one after the other": lambda: load(Rows(Own(itertools.count().__next__))),
     "generators of the module": lambda: load(Rows(plus_global)),
     "collated to a dict": lambda: load(shuffle=True, collate_fn=as_dict),
     "collated at random": lambda: load(shuffle=True, collate_fn=shaken),
@@ -294,7 +294,7 @@ STREAMS: dict[str, Callable[[], Any]] = {
     "a stream": lambda: load(Stream()),
     "a stream without an end": lambda: load(Endless()),
     "a stream that goes on": lambda: load(Continued()),
-    "a subset of a stream's own rows": lambda: load(Continued(), collate_fn=shaken),
+    "a stream that goes on, collated at random": lambda: load(Continued(), collate_fn=shaken),
 }
 CUSTOM: dict[str, Callable[[], Any]] = {
     "own class, numpy generator": lambda: Custom(np.random.default_rng(3)),
@@ -306,7 +306,7 @@ CUSTOM: dict[str, Callable[[], Any]] = {
     "a wrapper": lambda: Wrapped(load(shuffle=True)),
     "a wrapper of a wrapper": lambda: Wrapped(Wrapped(load(sampler=Turning()))),
     "a wrapper of a stream": lambda: Wrapped(load(Continued())),
-    "a subclass that seeds each pass": lambda: WithAttributes(rows(), batch_size=BATCH, shuffle=True),
+    "a subclass that seeds each pass": lambda: SelfSeeding(rows(), batch_size=BATCH, shuffle=True),
 }
 WORKERS: dict[str, Callable[[], Any]] = {
     "workers": lambda: load(shuffle=True, num_workers=2),
@@ -324,6 +324,18 @@ WORKERS: dict[str, Callable[[], Any]] = {
     "a stream in a worker": lambda: load(Stream(), num_workers=1),
 }
 KINDS = SHUFFLED | AUGMENTED | STREAMS | CUSTOM
+GOING_ON = {
+    "a sampler that counts passes",
+    "a batch sampler on a counting one",
+    "rows that know how many were read",
+    "rows drawn once and kept",
+    "a stream that goes on",
+    "a stream that goes on, collated at random",
+    "a wrapper of a wrapper",
+    "a wrapper of a stream",
+    "a subclass that seeds each pass",
+}
+"""Kinds that keep something between passes: what they keep is the user's to save."""
 
 
 @dataclass
@@ -361,32 +373,57 @@ def loss_fn(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(x.float()), y)
 
 
-Loaders = Callable[[], tuple[Any, Any, Any]]
-"""-> the loop's loader, and the tuner's for training and validation data"""
+@dataclass
+class Run:
+    """A small network with noise, dropout and decay."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    space: mf.Space
+    tuner: mf.Tuner | None = None
+
+    def step(self, batch: Any) -> None:
+        self.optimizer.zero_grad()
+        (loss_fn(self.model, batch) + 0 * np.random.rand() + 0 * random.random()).backward()
+        self.optimizer.step()
+
+    def weights(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.model.parameters()]
 
 
-def trace(loaders: Loaders, tuned: bool, passes: int = 2, first: int = 6) -> Trace:
-    """A run of two passes, with dropout, noise and draws of the loop's own, with or without a tuner."""
-    seed_everything()
-    loop, train, valid = loaders()
+def new_run() -> Run:
     space = mf.Space(noise=mf.Float(0, 1, init=0.3), weight_decay=mf.Float(1e-4, 1e-1, log=True, init=1e-2))
     model = nn.Sequential(
         mf.nn.GaussianNoise(space["noise"]), nn.Linear(3, 4), nn.Dropout(0.3), nn.Tanh(), nn.Linear(4, 2)
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=float(space["weight_decay"]))
-    tuner = None
-    if tuned:
-        tuner = mf.Tuner(model, optimizer, space, loss_fn, train, valid, schedule=2, hyper_optimizer=Still)
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": float(space["weight_decay"])}
+    return Run(model, torch.optim.SGD(model.parameters(), **options), space)
+
+
+def tuned(run: Run, train: Any, valid: Any, **arguments: Any) -> mf.Tuner:
+    run.tuner = mf.Tuner(run.model, run.optimizer, run.space, loss_fn, train, valid, **arguments)
+    return run.tuner
+
+
+Loaders = Callable[[], tuple[Any, Any, Any]]
+"""-> the loop's loader, and the tuner's for training and validation data"""
+
+
+def trace(loaders: Loaders, with_tuner: bool, passes: int = 2, first: int = 6) -> Trace:
+    """Two passes, with or without a tuner that moves nothing."""
+    seed_everything()
+    loop, train, valid = loaders()
+    run = new_run()
+    if with_tuner:
+        tuned(run, train, valid, schedule=2, hyper_optimizer=Still)
     order = []
     for _ in range(passes):
         for batch in itertools.islice(loop, first):
             order.append(digest(*(batch.values() if isinstance(batch, dict) else batch)))
-            optimizer.zero_grad()
-            (loss_fn(model, batch) + 0 * np.random.rand() + 0 * random.random()).backward()
-            optimizer.step()
-    weights = [p.detach().clone() for p in model.parameters()]
-    if tuner is not None:
-        tuner.finish()
+            run.step(batch)
+    weights = run.weights()
+    if run.tuner is not None:
+        run.tuner.finish()
     return Trace(order, weights, drawn())
 
 
@@ -407,14 +444,309 @@ def apart(make: Callable[[], Any]) -> tuple[Any, Any, Any]:
     return make(), make(), make()
 
 
+def one_generator(**settings: Any) -> tuple[Any, Any, Any]:
+    """All loaders draw from one generator of the user's."""
+    generator = seeded()
+    train, valid = (load(shuffle=True, generator=generator, **settings) for _ in range(2))
+    return train, train, valid
+
+
 @pytest.mark.parametrize("shared", [both, apart])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loop_reads_and_draws_what_it_would_without_a_tuner(kind, shared):
     loaders = partial(shared, KINDS[kind])
-    assert_same(trace(loaders, tuned=True), trace(loaders, tuned=False))
+    assert_same(trace(loaders, True), trace(loaders, False))
 
 
 @pytest.mark.parametrize("kind", WORKERS)
 def test_so_with_workers_in_one_loader_for_loop_and_tuner(kind):
     loaders = partial(both, WORKERS[kind])
-    assert_same(trace(loaders, tuned=True), trace(loaders, tuned=False))
+    assert_same(trace(loaders, True), trace(loaders, False))
+
+
+@pytest.mark.parametrize("settings", [{}, {"drop_last": True}, {"num_workers": 1}], ids=str)
+def test_so_with_one_generator_for_all_loaders(settings):
+    loaders = partial(one_generator, **settings)
+    assert_same(trace(loaders, True), trace(loaders, False))
+
+
+def test_what_the_loop_says_to_its_sampler_reaches_the_tuner_with_its_next_pass():
+    class Epochs(Turning):
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __iter__(self) -> Iterator[int]:
+            yield from [self.epoch] * ROWS
+
+    sampler = Epochs()
+    sampler.set_epoch(0)
+    read = set()
+
+    def noting(model: nn.Module, batch: Any) -> Tensor:
+        read.add(float(batch[0][0, 0]))
+        return loss_fn(model, batch)
+
+    run, valid = new_run(), list(load())
+    mf.Tuner(
+        run.model,
+        run.optimizer,
+        run.space,
+        noting,
+        load(sampler=sampler),
+        valid,
+        valid_loss_fn=loss_fn,
+        schedule=1,
+    )
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        for _ in range(5):  # as many as the tuner's pass has
+            run.step(valid[0])
+    assert read == {float(rows()[epoch][0][0]) for epoch in range(3)}
+
+
+# --- iterators, and loaders without an end ------------------------------------------------------------------
+
+
+class Counted:
+    """Counts what is taken out of it, and has no end."""
+
+    def __init__(self, length: int | None = None) -> None:
+        self.taken = 0
+        if length is not None:
+            self.length = length
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in itertools.cycle(load()):
+            self.taken += 1
+            yield batch
+
+
+class CountedWithLength(Counted):
+    def __len__(self) -> int:
+        return self.length
+
+
+@pytest.mark.parametrize(
+    "kind",
+    {
+        "an endless stream in a DataLoader": lambda: load(Endless()),
+        "a wrapper of it": lambda: Wrapped(load(Endless())),
+        "cycle": lambda: itertools.cycle(load()),
+        "a generator": lambda: (batch for batch in itertools.cycle(load())),
+        "map of cycle": lambda: map(lambda batch: batch, itertools.cycle(load())),
+        "a class of its own": lambda: Counted(),
+        "a class that says a length": lambda: CountedWithLength(7),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_finish_ends_with_a_valid_loader_that_does_not(kind):
+    run = new_run()
+    valid = kind[1]()
+    tuner = tuned(run, load(), valid, schedule=2)
+    for batch in load():
+        run.step(batch)
+    before = getattr(valid, "taken", 0)
+    assert set(tuner.finish()) == {"last", "average", "earlier"}
+    if isinstance(valid, Counted):
+        each = 100 if type(valid) is Counted else 7
+        assert valid.taken - before <= 3 * (each + 1)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [iter([1]), itertools.cycle([1]), (batch for batch in [1]), map(str, [1]), zip([1], [2], strict=True)],
+    ids=lambda loader: type(loader).__name__,
+)
+def test_an_iterator_of_training_data_is_refused_since_the_loop_would_miss_its_batches(loader):
+    with pytest.raises(mf.UnusableLoader, match="would be missing"):
+        tuned(new_run(), loader, load())
+
+
+@pytest.mark.parametrize("loader", [None, 3, object(), nn.Linear(1, 1)], ids=str)
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_no_loader_is_refused(loader, which):
+    loaders = [load(), load()]
+    loaders[which] = loader
+    with pytest.raises(mf.UnusableLoader, match=("train_loader", "valid_loader")[which]):
+        tuned(new_run(), *loaders)
+
+
+@pytest.mark.parametrize("empty", [[], load(Subset(rows(), []))], ids=["list", "DataLoader"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_empty_loader_is_an_error_that_names_it(empty, which):
+    loaders = [load(), load()]
+    loaders[which] = empty
+    run = new_run()
+    tuned(run, *loaders, schedule=1)
+    with pytest.raises(ValueError, match=("train_loader", "valid_loader")[which]):
+        run.step(next(iter(load())))
+
+
+def test_a_generator_of_validation_data_that_runs_out_is_an_error_that_names_it():
+    run = new_run()
+    tuned(run, load(), iter(list(load())[:2]), schedule=1)
+    with pytest.raises(ValueError, match="valid_loader"):
+        for batch in load():
+            run.step(batch)
+
+
+# --- what finish compares -----------------------------------------------------------------------------------
+
+
+def test_finish_takes_the_mean_over_examples_and_not_over_batches():
+    run = new_run()
+    x, y = rows(300).tensors
+    tuner = tuned(run, load(), [(x[:299], y[:299]), (x[299:], y[299:])], schedule=2)
+    for batch in load():
+        run.step(batch)
+    found = tuner.finish()
+    run.model.eval()
+    assert min(found.values()) == pytest.approx(float(loss_fn(run.model, (x, y))), rel=1e-6)
+
+
+def test_each_candidate_of_finish_meets_the_state_that_a_validation_loss_carries_as_the_first_did():
+    run = new_run()
+
+    def carrying(model: nn.Module, batch: Any) -> Tensor:
+        model.seen = getattr(model, "seen", 0) + 1
+        return loss_fn(model, batch) + model.seen
+
+    valid = list(load())
+    tuner = tuned(run, valid, valid, schedule=2, valid_loss_fn=carrying)
+    for batch in valid:
+        run.step(batch)
+    found = tuner.finish()
+    run.model.eval()
+    sizes = [len(batch[1]) for batch in valid]
+    plain = sum(float(loss_fn(run.model, b)) * n for b, n in zip(valid, sizes, strict=True)) / sum(sizes)
+    counted = sum(seen * n for seen, n in enumerate(sizes, 1)) / sum(sizes)
+    assert min(found.values()) == pytest.approx(plain + counted, rel=1e-5)
+    assert max(found.values()) - min(found.values()) < 1  # nobody is charged for coming later
+    assert not hasattr(run.model, "seen")
+
+
+# --- batches that are bad -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_tuning_goes_on_with_the_good_batches_where_one_of_ten_is_bad(bad):
+    def run_with(value: float | None) -> tuple[Run, dict[str, float]]:
+        seed_everything()
+        batches = [(x.clone(), y) for x, y in DataLoader(rows(50), BATCH)]
+        if value is not None:
+            batches[3][0][0, 0] = value
+        run = new_run()
+        tuner = tuned(run, list(load()), batches, schedule=1, total_steps=100)
+        for batch in itertools.islice(itertools.cycle(load()), 100):
+            run.step(batch)
+        return run, tuner.log() | tuner.finish()
+
+    run, log = run_with(bad)
+    _, good = run_with(None)
+    assert log["hypersteps"] + log["skipped"] == 100
+    assert 5 <= log["skipped"] <= 30  # a look takes up to three batches
+    assert "left out" in run.tuner.report()[0]
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+    assert log["value/noise"] == pytest.approx(good["value/noise"], abs=0.1)
+    for name in ("last", "average", "earlier"):
+        assert np.isfinite(log[name])
+
+
+def test_the_length_of_a_hyperstep_is_kept_through_single_bad_batches():
+    seed_everything()
+    batches = [(x.clone(), y) for x, y in DataLoader(rows(50), BATCH)]
+    batches[3][0][0, 0] = float("nan")
+    run = new_run()
+    tuner = tuned(run, list(load()), batches, schedule=1, horizon="step")
+    for batch in itertools.islice(itertools.cycle(load()), 60):
+        run.step(batch)
+    assert tuner.log()["skipped"] == 6
+    assert tuner._guard.shrink == 1
+
+
+# --- resuming -----------------------------------------------------------------------------------------------
+
+
+def saved(run: Run) -> bytes:
+    """What a user saves."""
+    assert run.tuner is not None
+    file = io.BytesIO()
+    state = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "torch": torch.get_rng_state(),
+    }
+    torch.save(state | {"tuner": run.tuner.state_dict()}, file)
+    return file.getvalue()
+
+
+def load_into(run: Run, state: bytes, order: str = "model optimizer tuner") -> None:
+    assert run.tuner is not None
+    loaded = torch.load(io.BytesIO(state))
+    parts = {"model": run.model, "optimizer": run.optimizer, "tuner": run.tuner}
+    for name in order.split():
+        parts[name].load_state_dict(loaded[name])
+    torch.set_rng_state(loaded["torch"])
+
+
+def uninterrupted_and_resumed(
+    make: Callable[[], Any], at: int, steps: int = 14, order: str = "model optimizer tuner", **arguments: Any
+) -> tuple[list[Any], list[Any]]:
+    """Weights and values after a run, and after one that was stopped at a step and built anew."""
+    batches = list(load(rows(ROWS * 4)))
+
+    def begun() -> Run:
+        seed_everything()
+        run = new_run()
+        tuned(run, make(), make(), **{"schedule": 2, **arguments})
+        return run
+
+    run, state = begun(), b""
+    for n in range(steps):
+        if n == at:
+            state = saved(run)
+        run.step(batches[n])
+    whole = [*run.weights(), run.space.as_dict(), run.tuner.finish()]
+    again = begun()
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+    load_into(again, state, order)
+    for n in range(at, steps):
+        again.step(batches[n])
+    return whole, [*again.weights(), again.space.as_dict(), again.tuner.finish()]
+
+
+def assert_equal(a: list[Any], b: list[Any]) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
+
+
+@pytest.mark.parametrize("at", [3, 9])  # within the tuner's first pass, and in a later one
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - GOING_ON))
+def test_a_resumed_run_is_the_uninterrupted_one(kind, at):
+    assert_equal(*uninterrupted_and_resumed(KINDS[kind], at))
+
+
+@pytest.mark.parametrize("at", range(0, 13, 2))
+def test_a_run_can_be_resumed_at_any_step(at):
+    assert_equal(*uninterrupted_and_resumed(SHUFFLED["shuffled"], at, schedule=3))
+
+
+@pytest.mark.parametrize("order", ["tuner model optimizer", "optimizer tuner model"])
+def test_the_order_of_loading_does_not_matter(order):
+    assert_equal(*uninterrupted_and_resumed(SHUFFLED["shuffled"], 5, order=order))
+
+
+@pytest.mark.parametrize(
+    "estimator", ["one_step", "one_step_cheap", "central_difference", "unrolled", "t1t2"]
+)
+def test_a_run_with_another_estimator_is_resumed(estimator):
+    assert_equal(*uninterrupted_and_resumed(SHUFFLED["shuffled"], 5, estimator=estimator))
+
+
+@pytest.mark.parametrize("total", [14, None])
+@pytest.mark.parametrize("horizon", ["run", "step"])
+def test_a_run_with_a_known_or_an_open_end_is_resumed(horizon, total):
+    arguments = {"horizon": horizon, "total_steps": total, "schedule": mf.FrontLoaded(2)}
+    assert_equal(*uninterrupted_and_resumed(SHUFFLED["shuffled"], 5, **arguments))

@@ -407,7 +407,9 @@ def test_a_run_with_a_scaler_is_the_run_without():
 
     def run(step: Callable[[Loop, Any], None]) -> tuple[list[Tensor], dict[str, Any]]:
         torch.manual_seed(0)
-        loop = noisy_loop(step=step, **WEIGHT_DECAY).attach(hyper_optimizer=mf.SignSteps, horizon="run").run(30)
+        loop = (
+            noisy_loop(step=step, **WEIGHT_DECAY).attach(hyper_optimizer=mf.SignSteps, horizon="run").run(30)
+        )
         assert loop.tuner.log()["hypersteps"] == 30
         return [p.detach() for p in weights(loop)], loop.space.as_dict()
 
@@ -460,7 +462,9 @@ def grouped(decays: list[float], space: mf.Float, **options: Any) -> Loop:
     loop = noisy_loop(torch.optim.SGD, options=options, weight_decay=space)
     w = weights(loop)
     groups = [{"params": w[i : i + 1], "weight_decay": d} for i, d in enumerate(decays)]
-    loop.optimizer = torch.optim.SGD([*groups, {"params": w[len(decays) :], "weight_decay": decays[-1]}], lr=0.1)
+    loop.optimizer = torch.optim.SGD(
+        [*groups, {"params": w[len(decays) :], "weight_decay": decays[-1]}], lr=0.1
+    )
     return loop
 
 
@@ -469,7 +473,9 @@ def test_a_group_without_decay_is_left_alone():
     assert found(build) == pytest.approx(truth(build), rel=EXACT)
     loop = build().attach(hyper_optimizer=mf.SignSteps).run(6)
     seen = []
-    loop.optimizer.register_step_pre_hook(lambda o, *_: seen.extend(g["weight_decay"] for g in o.param_groups))
+    loop.optimizer.register_step_pre_hook(
+        lambda o, *_: seen.extend(g["weight_decay"] for g in o.param_groups)
+    )
     loop.run(2)
     tuned, standing = {seen[0], seen[2]}, {seen[1], seen[3], seen[4]}
     assert standing == {0.0}

@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from midflight.errors import UnknownGradient
 from midflight.trees import Tensors
+from midflight.tuner.data import examples_of
 
 EPSILON = 1e-6
 """torch clips by c / (|r| + EPSILON)."""
@@ -94,16 +96,22 @@ class ReceivedGradient:
         self._max_norm = max_grad_norm
         self._seen: dict[str, _Seen] = {}
         self._passes: dict[str, int] = {}
+        self.examples = 0
+        """How many examples the model saw for the last gradient; 0 where that is not known."""
         self.passes = 1
         """How often `backward` added to the last gradient."""
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks: list[RemovableHandle] = []
+        self._counted = 0
         self._norms: dict[frozenset[str], float] = {}
         self._factors: dict[frozenset[str], list[tuple[float, float]]] = {}
         self._sizes: list[float] = []
 
-    def watch(self, params: Mapping[str, Tensor]) -> None:
-        """From now on note what `backward` leaves in `.grad`."""
+    def watch(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
+        """From now on note what `backward` leaves in `.grad`, and how many examples the model sees."""
         self.rest()
+        self._counted = 0
+        if getattr(model, "_compiled_call_impl", None) is None:  # a hook would compile it anew
+            self._hooks.append(model.register_forward_pre_hook(self._count, with_kwargs=True))
         for name, p in params.items():
             if p.requires_grad:
                 theirs = list((p._post_accumulate_grad_hooks or {}).items())
@@ -127,6 +135,10 @@ class ReceivedGradient:
 
         return hook
 
+    def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model.training:
+            self._counted += examples_of((args, kwargs)) or 0
+
     @torch.no_grad()
     def jacobian(self, grads: Tensors) -> Clipped | None:
         """What happened since `backward`, as a map w -> J^T w; None if nothing did.
@@ -138,6 +150,7 @@ class ReceivedGradient:
             UnknownGradient: it fits nothing known, or is not known yet.
         """
         seen = {name: s for name, s in self._seen.items() if name in grads}
+        self.examples = self._counted
         passes = self.passes = max(self._passes.values(), default=1)
         self.rest()
         if not seen:
@@ -180,6 +193,7 @@ class ReceivedGradient:
     ) -> Clipped | None:
         norms: list[tuple[Tensors, float, float]] = []
         factors: dict[str, float] = {}
+        unknown: UnknownGradient | None = None
         for ratio, names in groups:
             if abs(ratio - 1) <= max(_tolerance(grads[name]) for name in names):
                 continue
@@ -188,11 +202,18 @@ class ReceivedGradient:
                 continue
             together = {name: grads[name] for name in names}
             size = _norm(together)
-            if self._is_clipped(frozenset(names), ratio, size, passes):
+            try:
+                clipped = self._is_clipped(frozenset(names), ratio, size, passes)
+            except UnknownGradient as error:  # go on: what the other groups got is of use next time
+                unknown = error
+                continue
+            if clipped:
                 unit = {name: g / size for name, g in together.items()}
                 norms.append((unit, ratio, size / (size + EPSILON * ratio)))
             elif abs(ratio * passes - 1) >= SAME:
                 factors |= dict.fromkeys(names, ratio)
+        if unknown is not None:
+            raise unknown
         return Clipped(norms=norms, factors=factors) if norms or factors else None
 
     def _is_clipped(self, names: frozenset[str], ratio: float, size: float, passes: int) -> bool:

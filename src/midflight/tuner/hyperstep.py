@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from midflight.errors import UnsupportedOptimizer, UnsupportedParameter
 from midflight.graph import graph_leaves
@@ -32,6 +31,7 @@ from midflight.tuner.mixed_partial import MixedPartial
 from midflight.tuner.optimizers import named_parameters, require_real
 from midflight.tuner.randomness import Randomness
 from midflight.tuner.running_statistics import (
+    Layers,
     Passes,
     Statistics,
     gradient_of_statistics,
@@ -119,7 +119,7 @@ class HyperStep:
     def watch(self) -> None:
         """A hyper-step comes with the next step: note the gradient that `backward` leaves."""
         if self._loss_reads is not False:
-            self.received.watch({**dict(self._model.named_parameters()), **self.params()})
+            self.received.watch(self._model, {**dict(self._model.named_parameters()), **self.params()})
 
     def __call__(self) -> Look:
         """The hypergradients of the step about to be taken; leaves no trace in the loop.
@@ -214,12 +214,12 @@ class HyperStep:
 
     def _blended(self, grads: Tensors, theirs: Tensors, few: Any, batch: Any) -> Tensors:
         """See `Dependence`: the gradient of the step, with the few examples counted for their share of it."""
-        of_step = (examples_of(batch) or 1) * self.received.passes
+        of_step = self.received.examples or (examples_of(batch) or 1) * self.received.passes
         share = min(1.0, (examples_of(few) or 1) / of_step)
         return {name: g.lerp(theirs[name].to(g), share) if name in theirs else g for name, g in grads.items()}
 
     def _valid_gradient(
-        self, params: Tensors, at: Tensors, grads: Tensors, layers: dict[str, _BatchNorm]
+        self, params: Tensors, at: Tensors, grads: Tensors, layers: Layers
     ) -> tuple[float, Tensors, Statistics]:
         """C2 at other weights, with its gradient at those to be moved and at running statistics."""
         batch, passes = next(self.t2), Passes()
@@ -245,7 +245,7 @@ class HyperStep:
         v = {name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()}
         return float(value), v, statistics
 
-    def _through_statistics(self, batch: Any, layers: dict[str, _BatchNorm], along: Statistics) -> Tensors:
+    def _through_statistics(self, batch: Any, layers: Layers, along: Statistics) -> Tensors:
         """What reaches the validation loss by BatchNorm's running statistics, name -> d/draw."""
         passes = Passes()
         with passes.watching(layers):

@@ -23,10 +23,26 @@ Statistics = dict[str, tuple[Tensor, Tensor]]
 """Layer -> something shaped like its running mean, and like its running variance."""
 
 
-def tracking(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The BatchNorm layers that train, and whose running statistics validation will read."""
+@dataclass(frozen=True)
+class Tracking:
+    """A BatchNorm layer that trains, and whose running statistics validation will read.
+
+    Attributes:
+        layer: the module.
+        momentum: what a training pass counts, before the tuner's own passes.
+    """
+
+    layer: _BatchNorm
+    momentum: float
+
+
+Layers = dict[str, Tracking]
+
+
+def tracking(model: nn.Module) -> Layers:
+    """All such layers of a model, by name."""
     return {
-        name: m
+        name: Tracking(m, _momentum(m))
         for name, m in model.named_modules()
         if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None
     }
@@ -47,7 +63,7 @@ class Passes:
         self.of: dict[str, _Pass] = {}
 
     @contextmanager
-    def watching(self, layers: dict[str, _BatchNorm]) -> Iterator[None]:
+    def watching(self, layers: Layers) -> Iterator[None]:
         """Note the forward passes of the layers within the block; of several the last."""
 
         def note(name: str) -> Callable[..., None]:
@@ -56,7 +72,7 @@ class Passes:
 
             return hook
 
-        hooks = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+        hooks = [t.layer.register_forward_hook(note(name)) for name, t in layers.items()]
         try:
             yield
         finally:
@@ -65,7 +81,7 @@ class Passes:
 
 
 @torch.no_grad()
-def gradient_of_statistics(layers: dict[str, _BatchNorm], passes: Passes, delta: Tensors) -> Statistics:
+def gradient_of_statistics(layers: Layers, passes: Passes, delta: Tensors) -> Statistics:
     """dC2/dr of an evaluation pass, from y = (x - mean) / sqrt(var + eps) weight + bias.
 
     Args:
@@ -75,7 +91,7 @@ def gradient_of_statistics(layers: dict[str, _BatchNorm], passes: Passes, delta:
     """
     found: Statistics = {}
     for name, g in delta.items():
-        layer, x = layers[name], passes.of[name].x
+        layer, x = layers[name].layer, passes.of[name].x
         mean, var = layer.running_mean, layer.running_var
         assert mean is not None
         assert var is not None
@@ -90,9 +106,7 @@ def gradient_of_statistics(layers: dict[str, _BatchNorm], passes: Passes, delta:
     return found
 
 
-def moved_statistics(
-    layers: dict[str, _BatchNorm], passes: Passes, along: Statistics, times: int
-) -> Tensor | None:
+def moved_statistics(layers: Layers, passes: Passes, along: Statistics, times: int) -> Tensor | None:
     """m <dC2/dr, s> of a training pass, differentiable in what the pass read; None if it met no layer.
 
     Args:
@@ -107,7 +121,7 @@ def moved_statistics(
             continue
         x = passes.of[name].x
         others = [d for d in range(x.ndim) if d != 1]
-        share = 1 - (1 - _momentum(layers[name])) ** times
+        share = 1 - (1 - layers[name].momentum) ** times
         part = share * ((of_mean * x.mean(others)).sum() + (of_var * x.var(others, unbiased=True)).sum())
         total = part if total is None else total + part
     return total

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from midflight.trees import Tensors, unalias
-from midflight.updates.base import Options, State, Update, UpdateRule
+from midflight.updates.base import Options, State, Update, UpdateRule, tuned_options
 from midflight.updates.flat import lies_whole
 
 BLOCK = 2**16
@@ -165,15 +165,18 @@ def pull_back(
     """
     v = unalias(v)
     tuned: dict[int, tuple[Tensor, Tensor]] = {}
-    for block in blocks(params, states, updates, grads, v, *([blended] if blended else [])):
+    for block in blocks(params, states, updates, grads, v, *([blended] if blended is not None else [])):
         of_v, param, grad, state = block.of(v), block.of(params), block.of(grads), block.state(states)
-        part, derivatives = block.rule.pullback(of_v, param, grad, state, block.options)
-        if blended:  # options and w at different gradients
-            fixed = {k: x.detach() if isinstance(x, Tensor) else x for k, x in block.options.items()}
+        options = block.options
+        derivatives: Tensors = {}
+        if blended is None or tuned_options(options):
+            part, derivatives = block.rule.pullback(of_v, param, grad, state, options)
+        if blended is not None:
+            fixed = {k: x.detach() if isinstance(x, Tensor) else x for k, x in options.items()}
             part, _ = block.rule.pullback(of_v, param, block.of(blended), state, fixed)
         block.put(part, v, params)
         for name, derivative in derivatives.items():
-            option = block.options[name]
+            option = options[name]
             before = tuned.get(id(option))
             tuned[id(option)] = option, derivative if before is None else before[1] + derivative
     return {name: v[name] for name in updates}, list(tuned.values())
