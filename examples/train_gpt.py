@@ -39,7 +39,11 @@ modules = ("argparse", "ast", "collections", "csv", "dataclasses", "enum", "func
 text = "".join(inspect.getsource(import_module(name)) for name in modules)
 data = torch.tensor([min(ord(c), 127) for c in text], dtype=torch.long)
 cut = int(0.8 * len(data))
-splits = {"train": data[:cut], "valid": data[cut : int(0.9 * len(data))], "test": data[int(0.9 * len(data)) :]}
+splits = {
+    "train": data[:cut],
+    "valid": data[cut : int(0.9 * len(data))],
+    "test": data[int(0.9 * len(data)) :],
+}
 
 
 def get_batch(split: str) -> tuple[Tensor, Tensor]:
@@ -53,7 +57,10 @@ class Block(nn.Module):
     def __init__(self, dropout: nn.Module) -> None:
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
-        self.attn, self.proj = nn.Linear(n_embd, 3 * n_embd, bias=False), nn.Linear(n_embd, n_embd, bias=False)
+        self.attn, self.proj = (
+            nn.Linear(n_embd, 3 * n_embd, bias=False),
+            nn.Linear(n_embd, n_embd, bias=False),
+        )
         self.mlp = nn.Sequential(nn.Linear(n_embd, 4 * n_embd), nn.GELU(), nn.Linear(4 * n_embd, n_embd))
         self.dropout = dropout
 

@@ -106,7 +106,7 @@ MUTANTS = [
     ("tuner/live.py", "params[name].data = data", "pass", TUNER),
     ("tuner/live.py", "module.training = mode", "module.training = True", TUNER),
     ("tuner/data.py", 'for _ in range(state["used"]):', "for _ in ():", TUNER),
-    ("tuner/data.py", 'self._randomness.rewind(state["states"])', "pass", TUNER),
+    ("tuner/data.py", 'self._randomness.rewind(restored(state["states"]))', "pass", TUNER),
     ("tuner/live.py", "for place in places[id(known[name])]", 'for place in ["model." + name]', MIXED),
     ("tuner/live.py", "everywhere, (), tie_weights=False", "everywhere, ()", MIXED),
     ("tuner/hyper_optimizer.py", "raw.clamp_(0, 1)", "pass", TUNER),
@@ -409,8 +409,8 @@ MUTANTS = [
     ),
     (
         "automl/network.py",
-        "run.step(tuner)",
-        "run.step()",
+        "        run.step()\n        step += 1",
+        "        tuner.detach()\n        run.step()\n        step += 1",
         MLP + "the_three_move_from_their_starts_and_stay_in_their_ranges",
     ),
     (
@@ -633,14 +633,14 @@ MUTANTS = [
         RESUME + "a_study_that_is_not_of_midflight_is_left_alone",
     ),
     ("search/ledger.py", 'ended = [r for r in good if r.state == "complete"]', "ended = good", ONLINE),
-    ("space.py", "isinstance(bound, bool) or not isinstance(bound, numbers.Real)", "False", PROPERTY),
+    ("space.py", " and not isinstance(bound, bool)", "", PROPERTY),
     ("space.py", "not math.isfinite(bound)", "False", PROPERTY),
     ("space.py", "if not isinstance(name, str) or not name:", "if False:", PROPERTY),
     ("space.py", "if not (math.isfinite(high) and low < high):", "if False:", PROPERTY),
     ("space.py", "if saved is None or tuple(saved) == _range(spec):", "if True:", PROPERTY),
     ("space.py", "if raw.shape != spec.shape:", "if False:", PROPERTY),
     ("space.py", "numbers.Number.register(Hyperparameter)", "pass", PROPERTY),
-    ("space.py", "        1000  #", "        -1000  #", PROPERTY),
+    ("space.py", "__array_priority__ = 1000", "__array_priority__ = -1000", PROPERTY),
     ("levels.py", "return value if _held is None else _held.setdefault(what, value)", "return value", CHECK),
     ("checking.py", "self._randomness.rewind(self._draws)", "pass", CHECK),
     ("checking.py", "binding.detach()  # read only", "pass", CHECK),
@@ -651,7 +651,12 @@ MUTANTS = [
         "found[place.option] = value",
         TUNER,
     ),
-    ("tuner/hooks.py", "self._begin(optimizer)\n            return loss", "return loss", "tests/faults"),
+    (
+        "tuner/hooks.py",
+        "self._begin(optimizer)\n            return loss",
+        "return loss",
+        TUNER,
+    ),
 ]
 
 

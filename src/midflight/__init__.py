@@ -18,6 +18,7 @@ from midflight.errors import (
     UnreachedHyperparameter,
     UnsupportedOptimizer,
     UnsupportedParameter,
+    UnsupportedSetting,
     UnusableLoader,
 )
 from midflight.hypergrad import ESTIMATORS, Estimator, hypergradient
@@ -86,6 +87,7 @@ __all__ = [
     "UnreachedHyperparameter",
     "UnsupportedOptimizer",
     "UnsupportedParameter",
+    "UnsupportedSetting",
     "UnusableLoader",
     "Update",
     "UpdateRule",

@@ -21,6 +21,10 @@ class InvalidLoss(MidflightError, TypeError):
     """A loss function did not return one number with a gradient."""
 
 
+class UnsupportedSetting(MidflightError, NotImplementedError):
+    """Something that midflight cannot do right yet, such as tuning over several processes."""
+
+
 class UnknownGradient(MidflightError, RuntimeError):
     """What happened to the gradient between `backward` and `step` could not be told."""
 

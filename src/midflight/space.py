@@ -59,7 +59,8 @@ class Float:
 
     def __post_init__(self) -> None:
         for name, bound in (("low", self.low), ("high", self.high)):
-            if isinstance(bound, bool) or not isinstance(bound, numbers.Real) or not math.isfinite(bound):
+            real = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
+            if not real or not math.isfinite(bound):
                 raise SpaceError(f"{name} must be a finite number, but {name}={bound!r}.")
         if not self.low < self.high:
             raise SpaceError(f"low < high must hold, but low={self.low} and high={self.high}.")
@@ -183,9 +184,8 @@ class Hyperparameter:
         value: what the model sees, `transform(raw)`, differentiable with respect to `raw`.
     """
 
-    __array_priority__ = (
-        1000  # numpy's operators leave the operation to the ones below, which keep the gradient
-    )
+    __array_priority__ = 1000
+    """Makes numpy's operators leave the operation to those below, which keep the gradient."""
 
     def __init__(self, name: str, spec: Float, dtype: torch.dtype) -> None:
         self.name = name

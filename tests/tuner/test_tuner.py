@@ -132,6 +132,37 @@ def test_the_gradient_may_be_accumulated_from_parts_of_the_batch():
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("positional", [True, False])
+def test_a_step_with_a_closure_gives_the_same_hypergradients(positional):
+    found = []
+    for by_closure in (False, True):
+        torch.manual_seed(0)
+        s = space(torch.float64)
+        model = network(s).double()
+        batch = X.double(), Y
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        t = tuner(model, optimizer, s, train_loader=[batch], valid_loader=[batch], hyper_optimizer=Recorder)
+        for _ in range(3):
+
+            def closure(model=model, optimizer=optimizer, batch=batch):
+                optimizer.zero_grad()
+                loss = cross_entropy(model, batch)
+                loss.backward()
+                return loss
+
+            if not by_closure:
+                closure()
+                optimizer.step()
+            elif positional:
+                assert float(optimizer.step(closure).detach()) > 0
+            else:
+                optimizer.step(closure=closure)
+        found.append((t.hyper_optimizer.seen, weights(model)))
+    assert len(found[0][0]) == 3
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
 # ---- the loop stays as it is
 
 

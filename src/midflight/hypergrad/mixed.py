@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from midflight.errors import NoForwardMode
+from midflight.errors import NoForwardMode, UnsupportedSetting
 from midflight.problem import Step, TrainLoss, added, double_backward, gradient
 from midflight.trees import Tensors, add_scaled, leaves, norm
 from midflight.updates import pull_back
@@ -42,10 +42,10 @@ def train_loss_of(step: Step) -> TrainLoss:
     """`Step.train_loss`, for estimators that differentiate the step themselves.
 
     Raises:
-        NotImplementedError: the step has none, or clips the gradient.
+        UnsupportedSetting: the step has none, or clips the gradient.
     """
     if step.train_loss is None or step.clipped is not None:
-        raise NotImplementedError(
+        raise UnsupportedSetting(
             "this estimator differentiates through the training loss itself and knows neither populations "
             "nor clipped gradients; use 'one_step'."
         )

@@ -72,7 +72,7 @@ class Binding:
         self._written: list[tuple[dict[str, Any], str, float, float]] = []
         self._versions: dict[str, tuple[int, int]] = {}
         self._known: dict[str, Any] = {}
-        self._stepped = False
+        self._stepped, self._settled = False, False
         self._hooks = [o.register_state_dict_pre_hook(lambda _: self.restore()) for o in self._optimizers]
 
     @property
@@ -113,11 +113,11 @@ class Binding:
         return {name: found[name] for name in params if name in found}
 
     def actual(self) -> dict[str, float]:
-        """Each bound option as the first group that has it will read it at the next step."""
+        """Each bound option as the first group that has it reads it at a step now."""
         found: dict[str, float] = {}
         for o, g, group in self._groups():
             for option, value in self._tuned(o, g, group, self._numbers()).items():
-                found.setdefault(option, value)
+                found.setdefault(option, read_option(group, option) if self._settled else value)
         return found
 
     def detach(self) -> None:
@@ -130,7 +130,7 @@ class Binding:
         """Leave the tuned values in the groups for good, at the factors of now."""
         for optimizer in self._optimizers:
             self.write(optimizer)
-        self._written = []
+        self._written, self._settled = [], True
 
     def state_dict(self) -> dict[str, Any]:
         """What the groups said at first."""

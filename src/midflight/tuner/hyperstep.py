@@ -163,7 +163,7 @@ class HyperStep:
         c2, found = math.nan, {}
         if judged:
             here = replace(step, hparams={name: step.hparams[name] for name in judged})
-            place = self.horizon.place(lambda: self._estimator.at(here))
+            place = self.horizon.place(here.params, lambda: self._estimator.at(here))
             layers = tracking(self._model) if self._loss_reads and self._estimator in _BY_STATISTICS else {}
             c2, v, of_statistics = self._valid_gradient(params, place, grads, layers)
             if not math.isfinite(c2):

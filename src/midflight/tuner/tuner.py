@@ -9,7 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from midflight.errors import SpaceError, UnknownGradient, UnknownName, UnreachedHyperparameter
+from midflight.errors import (
+    SpaceError,
+    UnknownGradient,
+    UnknownName,
+    UnreachedHyperparameter,
+    UnsupportedSetting,
+)
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.space import Space
 from midflight.trees import Tensors, all_finite
@@ -82,6 +88,7 @@ class Tuner:
         UnsupportedParameter: a weight is complex.
         UnusableLoader: a loader is no iterable, or `train_loader` an iterator.
         UnknownName: there is no such estimator or horizon.
+        UnsupportedSetting: torch.distributed runs several processes.
         SpaceError: the space has too many separate hyperparameters.
         ValueError: a number is out of its range.
     """
@@ -115,6 +122,7 @@ class Tuner:
         for name, function in (("loss_fn", loss_fn), ("valid_loss_fn", valid_loss_fn)):
             if not callable(function) and not (name == "valid_loss_fn" and function is None):
                 raise TypeError(f"{name} must be a function of (model, batch), but got {function!r}.")
+        _require_one_process()
         self._total = None if total_steps is None else whole("total_steps", total_steps)
         self.space = space
         self.horizon = _horizon_for(horizon)
@@ -262,13 +270,18 @@ class Tuner:
                 f"the saved tuner was made with {state['policies']}, this one with {self._policies()}; "
                 "make it with the same arguments."
             )
+        same = state["space"]["range"] == self.space.state_dict()["range"]
         self.space.load_state_dict(state["space"])
         self._binding.load_state_dict(state["binding"])
         self.steps, self._hypersteps = state["steps"], state["hypersteps"]
         self._undecided, self._unreached = state["undecided"], dict(state["unreached"])
         self._guard.load_state_dict(state["guard"])
         self._bounds.load_state_dict(state["bounds"])
-        self.trajectory.load_state_dict(state["trajectory"])
+        if same:
+            self.trajectory.load_state_dict(state["trajectory"])
+        else:  # in coordinates of another range
+            self.trajectory = Trajectory()
+            self.trajectory.record(self.steps, self.space)
         self._move.load_state_dict(state["move"])
         self._hyperstep.load_state_dict(state["hyperstep"])
         self.schedule.load_state_dict(state["schedule"])
@@ -382,6 +395,15 @@ class Tuner:
         return [
             (id(p.grad), p.grad._version) for p in self._hyperstep.params().values() if p.grad is not None
         ]
+
+
+def _require_one_process() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise UnsupportedSetting(
+            f"the tuner works in one process, but torch.distributed runs {distributed.get_world_size()}: "
+            "each would move its hyperparameters by its own gradient, and the ranks would part."
+        )
 
 
 def _skips(optimizer: torch.optim.Optimizer) -> bool:

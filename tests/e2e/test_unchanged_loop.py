@@ -1,0 +1,34 @@
+"""A script as people have it, examples/train_gpt.py: its loop does not know that it is being tuned."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples/train_gpt.py"
+
+
+def test_the_loop_has_no_word_of_the_tuner():
+    text = SCRIPT.read_text()
+    loop = text[text.index("--- the loop, unchanged ---") : text.index("--- the loop ends ---")]
+    assert "optimizer.step()" in loop
+    assert "clip_grad_norm_" in loop
+    assert 'param_group["lr"] = lr' in loop
+    assert not {"tuner", "midflight", "mf.", "space", "loss_fn"} & set(loop.replace("(", " ").split())
+    assert not any(word in loop for word in ("tuner", "mf.", "space[", "args.tune"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flash_attention_compiled_groups_schedule_accumulation_clipping_and_autocast_are_tuned(dtype):
+    options = ["--tune", "--steps", "8", "--backend", "aot_eager", "--dtype", dtype]
+    ran = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["hypersteps"] >= 1
+    assert found["undecided"] == found["skipped"] == 0
+    assert found["mixed_partial/double_backward"] == 1  # on plain attention, while the loop has the fused one
+    assert found["weight_decay"] != pytest.approx(0.1)
+    assert found["dropout"] != pytest.approx(0.1)
+    assert found["lr"] != pytest.approx(1e-3)
