@@ -60,13 +60,14 @@ class Dependence:
 
     Attributes:
         mixed_partial: w -> d/dhparams <w, g>, for those hparams that g depends on.
-        blended: the gradient at which dU/dg is taken where g is seen on other examples than the step's: with
-            n of them for a step's B it is (1 - n/B) g + n/B (theirs), so that what dU/dg and dg/dlambda share
-            of the noise counts as in the step itself. None: g.
+        others: g on the examples on which that was found, where they are not the step's own; else None.
+        share: how many they are of a step's examples, n/B. dU/dg is taken at (1 - share) g + share others:
+            what dU/dg and dg/dlambda have in common of the noise then counts as in the step itself.
     """
 
     mixed_partial: Callable[[Tensors], Tensors]
-    blended: Tensors | None = None
+    others: Tensors | None = None
+    share: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 LOOKS = 50
 """So often in a run the loss on all of T2 is looked at."""
 VALID_BATCH = 256
-"""Rows of T1 and of T2 in a hyper-step, at most."""
+"""Rows of T2 in a hyper-step, at most."""
+EXAMPLES = 32
+"""Rows of T1 in a hyper-step, at least. Otherwise as many as in a step of the loop, which the tuner takes for
+granted: it counts its examples for their share of that step's gradient."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def tuned(t1: Split, t2: Split, outputs: int, loss: Loss, recipe: Recipe) -> Tun
     run = Training(t1, outputs, loss, recipe)
     tuner = Tuner(
         run.model, run.optimizer, run.space, run.loss_on,
-        Shuffled(t1, min(VALID_BATCH, len(t1)), recipe.seed + 3),
+        Shuffled(t1, min(max(recipe.batch, EXAMPLES), len(t1)), recipe.seed + 3),
         Shuffled(t2, min(VALID_BATCH, len(t2)), recipe.seed + 2),
         total_steps=recipe.steps,
     )  # fmt: skip

@@ -33,7 +33,7 @@ def pullback(step: Step, v: Tensors) -> Tensors:
         name -> tensor shaped like step.hparams, for the hyperparameters that the step depends on.
     """
     found = step.dependence()
-    w, pairs = pull_back(v, step.params, step.grads, step.state, step.updates, found.blended)
+    w, pairs = pull_back(v, step.params, step.grads, step.state, step.updates, found.others, found.share)
     options = step.chain(pairs)
     return added(options, found.mixed_partial(step.clipped(w) if step.clipped else w))
 

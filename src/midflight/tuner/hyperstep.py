@@ -196,9 +196,12 @@ class HyperStep:
             trained = {name: p for name, p in live.items() if p.requires_grad}
             few = self.mixed.try_few(batch)
             theirs, along = self.mixed(few, trained)
-            blended = self._blended(grads, clipped.received(theirs) if clipped else theirs, few, batch)
-            # the gradient of a weight that was frozen in mid-run stays as it is
-            return Dependence(lambda w: along({name: w[name] for name in w if name in trained}), blended)
+
+            def mixed_partial(w: Tensors) -> Tensors:  # the gradient of a frozen weight stays as it is
+                return along({name: w[name] for name in w if name in trained})
+
+            others = clipped.received(theirs) if clipped else theirs
+            return Dependence(mixed_partial, others, self._share(few, batch))
 
         return Step(
             params=detach(used),
@@ -212,11 +215,10 @@ class HyperStep:
             clipped=clipped,
         )
 
-    def _blended(self, grads: Tensors, theirs: Tensors, few: Any, batch: Any) -> Tensors:
-        """See `Dependence`: the gradient of the step, with the few examples counted for their share of it."""
+    def _share(self, few: Any, batch: Any) -> float:
+        """How many of a step's examples the few are."""
         of_step = self.received.examples or (examples_of(batch) or 1) * self.received.passes
-        share = min(1.0, (examples_of(few) or 1) / of_step)
-        return {name: g.lerp(theirs[name].to(g), share) if name in theirs else g for name, g in grads.items()}
+        return min(1.0, (examples_of(few) or 1) / of_step)
 
     def _valid_gradient(
         self, params: Tensors, at: Tensors, grads: Tensors, layers: Layers

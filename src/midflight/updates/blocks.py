@@ -151,7 +151,8 @@ def pull_back(
     grads: Tensors,
     states: Mapping[str, State],
     updates: Updates,
-    blended: Tensors | None = None,
+    others: Tensors | None = None,
+    share: float = 0.0,
 ) -> tuple[Tensors, list[tuple[Tensor, Tensor]]]:
     """w = (dU/dg)^T v, and (option, its derivative) for every tuned option; see `UpdateRule.pullback`.
 
@@ -160,20 +161,22 @@ def pull_back(
     Args:
         v: gradient with respect to theta'; used up.
         params, grads, states, updates: the step.
-        blended: gradients at which dU/dg is taken, while options are differentiated at `grads`; None:
-            `grads`.
+        others, share: dU/dg is taken at (1 - share) grads + share others, and options are differentiated at
+            grads; see `Dependence`.
     """
     v = unalias(v)
     tuned: dict[int, tuple[Tensor, Tensor]] = {}
-    for block in blocks(params, states, updates, grads, v, *([blended] if blended is not None else [])):
+    others = None if others is None else {name: others.get(name, grads[name]) for name in updates}
+    for block in blocks(params, states, updates, grads, v, *([] if others is None else [others])):
         of_v, param, grad, state = block.of(v), block.of(params), block.of(grads), block.state(states)
         options = block.options
         derivatives: Tensors = {}
-        if blended is None or tuned_options(options):
+        if others is None or tuned_options(options):
             part, derivatives = block.rule.pullback(of_v, param, grad, state, options)
-        if blended is not None:
+        if others is not None:
             fixed = {k: x.detach() if isinstance(x, Tensor) else x for k, x in options.items()}
-            part, _ = block.rule.pullback(of_v, param, block.of(blended), state, fixed)
+            blended = grad.lerp(block.of(others).to(grad), share)
+            part, _ = block.rule.pullback(of_v, param, blended, state, fixed)
         block.put(part, v, params)
         for name, derivative in derivatives.items():
             option = options[name]
