@@ -13,6 +13,8 @@ network away from the clean data loses weight.
   0, so they stay, and the scale of the derivatives, which carries the learning rate, does not matter. An
   optimiser with momentum, such as Adam, would drag the untouched ones along. The steps are large, 0.2 of
   the range at first, for each weight has its turn only once per epoch.
+- Each step is judged by the next one, `horizon="step"`: averaged weights lag behind what an example does now,
+  and right labels would lose weight, too.
 """
 
 import argparse

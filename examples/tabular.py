@@ -5,9 +5,10 @@
 
 Weight decay, learning rate and beta1 of Adam; noise on the inputs and on the hidden units; dropout; label
 smoothing; an L1 penalty. All are tuned on 200 validation rows while the network trains on 100 others.
+The tuned run ends with the best of its last and its averaged weights there; the other two with their last.
 
-Few rows and many epochs: the regime in which a one-step hypergradient is right about regularisation. Of the
-learning rate it sees the next step only and tends to shrink it: give `lr` a range in which each value trains.
+A learning rate is judged by the next step only, which tends to shrink it: give `lr` a range in which each
+value trains.
 """
 
 import argparse

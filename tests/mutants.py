@@ -173,7 +173,7 @@ MUTANTS = [
         STUDY + PAIRED,
     ),
     ("study/arm.py", "torch.manual_seed(seed)", "pass", STUDY + KILLS),
-    ("tuner/horizon.py", "self.caution).to(found[name])", "0.0).to(found[name])", HORIZON),
+    ("tuner/horizon.py", "self.caution).to(p)", "0.0).to(p)", HORIZON),
     ("tuner/horizon.py", "torch.promote_types(p.dtype, torch.float32)", "p.dtype", HORIZON),
     ("tuner/horizon.py", "(_window(progress) * steps)", "steps", HORIZON),
     ("tuner/horizon.py", "min(1.0, (1 - progress) / LAST)", "1.0", HORIZON),
@@ -206,7 +206,7 @@ MUTANTS = [
     ),
     (
         "tuner/hyperstep.py",
-        "self.horizon.place(lambda: self._estimator.at(here))",
+        "self.horizon.place(here.params, lambda: self._estimator.at(here))",
         "self._estimator.at(here)",
         HORIZON,
     ),

@@ -186,7 +186,7 @@ def test_a_gradient_that_is_clipped_before_the_step_is_pulled_back_through_its_j
     found = one_step(step, problem.valid_grads(one_step.at(step)))
     for name, t in zip(hparams, truth, strict=True):
         torch.testing.assert_close(found[name], t)
-    with pytest.raises(NotImplementedError, match="clipped gradients; use 'one_step'"):
+    with pytest.raises(mf.UnsupportedSetting, match="clipped gradients; use 'one_step'"):
         mf.ESTIMATORS["unrolled"].at(step)
 
 

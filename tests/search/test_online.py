@@ -8,10 +8,11 @@ import torch
 
 import midflight as mf
 from midflight import search
-from midflight.search import problems
+from midflight.search import checkpoint, problems
 from midflight.search.ledger import Record, best
 from midflight.search.problems import MLP_SPACE, Mlp
 from midflight.search.search import nearest_values
+from midflight.search.trial import Job, run_job
 
 SPACE = search.Space(
     layers=mf.Int(1, 9),
@@ -239,3 +240,16 @@ def test_mlp_reads_the_test_set_once_after_its_last_epoch(monkeypatch):
     _, t2, test = problems.splits("digits", 100)
     assert seen == [len(t2)] * 3 + [len(test)]
     assert found.best.extra.keys() == {"test_error"}
+
+
+def test_mlp_cloned_by_pbt_trains_with_its_own_options(tmp_path):
+    space, path = MLP_SPACE.offline(), tmp_path / "c.pt"
+    shape = {"layers": 1, "width": 32, "activation": "relu", "batch_norm": False, "optimizer": "sgd"}
+    parent = {**shape, "lr": 0.1, "momentum": 0.5, "weight_decay": 1e-3, "noise": 0.1, "dropout": 0.1}
+    child = {**parent, "lr": 0.0012, "momentum": 0.9, "weight_decay": 1e-5}
+    for config, goes_on in ((parent, False), (child, True)):
+        run_job(Job(0, config, {}, 2, 0, space, path), Mlp("digits", train=100), lambda _, on=goes_on: on)
+    group = checkpoint.load(path).state["optimizer"]["param_groups"][0]
+    assert {name: group[name] for name in ("lr", "momentum", "weight_decay")} == {
+        "lr": 0.0012, "momentum": 0.9, "weight_decay": 1e-5,
+    }  # fmt: skip

@@ -64,7 +64,7 @@ def test_a_restored_horizon_judges_and_goes_on_as_the_saved_one():
     restored.load_state_dict(saved.state_dict())
     for each in (saved, restored):
         each.caution = 0.3
-    assert torch.equal(saved.place(lambda: w)["w"], restored.place(lambda: w)["w"])
+    assert torch.equal(saved.place(w, dict)["w"], restored.place(w, dict)["w"])
     found = [each.smoothed({"h": torch.tensor(1.0)})["h"] for each in (saved, restored)]
     assert torch.equal(*found)
     assert found[0] > 2.0
@@ -73,7 +73,7 @@ def test_a_restored_horizon_judges_and_goes_on_as_the_saved_one():
         each.follow(w, 600)
         each.observe(0.5, 2.0, 0.5)
     assert saved.caution == restored.caution > 0
-    assert torch.equal(saved.place(lambda: w)["w"], restored.place(lambda: w)["w"])
+    assert torch.equal(saved.place(w, dict)["w"], restored.place(w, dict)["w"])
     assert torch.equal(saved.best["w"], restored.best["w"])
 
 
@@ -165,10 +165,7 @@ def in_float64():
 def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(
     caution, estimator, monkeypatch, in_float64
 ):
-    """<v(average + caution (theta - average)), theta'(h)> differentiated centrally, v held fixed.
-
-    With `one_step`, theta' in place of theta.
-    """
+    """<v(average + caution (theta - average)), theta'(h)> differentiated centrally, v held fixed."""
     batch, (xv, yv), model = in_float64
     space = mf.Space({"weight_decay": mf.Float(1e-4, 1e-1, log=True, init=1e-2)}, dtype=torch.float64)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
@@ -196,8 +193,7 @@ def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(
 
     raw = float(space["weight_decay"].raw)
     average = t.horizon.average()
-    leant = after(raw) if estimator == "one_step" else before
-    judged = {n: (average[n] + caution * (p - average[n])).requires_grad_() for n, p in leant.items()}
+    judged = {n: (average[n] + caution * (p - average[n])).requires_grad_() for n, p in before.items()}
     loss = F.cross_entropy(torch.func.functional_call(model, judged, (xv,)), yv)
     v = dict(zip(judged, torch.autograd.grad(loss, list(judged.values())), strict=True))
     truth, _ = derivative(lambda shift: float(sum((v[n] * p).sum() for n, p in after(raw + shift).items())))

@@ -13,7 +13,7 @@ from toys import Recorder, X, Y, cross_entropy, network, space, train, tuner, we
 
 import midflight as mf
 from midflight.testing import compare
-from midflight.updates import read_options, rule_for
+from midflight.updates import read_options
 
 
 def reads_as_it_steps(optimizer, option):
@@ -510,6 +510,25 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(horizon, schedule):
     assert all(torch.equal(v, model2.state_dict()[k]) for k, v in model.state_dict().items())
 
 
+def test_a_state_of_another_range_keeps_the_values_and_begins_a_trajectory_of_its_own():
+    def made(noise):
+        s = mf.Space(noise=noise)
+        model = network(s)
+        optimizer = torch.optim.Adam(model.parameters())
+        return s, model, optimizer, tuner(model, optimizer, s)
+
+    s, model, optimizer, t = made(mf.Float(0.0, 0.8, init=0.3))
+    train(model, optimizer, 5)
+    value = float(s["noise"])
+    wider, _, _, again = made(mf.Float(0.0, 1.6))
+    again.load_state_dict(t.state_dict())
+    assert float(wider["noise"]) == pytest.approx(value)
+    assert again.steps == 5
+    assert float(again.trajectory.at(1.0)["noise"]) == pytest.approx(value / 1.6)
+    with pytest.raises(mf.SpaceError, match="the saved noise does not fit"):
+        made(mf.Float(0.79, 0.8))[3].load_state_dict(t.state_dict())
+
+
 def test_detaching_stops_the_tuning_and_leaves_the_tuned_options():
     s = space()
     model = network(s)
@@ -741,10 +760,3 @@ def test_an_error_in_the_validation_pass_leaves_the_weights_in_place():
     assert torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), rng)
     assert optimizer.param_groups[0]["weight_decay"] == 0
-
-
-def test_the_rule_that_is_differentiated_is_the_optimisers():
-    model = nn.Linear(2, 2)
-    for kind, rule in mf.RULES.items():
-        if kind is not torch.optim.Muon:
-            assert rule_for(kind(model.parameters())) is rule

@@ -96,6 +96,9 @@ class ReceivedGradient:
         self._max_norm = max_grad_norm
         self._seen: dict[str, _Seen] = {}
         self._passes: dict[str, int] = {}
+        self._first: dict[str, Tensor] = {}
+        self.carried = False
+        """Whether something stood in `.grad` before the last gradient came."""
         self.examples = 0
         """How many examples the model saw for the last gradient; 0 where that is not known."""
         self.passes = 1
@@ -115,6 +118,7 @@ class ReceivedGradient:
         for name, p in params.items():
             if p.requires_grad:
                 theirs = list((p._post_accumulate_grad_hooks or {}).items())
+                self._hooks.append(p.register_hook(self._note_part(name)))  # type: ignore[no-untyped-call]
                 self._hooks.append(p.register_post_accumulate_grad_hook(self._note(name)))  # type: ignore[no-untyped-call]
                 for key, hook in theirs:  # those of the user, such as clipping, come after ours
                     del p._post_accumulate_grad_hooks[key]
@@ -124,12 +128,21 @@ class ReceivedGradient:
         """Note nothing more."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._seen, self._passes = [], {}, {}
+        self._hooks, self._seen, self._passes, self._first = [], {}, {}, {}
+
+    def _note_part(self, name: str) -> Callable[[Tensor], None]:
+        def hook(grad: Tensor) -> None:
+            if name not in self._seen and not grad.is_sparse:
+                self._first[name] = _sample(grad).clone()
+
+        return hook
 
     def _note(self, name: str) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:
             grad = p.grad
             if grad is not None and not grad.is_sparse and grad.numel():
+                if name not in self._seen and name in self._first:
+                    self._first[name] = _sample(grad) - self._first[name]
                 self._seen[name] = _Seen(_largest(grad), _sample(grad).clone(), grad.detach().norm())
                 self._passes[name] = self._passes.get(name, 0) + 1
 
@@ -151,6 +164,7 @@ class ReceivedGradient:
         """
         seen = {name: s for name, s in self._seen.items() if name in grads}
         self.examples = self._counted
+        self.carried = any(bool(left.any()) for left in self._first.values())
         passes = self.passes = max(self._passes.values(), default=1)
         self.rest()
         if not seen:

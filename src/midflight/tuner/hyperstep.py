@@ -200,6 +200,8 @@ class HyperStep:
             def mixed_partial(w: Tensors) -> Tensors:  # the gradient of a frozen weight stays as it is
                 return along({name: w[name] for name in w if name in trained})
 
+            if self.received.carried:  # the step's gradient is not of its own examples only
+                return Dependence(mixed_partial)
             others = clipped.received(theirs) if clipped else theirs
             return Dependence(mixed_partial, others, self._share(few, batch))
 
