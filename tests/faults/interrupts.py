@@ -1,4 +1,5 @@
-"""Stops a training step at a chosen line or at a chosen time, and says what is not as it would be without a tuner."""
+"""Stops a training step at a chosen line or at a chosen time, and says what is not as it would be without a
+tuner."""
 
 import _thread
 import signal
@@ -138,7 +139,8 @@ def stopped_step(world: World, block: Any) -> BaseException | None:
 
 
 def traces_left(world: World, error: BaseException | None, twin: Twin) -> list[str]:
-    """What is neither as before the step nor as after it; each weight for itself, once torch has begun to move them."""
+    """What is neither as before the step nor as after it; each weight for itself, once torch has begun to
+    move them."""
     now = world.state()
     before, after = twin.moments["before the step"], twin.moments["after the step"]
     wrong = [name for name in now if now[name] not in (before[name], after[name])]

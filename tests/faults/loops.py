@@ -1,4 +1,5 @@
-"""Small training loops in float64 that can be run again step by step, and the truth about their hypergradients."""
+"""Small training loops in float64 that can be run again step by step, and the truth about their
+hypergradients."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field

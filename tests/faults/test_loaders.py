@@ -537,7 +537,7 @@ class CountedWithLength(Counted):
         "a wrapper of it": lambda: Wrapped(load(Endless())),
         "cycle": lambda: itertools.cycle(load()),
         "a generator": lambda: (batch for batch in itertools.cycle(load())),
-        "map of cycle": lambda: map(lambda batch: batch, itertools.cycle(load())),
+        "map of cycle": lambda: map(lambda batch: batch, itertools.cycle(load())),  # noqa: C417
         "a class of its own": lambda: Counted(),
         "a class that says a length": lambda: CountedWithLength(7),
     }.items(),

@@ -1,4 +1,5 @@
-"""Models and losses as users write them: the hypergradient is the central difference of the loop's own step."""
+"""Models and losses as users write them: the hypergradient is the central difference of the loop's own
+step."""
 
 import math
 import warnings
@@ -324,12 +325,12 @@ CHOICES: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
     "by exact type": lambda model, o: lambda m: [p for p in m.parameters() if type(p) is nn.Parameter],
     "by requires_grad": lambda model, o: lambda m: [p for p in m.parameters() if p.requires_grad],
     "by is_leaf": lambda model, o: lambda m: [p for p in m.parameters() if p.is_leaf],
-    "by identity": lambda model, o: lambda m, known=ids(model): [p for p in m.parameters() if id(p) in known],
+    "by identity": lambda model, o: lambda m, known=ids(model): [p for p in m.parameters() if id(p) in known],  # noqa: B008
     "by name": lambda model, o: lambda m: [p for n, p in m.named_parameters() if n.endswith("weight")],
     "by get_parameter": lambda model, o: lambda m: [m.get_parameter("0.weight")],
     "by module": lambda model, o: lambda m: [k.weight for k in m.modules() if isinstance(k, nn.Linear)],
     "by what has a gradient": lambda model, o: (
-        lambda m: [p for p in m.parameters() if p.grad is None or True]
+        lambda m: [p for p in m.parameters() if p.grad is None or True]  # noqa: SIM222
     ),
     "as a vector": lambda model, o: lambda m: [parameters_to_vector(m.parameters())],
     "of the closed-over model": lambda model, o: lambda m: list(model.parameters()),

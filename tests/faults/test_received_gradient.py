@@ -1,4 +1,5 @@
-"""What loops do to the gradient between `backward` and `step`: the tuner takes the derivative of the whole step."""
+"""What loops do to the gradient between `backward` and `step`: the tuner takes the derivative of the whole
+step."""
 
 import math
 from collections.abc import Callable
@@ -479,7 +480,8 @@ def test_a_group_without_decay_is_left_alone():
     loop.run(2)
     tuned, standing = {seen[0], seen[2]}, {seen[1], seen[3], seen[4]}
     assert standing == {0.0}
-    assert len(tuned) == 1 and tuned != {0.1}
+    assert len(tuned) == 1
+    assert tuned != {0.1}
     assert [g["weight_decay"] for g in loop.optimizer.param_groups] == [0.1, 0.0, 0.1, 0.0, 0.0]
 
 

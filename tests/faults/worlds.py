@@ -39,7 +39,8 @@ class Own(nn.Module):
 
 
 class World:
-    """A loop with BatchNorm, dropout, a frozen layer, a layer in eval mode, momentum, and numbers drawn everywhere."""
+    """A loop with BatchNorm, dropout, a frozen layer, a layer in eval mode, momentum, and numbers drawn
+    everywhere."""
 
     def __init__(
         self, tuned: bool, wrap: Callable[[str, Any], Any] = lambda name, f: f, **arguments: Any
