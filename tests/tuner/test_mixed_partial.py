@@ -279,6 +279,15 @@ def test_a_weight_of_two_modules_is_replaced_in_both():
     assert model[0].weight is model[1].weight
 
 
+def test_a_module_under_two_names_has_its_own_weights_again_after_others():
+    shared = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    model = nn.Sequential(shared, nn.Tanh(), shared).double()
+    before = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
+    others = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    assert not with_tensors(model, lambda: model(X), others).any()
+    assert {name: id(t) for name, t in model.state_dict(keep_vars=True).items()} == before
+
+
 def test_a_hyperparameter_of_noise_sees_other_numbers_at_each_hyper_step():
     s, draws = mf.Space({"noise": mf.Float(0.0, 1.0)}, dtype=torch.float64), []
 

@@ -86,20 +86,23 @@ def test_without_a_copy_failures_are_left_out_and_nothing_else_happens():
 
 
 class Faulty:
-    """A validation loss that is NaN while `broken`; only in the gradient if `late`."""
+    """A validation loss that is NaN while `broken`, or has a gradient of NaN."""
 
     broken = False
 
-    def __init__(self, late=False):
-        self.late = late
+    def __init__(self, in_gradient=False):
+        self.in_gradient = in_gradient
 
     def __call__(self, model, batch):
-        spoilt = self.broken and (torch.is_grad_enabled() or not self.late)
-        return cross_entropy(model, batch) * (NAN if spoilt else 1.0)
+        loss = cross_entropy(model, batch)
+        if not self.broken:
+            return loss
+        return loss + (loss - loss.detach()).sqrt() if self.in_gradient else loss * NAN
 
 
-def test_a_validation_loss_that_is_not_finite_once_spoils_one_hyper_step_only():
-    faulty = Faulty(late=True)
+@pytest.mark.parametrize("in_gradient", [False, True])
+def test_a_validation_loss_that_is_not_finite_once_spoils_one_hyper_step_only(in_gradient):
+    faulty = Faulty(in_gradient)
     s, model, optimizer, t = training(valid_loss_fn=faulty, horizon="run")
     train(model, optimizer, 6)
     faulty.broken = True
