@@ -640,7 +640,7 @@ MUTANTS = [
     ("space.py", "if saved is None or tuple(saved) == _range(spec):", "if True:", PROPERTY),
     ("space.py", "if raw.shape != spec.shape:", "if False:", PROPERTY),
     ("space.py", "numbers.Number.register(Hyperparameter)", "pass", PROPERTY),
-    ("space.py", "__array_priority__ = 1000", "__array_priority__ = -2e6", PROPERTY),
+    ("space.py", "__array_priority__ = 1000", "_unused = 1000", PROPERTY),
     ("levels.py", "return value if _held is None else _held.setdefault(what, value)", "return value", CHECK),
     ("checking.py", "self._randomness.rewind(self._draws)", "pass", CHECK),
     ("checking.py", "binding.detach()  # read only", "pass", CHECK),

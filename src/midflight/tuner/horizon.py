@@ -242,7 +242,8 @@ class Averaged:
         for name, t in tensors.items():
             kept = self.best.get(name)
             if kept is None:
-                self.best[name] = t.to(KEPT.get(t.dtype, t.dtype), copy=True)
+                half = name in self._dtypes  # a weight; buffers are few
+                self.best[name] = t.to(KEPT.get(t.dtype, t.dtype) if half else t.dtype, copy=True)
             else:
                 kept.copy_(t)
 
