@@ -12,8 +12,9 @@ from typing import Any
 
 from worlds import World, differences
 
-UPDATE = "torch/optim/sgd.py"
-"""Whoever stops torch in the midst of its own update finds weights and momenta half moved, tuner or not."""
+UPDATE = "_use_grad"
+"""The function of torch that runs an optimiser's own update: whoever stops torch within it finds weights and momenta
+half moved, or gradients switched off, tuner or not."""
 
 
 class Stopped(Exception):
@@ -123,9 +124,7 @@ def alarms_stop() -> Iterator[None]:
 
 
 def in_torchs_update(error: BaseException) -> bool:
-    return any(
-        UPDATE in entry.filename.replace("\\", "/") for entry in traceback.extract_tb(error.__traceback__)
-    )
+    return any(entry.name == UPDATE for entry in traceback.extract_tb(error.__traceback__))
 
 
 def stopped_step(world: World, block: Any) -> BaseException | None:
@@ -145,7 +144,7 @@ def traces_left(world: World, error: BaseException | None, twin: Twin) -> list[s
     before, after = twin.moments["before the step"], twin.moments["after the step"]
     wrong = [name for name in now if now[name] not in (before[name], after[name])]
     if error is not None and in_torchs_update(error):
-        wrong = [name for name in wrong if not name.startswith(("weight", "momentum"))]
+        wrong = [name for name in wrong if not name.startswith(("weight", "momentum", "grad mode"))]
     elif now["weight 1.weight"] == before["weight 1.weight"]:
         wrong = sorted({*wrong, *differences(now, before)})
     return wrong

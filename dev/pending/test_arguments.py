@@ -1,0 +1,314 @@
+"""Arguments that cannot be right are refused in a sentence, and values are numbers wherever a number can stand."""
+
+import json
+import math
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from loops import Loop, found, network, noisy_loop, noisy_loss, data
+from torch import nn
+
+import midflight as mf
+
+NO_COUNTS = [math.nan, math.inf, 0, -1, 1.5, 10.0, True, False, "5", np.float64(3)]
+
+
+@pytest.mark.parametrize("value", NO_COUNTS)
+@pytest.mark.parametrize("name", ["total_steps", "examples", "rollback", "schedule"])
+def test_a_count_that_is_no_whole_number_of_at_least_1_is_refused(name, value):
+    with pytest.raises((ValueError, TypeError), match=r"whole number|schedule must be"):
+        noisy_loop().attach(**{name: value})
+
+
+@pytest.mark.parametrize("value", NO_COUNTS)
+@pytest.mark.parametrize("kind", [mf.Every, mf.FrontLoaded])
+def test_a_schedule_of_no_whole_number_is_refused(kind, value):
+    with pytest.raises(ValueError, match="whole number"):
+        kind(value)
+
+
+@pytest.mark.parametrize("share", [math.nan, math.inf, 0, -0.1, 1.5, True])
+def test_a_budget_that_is_no_share_is_refused(share):
+    with pytest.raises(ValueError, match="0 < share <= 1"):
+        mf.TimeBudget(share)
+
+
+@pytest.mark.parametrize("norm", [0, -1.0, math.nan, True, "1"])
+def test_a_norm_that_is_not_positive_is_refused(norm):
+    with pytest.raises((ValueError, TypeError), match="max_grad_norm"):
+        noisy_loop().attach(max_grad_norm=norm)
+
+
+@pytest.mark.parametrize("lr", [0, -0.1, math.nan, math.inf, True])
+def test_a_length_of_hypersteps_that_is_no_positive_number_is_refused(lr):
+    with pytest.raises(ValueError, match="lr > 0|finite"):
+        mf.SignSteps([torch.zeros(())], lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ((0, math.inf), {}), ((-math.inf, 0), {}), ((math.nan, 1), {}), ((0, math.nan), {}), ((True, 2), {}),
+        ((0, True), {}), (("0", 1), {}), ((None, 1), {}), ((1, 1), {}), ((2, 1), {}), ((0, 1j), {}),
+        ((0, 1), {"log": True}), ((-1, 1), {"log": True}), ((0, 1), {"logit": True}), ((0.1, 1), {"logit": True}),
+        ((0.1, 0.9), {"log": True, "logit": True}), ((0, 1), {"init": 2}), ((0, 1), {"init": math.nan}),
+        ((0, 1), {"init": True}), ((0, 1), {"init": "0.5"}), ((0, 1), {"init": [0.1, 0.2]}),
+        ((0, 1), {"shape": (0,)}), ((0, 1), {"shape": (-1,)}), ((0, 1), {"shape": 3}), ((0, 1), {"shape": (1.5,)}),
+        ((0, 1), {"shape": (True,)}), ((0, 1), {"shape": (3,), "init": [0.1, 0.2]}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_float_that_cannot_be_is_refused_in_a_sentence(arguments, options):
+    with pytest.raises(mf.SpaceError, match=r"\.$"):
+        mf.Float(*arguments, **options)
+
+
+@pytest.mark.parametrize("name", ["", None, 1, "a b\n", b"x", ("x",)], ids=repr)
+def test_a_name_that_is_no_name_is_refused(name):
+    with pytest.raises(mf.SpaceError, match="name"):
+        mf.Space({name: mf.Float(0, 1)})
+
+
+@pytest.mark.parametrize("spec", [0.5, None, (0, 1), mf.Int(1, 3), mf.Categorical(["a"]), mf.Float], ids=repr)
+def test_an_entry_that_is_no_float_is_refused(spec):
+    with pytest.raises(mf.SpaceError, match="must be a Float"):
+        mf.Space(x=spec)
+
+
+def test_an_empty_space_is_refused():
+    with pytest.raises(mf.SpaceError, match="at least one"):
+        mf.Space()
+
+
+def test_a_space_of_very_many_numbers_says_to_use_a_shape():
+    started = time.perf_counter()
+    space = mf.Space({f"x{n}": mf.Float(0, 1) for n in range(100_000)})
+    loop = noisy_loop()
+    loop.space = space
+    with pytest.raises(mf.SpaceError, match="shape"):
+        loop.attach()
+    assert time.perf_counter() - started < 30  # seconds, where it was a minute and 1.2 GB
+
+
+def test_a_vector_of_very_many_numbers_is_quick():
+    space = mf.Space(weights=mf.Float(0, 2, init=1.0, shape=(1_000_000,)))
+    x, y, _ = data(12, 1)
+
+    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return (loss * space["weights"][:12]).mean() if model.training else loss.mean()
+
+    model = network()
+    batch = x.float(), y
+    loop = Loop(model, space, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, [batch], [batch])
+    loop.attach(hyper_optimizer=mf.SignSteps).run(3)
+    assert float(space["weights"].value.detach()[:12].std()) > 0
+
+
+@pytest.mark.parametrize("function", [None, 3, "loss", nn.CrossEntropyLoss], ids=str)
+def test_a_loss_that_is_no_function_is_refused(function):
+    loop = noisy_loop()
+    loop.loss_fn = function
+    if function is nn.CrossEntropyLoss:  # a class can be called, and what it gives is no loss
+        with pytest.raises((mf.InvalidLoss, TypeError)):
+            loop.attach().run(1)
+    else:
+        with pytest.raises(TypeError, match="loss_fn must be a function"):
+            loop.attach()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("estimator", "exact"), ("estimator", None), ("horizon", "long"), ("horizon", 3), ("bind", "lr"),
+     ("bind", ["nothing"]), ("bind", {"noise": "nothing"}), ("bind", {"noise": "nesterov"})],
+)  # fmt: skip
+def test_a_choice_that_does_not_exist_is_refused_by_a_sentence_that_names_what_does(name, value):
+    with pytest.raises((mf.MidflightError, TypeError), match=r"must|\.$"):
+        noisy_loop().attach(**{name: value})
+
+
+@pytest.mark.parametrize("optimizer", [None, object(), [], "Adam"], ids=str)
+def test_what_is_no_optimiser_is_refused(optimizer):
+    loop = noisy_loop()
+    loop.optimizer = optimizer
+    with pytest.raises(mf.UnsupportedOptimizer):
+        loop.attach()
+
+
+@pytest.mark.parametrize("model", [None, 3, lambda x: x, nn.Linear], ids=str)
+def test_what_is_no_model_is_refused_in_a_sentence(model):
+    loop = noisy_loop()
+    loop.model = model
+    with pytest.raises(TypeError, match="model must be"):
+        loop.attach()
+
+
+def test_two_optimisers_of_the_same_weights_or_one_twice_are_refused():
+    loop = noisy_loop()
+    loop.optimizer = [loop.optimizer, loop.optimizer]
+    with pytest.raises(mf.UnsupportedOptimizer, match="different"):
+        loop.attach()
+
+
+# --- hyperparameters as numbers -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def x() -> mf.Hyperparameter:
+    return mf.Space(x=mf.Float(0, 1, init=0.25))["x"]
+
+
+def test_a_hyperparameter_is_formatted_like_a_number(x):
+    assert f"{x:.3f}" == "0.250"
+    assert f"{x:>8.2e}" == "2.50e-01"
+    assert "0.25" in f"{x}"
+    assert format(x, ".1%") == "25.0%"
+    assert f"{x!r}".startswith("x = 0.25")
+
+
+def test_a_hyperparameter_is_a_number_for_python_and_numpy(x):
+    assert float(x) == 0.25
+    assert int(x) == 0
+    assert round(float(x), 1) == 0.2
+    assert math.sqrt(x) == 0.5
+    assert np.asarray(x) == 0.25
+    assert np.float64(x) == 0.25
+    assert x.item() == 0.25
+    assert max(x, 0.1) == 0.25
+    assert torch.as_tensor(x).item() == 0.25
+    assert bool(x)
+
+
+def test_values_can_be_written_as_json():
+    space = mf.Space(x=mf.Float(0, 1, init=0.25), v=mf.Float(0, 1, init=0.5, shape=(2,)))
+    assert json.loads(json.dumps(space.as_dict())) == {"x": 0.25, "v": [0.5, 0.5]}
+
+
+def test_the_log_can_be_written_as_json():
+    loop = noisy_loop().attach().run(3)
+    assert all(type(value) is float for value in loop.tuner.log().values())
+    assert json.loads(json.dumps(loop.tuner.log()))["value/noise"] == pytest.approx(0.4)
+
+
+def test_a_summary_writer_takes_a_hyperparameter(x, tmp_path):
+    writer = pytest.importorskip("tensorboardX").SummaryWriter(str(tmp_path))
+    writer.add_scalar("x", float(x), 0)
+    writer.add_scalar("x", x, 0)
+    writer.close()
+
+
+# --- states that do not fit ---------------------------------------------------------------------------------
+
+
+def state_of(**space: mf.Float) -> dict[str, Any]:
+    return mf.Space(**space).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("saved", "now"),
+    [
+        (mf.Float(0, 1, init=0.25), mf.Float(0, 10)),
+        (mf.Float(1e-4, 1, log=True, init=0.01), mf.Float(1e-6, 1, log=True)),
+        (mf.Float(1e-4, 1, log=True, init=0.01), mf.Float(0, 1)),
+        (mf.Float(0, 1, init=0.25, shape=(3,)), mf.Float(0, 1, shape=(3,), init=0.5)),
+    ],
+    ids=["wider", "wider, log", "log, then linear", "the same"],
+)
+def test_a_state_that_is_loaded_in_another_range_keeps_the_value_or_is_refused(saved, now):
+    space = mf.Space(x=now)
+    try:
+        space.load_state_dict(state_of(x=saved))
+    except mf.SpaceError as error:
+        assert str(error).endswith(".")
+    else:
+        assert space["x"].value.detach().numpy() == pytest.approx(np.full(now.shape, saved.init), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "now",
+    [{"y": mf.Float(0, 1)}, {"x": mf.Float(0, 1, shape=(2,))}, {"x": mf.Float(0, 1), "y": mf.Float(0, 1)},
+     {"x": mf.Float(0.5, 1)}],
+    ids=["another name", "another shape", "one more", "value out of range"],
+)  # fmt: skip
+def test_a_state_that_does_not_fit_is_refused(now):
+    with pytest.raises(mf.SpaceError):
+        mf.Space(**now).load_state_dict(state_of(x=mf.Float(0, 1, init=0.25)))
+
+
+CHANGED: dict[str, dict[str, Any]] = {
+    "other steps between hyper-steps": {"schedule": 7},
+    "a kind of schedule": {"schedule": mf.FrontLoaded()},
+    "another budget": {"schedule": mf.TimeBudget(0.1)},
+    "another horizon": {"horizon": "run"},
+    "another hyper-optimiser": {"hyper_optimizer": mf.SignSteps},
+    "another length": {"total_steps": 50},
+    "another estimator": {"estimator": "t1t2"},
+    "another binding": {"bind": ()},
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_a_state_loaded_with_another_argument_works_or_is_refused_in_a_sentence(kind):
+    decay = {"weight_decay": mf.Float(1e-4, 1e-1, log=True, init=1e-2)}
+    state = noisy_loop(**decay).attach(schedule=5).run(7).tuner.state_dict()
+    loop = noisy_loop(**decay)
+    try:
+        loop.attach(**{"schedule": 5, **CHANGED[kind]})
+        loop.tuner.load_state_dict(state)
+    except (ValueError, mf.MidflightError) as error:
+        assert str(error).endswith(".")
+        assert not isinstance(error, KeyError)
+    else:
+        assert loop.space.as_dict() == {"noise": pytest.approx(0.4), "weight_decay": pytest.approx(1e-2)}
+        assert loop.tuner.steps == 7
+        loop.run(20)
+
+
+@pytest.mark.parametrize("state", [{}, {"steps": 3}, None, [], {"steps": 1, "space": {}}], ids=str)
+def test_what_is_no_state_is_refused_in_a_sentence(state):
+    loop = noisy_loop().attach()
+    with pytest.raises((ValueError, TypeError, mf.MidflightError), match=r"state"):
+        loop.tuner.load_state_dict(state)
+
+
+# --- drop-ins -----------------------------------------------------------------------------------------------
+
+
+def test_the_tuned_dropout_stands_in_for_torchs_where_a_library_reads_its_rate():
+    """As attention of transformers does: F.dropout(p=self.dropout.p, training=self.training)."""
+    space = mf.Space(rate=mf.Float(0.05, 0.8, init=0.3))
+    layer = mf.nn.Dropout(space["rate"])
+    assert float(layer.p) == pytest.approx(0.3)
+    assert layer.inplace is False
+    x = torch.ones(1000)
+    dropped = nn.functional.dropout(x, p=float(layer.p), training=True)
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.3, abs=0.06)  # 4 standard errors
+    assert isinstance(layer, nn.Dropout) or not hasattr(nn.Dropout(0.1), "rate")
+    assert mf.nn.Dropout(0.3).p == pytest.approx(0.3)
+
+
+def test_a_tuned_rate_that_a_library_reads_as_a_number_follows_the_space():
+    space = mf.Space(rate=mf.Float(0.05, 0.8, init=0.3))
+    layer = mf.nn.Dropout(space["rate"])
+    space.set(rate=0.5)
+    assert float(layer.p) == pytest.approx(0.5)
+
+
+def test_check_compares_dropout_with_its_own_relaxation():
+    torch.manual_seed(0)
+    space = mf.Space(rate=mf.Float(0.05, 0.8, init=0.3))
+    model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), mf.nn.Dropout(space["rate"]), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    batches = [tuple(t.float() if t.is_floating_point() else t for t in data(n, n)[:2]) for n in (12, 20)]
+    report = mf.check(
+        model, loss_fn, optimizer, space, batch=batches[0], validate=loss_fn, valid_batch=batches[1],
+        estimators=("one_step",),
+    )  # fmt: skip
+    assert report.passed, str(report)

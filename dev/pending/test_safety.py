@@ -1,0 +1,428 @@
+"""Whatever goes wrong at a hyper-step, the loop goes on as if the tuner had not been there."""
+
+import os
+import random
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from interrupts import (
+    Twin,
+    after_seconds,
+    alarms_stop,
+    at_line,
+    lines_of_a_step,
+    prepared,
+    press_control_c,
+    ring_alarm,
+    stopped_step,
+    traces_left,
+)
+from loops import Still, noisy_loop
+from torch import Tensor, nn
+from worlds import World, differences, hooks_of_the_tuner
+
+import midflight as mf
+
+
+class Broken(Exception):
+    """A mistake in a user's function."""
+
+
+def failing(which: str, at: int, how: Callable[[], Any]) -> Callable[[str, Any], Any]:
+    """A wrapper of user functions: the one of this name fails at its at-th call."""
+
+    def wrap(name: str, function: Any) -> Any:
+        if name != which:
+            return function
+        calls = [0]
+
+        def wrapped(*arguments: Any) -> Any:
+            calls[0] += 1
+            return how() if calls[0] == at else function(*arguments)
+
+        return wrapped
+
+    return wrap
+
+
+def break_down() -> None:
+    raise Broken
+
+
+class BreakingLoader:
+    """A loader whose batches end in an error."""
+
+    def __init__(self, good: int) -> None:
+        self.good = good
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = World(False).batches
+        for n in range(self.good):
+            yield batches[n % 3]
+        raise Broken
+
+
+# --- a plain run --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("horizon", ["run", "step"])
+@pytest.mark.parametrize("estimator", ["one_step", "one_step_cheap", "central_difference", "unrolled", "t1t2"])
+def test_a_hyperstep_leaves_no_trace(estimator, horizon):
+    states = []
+    for tuned in (False, True):
+        world = World(tuned, **({"horizon": horizon, "estimator": estimator} if tuned else {}))
+        for _ in range(4):
+            world.step()
+        states.append(world.state())
+    assert world.tuner.log()["hypersteps"] == 4
+    assert not differences(*states)
+
+
+def test_detaching_takes_every_hook_away():
+    world = World(True)
+    world.step()
+    world.forward_and_backward()
+    assert hooks_of_the_tuner(world)
+    world.tuner.detach()
+    assert not hooks_of_the_tuner(world)
+    for _ in range(2):
+        world.step()
+    assert len(world.tuner.hyper_optimizer.given) == 1
+
+
+@pytest.mark.parametrize("horizon", ["run", "step"])
+def test_finish_leaves_all_but_weights_and_buffers(horizon):
+    world = World(True, horizon=horizon)
+    for _ in range(3):
+        world.step()
+    before = world.state()
+    world.tuner.finish()
+    assert not hooks_of_the_tuner(world)
+    assert not differences(before, world.state(), but=("weight", "buffer"))
+
+
+def test_a_tuner_that_is_only_made_and_detached_changes_nothing():
+    plain, world = World(False).state(), World(True)
+    world.tuner.detach()
+    assert not differences(plain, world.state())
+
+
+# --- errors in the user's functions -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+@pytest.mark.parametrize("horizon", ["run", "step"])
+@pytest.mark.parametrize("which", ["loss_fn", "valid_loss_fn"])
+def test_an_error_in_a_loss_leaves_the_loop_as_before_the_step(which, horizon, at):
+    """... and an optimiser step without the tuner gives what it gives without the tuner."""
+    world = World(True, failing(which, at, break_down), horizon=horizon)
+    with pytest.raises(Broken):
+        for _ in range(6):
+            world.step()
+    twin = Twin(world.taken)
+    assert not differences(world.state(), twin.moments["before the step"])
+    world.tuner.detach()
+    world.optimizer.step()
+    assert not differences(world.state(), twin.moments["after the step"])
+
+
+@pytest.mark.parametrize("which", ["loss_fn", "valid_loss_fn"])
+def test_the_step_can_be_tried_again_and_the_run_goes_on(which):
+    world = World(True, failing(which, 5, break_down), horizon="step")
+    for _ in range(6):
+        world.forward_and_backward()
+        try:
+            world.optimizer.step()
+        except Broken:
+            world.optimizer.step()
+        world.after_step()
+    plain = World(False)
+    for _ in range(6):
+        plain.step()
+    assert not differences(world.state(), plain.state())
+    assert world.tuner.steps == 6
+    assert len(world.tuner.hyper_optimizer.given) >= 5
+
+
+def test_an_error_in_a_loader_leaves_the_loop_as_before_the_step():
+    world = World(True, valid_loader=BreakingLoader(3), horizon="step")
+    with pytest.raises(Broken):
+        for _ in range(6):
+            world.step()
+    assert not differences(world.state(), Twin(world.taken).moments["before the step"])
+
+
+def test_an_error_in_on_hyperstep_leaves_the_loop_as_after_the_step_and_the_next_hyperstep_comes():
+    world = World(True, failing("on_hyperstep", 2, break_down))
+    world.step()
+    with pytest.raises(Broken):
+        world.step()
+    assert not differences(world.state(), Twin(1).moments["after the step"])
+    world.after_step()
+    for _ in range(2):
+        world.step()
+    assert len(world.tuner.hyper_optimizer.given) == 4
+    assert world.tuner.log()["undecided"] == 0
+    plain = World(False)
+    for _ in range(4):
+        plain.step()
+    assert not differences(world.state(), plain.state())
+
+
+def test_an_error_in_the_hyper_optimizer_leaves_the_loop_as_after_the_step():
+    class Breaking(Still):
+        def step(self, closure: Any = None) -> None:
+            raise Broken
+
+    world = World(True, hyper_optimizer=Breaking)
+    world.forward_and_backward()
+    with pytest.raises(Broken):
+        world.optimizer.step()
+    assert not differences(world.state(), Twin(0).moments["after the step"])
+
+
+@pytest.mark.parametrize("at", [1, 4, 8])
+def test_an_error_in_finish_leaves_the_loop_as_it_was(at):
+    world = World(True)
+    for _ in range(3):
+        world.step()
+    before, calls = world.state(), [0]
+    valid_loss_fn = world.tuner._hyperstep.valid_loss
+
+    def broken(model: nn.Module, batch: Any) -> Tensor:
+        calls[0] += 1
+        return break_down() if calls[0] == at else valid_loss_fn(model, batch)
+
+    world.tuner._hyperstep.valid_loss = broken
+    with pytest.raises(Broken):
+        world.tuner.finish()
+    assert not differences(before, world.state())
+
+
+def test_an_error_in_the_model_during_a_hyperstep_leaves_the_loop_as_before_the_step():
+    world = World(True)
+    for _ in range(2):
+        world.step()
+    world.forward_and_backward()
+    before = world.state()
+
+    def hook(*_: Any) -> None:
+        raise Broken
+
+    handle = world.model[8].register_forward_pre_hook(hook)
+    with pytest.raises(Broken):
+        world.optimizer.step()
+    handle.remove()
+    assert not differences(before, world.state())
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, SystemExit, GeneratorExit, KeyboardInterrupt])
+def test_errors_of_every_kind_come_through(error):
+    def fail() -> None:
+        raise error("on purpose")
+
+    world = World(True, failing("valid_loss_fn", 3, fail), horizon="step")
+    with pytest.raises(error, match="on purpose"):
+        for _ in range(6):
+            world.step()
+    assert not differences(world.state(), Twin(world.taken).moments["before the step"])
+
+
+# --- what loss functions return -----------------------------------------------------------------------------
+
+
+def returning(what: str) -> Callable[[nn.Module, Any], Any]:
+    def my_loss(model: nn.Module, batch: Any) -> Any:
+        losses = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        loss = losses.mean()
+        return {
+            "a float": lambda: float(loss.detach()),
+            "one for each example": lambda: losses,
+            "None": lambda: None,
+            "a pair": lambda: (loss, losses),
+            "a dict": lambda: {"loss": loss},
+            "detached": loss.detach,
+            "numpy": lambda: loss.detach().numpy(),
+        }[what]()
+
+    return my_loss
+
+
+RETURNED = ["a float", "one for each example", "None", "a pair", "a dict", "detached", "numpy"]
+
+
+@pytest.mark.parametrize("which", ["loss_fn", "valid_loss_fn"])
+@pytest.mark.parametrize("what", RETURNED)
+def test_a_loss_that_is_no_scalar_with_a_gradient_is_refused_by_name(what, which):
+    loop = noisy_loop()
+    plain = loop.loss_fn
+    if which == "loss_fn":
+        loop.loss_fn, loop.valid_loss_fn = returning(what), lambda model, batch: plain(model, batch)
+        loop.step = lambda loop, batch: (plain(loop.model, batch).backward(), loop.optimizer.step())
+    else:
+        loop.valid_loss_fn = returning(what)
+    with pytest.raises(mf.InvalidLoss, match=r"my_loss must return"):
+        loop.attach().run(2)
+
+
+@pytest.mark.parametrize("which", ["loss_fn", "valid_loss_fn"])
+def test_a_loss_under_no_grad_is_refused_by_name(which):
+    loop = noisy_loop()
+    plain = loop.loss_fn
+
+    @torch.no_grad()
+    def my_loss(model: nn.Module, batch: Any) -> Tensor:
+        return plain(model, batch)
+
+    if which == "loss_fn":
+        loop.loss_fn, loop.valid_loss_fn = my_loss, lambda model, batch: plain(model, batch)
+        loop.step = lambda loop, batch: (plain(loop.model, batch).backward(), loop.optimizer.step())
+    else:
+        loop.valid_loss_fn = my_loss
+    with pytest.raises(mf.InvalidLoss, match=r"my_loss must return .* gradient"):
+        loop.attach().run(2)
+
+
+def test_a_loss_of_shape_one_is_taken_as_a_number():
+    loop = noisy_loop()
+    plain = loop.loss_fn
+    loop.valid_loss_fn = lambda model, batch: plain(model, batch).reshape(1)
+    assert loop.attach().run(2).hypergradients()
+
+
+# --- interrupts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lines():
+    return {horizon: lines_of_a_step(2, horizon=horizon) for horizon in ("run", "step")}
+
+
+@pytest.mark.parametrize("horizon", ["run", "step"])
+@pytest.mark.parametrize("do", [press_control_c, ring_alarm])
+def test_a_signal_at_any_line_of_the_step_leaves_no_trace(do, horizon, lines):
+    """At evenly spread lines, and at many of those where a hyper-step begins and ends."""
+    count = lines[horizon]
+    chosen = random.Random(0)
+    places = [chosen.randrange(1, count + 1) for _ in range(20)]
+    places += [chosen.randrange(1, 400) for _ in range(10)] + [chosen.randrange(count - 1500, count) for _ in range(20)]
+    with alarms_stop():
+        twin = Twin(2)
+        for n in places:
+            world = prepared(2, horizon=horizon)
+            error = stopped_step(world, at_line(n, do))
+            assert not traces_left(world, error, twin), f"at line {n}"
+
+
+@pytest.mark.parametrize("how", ["alarm", "control-c"])
+def test_a_signal_at_any_time_leaves_no_trace(how):
+    chosen = random.Random(1)
+    stopped = 0
+    with alarms_stop():
+        twin = Twin(2)
+        for _ in range(40):
+            world = prepared(2, horizon="run")
+            error = stopped_step(world, after_seconds(chosen.uniform(0, 0.03), how))
+            stopped += error is not None
+            assert not traces_left(world, error, twin)
+    assert stopped
+
+
+def test_a_run_goes_on_after_an_interrupt(lines):
+    chosen = random.Random(2)
+    for n in [chosen.randrange(1, lines["run"]) for _ in range(10)]:
+        world = prepared(1)
+        stopped_step(world, at_line(n, press_control_c))
+        world.scheduler.step()
+        for _ in range(2):
+            world.step()
+        assert len(world.tuner.hyper_optimizer.given) >= 3
+
+
+def test_a_signal_waits_for_the_hyperstep_and_then_comes():
+    world = prepared(1)
+    with pytest.raises(KeyboardInterrupt):
+        with at_line(2000, press_control_c):
+            world.optimizer.step()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not differences(world.state(), Twin(1).moments["before the step"])
+
+
+def test_every_signal_that_came_is_handled_afterwards():
+    """Two of them: one says that the machine is wanted back, the other stops the program."""
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("wanted back"))
+    try:
+        for first, second in [(signal.SIGUSR1, signal.SIGINT), (signal.SIGINT, signal.SIGUSR1)]:
+            world = prepared(1)
+
+            def both(first: signal.Signals = first, second: signal.Signals = second) -> None:
+                signal.raise_signal(first)
+                signal.raise_signal(second)
+
+            with pytest.raises(KeyboardInterrupt), at_line(2000, both):
+                world.optimizer.step()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == ["wanted back"] * 2
+
+
+def test_a_third_control_c_does_not_wait_for_a_function_that_hangs():
+    def hang() -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(10**7):
+            pass
+        raise AssertionError("still there")
+
+    world = World(True, failing("valid_loss_fn", 3, hang), horizon="step")
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(4):
+            world.step()
+    assert not differences(world.state(), Twin(world.taken).moments["before the step"])
+
+
+def test_a_tuner_works_in_another_thread():
+    """Only the main thread may set handlers of signals."""
+    found: list[Any] = []
+
+    def train() -> None:
+        world = World(True)
+        for _ in range(3):
+            world.step()
+        found.append(world.tuner.finish())
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert set(found[0]) == {"last", "average", "earlier"}
+
+
+# --- the length of the run ----------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_longer_than_it_was_said_to_be_warns_once():
+    loop = noisy_loop().attach(total_steps=5)
+    with pytest.warns(UserWarning, match="longer than total_steps=5 optimiser steps") as said:
+        loop.run(20)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(("taken", "total"), [(20, 5), (3, 20)])
+def test_a_wrong_length_of_the_run_is_in_the_report(taken, total):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loop = noisy_loop().attach(total_steps=total).run(taken)
+    assert any(f"{taken} optimiser steps, but total_steps={total}" in line for line in loop.tuner.report())
+
+
+def test_a_run_of_the_right_length_has_no_such_report():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop = noisy_loop().attach(total_steps=10).run(10)
+    assert not loop.tuner.report()
