@@ -13,8 +13,8 @@ from typing import Any
 from worlds import World, differences
 
 UPDATE = "_use_grad"
-"""The function of torch that runs an optimiser's own update: whoever stops torch within it finds weights and momenta
-half moved, or gradients switched off, tuner or not."""
+"""The function of torch that runs an optimiser's own update: whoever stops torch within it finds weights and
+momenta half moved, or gradients switched off, tuner or not."""
 
 
 class Stopped(Exception):
