@@ -1,6 +1,6 @@
 """How much to augment: six magnitudes and weight decay of a CNN on 1,000 Fashion-MNIST images, tuned.
 
-    python examples/fashion_cnn.py            # about a minute; needs kornia: pip install midflight[augment]
+    python examples/fashion_cnn.py            # a minute or two; needs kornia: pip install midflight[augment]
     python examples/fashion_cnn.py --quick
 
 Rotation, translation, scale, shear, brightness and contrast all begin at 0: no augmentation. Each magnitude

@@ -1,6 +1,6 @@
 """A small Transformer reads Python's documentation: dropout, weight decay, label smoothing, all tuned.
 
-    python examples/language_model.py            # about a minute
+    python examples/language_model.py            # a minute or two
     python examples/language_model.py --quick
 
 The text is what `help()` shows, from the standard library; a letter is predicted from the 64 before it. The

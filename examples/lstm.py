@@ -1,6 +1,6 @@
 """An LSTM forecasts a noisy chaotic series: weight decay and the noise on its inputs and states, tuned.
 
-    python examples/lstm.py            # about a minute
+    python examples/lstm.py            # a minute or two
     python examples/lstm.py --quick
 
 The next value of a Mackey-Glass series, seen through noise, from the 30 before it. 250 values train, many

@@ -1,6 +1,6 @@
 """Wrong labels found and defused: a weight for each training example, tuned while the network trains.
 
-    python examples/noisy_labels.py            # about a minute
+    python examples/noisy_labels.py            # a minute or two
     python examples/noisy_labels.py --quick
 
 Of 10,000 Fashion-MNIST images, 40 % carry the label of another class; 1,000 clean ones validate. Each

@@ -1,6 +1,6 @@
 """Eight hyperparameters of five kinds at once: an MLP on scikit-learn's breast cancer table.
 
-    python examples/tabular.py            # about 15 seconds; needs scikit-learn
+    python examples/tabular.py            # about 20 seconds; needs scikit-learn
     python examples/tabular.py --quick
 
 Weight decay, learning rate and beta1 of Adam; noise on the inputs and on the hidden units; dropout; label
