@@ -5,6 +5,7 @@ import torch
 
 from midflight import updates
 from midflight.testing import OPTIMIZERS
+from midflight.trees import unalias
 from midflight.updates import Update, blocks, pull_back, read_options, rule_for, step_ahead
 
 SHAPES = {
@@ -96,6 +97,17 @@ def test_gradients_that_share_memory_are_pulled_back_as_others_are(monkeypatch):
     found, _ = pull_back(v, params, params, {n: {} for n in v}, of_all)
     for n, w in expected.items():
         torch.testing.assert_close(found[n], w)
+
+
+def test_unaliased_entries_can_be_written_in_place_one_by_one():
+    whole = torch.zeros(4, 3)
+    tree = {"a": whole, "b": whole[1:], "repeated": torch.zeros(()).expand(5), "own": torch.zeros(2)}
+    found = unalias(tree)
+    for n, t in enumerate(found.values(), 1):
+        t.add_(n)
+    assert [t.unique().tolist() for t in found.values()] == [[1.0], [2.0], [3.0], [4.0]]
+    assert found["own"] is tree["own"]
+    assert not whole.any()
 
 
 def test_no_block_is_longer_than_it_may_be(monkeypatch):

@@ -13,6 +13,7 @@ from toys import Recorder, X, Y, cross_entropy, network, space, train, tuner, we
 
 import midflight as mf
 from midflight.testing import compare
+from midflight.tuner.live import evaluating
 from midflight.updates import read_options
 
 
@@ -641,6 +642,28 @@ def test_an_option_can_be_tuned_for_each_layer_or_tensor(per, count):
     last = t.hyper_optimizer.seen[-1][0]
     assert last.shape == (count,)
     assert len(set(last.tolist())) == count
+
+
+def test_entries_may_be_given_for_those_groups_only_that_have_the_option():
+    s = mf.Space(weight_decay=mf.Float(1e-4, 1e-1, log=True, shape=(2,), init=[1e-2, 1e-3]))
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    decays = [0.5, 0.0, 0.1, 0.0]
+    groups = [{"params": [p], "weight_decay": d} for p, d in zip(model.parameters(), decays, strict=True)]
+    optimizer, read = torch.optim.SGD(groups, lr=0.1), []
+    optimizer.register_step_post_hook(lambda o, *_: read.append([g["weight_decay"] for g in o.param_groups]))
+    t = tuner(model, optimizer, s, hyper_optimizer=Recorder)
+    train(model, optimizer, 1)
+    assert read == [pytest.approx([1e-2, 0.0, 1e-3, 0.0])]
+    assert bool((t.hyper_optimizer.seen[0][0] != 0).all())
+
+
+def test_modules_are_evaluated_and_go_back_each_to_its_own_mode():
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()), nn.Dropout())
+    model[1][0].eval()
+    before = [m.training for m in model.modules()]
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == before == [True, True, True, False, True]
 
 
 def test_betas_are_bound_one_by_one():
