@@ -2,10 +2,11 @@
 
     python dev/interrupts.py [interrupts=5000] [exceptions=500] [seed=0]
 
-Each time a loop with BatchNorm, dropout, a frozen layer, a layer in eval mode, momentum and a scheduler is trained to a
-step at which the tuner works, and is stopped there: by Ctrl-C or SIGALRM at a line of Python, by a timer, by Ctrl-C from
-another thread, or by an error in one of the user's functions. What it leaves is compared with a loop without a tuner
-that was stopped at the same point (tests/faults/worlds.py says what all is compared).
+Each time a loop with BatchNorm, dropout, a frozen layer, a layer in eval mode, momentum and a scheduler is
+trained to a step at which the tuner works, and is stopped there: by Ctrl-C or SIGALRM at a line of Python, by
+a timer, by Ctrl-C from another thread, or by an error in one of the user's functions. What it leaves is
+compared with a loop without a tuner that was stopped at the same point (tests/faults/worlds.py says what all
+is compared).
 """
 
 import random
@@ -21,7 +22,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
 from interrupts import (
-    Stopped,
     Twin,
     after_seconds,
     alarms_stop,
@@ -30,6 +30,7 @@ from interrupts import (
     prepared,
     press_control_c,
     ring_alarm,
+    stop_now,
     stopped_step,
     traces_left,
 )
@@ -69,24 +70,24 @@ class Table:
 def put_right() -> None:
     """So that one failure is not counted again and again."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGALRM, lambda *_: stop())
+    signal.signal(signal.SIGALRM, stop_now)
     torch.set_grad_enabled(True)
-
-
-def stop() -> None:
-    raise Stopped
 
 
 def interrupts(table: Table, count: int, chosen: random.Random) -> None:
     """In `optimizer.step`, where the tuner works: half at lines of Python, half by the clock."""
     lines = {horizon: lines_of_a_step(STEPS_BEFORE, horizon=horizon) for horizon in ("run", "step")}
+    world = prepared(STEPS_BEFORE)
     started = time.perf_counter()
-    prepared(STEPS_BEFORE).optimizer.step()
+    world.optimizer.step()
     usual = time.perf_counter() - started
     kinds: list[tuple[str, Callable[[str], Any]]] = [
         ("Ctrl-C at a line", lambda h: at_line(chosen.randrange(1, lines[h] + 1), press_control_c)),
         ("SIGALRM at a line", lambda h: at_line(chosen.randrange(1, lines[h] + 1), ring_alarm)),
-        ("Ctrl-C where hyper-steps begin or end", lambda h: at_line(_edge(chosen, lines[h]), press_control_c)),
+        (
+            "Ctrl-C where hyper-steps begin or end",
+            lambda h: at_line(_edge(chosen, lines[h]), press_control_c),
+        ),
         ("SIGALRM by a timer", lambda h: after_seconds(chosen.uniform(0, 1.2 * usual), "alarm")),
         ("Ctrl-C from another thread", lambda h: after_seconds(chosen.uniform(0, 1.2 * usual), "control-c")),
     ]
@@ -127,8 +128,12 @@ def exceptions(table: Table, count: int, chosen: random.Random) -> None:
                 world.step()
         except Broken:
             stopped = True
-        moment = "begun" if not stopped else "after the step" if which == "on_hyperstep" else "before the step"
-        twin = twins.setdefault(world.taken, Twin(world.taken))
+        moment = (
+            "begun" if not stopped else "after the step" if which == "on_hyperstep" else "before the step"
+        )
+        if world.taken not in twins:
+            twins[world.taken] = Twin(world.taken)
+        twin = twins[world.taken]
         wrong = differences(world.state(), twin.moments[moment])
         if stopped:
             world.tuner.detach()

@@ -214,6 +214,13 @@ class Hyperparameter:
     def __float__(self) -> float:
         return float(self.value.detach())
 
+    def __int__(self) -> int:
+        return int(float(self))
+
+    def item(self) -> float:
+        """The value now, of a hyperparameter that is one number; as of a tensor."""
+        return float(self)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         return np.array(self.value.detach().tolist(), dtype=dtype)
 
@@ -340,9 +347,9 @@ class Space:
         if not specs:
             raise SpaceError("a Space needs at least one hyperparameter, such as noise=Float(0, 0.8).")
         for name, spec in specs.items():
-            if not isinstance(name, str) or not name:
+            if not isinstance(name, str) or not name.strip() or not name.isprintable():
                 raise SpaceError(
-                    f"a hyperparameter's name must be a text that is not empty, but got {name!r}."
+                    f"a hyperparameter's name must be a printable text that is not empty, but got {name!r}."
                 )
             if isinstance(spec, Int | Categorical):
                 raise SpaceError(

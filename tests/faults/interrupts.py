@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from worlds import World, differences
+from worlds import World, differences, random_numbers_kept
 
 UPDATE = "_use_grad"
 """The function of torch that runs an optimiser's own update: whoever stops torch within it finds weights and
@@ -28,10 +28,9 @@ def stop_now(number: int, frame: Any) -> None:
 class Twin:
     """A loop without a tuner: what each moment of a step looks like."""
 
+    @random_numbers_kept()
     def __init__(self, steps: int) -> None:
-        world = World(False)
-        for _ in range(steps):
-            world.step()
+        world = World(False).run(steps)
         self.moments = {"begun": world.state()}
         world.forward_and_backward()
         self.moments["before the step"] = world.state()
@@ -41,9 +40,7 @@ class Twin:
 
 def prepared(steps: int, **arguments: Any) -> World:
     """A loop with a tuner, just before the optimiser steps."""
-    world = World(True, **arguments)
-    for _ in range(steps):
-        world.step()
+    world = World(True, **arguments).run(steps)
     world.forward_and_backward()
     return world
 

@@ -3,7 +3,8 @@
 import hashlib
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,11 @@ class World:
     def _hook(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self.calls_of_hook += module.training
 
+    def run(self, steps: int) -> "World":
+        for _ in range(steps):
+            self.step()
+        return self
+
     def step(self) -> None:
         self.forward_and_backward()
         self.optimizer.step()
@@ -126,6 +132,17 @@ class World:
             for n, p in enumerate(self.model.parameters())
         }
         return {name: fingerprint(part) for name, part in found.items()}
+
+
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Another loop may be run within the block."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    yield
+    for restore, state in zip(
+        (torch.set_rng_state, np.random.set_state, random.setstate), states, strict=True
+    ):
+        restore(state)
 
 
 def _theirs(hooks: Any) -> list[str]:

@@ -80,7 +80,7 @@ def test_bounds_from_numpy_and_shapes_in_lists_are_taken():
 
 @pytest.mark.parametrize("name", ["", None, 3, ("a",)])
 def test_a_name_that_is_no_text_is_refused(name):
-    with pytest.raises(mf.SpaceError, match="name must be a text that is not empty"):
+    with pytest.raises(mf.SpaceError, match="name must be a printable text"):
         mf.Space({name: mf.Float(0, 1)})
 
 

@@ -38,8 +38,8 @@ class SignSteps(torch.optim.Optimizer):
     """a, unless given. Without averaged weights nothing else finds the way out from where signs disagree."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.08, agreement: float | None = None) -> None:
-        if lr <= 0:
-            raise ValueError(f"lr > 0 must hold, but lr={lr}.")
+        if isinstance(lr, bool) or not 0 < lr < math.inf:
+            raise ValueError(f"lr > 0, and finite, must hold, but lr={lr}.")
         if agreement is not None and not 0 <= agreement <= 1:
             raise ValueError(f"0 <= agreement <= 1 must hold, but agreement={agreement}.")
         self._given = agreement
@@ -114,13 +114,15 @@ class Move:
             scale: of the steps after this one.
         """
         self.scale = scale
-        for name, hypergradient in hypergradients.items():
-            self._raws[name].grad = hypergradient.to(self._raws[name])
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._annealing.step()
-        for raw in self._raws.values():
-            raw.clamp_(0, 1)
+        try:
+            for name, hypergradient in hypergradients.items():
+                self._raws[name].grad = hypergradient.to(self._raws[name])
+            self.optimizer.step()
+            self._annealing.step()
+        finally:
+            for raw in self._raws.values():
+                raw.grad = None
+                raw.clamp_(0, 1)
 
     def shrink(self, scale: float) -> None:
         """Steps are so long from now on, without one having been taken."""

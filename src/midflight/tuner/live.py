@@ -214,7 +214,7 @@ def _no_autocast_cache() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-_WAITING = tuple(
+_SIGNALS = tuple(
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
@@ -225,29 +225,51 @@ IMPATIENT = 3
 """So many signals of a kind, and the user does not want to wait for a function that hangs."""
 
 
+class _Waiting:
+    """The handler of signals within `signals_wait`; those that wait in a block around it are left alone."""
+
+    def __init__(self) -> None:
+        known = {s: signal.getsignal(s) for s in _SIGNALS}
+        self.handlers = {s: h for s, h in known.items() if callable(h) and not isinstance(h, _Waiting)}
+        self.came: list[tuple[int, FrameType | None]] = []
+        self.over = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came.append((number, frame))
+        if self.over or sum(number == n for n, _ in self.came) >= IMPATIENT:
+            self.handlers[signal.Signals(number)](number, frame)
+
+
 @contextmanager
 def signals_wait() -> Iterator[None]:
     """Signals with a Python handler, such as Ctrl-C, wait until the block is over; a third one does not."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[tuple[int, FrameType | None]] = []
-    handlers = {s: handler for s in _WAITING if callable(handler := signal.getsignal(s))}
-
-    def wait(number: int, frame: FrameType | None) -> None:
-        came.append((number, frame))
-        if sum(number == n for n, _ in came) >= IMPATIENT:
-            handlers[signal.Signals(number)](number, frame)
-
+    waiting = _Waiting()
     try:
-        for number in handlers:
-            signal.signal(number, wait)
+        for number in waiting.handlers:
+            signal.signal(number, waiting)
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in came[:1]:
-            handlers[signal.Signals(number)](number, frame)
+        try:
+            _put_back_handlers(dict(waiting.handlers))
+        finally:
+            waiting.over = True
+            with ExitStack() as stack:  # calls the handler of each signal, also after one that raises
+                for number, frame in reversed(waiting.came):
+                    stack.callback(waiting.handlers[signal.Signals(number)], number, frame)
+
+
+def _put_back_handlers(left: dict[signal.Signals, Any]) -> None:
+    """Each of them, though one that is back may raise before the others are."""
+    try:
+        for number in list(left):
+            signal.signal(number, left[number])
+            del left[number]
+    finally:
+        if left:
+            _put_back_handlers(left)
 
 
 class _LossModule(nn.Module):

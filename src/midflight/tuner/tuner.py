@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from midflight.tuner.hooks import StepHooks
 from midflight.tuner.horizon import Averaged, Horizon, NextStep
 from midflight.tuner.hyper_optimizer import Move, SignSteps
 from midflight.tuner.hyperstep import HyperStep, Look
-from midflight.tuner.live import Loss
+from midflight.tuner.live import Loss, signals_wait
 from midflight.tuner.optimizers import Optimizers, unwrapped
 from midflight.tuner.rollback import NonFiniteGuard, Rollback
 from midflight.tuner.schedule import Schedule, schedule_for, whole
@@ -119,6 +120,8 @@ class Tuner:
                 f"a space must have at most {MOST_ENTRIES} separate hyperparameters, but has {len(space)}; "
                 "use one Float with shape=."
             )
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, but got {model!r}.")
         for name, function in (("loss_fn", loss_fn), ("valid_loss_fn", valid_loss_fn)):
             if not callable(function) and not (name == "valid_loss_fn" and function is None):
                 raise TypeError(f"{name} must be a function of (model, batch), but got {function!r}.")
@@ -262,17 +265,23 @@ class Tuner:
         """Resume from `state_dict`, before or after the optimiser's own.
 
         Raises:
-            ValueError: the saved tuner had another schedule, horizon or hyper-optimiser.
+            ValueError: it is no state of a tuner, or of one with another schedule, horizon or
+                hyper-optimiser.
             SpaceError, BindingError: it had other hyperparameters, or bound others.
         """
+        missing = set(self.state_dict()) - set(state or ())
+        if missing:
+            raise ValueError(
+                f"state must be what state_dict() of a tuner gave, but has no {', '.join(sorted(missing))}."
+            )
         if state["policies"] != self._policies():
             raise ValueError(
                 f"the saved tuner was made with {state['policies']}, this one with {self._policies()}; "
                 "make it with the same arguments."
             )
         same = state["space"]["range"] == self.space.state_dict()["range"]
-        self.space.load_state_dict(state["space"])
         self._binding.load_state_dict(state["binding"])
+        self.space.load_state_dict(state["space"])
         self.steps, self._hypersteps = state["steps"], state["hypersteps"]
         self._undecided, self._unreached = state["undecided"], dict(state["unreached"])
         self._guard.load_state_dict(state["guard"])
@@ -300,7 +309,12 @@ class Tuner:
         """The gradient is final, the weights are still those of the forward pass."""
         self._binding.restore()  # an earlier step that failed may have left values behind
         if self._due and first and not _skips(optimizer):
-            self._look = self._take_look()
+            try:
+                with signals_wait():
+                    self._look = self._take_look()
+            except BaseException:
+                self._hyperstep.watch()  # the loop may go on
+                raise
             self._versions = self._gradient_versions()
         elif self._look is not None and not first and self._versions != self._gradient_versions():
             self._undecided += 1  # clipped or unscaled after the first optimiser stepped
@@ -344,21 +358,34 @@ class Tuner:
         self._binding.restore()
         if not last or _skips(optimizer):
             return
-        hyper = self._due
-        self.steps += 1
-        busy = self.horizon.due(self.steps) and self.horizon.follow(
-            self._hyperstep.params(), self.steps, self._progress()
-        )
-        look, self._look = self._look, None
-        if look is not None:
-            self._apply(look)
+        with signals_wait() if self._due else nullcontext():
+            moved = self._end_step()
+        if moved and self._on_hyperstep is not None:
+            self._on_hyperstep(self.steps, self.log())
         if self._total is not None and self.steps == self._total + 1:
             warnings.warn(
                 f"the run is longer than total_steps={self._total} optimiser steps; hyperparameters move no "
                 "more.",
                 stacklevel=2,
             )
-        self._plan(hyper, busy)
+
+    def _end_step(self) -> bool:
+        """Count the step, move the hyperparameters if it had a look at them, and plan the next one.
+
+        Returns:
+            whether they moved.
+        """
+        self.steps += 1
+        hyper, busy = self._due, False
+        look, self._look = self._look, None
+        try:
+            if self.horizon.due(self.steps):
+                busy = self.horizon.follow(self._hyperstep.params(), self.steps, self._progress())
+            if look is not None:
+                self._apply(look)
+        finally:
+            self._plan(hyper, busy)
+        return look is not None
 
     def _apply(self, look: Look) -> None:
         """Move the hyperparameters."""
@@ -376,8 +403,6 @@ class Tuner:
         self._log["valid_loss"] = look.valid_loss
         for name, g in look.hypergradients.items():
             self._log[f"hypergradient/{name}"] = float(g.mean())
-        if self._on_hyperstep is not None:
-            self._on_hyperstep(self.steps, self.log())
 
     def _plan(self, hyper: bool, busy: bool = False) -> None:
         self._due = self.schedule.next_is_hyper(self.steps, hyper, busy)
