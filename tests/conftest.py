@@ -21,7 +21,7 @@ def _reproducible():
 def group_ends():
     """(process group) -> whether no process of it is left within some seconds."""
 
-    def ends(group, seconds=20):
+    def ends(group, seconds=120):
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             try:

@@ -104,12 +104,11 @@ def test_time_runs_out_in_the_middle_of_a_loop_and_the_alarm_is_given_back():
     began = time.monotonic()
 
     def loop():
-        while time.monotonic() - began < 10:
+        while time.monotonic() - began < 100:
             pass
 
     with pytest.raises(OutOfTime, match=r"not done within 0.1 s"), limit(0.1):
         loop()
-    assert time.monotonic() - began < 1
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
@@ -120,18 +119,18 @@ def test_the_alarm_rings_again_if_it_was_not_heard(monkeypatch):
 
     def deaf():
         with contextlib.suppress(OutOfTime):
-            time.sleep(10)
-        time.sleep(10)
+            time.sleep(100)
+        time.sleep(100)
 
     with pytest.raises(OutOfTime), limit(0.1):
         deaf()
-    assert 0.2 <= time.monotonic() - began < 2
+    assert time.monotonic() - began >= 0.2
 
 
 def test_a_block_that_is_quick_enough_and_another_thread_are_left_alone():
-    with limit(0.05):
+    with limit(100):
         pass
-    time.sleep(0.1)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
     done = []
 
     def in_thread():
@@ -148,10 +147,11 @@ def test_a_block_that_is_quick_enough_and_another_thread_are_left_alone():
 def test_an_alarm_of_somebody_else_is_not_touched():
     rung = []
     before = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    signal.setitimer(signal.ITIMER_REAL, 1)
     try:
         with limit(0.01):
-            time.sleep(0.2)
+            while not rung:
+                time.sleep(0.01)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert rung == [True]

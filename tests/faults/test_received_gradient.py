@@ -119,6 +119,11 @@ def test_a_norm_that_the_user_names_is_right_from_the_first_hyperstep(momentum):
     assert found(build, steps=1, max_grad_norm=0.1) == pytest.approx(truth(build, steps=1), rel=EXACT)
 
 
+def test_clipping_is_seen_with_momentum_that_has_built_up():
+    build = partial(noisy_loop, between=clip, options={"momentum": 0.9})
+    assert found(build) == pytest.approx(truth(build), rel=EXACT)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
 def test_clipping_is_seen_under_other_optimisers_too(optimizer):
     build = partial(noisy_loop, optimizer, clip, lr=mf.Float(1e-4, 1, log=True, init=0.01))
@@ -469,10 +474,11 @@ def grouped(decays: list[float], space: mf.Float, **options: Any) -> Loop:
     return loop
 
 
-def test_a_group_without_decay_is_left_alone():
+@pytest.mark.parametrize("bind", [None, ["weight_decay"]])
+def test_a_group_without_decay_is_left_alone(bind):
     build = partial(grouped, [0.1, 0.0, 0.1, 0.0], mf.Float(1e-3, 1, log=True, init=0.1))
-    assert found(build) == pytest.approx(truth(build), rel=EXACT)
-    loop = build().attach(hyper_optimizer=mf.SignSteps).run(6)
+    assert found(build, bind=bind) == pytest.approx(truth(build), rel=EXACT)
+    loop = build().attach(hyper_optimizer=mf.SignSteps, bind=bind).run(6)
     seen = []
     loop.optimizer.register_step_pre_hook(
         lambda o, *_: seen.extend(g["weight_decay"] for g in o.param_groups)

@@ -22,7 +22,7 @@ from interrupts import (
     stopped_step,
     traces_left,
 )
-from loops import Still, noisy_loop
+from loops import Loop, Still, noisy_loop
 from torch import Tensor, nn
 from worlds import World, differences, hooks_of_the_tuner
 
@@ -90,6 +90,15 @@ def test_detaching_takes_every_hook_away():
     assert not hooks_of_the_tuner(world)
     world.run(2)
     assert len(world.tuner.hyper_optimizer.given) == 1
+
+
+@pytest.mark.parametrize("how", ["detach", "finish"])
+def test_on_hyperstep_may_end_the_tuning(how):
+    world = World(True, lambda name, f: (lambda *_: getattr(world.tuner, how)()) if name[:2] == "on" else f)
+    world.run(3)
+    assert len(world.tuner.hyper_optimizer.given) == 1
+    assert hooks_of_the_tuner(world) == ["StepHooks._on_stepped"]  # which does nothing any more
+    assert how == "finish" or not differences(world.state(), Twin(3).moments["begun"])
 
 
 @pytest.mark.parametrize("horizon", ["run", "step"])
@@ -396,10 +405,25 @@ def test_a_tuner_works_in_another_thread():
 
 
 def test_a_run_that_is_longer_than_it_was_said_to_be_warns_once():
+    """Ten times as long, say."""
     loop = noisy_loop().attach(total_steps=5)
     with pytest.warns(UserWarning, match="longer than total_steps=5 optimiser steps") as said:
-        loop.run(20)
+        loop.run(50)
     assert len(said) == 1
+
+
+def test_with_accumulation_the_length_of_the_run_counts_steps_of_the_optimiser():
+    def accumulate(loop: Loop, batch: Any) -> None:
+        loop.optimizer.zero_grad()
+        for _ in range(4):
+            (loop.loss_fn(loop.model, batch) / 4).backward()
+        loop.optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop = noisy_loop(step=accumulate).attach(total_steps=10, hyper_optimizer=mf.SignSteps).run(10)
+    assert loop.tuner.log()["hypersteps"] == 10
+    assert not loop.tuner.report()
 
 
 @pytest.mark.parametrize(("taken", "total"), [(20, 5), (3, 20)])

@@ -87,9 +87,9 @@ def test_a_search_whose_own_process_is_killed_goes_on_where_it_was(
     storage, moments = tmp_path / "s.journal", random.Random(1)
     for _ in range(2):
         before = len(_read(tmp_path / "trace"))
-        process = by_command(objective_file, storage, "--trials", "8", "--workers", "2", NAP="0.1")
+        process = by_command(objective_file, storage, "--trials", "8", "--workers", "2", NAP="0.3")
         began = time.monotonic()
-        while len(_read(tmp_path / "trace")) < before + 3 and time.monotonic() - began < 60:
+        while len(_read(tmp_path / "trace")) < before + 3 and time.monotonic() - began < 600:
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.3))
         assert process.poll() is None, "the search was over before it was killed"
@@ -97,7 +97,7 @@ def test_a_search_whose_own_process_is_killed_goes_on_where_it_was(
         process.wait()
         assert group_ends(process.pid), "workers outlived their parent"
     process = by_command(objective_file, storage, "--trials", "8", "--workers", "2")
-    assert process.wait(60) == 0
+    assert process.wait(600) == 0
     what = problem(f"{objective_file}:objective")
     with read_study(str(storage), "s") as (ledger, _):
         records = ledger.records()
@@ -119,7 +119,7 @@ def test_two_processes_share_one_study(objective_file, tmp_path, trace):
     processes = [
         by_command(objective_file, storage, "--trials", "12", "--workers", "1", NAP="0.02") for _ in range(2)
     ]
-    codes = [process.wait(60) for process in processes]
+    codes = [process.wait(600) for process in processes]
     assert codes == [0, 0], _printed(objective_file).read_text()
     with read_study(str(storage), "s") as (ledger, _):
         records, owners = ledger.records(), {t.user_attrs["owner"] for t in ledger.study.trials}
@@ -281,7 +281,7 @@ def postgres():
 
     def call(*command):
         prefix = ["runuser", "-u", user, "--"] if user else []
-        done = subprocess.run([*prefix, *command], capture_output=True, text=True, cwd=home, timeout=60)
+        done = subprocess.run([*prefix, *command], capture_output=True, text=True, cwd=home, timeout=600)
         if done.returncode:
             pytest.skip(f"PostgreSQL does not start here: {done.stderr.strip()[-200:]}")
 

@@ -258,6 +258,8 @@ def test_exploiting_comes_after_so_many_hyper_steps_by_the_mean_validation_loss(
         ({"bind": ["nothing"]}, mf.BindingError, "nothing"),
         ({"bind": {"smoothing": "lr"}}, mf.BindingError, "one number"),
         ({"estimator": "unrolled"}, ValueError, "recorded graph"),
+        ({"total_steps": float("nan")}, ValueError, "total_steps must be a whole number"),
+        ({"exploit": 0}, ValueError, "exploit must be a whole number"),
     ],
 )
 def test_what_cannot_be_is_refused(options, error, says):

@@ -169,6 +169,8 @@ class ReceivedGradient:
         self.rest()
         if not seen:
             return self._unseen(grads)
+        if _as_seen(seen, grads):
+            return None
         scale = loss_scale()
         ratios = _ratios(seen, {name: grads[name] for name in seen}, scale)
         if not all(math.isfinite(number) for ratio in ratios.values() for number in ratio):
@@ -300,6 +302,19 @@ def _largest(grad: Tensor) -> Tensor:
 def _sample(grad: Tensor) -> Tensor:
     flat = grad.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
+
+
+def _as_seen(seen: Mapping[str, _Seen], grads: Tensors) -> bool:
+    """Whether all gradients are what `backward` left: one comparison, since most loops leave them alone."""
+    if len({(grads[name].device, grads[name].dtype) for name in seen}) > 1:
+        return False
+    before = [x for s in seen.values() for x in (s.entries, s.largest[None], s.norm[None])]
+    after = [
+        x
+        for grad in map(grads.__getitem__, seen)
+        for x in (_sample(grad), _largest(grad)[None], grad.norm()[None])
+    ]
+    return torch.equal(torch.cat(before), torch.cat(after))
 
 
 def _ratios(

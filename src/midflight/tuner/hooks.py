@@ -27,13 +27,22 @@ class StepHooks:
         self._optimizers = list(optimizers)
         self._before, self._after = before, after
         self._stepped: set[int] = set()
+        self._calling: torch.optim.Optimizer | None = None
+        self._removed = False
         self._pre = {id(o): o.register_step_pre_hook(self._on_step) for o in self._optimizers}
         self._post = {id(o): o.register_step_post_hook(self._on_stepped) for o in self._optimizers}
 
     def remove(self) -> None:
-        """Call back no more."""
-        for hook in (*self._pre.values(), *self._post.values()):
+        """Call back no more.
+
+        Called from `after`, it leaves one hook that does nothing: torch is going through them.
+        """
+        self._removed = True
+        for hook in self._pre.values():
             hook.remove()
+        for key, hook in self._post.items():
+            if self._calling is None or key != id(self._calling):
+                hook.remove()
 
     def _on_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -60,11 +69,17 @@ class StepHooks:
         self._before(optimizer, not self._stepped)
 
     def _on_stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._removed:
+            return
         self._stepped.add(id(optimizer))
         last = len(self._stepped) == len(self._optimizers)
         if last:
             self._stepped.clear()
-        self._after(optimizer, last)
         # a user's own pre-hook, such as clipping, may have been added since: ours comes after it
         hooks = cast(OrderedDict[int, Any], optimizer._optimizer_step_pre_hooks)
         hooks.move_to_end(self._pre[id(optimizer)].id)
+        self._calling = optimizer
+        try:
+            self._after(optimizer, last)
+        finally:
+            self._calling = None

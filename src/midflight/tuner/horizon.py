@@ -32,8 +32,10 @@ WINDOW = 0.1
 """The average reaches back over this share of the steps so far."""
 LAST, LAST_WINDOW = 0.2, 0.03
 """Over this last share of a run that shrinks to this."""
+SAMPLES = 10
+"""The weights are counted into it so many times in that share,"""
 SAMPLED = 5
-"""The weights are counted into it at every so many steps."""
+"""but not more often than at every so many steps."""
 STEADY = 0.8
 """What the mean hypergradient keeps of the earlier ones at caution 0."""
 RECENT = 0.15
@@ -163,6 +165,7 @@ class Averaged:
         self._best_loss = math.inf
         self._looks = 0
         self._steps = 0
+        self._progress: float | None = None
         self._average: Tensors = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._losses: deque[tuple[int, float, float]] = deque()
@@ -170,8 +173,9 @@ class Averaged:
         self._weight = 0.0
 
     def due(self, steps: int) -> bool:
-        """At every SAMPLED-th step, and at the first."""
-        return not self._average or steps >= self._steps + SAMPLED
+        """SAMPLES times in the window, but at most at every SAMPLED-th step; and at the first."""
+        window = _window(self._progress) * steps
+        return not self._average or steps >= self._steps + max(SAMPLED, window / SAMPLES)
 
     @torch.no_grad()
     def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None = None) -> bool:
@@ -188,7 +192,7 @@ class Averaged:
         if not self.due(steps):
             return False
         share = min(1.0, (steps - self._steps) / (_window(progress) * steps)) if steps else 1.0
-        self._steps = steps
+        self._steps, self._progress = steps, progress
         # halves would not add up
         now = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for n, p in params.items()}
         self._dtypes = {name: p.dtype for name, p in params.items()}
@@ -300,6 +304,7 @@ class Averaged:
             "best_loss": self._best_loss,
             "looks": self._looks,
             "steps": self._steps,
+            "progress": self._progress,
             "average": {name: a.clone() for name, a in self._average.items()},
             "losses": list(self._losses),
             "mean": {name: g.clone() for name, g in self._mean.items()},
@@ -311,7 +316,7 @@ class Averaged:
         self.caution = state["caution"]
         self.best, self._best_loss = dict(state["best"]), state["best_loss"]
         self._dtypes = dict(state["dtypes"])
-        self._looks, self._steps = state["looks"], state["steps"]
+        self._looks, self._steps, self._progress = state["looks"], state["steps"], state["progress"]
         self._average = {name: a.clone() for name, a in state["average"].items()}
         self._losses = deque(tuple(entry) for entry in state["losses"])
         self._mean, self._weight = {n: g.clone() for n, g in state["mean"].items()}, state["weight"]

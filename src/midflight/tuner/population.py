@@ -24,7 +24,7 @@ from midflight.tuner.data import EndlessBatches
 from midflight.tuner.hyper_optimizer import Move, SignSteps
 from midflight.tuner.live import evaluating, with_tensors
 from midflight.tuner.optimizers import trained_parameters
-from midflight.tuner.schedule import Schedule, schedule_for
+from midflight.tuner.schedule import Schedule, schedule_for, whole
 from midflight.updates import State, Update, Updates, read_options, rule_for
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -58,7 +58,8 @@ class Population:
             programs for a network and stops after eight; `torch.compiler.reset()` lets it begin anew.
 
     Raises:
-        ValueError: n >= 1, or as many starts and seeds as members, does not hold.
+        ValueError: n >= 1, or as many starts and seeds as members, does not hold, or another number is out of
+            its range.
         BindingError: as for `Tuner`, or a bound hyperparameter is no single number.
         UnsupportedOptimizer: there is no update rule, or it mixes the entries of a weight (Muon).
         UnsupportedParameter: the model has buffers, such as running averages, or complex weights.
@@ -96,6 +97,10 @@ class Population:
                 raise ValueError(
                     f"n >= 1 and n {what}, one per member, must hold; n={n}, {len(given)} given."
                 )
+        if exploit is not None:
+            whole("exploit", exploit)
+        if total_steps is not None:
+            whole("total_steps", total_steps)
         self.n, self.space, self._build = n, space, build
         self._loss, self._validate, self._exploit = loss_fn, valid_loss_fn or loss_fn, exploit
         models = [_seeded(build, space, seed) for seed in seeds]

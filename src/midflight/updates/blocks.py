@@ -4,7 +4,7 @@ An optimiser step is a dozen elementwise operations. Over a large weight each of
 memory; over many small ones each would cost its call. So what can be is flat blocks of about BLOCK entries.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,9 @@ from midflight.updates.flat import lies_whole
 
 BLOCK = 2**16
 """Entries of a block on the CPU; on other devices large weights are not cut."""
+
+LIKE_LOSS = frozenset({"weight_decay"})
+"""Options whose effect on a step does not read the gradient, or is that of a term of the loss."""
 
 Updates = Mapping[str, Update]
 
@@ -113,6 +116,11 @@ def _kin(p: Tensor, state: State, u: Update) -> tuple[Any, ...]:
     return (id(u.options), u.rule, p.dtype, p.device, tuple(state), *numbers, id(p) if alone else None)
 
 
+def _fixed(options: Options, names: Iterable[str]) -> Options:
+    """Options of which these are numbers without a graph."""
+    return {**options} | {name: x.detach() for name in names if isinstance(x := options.get(name), Tensor)}
+
+
 class _OfMany(UpdateRule):
     """A rule whose options have many entries, as in a population: no closed forms, which take numbers."""
 
@@ -161,8 +169,8 @@ def pull_back(
     Args:
         v: gradient with respect to theta'; used up.
         params, grads, states, updates: the step.
-        others, share: dU/dg is taken at (1 - share) grads + share others, and options are differentiated at
-            grads; see `Dependence`.
+        others, share: dU/dg is taken at (1 - share) grads + share others; see `Dependence`. There, too,
+            options in LIKE_LOSS are differentiated, the others at grads.
     """
     v = unalias(v)
     tuned: dict[int, tuple[Tensor, Tensor]] = {}
@@ -170,13 +178,17 @@ def pull_back(
     for block in blocks(params, states, updates, grads, v, *([] if others is None else [others])):
         of_v, param, grad, state = block.of(v), block.of(params), block.of(grads), block.state(states)
         options = block.options
-        derivatives: Tensors = {}
-        if others is None or tuned_options(options):
+        if others is None:
             part, derivatives = block.rule.pullback(of_v, param, grad, state, options)
-        if others is not None:
-            fixed = {k: x.detach() if isinstance(x, Tensor) else x for k, x in options.items()}
+        else:
+            of_step = _fixed(options, LIKE_LOSS)
+            derivatives = (
+                block.rule.pullback(of_v, param, grad, state, of_step)[1] if tuned_options(of_step) else {}
+            )
             blended = grad.lerp(block.of(others).to(grad), share)
-            part, _ = block.rule.pullback(of_v, param, blended, state, fixed)
+            like_loss = _fixed(options, set(options) - LIKE_LOSS)
+            part, more = block.rule.pullback(of_v, param, blended, state, like_loss)
+            derivatives = derivatives | more
         block.put(part, v, params)
         for name, derivative in derivatives.items():
             option = options[name]
