@@ -305,7 +305,7 @@ def test_the_tuned_dropout_stands_in_for_every_dropout_layer_of_a_gpt2():
             if isinstance(layer, nn.Dropout):
                 setattr(module, name, mf.nn.Dropout(space["rate"]))
     assert sum(isinstance(m, mf.nn.Dropout) for m in model.modules()) == 5
-    assert torch.equal(model(tokens[0]), before)
+    assert torch.equal(model.eval()(tokens[0]), before)
 
     def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
         return nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
@@ -341,4 +341,4 @@ def test_check_compares_dropout_with_its_own_relaxation():
     )  # fmt: skip
     assert report.passed, str(report)
     assert not report.hints
-    assert [line.estimator for line in report.lines if line.passed] == ["one_step", "one_step_cheap"]
+    assert [line.estimator for line in report.lines if line.passed is not None] == ["one_step"]
