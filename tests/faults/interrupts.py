@@ -47,27 +47,36 @@ def prepared(steps: int, **arguments: Any) -> World:
 
 def lines_of_a_step(steps: int, **arguments: Any) -> int:
     """Lines of Python from the beginning to the end of `optimizer.step`, torch's included."""
-    world, count = prepared(steps, **arguments), [0]
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        count[0] += event == "line"
-        return trace
-
-    sys.settrace(trace)
-    try:
+    world = prepared(steps, **arguments)
+    with counted_lines() as count:
         world.optimizer.step()
-    finally:
-        sys.settrace(None)
     return count[0]
 
 
 @contextmanager
-def at_line(n: int, do: Callable[[], Any]) -> Iterator[None]:
-    """`do()` at the n-th line of Python that is run within the block."""
+def counted_lines(file: str = "") -> Iterator[list[int]]:
+    """How many lines of Python are run within the block, torch's included, as the one entry of a list."""
+    count = [0]
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        count[0] += event == "line" and frame.f_code.co_filename.endswith(file)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield count
+    finally:
+        sys.settrace(before)
+
+
+@contextmanager
+def at_line(n: int, do: Callable[[], Any], file: str = "") -> Iterator[None]:
+    """`do()` at the n-th line of Python that is run within the block; of the files whose name ends so."""
     left = [n]
 
     def trace(frame: Any, event: str, _: Any) -> Any:
-        if event == "line":
+        if event == "line" and frame.f_code.co_filename.endswith(file):
             left[0] -= 1
             if left[0] == 0:
                 sys.settrace(None)

@@ -15,6 +15,7 @@ from interrupts import (
     after_seconds,
     alarms_stop,
     at_line,
+    counted_lines,
     lines_of_a_step,
     prepared,
     press_control_c,
@@ -334,6 +335,31 @@ def test_a_signal_at_any_time_leaves_no_trace(how):
     assert stopped
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_signal_while_options_are_written_and_taken_out_leaves_the_users_own(as_tensor):
+    """At each line of it; afterwards, saved options are those that the loop gave."""
+
+    def prepared_with_other_values() -> World:
+        world = prepared(1, schedule=10)
+        world.space.set(lr=0.03, weight_decay=0.5)
+        if as_tensor:
+            world.optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+        return world
+
+    def options(world: World) -> tuple[float, float]:
+        group = world.optimizer.state_dict()["param_groups"][0]
+        return float(group["lr"]), group["weight_decay"]
+
+    world = prepared_with_other_values()
+    own = options(world)
+    with counted_lines("binding.py") as count:
+        world.optimizer.step()
+    for n in range(1, count[0] + 1):
+        world = prepared_with_other_values()
+        assert stopped_step(world, at_line(n, press_control_c, "binding.py"))
+        assert options(world) == own, f"at line {n}"
+
+
 def test_a_run_goes_on_after_an_interrupt(lines):
     chosen = random.Random(2)
     for n in [chosen.randrange(1, lines["run"]) for _ in range(10)]:
@@ -344,6 +370,33 @@ def test_a_run_goes_on_after_an_interrupt(lines):
         before = len(world.tuner.hyper_optimizer.given)
         world.run(2)
         assert len(world.tuner.hyper_optimizer.given) == before + 2
+
+
+def test_a_signal_in_finish_leaves_the_last_weights_or_the_best_ones_and_no_mixture():
+    def ended() -> World:
+        world = World(True).run(6)
+        with torch.no_grad():
+            for p in world.model.parameters():
+                p.mul_(5)  # so that the average is better
+        return world
+
+    assert next(iter(ended().tuner.finish())) == "average"
+    world = ended()
+    before = world.state()
+    with counted_lines() as lines:
+        world.tuner.finish()
+    after, count = world.state(), lines[0]
+    moved = [name for name in before if name.startswith("weight") and before[name] != after[name]]
+    assert len(moved) > 4
+    chosen = random.Random(3)
+    places = [chosen.randrange(1, count) for _ in range(10)] + list(range(count - 60, count + 1, 3))
+    for n in places:
+        world = ended()
+        with pytest.raises(KeyboardInterrupt), at_line(n, press_control_c):
+            world.tuner.finish()
+        now = world.state()
+        assert [now[name] == after[name] for name in moved].count(True) in (0, len(moved)), f"at line {n}"
+        assert not differences(before, now, but=("weight", "buffer"))
 
 
 def test_a_signal_waits_for_the_hyperstep_and_then_comes():

@@ -92,9 +92,11 @@ class Binding:
         for o, g, group in self._groups():
             if self._optimizers[o] is optimizer:
                 for option, tuned in self._tuned(o, g, group, values).items():
-                    own = read_option(group, option)
+                    # noted before it is written, so that whatever stops this can be undone
+                    self._written.append(
+                        (group, option, read_option(group, option), _rounded(group, option, tuned))
+                    )
                     write_option(group, option, tuned)
-                    self._written.append((group, option, own, read_option(group, option)))
 
     def restore(self) -> None:
         """Give the groups their own numbers back, unless somebody has written others since."""
@@ -261,6 +263,12 @@ def _setting(group: Mapping[str, Any], option: str) -> float:
     if option == "lr" and _scheduled(group):
         return float(group.get("max_lr", group.get("initial_lr")))
     return read_option(group, option) if option in read_options(group) else 0.0
+
+
+def _rounded(group: Mapping[str, Any], option: str, value: float) -> float:
+    """What a group says once this value is written into it."""
+    now = group.get(option)
+    return float(torch.tensor(value, dtype=now.dtype)) if isinstance(now, Tensor) else float(value)
 
 
 def _scheduled(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,9 @@ import torch
 from midflight.trees import Tensors
 from midflight.tuner.data import examples_of
 from midflight.tuner.hyperstep import HyperStep
-from midflight.tuner.live import weights_at
+from midflight.tuner.live import signals_wait, weights_at
 
 
-@torch.no_grad()
 def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str, float]:
     """Give the model the weights and buffers with the least validation loss.
 
@@ -44,8 +43,9 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
     losses = _means(found)
     ranked = dict(sorted(losses.items(), key=lambda item: (math.isnan(item[1]), item[1])))
     best = next(iter(ranked))
-    for name, value in candidates.get(best, {}).items():
-        tensors[name].copy_(value)
+    with signals_wait(), torch.no_grad():
+        for name, value in candidates.get(best, {}).items():
+            tensors[name].copy_(value)
     return ranked
 
 

@@ -358,7 +358,8 @@ class Tuner:
         self._binding.restore()
         if not last or _skips(optimizer):
             return
-        with signals_wait() if self._due else nullcontext():
+        works = self._due or self.horizon.due(self.steps + 1)
+        with signals_wait() if works else nullcontext():
             moved = self._end_step()
         if moved and self._on_hyperstep is not None:
             self._on_hyperstep(self.steps, self.log())
