@@ -237,7 +237,7 @@ class HyperStep:
         try:
             for p in targets.values():  # one that was frozen in mid-run may still be moved by its optimiser
                 p.requires_grad_(True)
-            with weights_at(params, at):
+            with weights_at(params, at), self.live.evaluating():
                 value, found = self.live.gradients(
                     loss, targets, lambda: {_OUTPUT + name: p.y for name, p in passes.of.items()}
                 )

@@ -54,9 +54,15 @@ class LiveModel:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode; also for the backward pass, in which checkpoints compute again."""
+        with evaluating(self.model):
+            yield
+
     def valid_loss(self, function: Loss, batch: Any) -> Tensor:
         """`function(model, batch)` in eval mode."""
-        with evaluating(self.model):
+        with self.evaluating():
             return self._call(function, batch)
 
     def train_loss(self, function: Loss, batch: Any) -> Tensor:
