@@ -1,7 +1,9 @@
 """What loops do to the gradient between `backward` and `step`: the tuner takes the derivative of the whole
 step."""
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -340,8 +342,6 @@ STEPS: dict[str, Callable[[Loop, Any], None]] = {
     "closure": with_closure,
     "closure by name that clips": partial(with_closure, by_name=True, norm=0.1),
     "two backward passes": in_two_backwards,
-    "written by hand": written_by_hand,
-    "for each example": for_each_example,
     "zeros kept": keep_zeros,
     "zeroed afterwards": zero_afterwards,
     "part of the last gradient": leave_half,
@@ -365,11 +365,109 @@ def test_the_hypergradient_is_that_of_the_step_however_it_is_taken(kind, optimiz
     assert found(build, steps=5) == pytest.approx(truth(build, steps=5), rel=EXACT)
 
 
-def test_a_gradient_that_is_written_by_hand_and_clipped_is_refused_in_a_sentence():
-    loop = noisy_loop(between=clip, step=written_by_hand).attach()
-    with pytest.raises(mf.UnknownGradient, match="backward"):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("step", [written_by_hand, for_each_example])
+def test_a_gradient_that_is_written_by_hand_is_right_if_the_user_says_that_nothing_is_done_to_it(
+    step, optimizer
+):
+    build = partial(noisy_loop, optimizer, step=step, **WEIGHT_DECAY)
+    assert found(build, steps=5, max_grad_norm=math.inf) == pytest.approx(truth(build, steps=5), rel=EXACT)
+
+
+def cut_off(loop: Loop) -> None:
+    for p in weights(loop):
+        p.grad.clamp_(-0.02, 0.02)
+
+
+def bend(loop: Loop) -> None:
+    for p in weights(loop):
+        p.grad /= p.grad.norm() + 0.01
+
+
+def one_by_hand(loop: Loop, batch: Any) -> None:
+    """The gradients of all weights but one come from `backward`."""
+    first, *others = weights(loop)
+    loop.optimizer.zero_grad()
+    loss = loop.loss_fn(loop.model, batch)
+    first.grad = torch.autograd.grad(loss, first, retain_graph=True)[0].clamp(-0.02, 0.02)
+    loss.backward(inputs=others)
+    loop.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("between", "step"),
+    [(nothing, written_by_hand), (clip, written_by_hand), (cut_off, written_by_hand), (bend, written_by_hand),
+     (nothing, for_each_example), (nothing, one_by_hand)],
+)  # fmt: skip
+def test_a_gradient_that_is_written_by_hand_is_refused_in_a_sentence(between, step):
+    loop = noisy_loop(between=between, step=step).attach()
+    with pytest.raises(mf.UnknownGradient, match="must come from backward"):
         loop.run(12)
     assert not loop.tuner.hyper_optimizer.given
+
+
+def sharpness_aware(loop: Loop, batch: Any) -> None:
+    """The gradient is of the weights a little uphill (Foret et al. 2021)."""
+    loop.optimizer.zero_grad()
+    loop.loss_fn(loop.model, batch).backward()
+    uphill = [0.3 * p.grad / p.grad.norm() for p in weights(loop)]
+    with torch.no_grad():
+        for p, e in zip(weights(loop), uphill, strict=True):
+            p.add_(e)
+    loop.optimizer.zero_grad()
+    loop.loss_fn(loop.model, batch).backward()
+    with torch.no_grad():
+        for p, e in zip(weights(loop), uphill, strict=True):
+            p.sub_(e)
+    loop.optimizer.step()
+
+
+@torch.no_grad()
+def decay_by_hand(loop: Loop) -> None:
+    for p in weights(loop):
+        p.mul_(0.99)
+
+
+@pytest.mark.parametrize(("between", "step"), [(nothing, sharpness_aware), (decay_by_hand, take_step)])
+def test_weights_that_move_between_backward_and_step_are_refused_in_a_sentence(between, step):
+    loop = noisy_loop(between=between, step=step).attach()
+    with pytest.raises(mf.UnknownGradient, match="weights must stand still between backward and step"):
+        loop.run(12)
+    assert not loop.tuner.hyper_optimizer.given
+
+
+def each_steps_at_once(loop: Loop, batch: Any) -> None:
+    for optimizer in loop.optimizers:
+        optimizer.zero_grad()
+        loop.loss_fn(loop.model, batch).backward()
+        optimizer.step()
+
+
+def test_optimisers_that_step_on_gradients_of_their_own_are_refused_in_a_sentence():
+    loop = two_optimisers()
+    loop.between, loop.step = nothing, each_steps_at_once
+    with pytest.raises(mf.UnknownGradient, match="before the first optimiser"):
+        loop.attach().run(20)
+
+
+def clip_now_and_then(loop: Loop, batch: Any) -> None:
+    """Summed up, divided, and clipped to a norm that is not always reached."""
+    loop.count = getattr(loop, "count", 0) + 1
+    accumulate(loop, batch, each=1.0, after=0.5, norm=100.0 if loop.count == 2 else 0.05)
+
+
+def test_a_sum_that_is_divided_and_clipped_is_right_once_it_was_seen_without_a_clip():
+    build = partial(noisy_loop, step=clip_now_and_then, **WEIGHT_DECAY)
+    assert found(build, steps=5, max_grad_norm=0.05) == pytest.approx(truth(build, steps=5), rel=EXACT)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_model_is_copied_and_saved_at_any_moment(copied):
+    loop = noisy_loop().attach().run(1)
+    x = loop.train[0][0]
+    loop.loss_fn(loop.model, loop.train[0]).backward()
+    other = copied(loop.model)
+    assert torch.equal(other(x), loop.model(x))
 
 
 def own_scale(loop: Loop, batch: Any, scale: float = 1024.0, norm: float = 0.0) -> None:

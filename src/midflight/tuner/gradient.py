@@ -9,7 +9,8 @@ compared with the one that the optimiser gets, g, in a few entries of each weigh
     g = a r, |g| stays          clipped by norm         (c / |r|) (1 - u u^T),  u = r / |r|
     |g| cut off at a number     clipped by value        1 where |g| is below it, else 0
 
-A loss scale that a `GradScaler` applied is taken out of r first. What fits none of these is refused.
+A loss scale that a `GradScaler` applied is taken out of r first. What fits none of these is refused, and so
+are weights that move between `backward` and `step`, and gradients that did not come from `backward`.
 """
 
 import math
@@ -83,15 +84,27 @@ class Clipped:
         return found
 
 
+class _ExamplesSeen:
+    """A hook that counts the examples that go through a model; it can be pickled with it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model.training:
+            self.count += examples_of((args, kwargs)) or 0
+
+
 class ReceivedGradient:
     """Watches `backward` before a hyper-step and tells what happened to its gradient since.
 
     Args:
-        max_grad_norm: the norm to which the loop clips, if it does; None finds out at the second time.
+        max_grad_norm: the norm to which the loop clips, infinity if it does not; None finds out at the
+            second time.
     """
 
     def __init__(self, max_grad_norm: float | None = None) -> None:
-        if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+        if max_grad_norm is not None and not (max_grad_norm > 0 and max_grad_norm is not True):
             raise ValueError(f"max_grad_norm must be a positive number, but max_grad_norm={max_grad_norm}.")
         self._max_norm = max_grad_norm
         self._seen: dict[str, _Seen] = {}
@@ -104,17 +117,21 @@ class ReceivedGradient:
         self.passes = 1
         """How often `backward` added to the last gradient."""
         self._hooks: list[RemovableHandle] = []
-        self._counted = 0
+        self._counter = _ExamplesSeen()
+        self._divides = False
+        """Whether gradients are summed up over passes and divided then."""
+        self._watched: list[str] = []
+        self._weights: dict[str, tuple[Tensor, int]] = {}
         self._norms: dict[frozenset[str], float] = {}
         self._factors: dict[frozenset[str], list[tuple[float, float]]] = {}
-        self._sizes: list[float] = []
 
     def watch(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
         """From now on note what `backward` leaves in `.grad`, and how many examples the model sees."""
         self.rest()
-        self._counted = 0
+        self._counter = _ExamplesSeen()
+        self._watched = [name for name, p in params.items() if p.requires_grad]
         if getattr(model, "_compiled_call_impl", None) is None:  # a hook would compile it anew
-            self._hooks.append(model.register_forward_pre_hook(self._count, with_kwargs=True))
+            self._hooks.append(model.register_forward_pre_hook(self._counter, with_kwargs=True))
         for name, p in params.items():
             if p.requires_grad:
                 theirs = list((p._post_accumulate_grad_hooks or {}).items())
@@ -128,7 +145,7 @@ class ReceivedGradient:
         """Note nothing more."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._seen, self._passes, self._first = [], {}, {}, {}
+        self._hooks, self._seen, self._passes, self._first, self._weights = [], {}, {}, {}, {}
 
     def _note_part(self, name: str) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
@@ -145,12 +162,9 @@ class ReceivedGradient:
                     self._first[name] = _sample(grad) - self._first[name]
                 self._seen[name] = _Seen(_largest(grad), _sample(grad).clone(), grad.detach().norm())
                 self._passes[name] = self._passes.get(name, 0) + 1
+                self._weights[name] = p, p._version
 
         return hook
-
-    def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model.training:
-            self._counted += examples_of((args, kwargs)) or 0
 
     @torch.no_grad()
     def jacobian(self, grads: Tensors) -> Clipped | None:
@@ -163,13 +177,20 @@ class ReceivedGradient:
             UnknownGradient: it fits nothing known, or is not known yet.
         """
         seen = {name: s for name, s in self._seen.items() if name in grads}
-        self.examples = self._counted
+        self.examples = self._counter.count
         self.carried = any(bool(left.any()) for left in self._first.values())
         passes = self.passes = max(self._passes.values(), default=1)
+        moved = [name for name, (p, version) in self._weights.items() if p._version != version]
         self.rest()
-        if not seen:
-            return self._unseen(grads)
-        if _as_seen(seen, grads):
+        if moved:
+            raise UnknownGradient(
+                f"weights must stand still between backward and step, but {len(moved)} were changed, such as "
+                f"{moved[0]}; the gradient is of other weights than those that the optimiser moves."
+            )
+        unseen = {name: grads[name] for name in self._watched if name in grads and name not in seen}
+        if any(bool(g.any()) for g in unseen.values()):
+            self._require_untouched(unseen)
+        if not seen or _as_seen(seen, grads):
             return None
         scale = loss_scale()
         ratios = _ratios(seen, {name: grads[name] for name in seen}, scale)
@@ -184,25 +205,17 @@ class ReceivedGradient:
         groups = _together(ratios, tolerance)
         return self._of_groups(groups, grads, passes)
 
-    def _unseen(self, grads: Tensors) -> Clipped | None:
-        """Gradients that were written by hand: nothing tells what was done to them but their norm."""
-        size = _norm(grads)
-        if self._max_norm is not None:
-            clipped = size >= self._max_norm * (1 - SAME_NORM)
-        elif not self._sizes:
-            self._sizes.append(size)
+    def _require_untouched(self, grads: Tensors) -> None:
+        """Gradients that were written by hand: nothing tells what was done to them but the user."""
+        if self._max_norm is None:
             raise UnknownGradient(
-                "the gradient did not come from backward(); whether it is clipped shows at the next "
-                "hyper-step, or pass max_grad_norm=, math.inf if it never is."
+                "the gradient must come from backward(), but it was written into .grad by other means, so "
+                "that nobody knows what was done to it; pass max_grad_norm=math.inf if nothing was."
             )
-        else:
-            clipped = any(abs(size / known - 1) < SAME_NORM for known in self._sizes)
-            self._sizes = [*self._sizes, size][-2:]
-        if clipped:
+        if _norm(grads) >= self._max_norm * (1 - SAME_NORM):
             raise UnknownGradient(
                 "a clipped gradient must come from backward(), but it was written into .grad by other means."
             )
-        return None
 
     def _of_groups(
         self, groups: list[tuple[float, list[str]]], grads: Tensors, passes: int
@@ -223,7 +236,11 @@ class ReceivedGradient:
             except UnknownGradient as error:  # go on: what the other groups got is of use next time
                 unknown = error
                 continue
+            if abs(ratio * passes - 1) < SAME:
+                self._divides = True
             if clipped:
+                if self._divides:  # a sum was made a mean of before it was clipped
+                    ratio *= passes
                 unit = {name: g / size for name, g in together.items()}
                 norms.append((unit, ratio, size / (size + EPSILON * ratio)))
             elif abs(ratio * passes - 1) >= SAME:
@@ -263,11 +280,12 @@ class ReceivedGradient:
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned about the loop."""
-        return {"norms": dict(self._norms), "factors": {k: list(v) for k, v in self._factors.items()}}
+        factors = {k: list(v) for k, v in self._factors.items()}
+        return {"norms": dict(self._norms), "factors": factors, "divides": self._divides}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict`."""
-        self._norms = dict(state["norms"])
+        self._norms, self._divides = dict(state["norms"]), state["divides"]
         self._factors = {k: list(v) for k, v in state["factors"].items()}
 
 

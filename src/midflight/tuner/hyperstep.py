@@ -70,7 +70,7 @@ class HyperStep:
         loaders: of T1 and T2.
         estimator: of the hypergradient.
         horizon: where v is taken.
-        examples: of a T1 batch for the mixed partial.
+        examples: of a T1 batch for the mixed partial; None for all.
         max_grad_norm: see `ReceivedGradient`.
     """
 
@@ -84,7 +84,7 @@ class HyperStep:
         loaders: tuple[Iterable[Any], Iterable[Any]],
         estimator: Estimator,
         horizon: Horizon,
-        examples: int,
+        examples: int | None,
         max_grad_norm: float | None,
     ) -> None:
         require_real(model, optimizers)

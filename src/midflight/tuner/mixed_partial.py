@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
@@ -39,7 +39,7 @@ class MixedPartial:
         randomness: the tuner's random numbers; each pass over one batch draws the same.
         space: raw coordinates are differentiated with respect to.
         loss_fn: (model, batch) -> training loss.
-        examples: how many of a batch are used.
+        examples: how many of a batch are used, the first along dimension 0; None for all.
         way: one of the three; None chooses.
 
     Attributes:
@@ -53,14 +53,14 @@ class MixedPartial:
         randomness: Randomness,
         space: Space,
         loss_fn: Loss,
-        examples: int,
+        examples: int | None,
         way: str | None = None,
     ) -> None:
         self._live, self._randomness, self._space, self._loss_fn = live, randomness, space, loss_fn
-        self._examples = examples
+        self._examples = examples or 0
         self._checked = False
         self.way = way
-        self.whole_batches = False
+        self.whole_batches = examples is None or _is_time_first(live.model)
 
     def train_loss(self, batch: Any) -> Callable[[Tensors, Tensors], Tensor]:
         """(weights, values) -> the loss on the batch, differentiable in both; the same random numbers each
@@ -251,3 +251,8 @@ class MixedPartial:
     def examples(self) -> int:
         """Of a batch, for the mixed partial; 0 where batches are used as they are."""
         return 0 if self.whole_batches else self._examples
+
+
+def _is_time_first(model: nn.Module) -> bool:
+    """Whether dimension 0 of some layer's input is time, which must not be cut."""
+    return any(getattr(module, "batch_first", True) is False for module in model.modules())

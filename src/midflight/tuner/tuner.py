@@ -77,8 +77,10 @@ class Tuner:
         horizon: "run" judges each step for the run, at averaged weights (`Averaged`); "step" at the weights
             right after it (`NextStep`).
         hyper_optimizer: raw tensors -> torch optimiser that moves them.
-        max_grad_norm: the norm to which the loop clips; None finds out, at the price of a hyper-step or two.
-        examples: of a T1 batch for the mixed partial.
+        max_grad_norm: the norm to which the loop clips, `math.inf` if it does not; None finds out, at the
+            price of a hyper-step or two.
+        examples: of a T1 batch for the mixed partial, the first ones along dimension 0 of its tensors. None
+            uses whole batches, and so does a model that holds a layer with `batch_first=False`.
         rollback: keep a copy of model, optimiser and hyperparameters, renewed at every so many good
             hyper-steps, and go back to it after three failed ones in a row. None keeps no copy.
         on_hyperstep: called with (optimiser steps so far, `log()`) after each hyper-step.
@@ -111,7 +113,7 @@ class Tuner:
         horizon: Literal["run", "step"] | Horizon = "run",
         hyper_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = SignSteps,
         max_grad_norm: float | None = None,
-        examples: int = EXAMPLES,
+        examples: int | None = EXAMPLES,
         rollback: int | None = None,
         on_hyperstep: Callable[[int, dict[str, float]], Any] | None = None,
     ) -> None:
@@ -139,8 +141,8 @@ class Tuner:
         self._binding = Binding(self._optimizers, space, bind)
         self._hyperstep = HyperStep(
             model, self._optimizers, space, self._binding, (loss_fn, valid_loss_fn or loss_fn),
-            (train_loader, valid_loader), estimator_for(estimator), self.horizon, whole("examples", examples),
-            max_grad_norm,
+            (train_loader, valid_loader), estimator_for(estimator), self.horizon,
+            None if examples is None else whole("examples", examples), max_grad_norm,
         )  # fmt: skip
         self._guard = NonFiniteGuard(
             None if rollback is None else Rollback(model, self._optimizers, space, rollback)
@@ -149,7 +151,7 @@ class Tuner:
         self._bounds = Bounds()
         self._on_hyperstep = on_hyperstep
         self._look: Look | None = None
-        self._versions: list[tuple[int, int]] = []
+        self._versions: list[tuple[Tensor, int]] = []
         self._hypersteps, self._undecided = 0, 0
         self._unreached = dict.fromkeys(space, 0)
         self._log: dict[str, float] = {}
@@ -316,18 +318,21 @@ class Tuner:
                 self._hyperstep.watch()  # the loop may go on
                 raise
             self._versions = self._gradient_versions()
-        elif self._look is not None and not first and self._versions != self._gradient_versions():
-            self._undecided += 1  # clipped or unscaled after the first optimiser stepped
+        elif self._look is not None and not first and self._gradients_changed():
             self._look = None
+            self._leave_out(
+                UnknownGradient(
+                    "all gradients must be final before the first optimiser of a training step moves, but "
+                    "some changed after that; step the optimisers together, or tune one alone."
+                )
+            )
         self._binding.write(optimizer)
 
     def _take_look(self) -> Look | None:
         try:
             look = self._hyperstep()
-        except UnknownGradient:
-            self._undecided += 1
-            if self._undecided >= PATIENCE and not self._hypersteps:
-                raise
+        except UnknownGradient as error:
+            self._leave_out(error)
             return None
         losses = [look.valid_loss, *([] if look.train_loss is None else [look.train_loss])]
         if all(map(math.isfinite, losses)) and all_finite(look.hypergradients.values()):
@@ -338,6 +343,12 @@ class Tuner:
             self.horizon.forget()
         self._move.shrink(self._guard.shrink)
         return None
+
+    def _leave_out(self, error: UnknownGradient) -> None:
+        """This hyper-step does not come; raises the error if none ever does."""
+        self._undecided += 1
+        if self._undecided >= PATIENCE and not self._hypersteps:
+            raise error
 
     def _require_reached(self, found: Tensors) -> None:
         """A miss is no error, for a branch may be random; never reached at all is."""
@@ -414,13 +425,17 @@ class Tuner:
         """The share of the run that is over; None if its length is not known."""
         return None if self._total is None else min(1.0, self.steps / self._total)
 
-    def _gradient_versions(self) -> list[tuple[int, int]]:
-        """Changes when somebody changes a gradient."""
+    def _gradient_versions(self) -> list[tuple[Tensor, int]]:
+        """The gradients and how often they were changed, where several optimisers step in turn."""
         if len(self._optimizers) == 1:
             return []
-        return [
-            (id(p.grad), p.grad._version) for p in self._hyperstep.params().values() if p.grad is not None
-        ]
+        return [(p.grad, p.grad._version) for p in self._hyperstep.params().values() if p.grad is not None]
+
+    def _gradients_changed(self) -> bool:
+        now = self._gradient_versions()
+        return len(now) != len(self._versions) or any(
+            a is not b or i != j for (a, i), (b, j) in zip(now, self._versions, strict=True)
+        )
 
 
 def _require_one_process() -> None:
