@@ -130,6 +130,56 @@ def checkpointed_decay(reentrant: bool) -> Loop:
     return loop_of(model, space, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1))
 
 
+class Masked(nn.Module):
+    """Dropout that always drops the same entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kept = torch.rand(20, 6, generator=torch.Generator().manual_seed(9)) > 0.5
+        self.register_buffer("mask", 2.0 * kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask[: len(x)] if self.training else x
+
+
+def checkpointed_dropout(reentrant: bool) -> Loop:
+    """What is computed again must be computed in the mode of the first time."""
+    space = noise_space()
+    model = Checkpointed(space, reentrant, False)
+    model.first = nn.Sequential(nn.Linear(5, 6), Masked(), nn.Tanh())
+    return loop_of(model, space)
+
+
+def time_first(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    x, y = sequences(count, seed)
+    return x.transpose(0, 1), y
+
+
+class LastInTime(LastOf):
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.layer(x + self.noise.level * self.noise.z.transpose(0, 1) if self.training else x)
+        return self.out(y[-1])
+
+
+def recurrent_time_first() -> Loop:
+    """Dimension 0 of a batch is time, so that the first of it are no examples."""
+    space = noise_space()
+    model = LastInTime(nn.LSTM(4, 6), space)
+    return loop_of(model, space, train=time_first(12, 1), valid=time_first(20, 2), arguments={"examples": 3})
+
+
+def two_views() -> Loop:
+    """The second half of a batch are other views of the first, so that no part of it is like the whole."""
+    space = noise_space()
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        a, b = model(batch[0]).chunk(2)
+        return (a - b).square().mean() - a.std() if model.training else a.square().mean()
+
+    model = network(KnownNoise(space["noise"], (12, 5)))
+    return loop_of(model, space, loss_fn, arguments={"examples": None})
+
+
 def tied_weight() -> Loop:
     loop = with_noise(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
     loop.model[3].weight = loop.model[1].weight
@@ -188,6 +238,10 @@ LAYERS: dict[str, Callable[[], Loop]] = {
     "checkpoint, reentrant, noise inside": partial(checkpointed, True, True),
     "checkpoint, weight decay": partial(checkpointed_decay, False),
     "checkpoint, reentrant, weight decay": partial(checkpointed_decay, True),
+    "checkpoint, dropout": partial(checkpointed_dropout, False),
+    "checkpoint, reentrant, dropout": partial(checkpointed_dropout, True),
+    "LSTM, time first": recurrent_time_first,
+    "two views": two_views,
     "a tied weight": tied_weight,
     "a tied layer": tied_layer,
     "weight_norm": partial(normed_weight, parametrizations.weight_norm),
