@@ -4,7 +4,7 @@
     python benchmarks/equal_quality.py --table     from the stored rows alone
     python benchmarks/equal_quality.py --pair      the default against the first edition's, by start and seed
     python benchmarks/equal_quality.py --tasks mnist_55k --examples 8 16 64
-    python benchmarks/equal_quality.py --tasks digits mnist_5k --settings default --seeds 31 32 33 34 35 36 37 38
+    python benchmarks/equal_quality.py --tasks digits mnist_5k --settings default --seeds 31 32 33 34
 
 The five tasks of any_start.py from three of its starts, with six seeds. The expensive setting has hyper-steps
 at each tenth optimiser step. Printed is the finished validation loss over that of the expensive run of the
