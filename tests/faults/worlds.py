@@ -146,11 +146,15 @@ def random_numbers_kept() -> Iterator[None]:
 
 
 def _theirs(hooks: Any) -> list[str]:
-    return [hook.__qualname__ for hook in (hooks or {}).values() if not _is_ours(hook)]
+    return [_name(hook) for hook in (hooks or {}).values() if not _is_ours(hook)]
+
+
+def _name(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
 def _is_ours(hook: Any) -> bool:
-    return hook.__module__.startswith("midflight") or "midflight" in getattr(hook, "__qualname__", "")
+    return hook.__module__.startswith("midflight") or "midflight" in _name(hook)
 
 
 def hooks_of_the_tuner(world: World) -> list[str]:
@@ -159,7 +163,7 @@ def hooks_of_the_tuner(world: World) -> list[str]:
     weights = [p._post_accumulate_grad_hooks for p in world.model.parameters()]
     steps = [world.optimizer._optimizer_step_pre_hooks, world.optimizer._optimizer_step_post_hooks]
     found = [*layers, *weights, *steps, world.optimizer._optimizer_state_dict_pre_hooks]
-    return [hook.__qualname__ for hooks in found for hook in (hooks or {}).values() if _is_ours(hook)]
+    return [_name(hook) for hooks in found for hook in (hooks or {}).values() if _is_ours(hook)]
 
 
 def loss_fn(model: nn.Module, batch: Any) -> Tensor:
