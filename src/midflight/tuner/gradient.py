@@ -160,7 +160,9 @@ class ReceivedGradient:
             if grad is not None and not grad.is_sparse and grad.numel():
                 if name not in self._seen and name in self._first:
                     self._first[name] = _sample(grad) - self._first[name]
-                self._seen[name] = _Seen(_largest(grad), _sample(grad).clone(), grad.detach().norm())
+                self._seen[name] = _Seen(
+                    _largest(grad), _sample(grad).clone(), torch.linalg.vector_norm(grad.detach())
+                )
                 self._passes[name] = self._passes.get(name, 0) + 1
                 self._weights[name] = p, p._version
 
@@ -319,7 +321,8 @@ def _largest(grad: Tensor) -> Tensor:
 
 def _sample(grad: Tensor) -> Tensor:
     flat = grad.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
+    stride = max(1, flat.numel() // SAMPLED)
+    return flat[: SAMPLED * stride : stride]
 
 
 def _as_seen(seen: Mapping[str, _Seen], grads: Tensors) -> bool:
@@ -330,7 +333,7 @@ def _as_seen(seen: Mapping[str, _Seen], grads: Tensors) -> bool:
     after = [
         x
         for grad in map(grads.__getitem__, seen)
-        for x in (_sample(grad), _largest(grad)[None], grad.norm()[None])
+        for x in (_sample(grad), _largest(grad)[None], torch.linalg.vector_norm(grad)[None])
     ]
     return torch.equal(torch.cat(before), torch.cat(after))
 
