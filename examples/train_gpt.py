@@ -1,11 +1,12 @@
-"""A training script as people have it: the loop does not know that it is being tuned.
+"""An ordinary training script, whose loop needs no change to be tuned.
 
-    python examples/train_gpt.py                 as it was
+    python examples/train_gpt.py                 train without tuning
     python examples/train_gpt.py --tune          with weight decay, dropout and learning rate tuned
 
-A small GPT on the source code of Python's standard library: flash attention, torch.compile, autocast, AdamW
-with a group for matrices and one without decay, a learning rate that is written into the groups at each step,
-gradient accumulation and clipping. What tuning adds stands between the two markers, before the loop.
+Trains a small GPT on the source code of Python's standard library, with flash attention, torch.compile,
+autocast, gradient accumulation and clipping. AdamW has a param group with weight decay, for matrices, and one
+without. The loop writes the learning rate into the groups at each step. Comments mark what tuning adds: two
+parts before the loop, and `tuner.finish()` after it.
 """
 
 import argparse
@@ -92,14 +93,14 @@ def get_lr(it: int) -> float:
     return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
 
 
-# --- what tuning adds, before ---
+# --- tuning adds: the space, and dropout that reads it ---
 space = mf.Space(
     weight_decay=mf.Float(1e-3, 10.0, log=True, init=weight_decay),
     dropout=mf.Float(0.0, 0.6, init=0.1),
     lr=mf.Float(1e-4, 1e-2, log=True, init=learning_rate),
 )
 model = GPT(mf.nn.Dropout(space["dropout"])).to(device)
-# --- what tuning adds, so far ---
+# --- the script, unchanged ---
 decay = [p for p in model.parameters() if p.dim() >= 2]
 nodecay = [p for p in model.parameters() if p.dim() < 2]
 groups = [{"params": decay, "weight_decay": weight_decay}, {"params": nodecay, "weight_decay": 0.0}]
@@ -109,7 +110,7 @@ if args.backend != "none":
     model = torch.compile(model, backend=args.backend)
 
 
-# --- what tuning adds, once more ---
+# --- tuning adds: the loss, the batches and the tuner ---
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     with ctx:
         return model(*batch)[1]
