@@ -1,4 +1,4 @@
-"""What a tuner noticed about a run, in sentences."""
+"""Sentences on what a tuner noticed about a run."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -10,27 +10,27 @@ from torch import Tensor
 from midflight.space import Space
 
 PINNED = 0.25
-"""A hyperparameter that stood at its bound for the last quarter of the hyper-steps is reported."""
+"""A hyperparameter is reported if it was at its bound for more than this last share of the hyper-steps."""
 SIGNIFICANT = 3.0
-"""Standard errors by which the loss on a third split must exceed that on T2 to be reported."""
+"""T2 is reported as overfitted if the loss on a third split is higher by this many standard errors."""
 
 
 class Bounds:
-    """How long every entry of a hyperparameter has been at one of its bounds."""
+    """Counts the hyper-steps for which every entry of a hyperparameter has been at one of its bounds."""
 
     def __init__(self) -> None:
         self._moves = 0
-        self._inside: dict[str, int] = {}  # the last move after which an entry was inside
+        self._inside: dict[str, int] = {}  # the last move after which some entry was inside the bounds
 
     def observe(self, space: Space) -> None:
-        """After each move."""
+        """Take in the values after a move."""
         self._moves += 1
         for name, raw in space.raws.items():
             if bool(((raw > 0) & (raw < 1)).any()):
                 self._inside[name] = self._moves
 
     def report(self, space: Space) -> list[str]:
-        """One sentence per hyperparameter that has been pinned for long."""
+        """One sentence per hyperparameter that has been at its bounds for long."""
         found = []
         for name, raw in space.raws.items():
             long = self._moves - self._inside.get(name, 0)
@@ -56,15 +56,15 @@ class Bounds:
 
 
 def overfitted(loss: Callable[[Any], Tensor], tuned_on: Iterable[Any], third: Iterable[Any]) -> list[str]:
-    """A sentence if the loss on T2 is lower than on data that neither trained nor tuned, beyond chance.
+    """Return a sentence if the loss on T2 is significantly lower than on data not used to train or tune.
 
-    Weights have seen neither split, so without tuning the two losses are alike; Welch's test on the
-    losses of the batches, one-sided, at SIGNIFICANT standard errors.
+    The weights were trained on neither split, so without tuning the two losses are alike up to chance. The
+    test is Welch's on the losses of the batches, one-sided, at SIGNIFICANT standard errors.
 
     Args:
         loss: batch -> its mean loss.
-        tuned_on: the batches of T2, at least two, of about the same size.
-        third: batches of a third split of the same kind, at least two.
+        tuned_on: at least two batches of T2, of about the same size.
+        third: at least two batches of a third split of the same kind.
 
     Raises:
         ValueError: one of them has fewer than two batches.

@@ -1,4 +1,4 @@
-"""Which of the weights that a run has to offer is best."""
+"""Choose the best among the weights that a run can end with."""
 
 import math
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from midflight.tuner.live import signals_wait, weights_at
 def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str, float]:
     """Give the model the weights and buffers with the least validation loss.
 
-    Each candidate goes through T2 in the same order. A batch counts by its examples. Batches on which a
-    candidate's loss is not finite while another's is finite count against it; those that are bad for all are
-    left out.
+    All candidates are evaluated on the same batches of T2, in the same order. A batch is weighted by its
+    number of examples. A batch on which no candidate has a finite loss is left out. If a candidate's loss is
+    not finite on a batch where another's is finite, this counts against the candidate.
 
     Args:
-        hyperstep: of the run.
-        candidates: name -> weights and buffers; the last ones are "last".
+        hyperstep: the hyper-step of the run, with its model and T2.
+        candidates: name -> weights and buffers. The model's present weights take part too, as "last".
 
     Returns:
         name -> validation loss, the best first.
@@ -50,7 +50,7 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
 
 
 def _means(found: Mapping[str, list[tuple[float, int]]]) -> dict[str, float]:
-    """The mean over the examples of the batches that are finite for at least one candidate."""
+    """The mean loss over the examples of all batches that are finite for at least one candidate."""
     columns: list[Any] = list(zip(*found.values(), strict=False))
     kept = [n for n, column in enumerate(columns) if any(math.isfinite(loss) for loss, _ in column)]
     means = {}

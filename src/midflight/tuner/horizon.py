@@ -1,21 +1,23 @@
 """Where the validation loss is judged, so that a one-step hypergradient serves the whole run.
 
-    v = dC2/dtheta at   average + caution (theta - average),   average = of the recent weights
+    v = dC2/dtheta at   average + caution (theta - average),   average = mean of the recent weights
 
-Judged at theta, the weights themselves (caution 1), the loss holds what the optimiser's own
-wandering costs at this moment, and beyond (caution over 1) more of it. More regularisation always
-lowers that cost, also where it harms the trained model. Judged at the average (caution 0) the cost is
-gone, but a step sees the present only: while the network learns what generalises, less
-regularisation looks better, and memorising comes later.
+At caution 1, v is taken at the weights theta. The validation loss there includes a cost: the optimiser's
+steps are noisy, and the weights wander around their average. Beyond (caution over 1) it includes more of this
+cost. More regularisation always lowers the cost, even where it harms the trained model.
 
-Which of the two errs shows in C1 / C2, training over validation loss at the average. Caution rises as it
-falls below a line from 1 at the start to MEMORISED at the end of the run. The average moves slowly, so that
-at caution 0 the hypergradients of the last few hyper-steps are averaged too, which saves data. Towards the
-end of a run it is shortened: little is left to judge then, and as the weights that a run ends with, a long
-average lags behind.
+At caution 0, v is taken at the average. The cost is gone there, but a hyper-step sees the present only. While
+the network learns what generalises, less regularisation looks better, and memorising comes later.
 
-This is for what regularises. Options that say how a step is taken, such as the learning rate, pay or
-cost at once and are judged at theta', the weights after the step.
+C1 / C2, the training over the validation loss at the average, shows which of the two errs. Caution rises as
+this ratio falls below a line from 1 at the start to MEMORISED at the end of the run.
+
+The average moves slowly. So at caution 0 the hypergradients of the last few hyper-steps are averaged too,
+which saves data. Towards the end of a run, the average covers fewer steps. Little is left to judge then, and
+a long average would lag behind as the final weights of the run.
+
+All this is for hyperparameters that regularise. Options that say how a step is taken, such as the learning
+rate, have their effect at once. They are judged at theta', the weights after the step.
 """
 
 import math
@@ -29,74 +31,75 @@ from torch import Tensor
 from midflight.trees import Tensors
 
 WINDOW = 0.1
-"""The average reaches back over this share of the steps so far."""
+"""The average covers this last share of the steps so far."""
 LAST, LAST_WINDOW = 0.2, 0.03
-"""Over this last share of a run that shrinks to this."""
+"""Over the last LAST of a run, WINDOW shrinks to LAST_WINDOW."""
 SAMPLES = 10
-"""The weights are counted into it so many times in that share,"""
+"""The weights enter the average this many times in that share,"""
 SAMPLED = 5
-"""but not more often than at every so many steps."""
+"""but at most once in this many steps."""
 STEADY = 0.8
-"""What the mean hypergradient keeps of the earlier ones at caution 0."""
+"""The decay of the mean hypergradient per hyper-step, at caution 0."""
 RECENT = 0.15
-"""C1 and C2 are averaged over this share of the hyper-steps so far."""
+"""C1 and C2 are averaged over this last share of the hyper-steps so far."""
 MEMORISED = 0.35
-"""C1 / C2 below this at the end of a run, and a model counts as memorising."""
+"""A model counts as memorising if C1 / C2 is below this at the end of the run."""
 OPEN_END = 0.5
-"""The same where the length of the run is not known."""
+"""The same throughout a run whose length is not known."""
 GAIN = 10.0
 """Caution per unit of C1 / C2 below the line."""
 MOST = 3.0
-"""The most caution there is; the sign of a weak hypergradient needs more than 1 to come through."""
+"""The largest caution; where a hypergradient is weak, 1 is not enough to reveal its sign."""
 
 KEPT = {torch.float32: torch.float16}
-"""The best weights are kept in half the memory; a model loses less by it than it differs by the batch."""
+"""The type in which the best weights are kept, to save memory. This changes the loss less than the choice of
+the batch does."""
 
 
 class Horizon(Protocol):
-    """How far the validation loss looks ahead."""
+    """The weights at which the validation loss is judged."""
 
     looks: bool
-    """Whether `observe` wants the losses at `average` at each hyper-step."""
+    """Whether `observe` must get the losses at `average` at each hyper-step."""
 
     @property
     def at_average(self) -> bool:
-        """Whether `place` is the average now."""
+        """Whether `place` now returns the average."""
 
     @property
     def calm(self) -> float:
-        """1 where signs of hypergradients can be averaged, 0 where each counts."""
+        """How far a hyper-step averages signs of hypergradients: 1 as usual, 0 uses the last sign alone."""
 
     def due(self, steps: int) -> bool:
-        """Whether `follow` has something to do after this many optimiser steps."""
+        """Whether `follow` has work to do after this many optimiser steps."""
 
     def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None) -> bool:
-        """See the weights after this many optimiser steps; returns whether that took time."""
+        """Take in the weights after this many optimiser steps; return whether there was work to do."""
 
     def place(self, params: Tensors, at: Callable[[], Tensors]) -> Tensors:
-        """Where v is taken.
+        """The weights at which v is taken.
 
         Args:
-            params: the weights now, before the step.
-            at: computes the weights at which the estimator wants v.
+            params: the weights before the optimiser step.
+            at: computes the weights at which the estimator would take v.
         """
 
     def smoothed(self, hypergradients: Tensors) -> Tensors:
-        """What becomes of the hypergradients that were found at `place`."""
+        """The hypergradients to use, given those found at `place`."""
 
     def average(self) -> Tensors:
-        """Weights at which C1 and C2 are compared; not to be changed."""
+        """The weights at which C1 and C2 are compared; must not be changed."""
 
     def observe(
         self, train_loss: float, valid_loss: float, progress: float | None, buffers: Mapping[str, Tensor]
     ) -> None:
-        """C1 and C2 at the average."""
+        """Take in C1 and C2 at the average."""
 
     def candidates(self) -> dict[str, Tensors]:
-        """What the run could end with beside its last weights."""
+        """Weights that the run could end with instead of its last ones, by name."""
 
     def forget(self) -> None:
-        """The weights have jumped."""
+        """Restart what follows the weights, because they have jumped."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -106,8 +109,8 @@ class Horizon(Protocol):
 class NextStep:
     """Judge each step by the validation loss right after it.
 
-    Exact for the moment, and blind to the rest of the run: it over-regularises where data are many and
-    training is short.
+    This is exact for the next step and ignores the rest of the run. With many data and a short training, it
+    regularises too much.
     """
 
     looks = False
@@ -148,13 +151,13 @@ class NextStep:
 
 
 class Averaged:
-    """Judge each step for the run: at the averaged weights, leaning to the weights themselves with caution.
+    """Judge each step for the run: at the averaged weights, or with caution nearer to the weights and beyond.
 
-    Holds the average of the weights, and in half precision the best one.
+    Stores the average of the weights, and the best average in half precision.
 
     Attributes:
         caution: in [0, MOST]; 0 judges at the average, 1 at the weights.
-        best: weights and buffers where the validation loss at the average was least; empty before.
+        best: the average and the buffers with the least validation loss so far; empty before the first.
     """
 
     looks = True
@@ -173,27 +176,27 @@ class Averaged:
         self._weight = 0.0
 
     def due(self, steps: int) -> bool:
-        """SAMPLES times in the window, but at most at every SAMPLED-th step; and at the first."""
+        """True at the first step, then SAMPLES times in the window but at most at every SAMPLED-th step."""
         window = _window(self._progress) * steps
         return not self._average or steps >= self._steps + max(SAMPLED, window / SAMPLES)
 
     @torch.no_grad()
     def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None = None) -> bool:
-        """Count the weights after this many steps into the average, if it is time or there is none yet.
+        """Add the weights to the average if that is due.
 
         Args:
             params: the weights.
-            steps: of the optimiser so far.
+            steps: optimiser steps so far.
             progress: share of the run that is over, in [0, 1]; None if its length is not known.
 
         Returns:
-            whether it did.
+            whether they were added.
         """
         if not self.due(steps):
             return False
         share = min(1.0, (steps - self._steps) / (_window(progress) * steps)) if steps else 1.0
         self._steps, self._progress = steps, progress
-        # halves would not add up
+        # in half precision the small changes of an average would be rounded away
         now = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for n, p in params.items()}
         self._dtypes = {name: p.dtype for name, p in params.items()}
         known = [name for name in now if name in self._average]
@@ -205,11 +208,11 @@ class Averaged:
         return True
 
     def average(self) -> Tensors:
-        """The averaged weights, in the weights' own types; not to be changed."""
+        """The averaged weights, in the types of the weights; must not be changed."""
         return {name: a.to(self._dtypes.get(name, a.dtype)) for name, a in self._average.items()}
 
     def forget(self) -> None:
-        """The weights have jumped: begin the average and the losses anew; the caution stays."""
+        """Restart the average and the losses, because the weights have jumped; keep the caution."""
         self._average, self._looks = {}, 0
         self._losses.clear()
         self._mean, self._weight = {}, 0.0
@@ -222,13 +225,13 @@ class Averaged:
         progress: float | None,
         buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """C1 and C2 on one batch each, at the average; sets the caution, and keeps the best average.
+        """Set the caution from C1 and C2 at the average, one batch each; keep the best average.
 
         Args:
             train_loss: C1.
             valid_loss: C2.
             progress: share of the run that is over, in [0, 1]; None if its length is not known.
-            buffers: of the model, kept with the weights.
+            buffers: of the model, stored with the best average.
         """
         self._looks += 1
         self._losses.append((self._looks, train_loss, valid_loss))
@@ -242,31 +245,31 @@ class Averaged:
             self._keep({**self.average(), **(buffers or {})})
 
     def _keep(self, tensors: Tensors) -> None:
-        """The best so far; finer numbers than these would not change a loss that is compared."""
+        """Store these as the best so far, weights in the types of KEPT."""
         for name, t in tensors.items():
             kept = self.best.get(name)
             if kept is None:
-                half = name in self._dtypes  # a weight; buffers are few
+                half = name in self._dtypes  # weights only; buffers take little memory
                 self.best[name] = t.to(KEPT.get(t.dtype, t.dtype) if half else t.dtype, copy=True)
             else:
                 kept.copy_(t)
 
     @property
     def at_average(self) -> bool:
-        """Without caution the average itself is the place."""
+        """Whether v is taken at the average itself, which is so at caution 0."""
         return self.caution == 0
 
     @property
     def calm(self) -> float:
-        """1 without caution, 0 from a caution of 1 on."""
+        """1 - caution, but at least 0."""
         return max(0.0, 1 - self.caution)
 
     @torch.no_grad()
     def place(self, params: Tensors, at: Callable[[], Tensors]) -> Tensors:
-        """The average, or with caution between it and the weights now, or beyond them.
+        """average + caution (theta - average).
 
-        Not the weights after the step: that step follows the noise of the gradient in which the
-        hyperparameters are judged, and runs end 8 % worse (measured).
+        theta are the weights before the step. With those after the step, runs end 8 % worse (measured),
+        because the step follows the noise of the same gradient by which the hyperparameters are judged.
         """
         if self.caution == 0:
             return self.average()
@@ -278,7 +281,7 @@ class Averaged:
 
     @torch.no_grad()
     def smoothed(self, hypergradients: Tensors) -> Tensors:
-        """The mean with those of earlier hyper-steps, which count less the more caution there is."""
+        """Average them with those of earlier hyper-steps, which count less the higher the caution."""
         self._weight *= STEADY * self.calm
         self._weight += 1
         share = 1 / self._weight
@@ -289,7 +292,7 @@ class Averaged:
         return dict(self._mean)
 
     def candidates(self) -> dict[str, Tensors]:
-        """The average now, and where the validation loss was least on the way."""
+        """The average now, and the average with the least validation loss so far."""
         if not self.best:
             return {}
         earlier = {name: t.to(self._dtypes.get(name, t.dtype)) for name, t in self.best.items()}

@@ -1,8 +1,8 @@
 """How far the hyperparameters move, given a hypergradient.
 
-The hypergradient's scale carries the learning rate, the batch and the optimiser's state; its sign
-over time is the signal. So the default step is a fixed fraction of the range in the direction of
-the sign, annealed to zero over the run.
+The size of a hypergradient depends on the learning rate, the batch and the optimiser's state. Only its sign
+over time is informative. So the default step is a fraction of the range against the sign, annealed to zero
+over the run.
 """
 
 import math
@@ -18,24 +18,24 @@ from midflight.trees import Tensors
 class SignSteps(torch.optim.Optimizer):
     """raw -= lr ((1 - a) s + a m |m|),   s = sign(hypergradient), m = mean of the recent signs
 
-    Where the signs agree a step has the full length lr, where they do not, the part a of it stays
-    away. The rest is always taken: at a bound, or where the hypergradient is weak, it is what finds the
-    way out.
+    Where recent signs agree, a step has the full length lr. Where they do not, its part a vanishes. The other
+    part, 1 - a, is always taken: it lets a value leave a bound, or a region of weak hypergradients.
 
     Args:
         params: raw coordinates of a `Space`.
         lr: the longest step, as a fraction of the range.
-        agreement: a, in [0, 1]; 0 steps by the last sign alone. None: AVERAGED under the horizon `Averaged`,
-            ALONE otherwise.
+        agreement: a, in [0, 1]; 0 steps by the last sign alone. None means AVERAGED with the horizon
+            `Averaged`, and ALONE otherwise.
 
     Raises:
         ValueError: lr > 0 or 0 <= agreement <= 1 does not hold.
     """
 
     MEMORY = 0.9
-    """What m keeps of itself at a step."""
+    """The decay of m per step."""
     ALONE, AVERAGED = 0.5, 0.75
-    """a, unless given. Without averaged weights nothing else finds the way out from where signs disagree."""
+    """The default of a. It is lower without averaged weights: there only the part 1 - a lets a value leave a
+    region where signs disagree."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.08, agreement: float | None = None) -> None:
         if isinstance(lr, bool) or not 0 < lr < math.inf:
@@ -46,8 +46,10 @@ class SignSteps(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "agreement": self.ALONE if agreement is None else agreement})
 
     def set_calm(self, calm: float) -> None:
-        """Adapt to the averaged horizon: once a model memorises (calm 0), signs disagree, yet each step
-        counts."""
+        """Set a to calm times its usual value, for the horizon `Averaged`.
+
+        Once a model memorises (calm 0), signs disagree, but each step is needed in full.
+        """
         for group in self.param_groups:
             group["agreement"] = calm * (self.AVERAGED if self._given is None else self._given)
 
@@ -72,8 +74,8 @@ class SignSteps(torch.optim.Optimizer):
 def annealing(progress: Callable[[], float | None]) -> Callable[[int], float]:
     """The factor on the step length after n hyper-steps.
 
-    Linear to 0 in the share of the run that is over; with an open end (None), 1/sqrt(1 + n/50), whose
-    sum still reaches any point of the range.
+    It falls linearly to 0 with the share of the run that is over. If the length of the run is not known
+    (progress is None), it is 1/sqrt(1 + n/50), whose sum diverges, so any point of the range can be reached.
     """
 
     def factor(n: int) -> float:
@@ -84,7 +86,7 @@ def annealing(progress: Callable[[], float | None]) -> Callable[[int], float]:
 
 
 class Move:
-    """Moves raw coordinates along hypergradients, by steps that anneal over the run.
+    """Moves raw coordinates against hypergradients, by steps that anneal over the run.
 
     Args:
         raws: unit coordinates, name -> leaf tensor with entries in [0, 1]; changed in place.
@@ -101,17 +103,17 @@ class Move:
         self._raws = raws
         self.optimizer = hyper_optimizer(list(raws.values()))
         self.scale = 1.0
-        """A further factor on the length of the steps."""
+        """A factor on the length of the steps, besides annealing."""
         factor = annealing(progress)
         self._annealing = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: factor(n) * self.scale)
 
     @torch.no_grad()
     def __call__(self, hypergradients: Tensors, scale: float = 1.0) -> None:
-        """One step of the hyperparameters that have a hypergradient; the others stay.
+        """Move the hyperparameters that have a hypergradient by one step; leave the others unchanged.
 
         Args:
             hypergradients: name -> tensor shaped like the raw coordinates.
-            scale: of the steps after this one.
+            scale: the factor on the length of the steps after this one.
         """
         self.scale = scale
         try:
@@ -125,7 +127,7 @@ class Move:
                 raw.clamp_(0, 1)
 
     def shrink(self, scale: float) -> None:
-        """Steps are so long from now on, without one having been taken."""
+        """Set the factor on the length of the coming steps, without taking one."""
         for group, base, factor in zip(
             self.optimizer.param_groups, self._annealing.base_lrs, self._annealing.lr_lambdas, strict=True
         ):

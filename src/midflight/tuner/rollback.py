@@ -1,5 +1,8 @@
-"""What a tuner does when a loss or a hypergradient is not finite: leave the look out, go back after
-several."""
+"""What a tuner does when a loss or a hypergradient is not finite.
+
+It leaves the hyper-step out. After PATIENCE such hyper-steps in a row it halves the length of hyper-steps,
+and restores the last copy if there is one.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,15 +14,15 @@ from midflight.space import Space
 from midflight.tuner.schedule import whole
 
 PATIENCE = 3
-"""Failed hyper-steps in a row until steps are halved and the last copy is restored."""
+"""Failed hyper-steps in a row after which hyper-steps are halved and the last copy is restored."""
 RECOVERY = 10
-"""Good hyper-steps in a row after which a shrunk step doubles again."""
+"""Good hyper-steps in a row after which a halved length doubles again."""
 
 
 class Rollback:
     """A copy of model, optimisers and hyperparameters, renewed at every n-th good hyper-step.
 
-    Costs the memory of the weights and of the optimiser's state once more.
+    It takes the memory of the weights and of the optimiser's state a second time.
 
     Args:
         every: good hyper-steps between two copies, n >= 1.
@@ -34,7 +37,7 @@ class Rollback:
         self._state: dict[str, Any] | None = None
 
     def good(self) -> None:
-        """A hyper-step at finite values; keep them if it is time."""
+        """Count a hyper-step with finite values; renew the copy if that is due."""
         if self._good % self._every == 0:
             self._state = {
                 "model": _copy(self._model.state_dict()),
@@ -44,7 +47,7 @@ class Rollback:
         self._good += 1
 
     def restore(self) -> bool:
-        """Go back to the copy and drop all gradients, so that the coming optimiser step does nothing.
+        """Restore the copy and drop all gradients, so that the coming optimiser step does nothing.
 
         Returns:
             whether there was a copy.
@@ -55,21 +58,21 @@ class Rollback:
         self._space.load_state_dict(self._state["space"])
         for optimizer, state in zip(self._optimizers, self._state["optimizers"], strict=True):
             options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(_copy(state))  # it would train the copy
+            optimizer.load_state_dict(_copy(state))  # training must not change our copy
             for group, now in zip(optimizer.param_groups, options, strict=True):
-                group.update(now)  # where the user's schedule stands
+                group.update(now)  # options stay where the user's scheduler has set them
             optimizer.zero_grad(set_to_none=True)
         return True
 
 
 class NonFiniteGuard:
-    """Counts hyper-steps that were not finite, and says how far to shrink the next ones.
+    """Counts hyper-steps that were not finite, and says how much shorter the next ones must be.
 
     Attributes:
         skipped: failed hyper-steps, all of them left out.
-        restored: how often the last good snapshot was restored.
-        shrink: the factor on the length of the hyper-steps: halved by PATIENCE failures in a row, doubled
-            after RECOVERY good ones in a row until it is 1 again.
+        restored: how often the last good copy was restored.
+        shrink: the factor on the length of hyper-steps. It halves after PATIENCE failures in a row, and
+            doubles after RECOVERY good hyper-steps in a row, up to 1.
     """
 
     def __init__(self, rollback: Rollback | None) -> None:
@@ -90,12 +93,12 @@ class NonFiniteGuard:
         """Count a failure.
 
         Returns:
-            whether weights, optimiser and hyperparameters are now those of the snapshot.
+            whether model, optimisers and hyperparameters were restored from the copy.
         """
         self._row = max(self._row, 0) + 1
         self.skipped += 1
         if self._row % PATIENCE:
-            return False  # a bad batch costs its look only
+            return False  # a single bad batch costs its own hyper-step only
         self.shrink /= 2
         if not self._rollback or not self._rollback.restore():
             return False
@@ -122,7 +125,7 @@ class NonFiniteGuard:
 
 
 def _copy(state: Any) -> Any:
-    """A state_dict whose tensors are the caller's own."""
+    """A copy of a state_dict that shares no tensor with it."""
     if isinstance(state, Tensor):
         return state.detach().clone()
     if isinstance(state, Mapping):

@@ -1,7 +1,7 @@
-"""When hyper-steps come: early more often, at every n-th optimiser step, or within a share of the time.
+"""When hyper-steps come: mostly early, at every n-th optimiser step, or within a share of the training time.
 
-A hyperparameter far from its best spoils the weights for as long as it stays there, so most hyper-steps are
-best spent early.
+A hyperparameter far from its best value harms the weights for as long as it stays there. So most hyper-steps
+should come early.
 """
 
 import math
@@ -19,19 +19,19 @@ class Schedule(Protocol):
 
     @property
     def step_scale(self) -> float:
-        """How far a hyper-step goes, in its usual lengths."""
+        """The factor on the length of a hyper-step; 1 is its usual length."""
 
     def next_is_hyper(self, steps: int, hyper: bool, busy: bool = False) -> bool:
         """Whether the coming optimiser step has a hyper-step.
 
         Args:
-            steps: of the optimiser so far.
-            hyper: whether the last of them had one.
-            busy: whether the tuner did something else for itself since the step before.
+            steps: optimiser steps so far.
+            hyper: whether the last of them had a hyper-step.
+            busy: whether the tuner did other work since the step before, such as averaging weights.
         """
 
     def begin(self, total_steps: int | None) -> None:
-        """The run begins; it has so many optimiser steps, if that is known."""
+        """Start a run of this many optimiser steps; None if the number is not known."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -39,10 +39,10 @@ class Schedule(Protocol):
 
 
 class Every:
-    """At each n-th optimiser step.
+    """Take a hyper-step at each n-th optimiser step.
 
     Args:
-        n: n >= 1.
+        n: optimiser steps per hyper-step, n >= 1.
     """
 
     step_scale = 1.0
@@ -64,9 +64,10 @@ class Every:
 
 
 class FrontLoaded:
-    """One hyper-step for `per` optimiser steps, most of them early: the n-th of N after (n / N)^2 of the run.
+    """Take most hyper-steps early: the n-th of N comes after (n / N)^2 of the run.
 
-    Where the length of the run is not known, at each `per`-th step.
+    N is the number of optimiser steps over `per`. If the length of the run is not known, a hyper-step comes
+    at each `per`-th step.
 
     Args:
         per: optimiser steps per hyper-step, over the whole run.
@@ -97,37 +98,40 @@ class FrontLoaded:
 
 
 class TimeBudget:
-    """As often as tuning stays below a share of the time that training takes without it.
+    """Take hyper-steps so rarely that tuning stays within a share of the time of training without it.
 
-    From the end of one optimiser step to the end of the next is one training step of the user's loop,
-    whatever is in it. Plain steps are those in which the tuner did nothing, nor just before. What the others
-    take over the mean of the plain ones is the cost of tuning. The next hyper-step comes when share x (time
-    that training takes so far) pays for all of tuning so far and one hyper-step more. If the number of steps
-    is known, part of what the rest of the run will pay is spent early: share x time x sqrt(steps in the run /
-    steps so far). The first hyper-step is slow for reasons of its own: it comes at once, soon followed by a
-    second that shows what one costs, and what the first took beyond that is paid over the whole run.
+    A training step lasts from the end of one optimiser step to the end of the next, whatever the user's loop
+    does in between. A step is plain if the tuner did nothing in it or just before it. The cost of tuning is
+    the time that the other steps take beyond the mean plain step.
+
+    The next hyper-step comes when share x (time of training without tuning so far) covers all tuning so far
+    and one more hyper-step. If the number of steps is known, part of the rest of the run's budget is spent
+    early: the allowance is share x time x sqrt(steps in the run / steps so far).
+
+    The first hyper-step comes at once and is slower than later ones. A second one follows soon and shows the
+    usual cost. What the first took beyond that is spread over the run.
 
     Args:
         share: of the training time, in (0, 1]; 0.05 allows 5 %.
-        clock: seconds.
+        clock: returns the time in seconds.
     """
 
     WARM_UP = 5
-    """The first steps are slow for reasons of their own and are not counted."""
+    """The first steps of a run are unusually slow; this many are not counted."""
     AROUND = 100
-    """Steps whose mean is the time that such a step takes now."""
+    """The mean time of a kind of step is over about this many of its last steps."""
     PAUSE = 5.0
-    """A step that takes so many plain ones more than is usual holds a pause, such as an evaluation, and
-    counts as a usual one."""
+    """A step that takes this many plain steps longer than its kind usually does contains a pause, such as an
+    evaluation. It is counted with the usual time of its kind."""
     AHEAD = 4.0
-    """At most so many times the share is spent early."""
+    """Early in the run, at most this many times the share may be spent."""
     STEP_SCALES = 0.5, 4.0
     """The shortest and the longest step scale."""
     REACH = 0.75
-    """Strides grow by this power of the steps to a hyper-step: with 1/2, fewer ones would wander as far,
-    with 1, go as far in one direction."""
+    """The length of a hyper-step grows by this power of the optimiser steps between two of them. With 1/2,
+    fewer hyper-steps would go as far in a random walk; with 1, as far in one direction."""
     AFTERMATH = 1
-    """So many steps after a hyper-step find caches that it has emptied, and are not plain."""
+    """This many steps after a hyper-step are not plain, because it has emptied the caches."""
 
     def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
         if isinstance(share, bool) or not 0 < share <= 1:
@@ -147,12 +151,12 @@ class TimeBudget:
 
     @property
     def spent(self) -> float:
-        """Time of tuning so far over that of training without it."""
+        """The time of tuning so far over that of training without it."""
         return self._tuned / self._trained if self._trained else 0.0
 
     @property
     def step_scale(self) -> float:
-        """(steps to a hyper-step / PER) ^ REACH"""
+        """(optimiser steps between hyper-steps / PER) ^ REACH, within STEP_SCALES; 1 until known."""
         plain = self._plain.value
         if not self._hyper.count or not plain:
             return 1.0
@@ -201,14 +205,14 @@ class TimeBudget:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._last = None  # what lay between is not training
+        self._last = None  # the time between saving and loading is not training
         self._plain, self._hyper = _Mean(*state["plain"]), _Mean(*state["hyper"])
         self._first, self._trained, self._tuned = state["first"], state["trained"], state["tuned"]
 
 
 @dataclass
 class _Mean:
-    """Of about the last so many values."""
+    """The running mean of about the last `around` values."""
 
     value: float = 0.0
     count: int = 0
@@ -219,14 +223,14 @@ class _Mean:
 
 
 def whole(name: str, value: Any) -> int:
-    """`value` if it is a whole number of at least 1; raises `ValueError` otherwise."""
+    """Return `value` if it is a whole number of at least 1; raise `ValueError` otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, but {name}={value!r}.")
     return value
 
 
 def schedule_for(schedule: Schedule | int | None) -> Schedule:
-    """The schedule that an argument asks for.
+    """The schedule for the argument `schedule` of `Tuner`.
 
     Raises:
         TypeError: it is neither a schedule nor a number.
