@@ -2,8 +2,11 @@
 
     theta' = U(theta, s, g, phi),   g = dC1~(theta, lambda)/dtheta,   minimise C2(theta') over lambda, phi
 
-`Problem` is the pure statement of it. `Step` is what every estimator reads: the pieces of one step,
-whether they come from a `Problem` or from a user's live training loop.
+C1~ is the training loss on one batch, C2 the validation loss, U the optimiser's update and s its state.
+lambda are the hyperparameters of the loss, phi those that are options of the optimiser.
+
+`Problem` states this by pure functions. `Step` is what every estimator reads: the parts of one optimiser
+step, taken from a `Problem` or from a user's live training loop.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,11 +22,11 @@ from midflight.trees import Tensors, leaves
 from midflight.updates import State, Updates, step_ahead
 
 TrainLoss = Callable[[Tensors, Tensors], Tensor]
-"""(weights, values of the hyperparameters) -> training loss, on one batch under the same random numbers."""
+"""(weights, values of the hyperparameters) -> training loss, on one batch with the same random numbers."""
 
 
 def gradient(loss: Tensor, params: Tensors, *, create_graph: bool = False) -> Tensors:
-    """d loss/d params, name -> tensor; 0 for an entry the loss does not use."""
+    """d loss/d params, name -> tensor; 0 for an entry that the loss does not use."""
     grads = torch.autograd.grad(
         loss, list(params.values()), create_graph=create_graph, materialize_grads=True
     )
@@ -35,7 +38,7 @@ class Problem:
     """A training step and the validation loss that judges it, as pure functions.
 
     Attributes:
-        train_loss: C1~(params, hparams), a scalar; the same random numbers at every call.
+        train_loss: C1~(params, hparams), a scalar; uses the same random numbers at every call.
         valid_loss: C2(params), a scalar.
         updates: hparams -> weight name -> `Update`; tuned options are functions of hparams.
     """
@@ -45,7 +48,7 @@ class Problem:
     updates: Callable[[Tensors], Updates]
 
     def train_grads(self, params: Tensors, hparams: Tensors, *, create_graph: bool = False) -> Tensors:
-        """g(params, hparams), weight name -> tensor; 0 for a weight the loss does not use."""
+        """g(params, hparams), weight name -> tensor; 0 for a weight that the loss does not use."""
         return gradient(self.train_loss(params, hparams), params, create_graph=create_graph)
 
     def valid_grads(self, params: Tensors) -> Tensors:
@@ -60,9 +63,10 @@ class Dependence:
 
     Attributes:
         mixed_partial: w -> d/dhparams <w, g>, for those hparams that g depends on.
-        others: g on the examples on which that was found, where they are not the step's own; else None.
-        share: how many they are of a step's examples, n/B. dU/dg is taken at (1 - share) g + share others:
-            what dU/dg and dg/dlambda have in common of the noise then counts as in the step itself.
+        others: g on the n examples that `mixed_partial` uses, if these are not the step's own; else None.
+        share: n/B, where B is the number of examples of a step. dU/dg is taken at
+            (1 - share) g + share others. So the noise of dU/dg and dg/dlambda is correlated as when both
+            use the step's own examples.
     """
 
     mixed_partial: Callable[[Tensors], Tensors]
@@ -72,20 +76,21 @@ class Dependence:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step about to be taken: everything an estimator may look at but v.
+    """One optimiser step about to be taken: everything that an estimator reads, except v = dC2/dtheta.
 
     Attributes:
         params: theta, weight name -> tensor; not modified.
         grads: g as the optimiser receives it, without graph.
         state: optimiser state before the step, weight name -> state.
         updates: weight name -> rule and options; tuned options carry the graph to hparams.
-        hparams: the leaves that are tuned, name -> tensor.
-        values: what the model sees of them, differentiable with respect to hparams.
-        dependence: computes how g depends on hparams; asked once v is there, for it may hold much memory.
+        hparams: the leaf tensors that are tuned, name -> tensor.
+        values: the values that the model sees, differentiable with respect to hparams.
+        dependence: computes how g depends on hparams. Call it only once v is known, because it may hold much
+            memory.
         train_loss: the training loss as a function; None in a population.
-        clipped: w -> J^T w, J the Jacobian of what happens to a gradient between `backward` and `step`;
-            None if nothing happens.
-        members: of a population: the first dimension of every tensor; None for one training.
+        clipped: w -> J^T w, where J is the Jacobian of what the loop does to the gradient between `backward`
+            and `step`; None if it does nothing.
+        members: of a population, the first dimension of every tensor; None for a single training.
     """
 
     params: Tensors
@@ -100,12 +105,14 @@ class Step:
     members: int | None = None
 
     def next_params(self) -> Tensors:
-        """theta' = U(theta, s, g, phi), without graph; a second copy of the weights."""
+        """theta' = U(theta, s, g, phi), without graph, in memory of its own."""
         return step_ahead(self.params, self.grads, self.state, self.updates)
 
     def chain(self, pairs: Pairs) -> Tensors:
-        """The sum of <cotangent, d output/d hparams> over (output, cotangent), for hparams that are
-        reached."""
+        """The sum of <cotangent, d output/d hparams> over the pairs (output, cotangent).
+
+        The result has an entry for each of the hparams that some output depends on.
+        """
         pairs = [(output, cotangent) for output, cotangent in pairs if output.requires_grad]
         if not pairs:
             return {}
@@ -119,9 +126,9 @@ def double_backward(grads: Tensors, hparams: Tensors, w: Tensors) -> Tensors:
     """d/dhparams <w, g> through the recorded graph of g, reverse over reverse.
 
     Args:
-        grads: g with its graph; entries without one do not depend on the hyperparameters.
+        grads: g with its graph; entries without a graph do not depend on the hyperparameters.
         hparams: leaves of that graph.
-        w: named like grads, or more.
+        w: name -> tensor, for at least the names of grads that have a graph.
 
     Returns:
         name -> tensor, for the hparams that g depends on.
@@ -137,7 +144,7 @@ def double_backward(grads: Tensors, hparams: Tensors, w: Tensors) -> Tensors:
 
 
 def recorded(grads: Tensors, hparams: Tensors) -> Callable[[], Dependence]:
-    """`Step.dependence` where g itself was recorded with its graph."""
+    """The `Step.dependence` for a g that was recorded with its graph."""
     return partial(Dependence, partial(double_backward, grads, hparams))
 
 
@@ -147,7 +154,7 @@ def added(a: Tensors, b: Tensors) -> Tensors:
 
 
 def require_reached(found: Tensors, hparams: Tensors) -> Tensors:
-    """`found` if it has every hyperparameter; raises `UnreachedHyperparameter` otherwise."""
+    """Return `found` if it has every hyperparameter; raise `UnreachedHyperparameter` otherwise."""
     missing = [name for name in hparams if name not in found]
     if missing:
         raise UnreachedHyperparameter(

@@ -1,12 +1,12 @@
-"""How the training gradient depends on the hyperparameters, on a few examples of T1 and on the live model.
+"""How the training gradient g depends on the hyperparameters, on a few examples of T1 and the live model.
 
     d/dlambda <w, g(theta, lambda)>
 
-Three ways give it; the first that works for the user's code is chosen at the first hyper-step:
+There are three methods. The first one that works for the user's code is chosen at the first hyper-step:
 
-    forward mode        where the loss is linear in all that it reads of the space
-    double backward     with plain attention kernels, since fused ones are differentiable once only
-    difference          first derivatives at theta +- e w, for any code
+    forward mode        if the loss is linear in all that it reads of the space
+    double backward     with plain attention kernels, because fused ones are differentiable only once
+    difference          of first derivatives at theta + e w and theta - e w, for any code
 """
 
 from collections.abc import Callable, Mapping
@@ -32,19 +32,19 @@ DOUBLE_BACKWARD, FORWARD_MODE, DIFFERENCE = "double backward", "forward mode", "
 
 
 class MixedPartial:
-    """Finds d/draw <w, g> on batches of T1; to be used inside `LiveModel.borrowed`.
+    """Computes d/draw <w, g> on batches of T1; to be used inside `LiveModel.borrowed`.
 
     Args:
         live: the model.
-        randomness: the tuner's random numbers; each pass over one batch draws the same.
-        space: raw coordinates are differentiated with respect to.
+        randomness: the tuner's random numbers; all passes over one batch draw the same ones.
+        space: the hyperparameters; derivatives are with respect to their raw coordinates.
         loss_fn: (model, batch) -> training loss.
-        examples: how many of a batch are used, the first along dimension 0; None for all.
-        way: one of the three; None chooses.
+        examples: how many examples of a batch are used, the first ones along dimension 0; None for all.
+        way: one of the three methods; None chooses.
 
     Attributes:
-        way: the one in use; None before the first hyper-step.
-        whole_batches: whether `loss_fn` does not work on a part of a batch.
+        way: the method in use; None before the first hyper-step.
+        whole_batches: whether all examples of a batch are used.
     """
 
     def __init__(
@@ -63,8 +63,10 @@ class MixedPartial:
         self.whole_batches = examples is None or _is_time_first(live.model)
 
     def train_loss(self, batch: Any) -> Callable[[Tensors, Tensors], Tensor]:
-        """(weights, values) -> the loss on the batch, differentiable in both; the same random numbers each
-        time."""
+        """The training loss on the batch as a function of weights and values, differentiable in both.
+
+        It draws the same random numbers at each call.
+        """
         states = self._randomness.snapshot()
         model = self._live.model
         buffers = dict(model.named_buffers())
@@ -80,7 +82,7 @@ class MixedPartial:
         return loss
 
     def few(self, batch: Any) -> Any:
-        """The examples of a batch that are used; all of them where the loss does not take fewer."""
+        """The examples of a batch that are used; all of them if the loss does not work on fewer."""
         return batch if self.whole_batches else first_examples(batch, self._examples)
 
     def __call__(
@@ -93,8 +95,9 @@ class MixedPartial:
             params: the live weights that require a gradient, name -> leaf.
 
         Returns:
-            g, name -> tensor, of the weights that the loss reaches; and w -> d/draw <w, g>, name -> tensor
-            shaped like the raw coordinate, for the hyperparameters that g depends on.
+            First g, name -> tensor, for the weights that affect the loss. Second the function
+            w -> d/draw <w, g>, which returns name -> tensor shaped like the raw coordinate, for the
+            hyperparameters that g depends on.
         """
         if self.way is None:
             self.way = self._choose(batch, params)
@@ -124,7 +127,7 @@ class MixedPartial:
     def _guarded(
         self, batch: Any, params: Mapping[str, Tensor]
     ) -> tuple[Tensors, Callable[[Tensors], Tensors]]:
-        """The first double backward, which falls back to a difference if it fails half way."""
+        """The first double backward; falls back to a difference if its second half fails."""
         states = self._randomness.snapshot()
         grads, along = self._double_backward(batch, params)
 
@@ -156,12 +159,12 @@ class MixedPartial:
         after = self._randomness.snapshot()
 
         def mixed_partial(w: Tensors) -> Tensors:
-            self._randomness.rewind(states)  # for checkpoints, which compute again in this backward
+            self._randomness.rewind(states)  # for checkpoints, which recompute in this backward
             try:
                 with sdpa_kernel(SDPBackend.MATH):
                     return double_backward(grads, self._space.raws, w)
             finally:
-                self._randomness.rewind(after)  # the next hyper-step draws other numbers
+                self._randomness.rewind(after)  # so that the next hyper-step draws new numbers
 
         return detach(grads), mixed_partial
 
@@ -194,13 +197,13 @@ class MixedPartial:
         return {name: g for name, g in zip(self._space.raws, grads, strict=True) if g is not None}
 
     def _choose(self, batch: Any, params: Mapping[str, Tensor]) -> str:
-        """Forward mode where it is right and cheaper; double backward is tried otherwise."""
+        """Forward mode if it is exact for this loss; otherwise double backward, to be tried next."""
         values = leaves({name: self._space[name].value for name in self._space})
         names = {name for name, _ in self._live.model.named_parameters()}
         at = {name: p.detach() for name, p in params.items() if name in names}
         states = self._randomness.snapshot()
         with sdpa_kernel(SDPBackend.MATH):
-            plain = self._live.train_loss(self._loss_fn, batch)  # an error in it is the user's
+            plain = self._live.train_loss(self._loss_fn, batch)  # errors in it are the user's and pass on
             self._randomness.rewind(states)
             try:
                 train_loss = self.train_loss(batch)
@@ -210,7 +213,7 @@ class MixedPartial:
                     and is_linear(train_loss, at, values)
                     and knows_forward_mode(train_loss, at, values)
                 )
-            except Exception:  # the user's code may ask of its weights what replaced ones do not give
+            except Exception:  # the user's code may not work with replaced weights
                 linear = False
         self._randomness.rewind(states)
         return FORWARD_MODE if linear else DOUBLE_BACKWARD
@@ -218,7 +221,10 @@ class MixedPartial:
     def _sees_all(
         self, train_loss: Callable[[Tensors, Tensors], Tensor], plain: Tensor, at: Tensors, values: Tensors
     ) -> bool:
-        """Whether other weights reach all of the loss: code may hold on to parameters or choose by flags."""
+        """Whether the loss uses the replaced weights throughout, and has the same value with them.
+
+        Code may keep references to parameters, or branch on flags such as `requires_grad`.
+        """
         replaced = train_loss(leaves(at), values)
         live = {id(p) for p in self._live.model.parameters()}
         with forward_ad.dual_level():
@@ -233,7 +239,7 @@ class MixedPartial:
         )
 
     def try_few(self, batch: Any) -> Any:
-        """`few`, once it is known that the loss takes a part of a batch; falls back to whole batches."""
+        """`few`, after a first test that the loss works on a part of a batch; otherwise the whole batch."""
         few = self.few(batch)
         if self.way is not None or few is batch:
             return few
@@ -241,7 +247,7 @@ class MixedPartial:
         try:
             with torch.no_grad():
                 self._live.train_loss(self._loss_fn, few)
-        except Exception:  # whatever the user's code says of a part of a batch; the whole one will tell
+        except Exception:  # errors not due to the cut will recur with the whole batch
             self.whole_batches = True
             few = batch
         self._randomness.rewind(states)
@@ -249,10 +255,10 @@ class MixedPartial:
 
     @property
     def examples(self) -> int:
-        """Of a batch, for the mixed partial; 0 where batches are used as they are."""
+        """How many examples of a batch the mixed partial uses; 0 if it uses whole batches."""
         return 0 if self.whole_batches else self._examples
 
 
 def _is_time_first(model: nn.Module) -> bool:
-    """Whether dimension 0 of some layer's input is time, which must not be cut."""
+    """Whether the input of some layer has time as dimension 0, which must not be cut."""
     return any(getattr(module, "batch_first", True) is False for module in model.modules())

@@ -1,7 +1,8 @@
-"""Rules over many weights at once: large weights in pieces that stay in the cache, small ones joined.
+"""Apply update rules block by block: large weights are cut to fit the cache, small ones are concatenated.
 
-An optimiser step is a dozen elementwise operations. Over a large weight each of them would go through
-memory; over many small ones each would cost its call. So what can be is flat blocks of about BLOCK entries.
+An optimiser step is a dozen elementwise operations. On a large weight, each of them would read and write main
+memory. On many small weights, the calls themselves would dominate. So weights are cut or joined into flat
+blocks of about BLOCK entries where the rule and their layout in memory allow.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,14 +20,14 @@ BLOCK = 2**16
 """Entries of a block on the CPU; on other devices large weights are not cut."""
 
 LIKE_LOSS = frozenset({"weight_decay"})
-"""Options whose effect on a step does not read the gradient, or is that of a term of the loss."""
+"""Options whose effect on a step does not depend on the gradient, or is that of a term in the loss."""
 
 Updates = Mapping[str, Update]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Whole small weights of one rule, options and scalar state; or a piece of a large one."""
+    """Whole weights with the same rule, options and scalar state, or a piece of a large weight."""
 
     names: tuple[str, ...]
     piece: range | None
@@ -34,7 +35,7 @@ class Block:
     options: Options
 
     def of(self, tree: Mapping[str, Tensor]) -> Tensor:
-        """The entries of the block."""
+        """The entries of the block, from a tree name -> tensor."""
         if len(self.names) > 1:
             return torch.cat([tree[name].reshape(-1) for name in self.names])
         tensor = tree[self.names[0]]
@@ -43,7 +44,7 @@ class Block:
         return tensor.as_strided((len(self.piece),), (1,), tensor.storage_offset() + self.piece.start)
 
     def state(self, states: Mapping[str, State]) -> State:
-        """The state of its entries; what is one number per weight stays as it is."""
+        """The state of its entries; state that is one number per weight is passed on unchanged."""
         first = states[self.names[0]]
         if len(self.names) == 1 and self.piece is None:
             return first
@@ -53,14 +54,14 @@ class Block:
         }
 
     def put(self, result: Tensor, into: Tensors, like: Mapping[str, Tensor]) -> None:
-        """Store a result of the shape of the block under the names of its weights."""
+        """Write a result for the block into the tree `into`, under the names of its weights."""
         if self.piece is not None:
             name = self.names[0]
             if name not in into:
                 into[name] = torch.empty_like(like[name], dtype=result.dtype)
             self.of(into)[:] = result
             return
-        if len(self.names) == 1:  # as it lies in memory, transposed perhaps
+        if len(self.names) == 1:  # keep its layout in memory, which may be transposed
             into[self.names[0]] = result
             return
         parts = torch.split(result.reshape(-1), [like[name].numel() for name in self.names])
@@ -71,10 +72,11 @@ class Block:
 def blocks(
     params: Mapping[str, Tensor], states: Mapping[str, State], updates: Updates, *more: Mapping[str, Tensor]
 ) -> Iterator[Block]:
-    """All weights that have an update, each entry once.
+    """Split all weights that have an update into blocks, each entry in exactly one.
 
     Args:
-        more: other trees of which the blocks will be taken, such as gradients.
+        more: other trees whose blocks will be used, such as gradients; a weight is cut only if its layout in
+            memory is the same in all of them.
     """
     together: dict[Any, list[str]] = {}
     for name, u in updates.items():
@@ -106,23 +108,23 @@ def blocks(
 
 
 def _kin(p: Tensor, state: State, u: Update) -> tuple[Any, ...]:
-    """Equal for weights that one block can hold."""
+    """A key that is equal for weights that can share a block."""
     numbers = (
         (key, float(value) if isinstance(value, Tensor) and value.device.type == "cpu" else id(value))
         for key, value in state.items()
         if not _is_entrywise(value)
     )
-    alone = p.ndim == 0  # all of its state looks like numbers
+    alone = p.ndim == 0  # a scalar weight: its state cannot be told from numbers per weight
     return (id(u.options), u.rule, p.dtype, p.device, tuple(state), *numbers, id(p) if alone else None)
 
 
 def _fixed(options: Options, names: Iterable[str]) -> Options:
-    """Options of which these are numbers without a graph."""
+    """The options, with those of these names detached from their graph."""
     return {**options} | {name: x.detach() for name in names if isinstance(x := options.get(name), Tensor)}
 
 
 class _OfMany(UpdateRule):
-    """A rule whose options have many entries, as in a population: no closed forms, which take numbers."""
+    """A rule whose options have many entries, as in a population; closed forms, which need numbers, are off."""
 
     tunable: ClassVar = frozenset()
 
@@ -134,7 +136,7 @@ class _OfMany(UpdateRule):
 
 
 def _lie_alike(tensors: list[Tensor], state: State) -> bool:
-    """Whether memory in pieces holds the same entries of each; a population's gradients are transposed."""
+    """Whether a piece of memory holds the same entries in each; gradients of a population are transposed."""
     first, *others = [*tensors, *filter(_is_entrywise, state.values())]
     return lies_whole(first) and all(t.stride() == first.stride() for t in others)
 
@@ -145,7 +147,7 @@ def _is_entrywise(value: Any) -> bool:
 
 @torch.no_grad()
 def step_ahead(params: Tensors, grads: Tensors, states: Mapping[str, State], updates: Updates) -> Tensors:
-    """theta' = U(theta, s, g, phi), without graph; a second copy of the weights."""
+    """theta' = U(theta, s, g, phi), without graph, in memory of its own."""
     ahead: Tensors = {}
     for block in blocks(params, states, updates, grads):
         new = block.rule.ahead(block.of(params), block.of(grads), block.state(states), block.options)
@@ -167,10 +169,10 @@ def pull_back(
     Writes w into v's memory, because holding both would set the peak.
 
     Args:
-        v: gradient with respect to theta'; used up.
+        v: gradient with respect to theta'; overwritten.
         params, grads, states, updates: the step.
-        others, share: dU/dg is taken at (1 - share) grads + share others; see `Dependence`. There, too,
-            options in LIKE_LOSS are differentiated, the others at grads.
+        others, share: dU/dg is taken at (1 - share) grads + share others; see `Dependence`. The derivatives
+            of options in LIKE_LOSS are taken there too, those of all other options at grads.
     """
     v = unalias(v)
     tuned: dict[int, tuple[Tensor, Tensor]] = {}
