@@ -8,11 +8,13 @@ Data flows down this list. Nothing here moves anything.
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from midflight.errors import UnsupportedOptimizer, UnsupportedParameter
 from midflight.graph import graph_leaves
@@ -26,7 +28,7 @@ from midflight.tuner.binding import Binding
 from midflight.tuner.data import EndlessBatches, examples_of, require_many_passes
 from midflight.tuner.gradient import Clipped, ReceivedGradient, calling_scaler, scaler_stage
 from midflight.tuner.horizon import Horizon
-from midflight.tuner.live import LiveModel, Loss, weights_at
+from midflight.tuner.live import LiveModel, Loss, preserved, weights_at
 from midflight.tuner.mixed_partial import MixedPartial
 from midflight.tuner.optimizers import named_parameters, require_real
 from midflight.tuner.randomness import Randomness
@@ -34,14 +36,12 @@ from midflight.tuner.running_statistics import (
     Layers,
     Passes,
     Statistics,
-    gradient_of_statistics,
+    Watched,
     moved_statistics,
-    tracking,
 )
 
 _BY_STATISTICS = (one_step, one_step_cheap, central_difference, forward_over_reverse)
 """Estimators of the whole step; the others are kept as published."""
-_OUTPUT = "output of "
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class HyperStep:
         self._loss_reads: bool | None = True if binding.unbound else None
         """Whether the loss reads the space; None where it need not, until the first hyper-step."""
         self._said_standing = False
+        self._buffers = Watched(model)
 
     def params(self) -> Tensors:
         """The weights of the optimisers, name -> live leaf."""
@@ -119,6 +120,7 @@ class HyperStep:
     def watch(self) -> None:
         """A hyper-step comes with the next step: note the gradient that `backward` leaves."""
         if self._loss_reads is not False:
+            self._buffers.begin()
             self.received.watch(self._model, {**dict(self._model.named_parameters()), **self.params()})
 
     def __call__(self) -> Look:
@@ -130,6 +132,8 @@ class HyperStep:
         params = self.params()
         grads = self._final_gradients(params)
         everywhere = {**grads, **self._standing(params)}
+        if self._loss_reads is not False:
+            self._buffers.end()
         if self._loss_reads is None:
             self._loss_reads = self._reads()
         clipped = self.received.jacobian(everywhere) if self._loss_reads else None
@@ -164,13 +168,16 @@ class HyperStep:
         if judged:
             here = replace(step, hparams={name: step.hparams[name] for name in judged})
             place = self.horizon.place(here.params, lambda: self._estimator.at(here))
-            layers = tracking(self._model) if self._loss_reads and self._estimator in _BY_STATISTICS else {}
+            by_statistics = self._loss_reads and self._estimator in _BY_STATISTICS
+            layers = self._buffers.layers if by_statistics else {}
             c2, v, of_statistics = self._valid_gradient(params, place, grads, layers)
             if not math.isfinite(c2):
                 return Look({}, c2, c1)
             found = self._estimator(here, v)
             if of_statistics:
                 found = added(found, self._through_statistics(batch, layers, of_statistics))
+            if by_statistics and (others := self._buffers.others()):
+                self._judge(others, batch)
             if all_finite(found.values()):
                 found = self.horizon.smoothed(found)
         if steering:
@@ -226,23 +233,16 @@ class HyperStep:
         self, params: Tensors, at: Tensors, grads: Tensors, layers: Layers
     ) -> tuple[float, Tensors, Statistics]:
         """C2 at other weights, with its gradient at those to be moved and at running statistics."""
-        batch, passes = next(self.t2), Passes()
+        batch, passes = next(self.t2), Passes(layers)
         targets = {name: params[name] for name in grads}
-
-        def loss() -> Tensor:
-            with passes.watching(layers):
-                return self.live.valid_loss(self.valid_loss, batch)
-
         flags = {name: p.requires_grad for name, p in targets.items()}
         try:
             for p in targets.values():  # one that was frozen in mid-run may still be moved by its optimiser
                 p.requires_grad_(True)
-            with weights_at(params, at), self.live.evaluating():
-                value, found = self.live.gradients(
-                    loss, targets, lambda: {_OUTPUT + name: p.y for name, p in passes.of.items()}
-                )
-                delta = {name: found.pop(_OUTPUT + name) for name in layers if _OUTPUT + name in found}
-                statistics = gradient_of_statistics(layers, passes, delta)
+            with weights_at(params, at), self.live.evaluating(), passes if layers else nullcontext():
+                loss = partial(self.live.valid_loss, self.valid_loss, batch)
+                value, found = self.live.gradients(loss, targets, lambda: passes.read)
+                statistics = self._buffers.taken(passes, found)
         finally:
             for name, flag in flags.items():
                 targets[name].requires_grad_(flag)
@@ -251,11 +251,29 @@ class HyperStep:
 
     def _through_statistics(self, batch: Any, layers: Layers, along: Statistics) -> Tensors:
         """What reaches the validation loss by BatchNorm's running statistics, name -> d/draw."""
-        passes = Passes()
-        with passes.watching(layers):
+        passes = Passes(layers)
+        with passes:
             self.live.train_loss(self.train_loss, self.mixed.few(batch))
         moved = moved_statistics(layers, passes, along, self.received.passes)
         return {} if moved is None else value_grads(moved, self._space.raws)
+
+    def _judge(self, others: set[str], batch: Any) -> None:
+        """Warn if hyperparameters reach the validation loss by buffers that are left out."""
+        states, losses = self.randomness.snapshot(), []
+        for low in (0.0, 0.1):
+            raws = {name: 0.9 * raw.detach() + low for name, raw in self._space.raws.items()}
+            values = {name: self._space[name].transform.value(raw) for name, raw in raws.items()}
+            with preserved(self._model), self._space.seeing(values):
+                with self._buffers.only(others):
+                    self.live.train_loss(self.train_loss, self.mixed.few(batch))
+                losses.append(self.live.valid_loss(self.valid_loss, batch).detach())
+            self.randomness.rewind(states)
+        if bool((losses[0] - losses[1]).abs() > 16 * torch.finfo(losses[0].dtype).eps * losses[0].abs()):
+            warnings.warn(
+                f"training moves {', '.join(sorted(others))}, and hyperparameters reach the validation "
+                "loss that way as well; the hypergradient leaves this out.",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def _loss_at_average(self, params: Tensors, batch: Any) -> float:

@@ -78,18 +78,17 @@ class LiveModel:
     ) -> tuple[Tensor, Tensors]:
         """The loss and its gradient at leaves, name -> tensor; without those that the loss does not reach.
 
-        With it comes the gradient at tensors inside its graph, which `inside` names once the loss is
-        computed.
+        With it comes the gradient at leaves that `inside` names once the loss is computed.
 
         Reentrant checkpointing knows `backward` only: there the leaves' `.grad` is used, which `borrowed`
         emptied.
         """
         value = loss()
         with nullcontext() if hooks else _without_hooks(at.values()):
+            at = at | {name: t for name, t in inside().items() if t.requires_grad}
             if not reenters(value):
-                targets = at | {name: t for name, t in inside().items() if t.requires_grad}
-                found = torch.autograd.grad(value, list(targets.values()), allow_unused=True)
-                return value.detach(), {n: g for n, g in zip(targets, found, strict=True) if g is not None}
+                found = torch.autograd.grad(value, list(at.values()), allow_unused=True)
+                return value.detach(), {n: g for n, g in zip(at, found, strict=True) if g is not None}
             for leaf in at.values():
                 leaf.grad = None
             value.backward()  # type: ignore[no-untyped-call]
