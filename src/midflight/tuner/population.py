@@ -1,7 +1,8 @@
-"""Many trainings as one program: the weights of all members stacked, the same pure functions batched.
+"""Many trainings as one program: the weights of all members are stacked, and the same functions are batched.
 
-A hyper-step is that of the tuner: members do not see each other, so the gradient of the sum of their
-losses holds the gradient of each. What a small network wastes on launching operations is paid once for all.
+A hyper-step is that of `Tuner`. Members do not affect each other, so the gradient of the sum of their losses
+contains the gradient of each. In a small network the cost of launching operations dominates; here it is paid
+once for all members.
 """
 
 import copy
@@ -31,14 +32,14 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class Population:
-    """n trainings with their own weights, batches and hyperparameters; each as `Tuner` would have it.
+    """n trainings with their own weights, batches and hyperparameters, each tuned as by `Tuner`.
 
-    The horizon is "step" (see `Tuner`), and `step` takes the training step as well.
+    The horizon is "step" (see `Tuner`). The method `step` takes the training step as well.
 
     Args:
         n: members.
-        build: space -> model; called once for each member, under its seed. All of its randomness in
-            training must be torch's own (`torch.randn_like`, dropout), which is then drawn for each member.
+        build: space -> model; called once for each member, under its seed. All randomness of the model in
+            training must come from torch (`torch.randn_like`, dropout). Then each member draws its own.
         space: what is tuned; every member begins at its values, or at `starts`.
         optimizer: parameters -> the torch optimiser whose step is taken, such as
             `partial(torch.optim.Adam, lr=1e-3)`.
@@ -48,20 +49,21 @@ class Population:
         valid_loader: validation batches whose tensors have n as their first dimension.
         starts: name -> n values to begin at.
         seeds: of the members' initial weights; 0 to n - 1 if left out.
-        exploit: after every so many hyper-steps the worst fifth copies the best fifth: weights, optimiser
-            state and hyperparameters, by the mean validation loss since the last time. Its own gradients then
-            part them again. None: members never meet.
+        exploit: hyper-steps between two exploits. At an exploit the worst fifth of the members copies the
+            weights, optimiser state and hyperparameters of the best fifth. Members are ranked by the mean
+            validation loss since the last exploit. Afterwards, gradients of their own move the copies apart
+            again. None: members never copy.
         bind, schedule, estimator, total_steps, hyper_optimizer: as for `Tuner`.
-        compile: have torch.compile make one pass over memory of every training step, and of each of the two
-            that a hyper-step adds, which are a dozen operations otherwise. Takes half a minute at first and a
-            C++ compiler, on a GPU Triton; for Adam and AdamW, others stay as they are. torch compiles two
-            programs for a network and stops after eight; `torch.compiler.reset()` lets it begin anew.
+        compile: use torch.compile to fuse the dozen operations of an optimiser step into one pass over
+            memory; the same for each of the two passes over the optimiser's state that a hyper-step adds.
+            This works for Adam and AdamW; other optimisers are not compiled. It takes half a minute at first,
+            and needs a C++ compiler, or Triton on a GPU. torch compiles two programs for a network and stops
+            after eight; `torch.compiler.reset()` lets it begin anew.
 
     Raises:
-        ValueError: n >= 1, or as many starts and seeds as members, does not hold, or another number is out of
-            its range.
-        BindingError: as for `Tuner`, or a bound hyperparameter is no single number.
-        UnsupportedOptimizer: there is no update rule, or it mixes the entries of a weight (Muon).
+        ValueError: n < 1, the number of starts or of seeds is not n, or another number is out of its range.
+        BindingError: as for `Tuner`, or a bound hyperparameter is not a single number.
+        UnsupportedOptimizer: the optimiser has no update rule, or mixes the entries of a weight (Muon).
         UnsupportedParameter: the model has buffers, such as running averages, or complex weights.
         NoCompiler: torch.compile does not work here.
 
@@ -69,7 +71,7 @@ class Population:
     """
 
     SHARE = 0.2
-    """Of the members that copy and are copied."""
+    """The share of members that copy at an exploit, and the share that is copied."""
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class Population:
         for what, given in {"seeds": seeds, **(starts or {})}.items():
             if n < 1 or len(given) != n:
                 raise ValueError(
-                    f"n >= 1 and n {what}, one per member, must hold; n={n}, {len(given)} given."
+                    f"n >= 1 and n {what}, one per member, must hold, but n={n} and {len(given)} were given."
                 )
         if exploit is not None:
             whole("exploit", exploit)
@@ -108,7 +110,7 @@ class Population:
         if any(True for _ in self._model.buffers()):
             raise UnsupportedParameter("the model must have no buffers, but has some; use LayerNorm, say.")
         self.optimizer = optimizer(self._model.parameters())
-        """Its options, such as the learning rate, hold for all members and may be changed between steps."""
+        """Its options, such as the learning rate, apply to all members and may be changed between steps."""
         self._rule = rule_for(self.optimizer)
         if not self._rule.elementwise:
             kind = type(self.optimizer).__name__
@@ -131,7 +133,7 @@ class Population:
         self.params: Tensors = {name: torch.stack([p[name].detach() for p in of_each]) for name in names}
         """Weights of all members, name -> tensor of shape (n, ...)."""
         self.state: dict[str, State] = {name: {} for name in names}
-        """The optimiser's state, likewise."""
+        """The optimiser's state of all members, name -> state whose tensors have shape (n, ...)."""
         self.raws: Tensors = self._start(starts or {})
         """Unit coordinates of the hyperparameters, name -> tensor of shape (n, ...)."""
         self._estimate = estimator_for(estimator)
@@ -149,10 +151,10 @@ class Population:
         keep_freed_memory(self.params.values())
 
     def step(self, batch: Any) -> Tensor:
-        """One training step of every member, with a hyper-step where one is due.
+        """Take one training step of every member, with a hyper-step if one is due.
 
         Args:
-            batch: what `loss` gets, its tensors with n as their first dimension; see `stacked`.
+            batch: the batches of all members; its tensors have n as their first dimension, see `stacked`.
 
         Returns:
             training losses before the step, shape (n,).
@@ -198,7 +200,7 @@ class Population:
 
     @property
     def hyper_optimizer(self) -> torch.optim.Optimizer:
-        """What moves the raw coordinates."""
+        """The optimiser that moves the raw coordinates."""
         return self._move_raws.optimizer
 
     @property
@@ -207,7 +209,7 @@ class Population:
         return {name: self.space[name].transform.value(raw.detach()) for name, raw in self.raws.items()}
 
     def member(self, i: int) -> tuple[nn.Module, Space]:
-        """A model of its own with the weights of a member, and a space of its own at the member's values."""
+        """A new model with the weights of member i, and a new space with its hyperparameters."""
         space = copy.deepcopy(self.space)
         model = self._build(space).to(next(iter(self.params.values())))
         model.load_state_dict({name: p[i] for name, p in self.params.items()}, strict=False)
@@ -222,7 +224,7 @@ class Population:
             losses: of the members, shape (n,); NaN counts as worst.
 
         Returns:
-            (copy, of whom) for each that copies.
+            (index of the copying member, index of the copied one) for each that copies.
         """
         order = losses.nan_to_num(nan=float("inf")).argsort()
         count = min(self.n // 2, max(1, round(self.SHARE * self.n)))
@@ -301,7 +303,7 @@ class Population:
 
     @torch.no_grad()
     def _move(self, hypergradients: Tensors) -> None:
-        # a member that diverged stays
+        # the hyperparameters of a diverged member stay unchanged
         self._move_raws({name: g.nan_to_num(0.0, 0.0, 0.0) for name, g in hypergradients.items()})
         self._moves += 1
         if self._exploit and self._moves % self._exploit == 0:
@@ -320,9 +322,9 @@ class Population:
 
 
 def stacked(loaders: Sequence[Iterable[Any]]) -> Iterable[Any]:
-    """The batches of each member's own loader, their tensors stacked; as long as the shortest.
+    """Batches for a `Population`: those of each member's own loader, with their tensors stacked.
 
-    Iterated again, it iterates the loaders again.
+    It ends with the shortest loader, and can be iterated again if the loaders can.
     """
     return _Stacked(loaders)
 

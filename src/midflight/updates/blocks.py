@@ -124,7 +124,7 @@ def _fixed(options: Options, names: Iterable[str]) -> Options:
 
 
 class _OfMany(UpdateRule):
-    """A rule whose options have many entries, as in a population; closed forms, which need numbers, are off."""
+    """A rule whose options have many entries, as in a population; without closed forms: they need numbers."""
 
     tunable: ClassVar = frozenset()
 
