@@ -1,16 +1,17 @@
 """What happens to the gradient between `backward` and `step`, and its Jacobian.
 
-Loops scale, clip and average gradients there. At a hyper-step the gradient as `backward` left it, r, is
-compared with the one that the optimiser gets, g, in a few entries of each weight and in norm:
+Loops scale, clip and average gradients there. At a hyper-step, r is the gradient as `backward` left it in
+`.grad`, and g the one that the optimiser gets. The two are compared in a few entries of each weight and in
+norm:
 
-    seen                        meaning                 J
+    observation                 meaning                 J
     g = r                       nothing happened        1
-    g = a r, a stays            a constant factor       a, or 1 if a makes a mean of what accumulation summed
+    g = a r, a stays            a constant factor       a, or 1 if a = 1 / (number of passes accumulated)
     g = a r, |g| stays          clipped by norm         (c / |r|) (1 - u u^T),  u = r / |r|
     |g| cut off at a number     clipped by value        1 where |g| is below it, else 0
 
-A loss scale that a `GradScaler` applied is taken out of r first. What fits none of these is refused, and so
-are weights that move between `backward` and `step`, and gradients that did not come from `backward`.
+First, r is divided by the loss scale if a `GradScaler` applied one. `UnknownGradient` is raised if no row
+fits, if weights change between `backward` and `step`, or if gradients did not come from `backward`.
 """
 
 import math
@@ -30,9 +31,9 @@ from midflight.tuner.data import examples_of
 EPSILON = 1e-6
 """torch clips by c / (|r| + EPSILON)."""
 SAME, SAME_NORM = 1e-4, 1e-3
-"""Relative differences of factors and norms that count as none: roundings of half precision aside."""
+"""Up to this relative difference, factors and norms count as equal, apart from rounding in half precision."""
 SAMPLED = 16
-"""Entries of a weight that are compared, beside its largest."""
+"""Entries of a weight that are compared, besides its largest."""
 
 
 @dataclass
@@ -46,13 +47,14 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Clipped:
-    """The Jacobian of clipping as a linear map, by weight.
+    """The Jacobian J of clipping and scaling, as a linear map.
 
     Attributes:
-        norms: (u of the weights clipped together, the factor they got, 1 - EPSILON / |r| or so).
-        limit: entries of this size were cut off; None if none were.
-        grads: as the optimiser gets them.
-        factors: constant factors by weight.
+        norms: one entry per group of weights clipped together: (u, the factor of the group, the factor on
+            u u^T, which is about 1 - EPSILON / |r|).
+        limit: the number at which entries were cut off; None if none were.
+        grads: the gradients that the optimiser gets, by weight.
+        factors: constant factors, by weight.
     """
 
     norms: list[tuple[Tensors, float, float]] = field(default_factory=list)
@@ -61,7 +63,7 @@ class Clipped:
     factors: Mapping[str, float] = field(default_factory=dict)
 
     def received(self, raw: Tensors) -> Tensors:
-        """Another gradient, as the optimiser would have got it beside this one."""
+        """What the optimiser would have got for another gradient, after the same clipping and scaling."""
         factors = {**self.factors, **{name: factor for unit, factor, _ in self.norms for name in unit}}
         found = {name: factors.get(name, 1.0) * g for name, g in raw.items()}
         if self.limit is None:
@@ -85,7 +87,7 @@ class Clipped:
 
 
 class _ExamplesSeen:
-    """A hook that counts the examples that go through a model; it can be pickled with it."""
+    """A hook that counts the examples that go through a model; it can be pickled with the model."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -96,11 +98,11 @@ class _ExamplesSeen:
 
 
 class ReceivedGradient:
-    """Watches `backward` before a hyper-step and tells what happened to its gradient since.
+    """Watches `backward` before a hyper-step, and finds out what happened to its gradient before `step`.
 
     Args:
-        max_grad_norm: the norm to which the loop clips, infinity if it does not; None finds out at the
-            second time.
+        max_grad_norm: the norm to which the loop clips, or infinity if it does not. None finds it out from
+            two hyper-steps.
     """
 
     def __init__(self, max_grad_norm: float | None = None) -> None:
@@ -111,38 +113,38 @@ class ReceivedGradient:
         self._passes: dict[str, int] = {}
         self._first: dict[str, Tensor] = {}
         self.carried = False
-        """Whether something stood in `.grad` before the last gradient came."""
+        """Whether `.grad` already held a nonzero gradient when `backward` first added to it."""
         self.examples = 0
-        """How many examples the model saw for the last gradient; 0 where that is not known."""
+        """How many examples the model saw for the last gradient; 0 if that is not known."""
         self.passes = 1
         """How often `backward` added to the last gradient."""
         self._hooks: list[RemovableHandle] = []
         self._counter = _ExamplesSeen()
         self._divides = False
-        """Whether gradients are summed up over passes and divided then."""
+        """Whether the loop sums gradients over several passes and then divides them by their number."""
         self._watched: list[str] = []
         self._weights: dict[str, tuple[Tensor, int]] = {}
         self._norms: dict[frozenset[str], float] = {}
         self._factors: dict[frozenset[str], list[tuple[float, float]]] = {}
 
     def watch(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
-        """From now on note what `backward` leaves in `.grad`, and how many examples the model sees."""
+        """Start to record what `backward` leaves in `.grad`, and how many examples the model sees."""
         self.rest()
         self._counter = _ExamplesSeen()
         self._watched = [name for name, p in params.items() if p.requires_grad]
-        if getattr(model, "_compiled_call_impl", None) is None:  # a hook would compile it anew
+        if getattr(model, "_compiled_call_impl", None) is None:  # a hook would recompile it
             self._hooks.append(model.register_forward_pre_hook(self._counter, with_kwargs=True))
         for name, p in params.items():
             if p.requires_grad:
                 theirs = list((p._post_accumulate_grad_hooks or {}).items())
                 self._hooks.append(p.register_hook(self._note_part(name)))  # type: ignore[no-untyped-call]
                 self._hooks.append(p.register_post_accumulate_grad_hook(self._note(name)))  # type: ignore[no-untyped-call]
-                for key, hook in theirs:  # those of the user, such as clipping, come after ours
+                for key, hook in theirs:  # the user's hooks, such as clipping, must run after ours
                     del p._post_accumulate_grad_hooks[key]
                     p._post_accumulate_grad_hooks[key] = hook
 
     def rest(self) -> None:
-        """Note nothing more."""
+        """Stop recording, and drop what was recorded."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._seen, self._passes, self._first, self._weights = [], {}, {}, {}, {}
@@ -170,13 +172,13 @@ class ReceivedGradient:
 
     @torch.no_grad()
     def jacobian(self, grads: Tensors) -> Clipped | None:
-        """What happened since `backward`, as a map w -> J^T w; None if nothing did.
+        """What happened to the gradient since `backward`, as a map w -> J^T w; None if nothing did.
 
         Args:
-            grads: of all weights that have one, as the optimisers get them, without loss scale.
+            grads: the gradients that the optimisers get, without loss scale, by weight.
 
         Raises:
-            UnknownGradient: it fits nothing known, or is not known yet.
+            UnknownGradient: what happened fits no known case, or another hyper-step is needed to tell.
         """
         seen = {name: s for name, s in self._seen.items() if name in grads}
         self.examples = self._counter.count
@@ -187,7 +189,7 @@ class ReceivedGradient:
         if moved:
             raise UnknownGradient(
                 f"weights must stand still between backward and step, but {len(moved)} were changed, such as "
-                f"{moved[0]}; the gradient is of other weights than those that the optimiser moves."
+                f"{moved[0]}; the gradient belongs to other weights than those that the optimiser moves."
             )
         unseen = {name: grads[name] for name in self._watched if name in grads and name not in seen}
         if any(bool(g.any()) for g in unseen.values()):
@@ -197,7 +199,7 @@ class ReceivedGradient:
         scale = loss_scale()
         ratios = _ratios(seen, {name: grads[name] for name in seen}, scale)
         if not all(math.isfinite(number) for ratio in ratios.values() for number in ratio):
-            return None  # nothing to tell: this look fails by itself
+            return None  # nothing can be told, and this hyper-step fails anyway
         tolerance = {name: _tolerance(grads[name]) for name in seen}
         limit = _limit(ratios, tolerance)
         if limit is not None and all(
@@ -208,11 +210,14 @@ class ReceivedGradient:
         return self._of_groups(groups, grads, passes)
 
     def _require_untouched(self, grads: Tensors) -> None:
-        """Gradients that were written by hand: nothing tells what was done to them but the user."""
+        """Raise `UnknownGradient` unless `max_grad_norm` shows that these gradients were not clipped.
+
+        They did not come from `backward`. Only the user can say what was done to such gradients.
+        """
         if self._max_norm is None:
             raise UnknownGradient(
                 "the gradient must come from backward(), but it was written into .grad by other means, so "
-                "that nobody knows what was done to it; pass max_grad_norm=math.inf if nothing was."
+                "the tuner cannot tell what was done to it; pass max_grad_norm=math.inf if nothing was."
             )
         if _norm(grads) >= self._max_norm * (1 - SAME_NORM):
             raise UnknownGradient(
@@ -235,13 +240,13 @@ class ReceivedGradient:
             size = _norm(together)
             try:
                 clipped = self._is_clipped(frozenset(names), ratio, size, passes)
-            except UnknownGradient as error:  # go on: what the other groups got is of use next time
+            except UnknownGradient as error:  # go on: the factors of the other groups are needed next time
                 unknown = error
                 continue
             if abs(ratio * passes - 1) < SAME:
                 self._divides = True
             if clipped:
-                if self._divides:  # a sum was made a mean of before it was clipped
+                if self._divides:  # the sum was divided by the passes before it was clipped
                     ratio *= passes
                 unit = {name: g / size for name, g in together.items()}
                 norms.append((unit, ratio, size / (size + EPSILON * ratio)))
@@ -252,17 +257,17 @@ class ReceivedGradient:
         return Clipped(norms=norms, factors=factors) if norms or factors else None
 
     def _is_clipped(self, names: frozenset[str], ratio: float, size: float, passes: int) -> bool:
-        """Whether these weights got their common factor by clipping rather than by a constant."""
+        """Whether the common factor of these weights came from clipping, not from a constant factor."""
         if any(abs(size / norm - 1) < SAME_NORM for norm in (self._max_norm, self._norms.get(names)) if norm):
             return True
-        if abs(ratio * passes - 1) < SAME:  # the mean of what accumulation summed up
+        if abs(ratio * passes - 1) < SAME:  # accumulation summed the gradients, then divided by the passes
             return False
         known = self._factors.setdefault(names, [])
         known.append((ratio, size))
         if len(known) == 1:
             raise UnknownGradient(
-                f"the gradient was multiplied by {ratio:.4g} between backward and step; whether it is "
-                "clipped shows at the next hyper-step, or pass max_grad_norm=."
+                f"the gradient was multiplied by {ratio:.4g} between backward and step, by clipping or by a "
+                "constant factor; the next hyper-step will tell, or pass max_grad_norm=."
             )
         same_ratio = all(abs(r / ratio - 1) < SAME for r, _ in known)
         same_size = all(abs(s / size - 1) < SAME for _, s in known)
@@ -272,16 +277,19 @@ class ReceivedGradient:
         if same_ratio:
             if not same_size:
                 return False
-            raise UnknownGradient("the gradient stays the same, so that clipping and scaling look alike.")
+            raise UnknownGradient(
+                "the gradient must change between hyper-steps, to tell clipping from scaling, but it stayed "
+                "the same; pass max_grad_norm=."
+            )
         del known[:-1]
         raise UnknownGradient(
             f"the gradient must be left alone between backward and step, clipped, or multiplied by one "
-            f"number, but it was multiplied by {ratio:.4g} to a norm of {size:.4g}, and otherwise before; "
-            "pass max_grad_norm= if it is clipped."
+            f"number, but it was multiplied by {ratio:.4g} to a norm of {size:.4g}, and by another number to "
+            "another norm before; pass max_grad_norm= if it is clipped."
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned about the loop."""
+        """The norms and factors learned so far about the loop."""
         factors = {k: list(v) for k, v in self._factors.items()}
         return {"norms": dict(self._norms), "factors": factors, "divides": self._divides}
 
@@ -292,7 +300,7 @@ class ReceivedGradient:
 
 
 def calling_scaler() -> torch.amp.GradScaler | None:
-    """The `GradScaler` that is calling `step` now; None without one, or if it is disabled."""
+    """The `GradScaler` that is calling `step` now; None if there is none, or if it is disabled."""
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
@@ -326,7 +334,7 @@ def _sample(grad: Tensor) -> Tensor:
 
 
 def _as_seen(seen: Mapping[str, _Seen], grads: Tensors) -> bool:
-    """Whether all gradients are what `backward` left: one comparison, since most loops leave them alone."""
+    """Whether gradients are as `backward` left them; a single comparison, since most loops change none."""
     if len({(grads[name].device, grads[name].dtype) for name in seen}) > 1:
         return False
     before = [x for s in seen.values() for x in (s.entries, s.largest[None], s.norm[None])]
@@ -341,7 +349,7 @@ def _as_seen(seen: Mapping[str, _Seen], grads: Tensors) -> bool:
 def _ratios(
     seen: Mapping[str, _Seen], grads: Tensors, scale: float
 ) -> dict[str, tuple[float, float, float, float]]:
-    """Weight -> (least, greatest factor of the sampled entries, factor of the largest one, largest now)."""
+    """Weight -> (least factor, greatest factor, factor of the largest entry, the largest entry now)."""
     found = {}
     for name, s in seen.items():
         before = torch.cat([s.entries.reshape(-1), s.largest.reshape(1)]).double() / scale
@@ -351,14 +359,14 @@ def _ratios(
             ratios = (after[used] / before[used]).tolist()
             largest = float(after[-1] / before[-1])
             whole = float(torch.linalg.vector_norm(grads[name]) * scale / s.norm)
-            if abs(whole - largest) > SAME * abs(largest):  # entries that are not sampled, such as a mask
+            if abs(whole - largest) > SAME * abs(largest):  # a mask, say, on entries not sampled
                 ratios.append(whole)
             found[name] = min(ratios), max(ratios), largest, float(after[-1])
     return found
 
 
 def _tolerance(grad: Tensor) -> float:
-    """A few roundings of its type; a scale and a clip round once each."""
+    """A few roundings of the type; scaling and clipping round once each."""
     return 16 * torch.finfo(grad.dtype).eps
 
 
@@ -379,7 +387,7 @@ def _limit(
 
 
 def _cut_at(limit: float, seen: _Seen, grad: Tensor, scale: float, tolerance: float) -> bool:
-    """Whether the sampled entries are those of before, cut off at the limit."""
+    """Whether the sampled entries are the earlier ones cut off at the limit."""
     expected = (seen.entries / scale).clamp(-limit, limit)
     return bool(((_sample(grad) - expected).abs() <= tolerance * limit).all())
 

@@ -1,4 +1,4 @@
-"""The way of the hyperparameters through a run, and following it in another one."""
+"""The values of the hyperparameters over a run, and a replay of them in another run."""
 
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from midflight.tuner.schedule import whole
 MOST_POINTS = 1000
 """A longer trajectory is thinned: every other point is dropped."""
 MOST_ENTRIES = 1_000_000
-"""The same by the number of points times hyperparameters."""
+"""The same limit for the number of points times that of hyperparameters."""
 
 
 class Trajectory:
@@ -33,7 +33,7 @@ class Trajectory:
 
     @torch.no_grad()
     def record(self, steps: int, space: Space) -> None:
-        """The values from here on, `steps` optimiser steps into the run."""
+        """Record the values that hold from optimiser step `steps` on."""
         self._seen += 1
         if (self._seen - 1) % self._stride:
             return
@@ -45,7 +45,7 @@ class Trajectory:
             self._stride *= 2
 
     def at(self, share: float) -> Tensors:
-        """Raw coordinates when this share of the recorded steps, in [0, 1], was over; linear in between.
+        """Raw coordinates after this share of the recorded steps, in [0, 1]; interpolated linearly.
 
         Raises:
             ValueError: nothing was recorded, or the share is outside [0, 1].
@@ -62,7 +62,7 @@ class Trajectory:
         return {name: raw.lerp(self._raws[after][name], part) for name, raw in self._raws[before].items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to follow it later, or to go on recording."""
+        """Everything needed to replay it later, or to continue recording."""
         return {
             "steps": list(self._steps),
             "raws": list(self._raws),
@@ -71,25 +71,25 @@ class Trajectory:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Load what `state_dict` returned."""
         self._steps, self._raws = list(state["steps"]), list(state["raws"])
         self._stride, self._seen = state["stride"], state["seen"]
 
 
 class Replay:
-    """Lets another training follow the trajectory of a tuned one, such as one on T1 and T2 together.
+    """Makes another training follow the trajectory of a tuned one, for example a training on T1 and T2.
 
-    Source: Luketina et al. 2016, section 4, retrain with T2 once the hyperparameters are found.
+    Source: Luketina et al. 2016, section 4, who retrain with T2 once the hyperparameters are found.
 
-    Build it where the tuner stood. It moves the space after each `optimizer.step()`, and the loop stays as it
-    is.
+    Build it in place of the tuner. It moves the space after each `optimizer.step()`, and the loop needs no
+    change.
 
     Args:
         trajectory: `tuner.trajectory`.
-        space: hyperparameters of the same names and shapes; the model reads them.
-        optimizer: trains the model.
+        space: hyperparameters of the same names and shapes, which the model reads.
+        optimizer: the torch optimiser that trains the model.
         bind: as for the tuner.
-        total_steps: of this run; it may differ from that of the tuned one.
+        total_steps: optimiser steps of this run; may differ from those of the tuned run.
 
     Raises:
         SpaceError: the space has other hyperparameters than the trajectory.
