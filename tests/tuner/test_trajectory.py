@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from toys import network, space, train, tuner, weights
+from toys import as_it_steps, network, space, train, tuner, weights
 
 import midflight as mf
 from midflight.tuner.trajectory import MOST_POINTS, Trajectory
@@ -49,7 +49,7 @@ def test_a_longer_run_follows_at_the_same_shares_of_its_way():
         trajectory.record(n, s)
     model = torch.nn.Linear(8, 3)
     optimizer, read = torch.optim.SGD(model.parameters(), lr=1.0), []
-    optimizer.register_step_post_hook(lambda o, *_: read.append(o.param_groups[0]["lr"]))
+    as_it_steps(optimizer, lambda groups: read.append(groups[0]["lr"]))
     mf.Replay(trajectory, s, optimizer, total_steps=20)
     train(model, optimizer, 22)
     assert read == pytest.approx([n / 20 for n in range(20)] + [1.0, 1.0], abs=1e-6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import Recorder, X, Y, cross_entropy, network, space, train, tuner, weights
+from toys import Recorder, X, Y, as_it_steps, cross_entropy, network, space, train, tuner, weights
 
 import midflight as mf
 from midflight.testing import compare
@@ -18,9 +18,9 @@ from midflight.updates import read_options
 
 
 def reads_as_it_steps(optimizer, option):
-    """A list of what the first group says while a step is taken; to be called before the tuner is made."""
+    """A list of what the first group says while a step is taken."""
     seen = []
-    optimizer.register_step_post_hook(lambda o, *_: seen.append(read_options(o.param_groups[0])[option]))
+    as_it_steps(optimizer, lambda groups: seen.append(read_options(groups[0])[option]))
     return seen
 
 
@@ -573,7 +573,7 @@ def test_a_group_without_the_option_is_left_alone_and_others_keep_their_proporti
     groups = [{"params": [p], "weight_decay": d} for p, d in zip(model.parameters(), decays, strict=True)]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     batch, read = (X.double(), Y), []
-    optimizer.register_step_post_hook(lambda o, *_: read.append([g["weight_decay"] for g in o.param_groups]))
+    as_it_steps(optimizer, lambda groups: read.append([g["weight_decay"] for g in groups]))
     t = tuner(
         model, optimizer, s, train_loader=[batch], valid_loader=[batch], hyper_optimizer=Recorder, schedule=2
     )
@@ -635,7 +635,7 @@ def test_an_option_can_be_tuned_for_each_layer_or_tensor(per, count):
     decay = mf.Float(1e-4, 1e-1, log=True, shape=(count,), init=values)
     s = mf.Space(weight_decay=decay, lr=mf.Float(1e-4, 1e-1, log=True))
     optimizer, written = torch.optim.Adam(groups), []
-    optimizer.register_step_post_hook(lambda o, *_: written.extend(g["weight_decay"] for g in o.param_groups))
+    as_it_steps(optimizer, lambda groups: written.extend(g["weight_decay"] for g in groups))
     t = tuner(model, optimizer, s, estimator="one_step_cheap", hyper_optimizer=Recorder)
     train(model, optimizer, 3)
     assert written[:count] == pytest.approx(values)
@@ -650,7 +650,7 @@ def test_entries_may_be_given_for_those_groups_only_that_have_the_option():
     decays = [0.5, 0.0, 0.1, 0.0]
     groups = [{"params": [p], "weight_decay": d} for p, d in zip(model.parameters(), decays, strict=True)]
     optimizer, read = torch.optim.SGD(groups, lr=0.1), []
-    optimizer.register_step_post_hook(lambda o, *_: read.append([g["weight_decay"] for g in o.param_groups]))
+    as_it_steps(optimizer, lambda groups: read.append([g["weight_decay"] for g in groups]))
     t = tuner(model, optimizer, s, hyper_optimizer=Recorder)
     train(model, optimizer, 1)
     assert read == [pytest.approx([1e-2, 0.0, 1e-3, 0.0])]
@@ -670,7 +670,7 @@ def test_betas_are_bound_one_by_one():
     s = mf.Space(beta1=mf.Float(0.5, 0.99, logit=True, init=0.8), beta2=mf.Float(0.9, 0.9999, logit=True))
     model = nn.Linear(8, 3)
     optimizer, read = torch.optim.AdamW(model.parameters(), lr=0.01), []
-    optimizer.register_step_post_hook(lambda o, *_: read.append(o.param_groups[0]["betas"]))
+    as_it_steps(optimizer, lambda groups: read.append(groups[0]["betas"]))
     start = s.as_dict()
     tuner(model, optimizer, s)
     train(model, optimizer, 5)

@@ -54,5 +54,17 @@ def train(model, optimizer, steps, batch=(X, Y), loss_fn=cross_entropy):
         optimizer.step()
 
 
+def as_it_steps(optimizer, look):
+    """Call `look(param_groups)` in the middle of each step, when tuned values stand in them."""
+    inner = optimizer._init_group
+
+    def spy(group, *args):
+        if group is optimizer.param_groups[0]:
+            look(optimizer.param_groups)
+        return inner(group, *args)
+
+    optimizer._init_group = spy
+
+
 def weights(model):
     return [p.detach().clone() for p in model.parameters()]

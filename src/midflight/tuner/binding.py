@@ -6,9 +6,12 @@ The group's own number is the user's: schedulers and loops write it and read it 
 the option would be at factor 1. It is put in just before a step and taken out just after it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 from torch import Tensor
@@ -24,8 +27,25 @@ BELOW_ONE = {"beta1", "beta2", "momentum", "alpha", "rho"}
 """Options that a factor over 1 must not take to 1."""
 LARGEST = 1 - 1e-6
 
+Key = tuple[int, int]
+"""(number of the optimiser, number of the group in it)"""
 Bind = Sequence[str] | Mapping[str, str] | None
 """Names that are both hyperparameter and option, or {hyperparameter: option}; None for all such names."""
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What a tuner left in one option of one group when it let go."""
+
+    own: float
+    written: float
+    reference: float
+
+
+_LEFT: WeakKeyDictionary[torch.optim.Optimizer, dict[tuple[int, str], _Left]] = WeakKeyDictionary()
+"""optimiser -> (group, option) -> what the last tuner left there"""
+_HOLDERS: WeakKeyDictionary[torch.optim.Optimizer, WeakMethod[Callable[[], None]]] = WeakKeyDictionary()
+"""optimiser -> `detach` of the tuner that holds it"""
 
 
 @dataclass(frozen=True)
@@ -65,15 +85,50 @@ class Binding:
         self.rules: list[UpdateRule] = [rule_for(optimizer) for optimizer in self._optimizers]
         self.options = self._chosen(bind)
         """hyperparameter -> option"""
-        self._references: dict[str, list[float]] = {}
+        self.guessed = bind is None
+        """Whether nobody named the options: each hyperparameter called like an option is one."""
         for name in self.options:
             self._check(name)
-            self._references[name] = self._first_settings(self.options[name])
+        parts = [part for option in self.options.values() for part in _parts(option)]
+        for part in parts:
+            if parts.count(part) > 1:
+                raise BindingError(f"an option can be bound once, but {part} is bound twice.")
+        self._references = self._first_settings()
+        self._schedules = {key: _scheduled(group) for key, group in self._groups()}
         self._written: list[tuple[dict[str, Any], str, float, float]] = []
+        self._left: dict[tuple[Key, str], tuple[float, float]] = {}
         self._versions: dict[str, tuple[int, int]] = {}
         self._known: dict[str, Any] = {}
         self._stepped, self._settled = False, False
-        self._hooks = [o.register_state_dict_pre_hook(lambda _: self.restore()) for o in self._optimizers]
+        self._hooks: list[Any] = []
+
+    def attach(self, detach: Callable[[], None]) -> None:
+        """Take hold of the optimisers; until then they are only read.
+
+        An optimiser has one tuner. One that holds it already is detached, with a warning.
+
+        Args:
+            detach: method of the tuner that this belongs to; it lets go.
+        """
+        for optimizer in self._optimizers:
+            holder = _HOLDERS.get(optimizer)
+            let_go = None if holder is None else holder()
+            if let_go is not None:
+                warnings.warn(
+                    f"another tuner or replay holds this {type(optimizer).__name__}; it is detached, and the "
+                    "new one takes its place. Call detach() or finish() on the old one first.",
+                    stacklevel=3,
+                )
+                let_go()
+        self._references = self._first_settings(say=True)
+        for key, group in self._groups():
+            for (g, option), left in _LEFT.get(self._optimizers[key[0]], {}).items():
+                if g == key[1] and option in self._bound_options():
+                    self._take_back(group, option, left.own, left.written)
+        for optimizer in self._optimizers:
+            _HOLDERS[optimizer] = WeakMethod(detach)
+            _LEFT.pop(optimizer, None)
+            self._hooks.append(optimizer.register_state_dict_pre_hook(lambda _: self.restore()))
 
     @property
     def steering(self) -> list[str]:
@@ -85,40 +140,64 @@ class Binding:
         """Hyperparameters that are no options: the model or the loss reads them."""
         return [name for name in self._space if name not in self.options]
 
+    def require_unread(self, read: Iterable[str]) -> None:
+        """Raise `BindingError` if the loss reads one of these as well and nobody named it an option."""
+        both = [name for name in read if name in self.options] if self.guessed else []
+        if both:
+            name = min(both)
+            raise BindingError(
+                f"{name} is an option of the optimiser and is read by the loss; pass bind= with the names "
+                f'that are options, such as bind=["{name}"] or bind=(), or rename it in the space.'
+            )
+
     def write(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the options of one optimiser their tuned values, until `restore`."""
+        """Give the options of one optimiser their tuned values, until `restore`.
+
+        Raises:
+            BindingError: the factor of an option is not known, or no entry is for its group.
+        """
         self._catch_up()
+        self._require_known()
+        self._put([optimizer])
+
+    def _put(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         values = self._numbers()
-        for o, g, group in self._groups():
-            if self._optimizers[o] is optimizer:
-                for option, tuned in self._tuned(o, g, group, values).items():
-                    # noted before it is written, so that whatever stops this can be undone
-                    self._written.append(
-                        (group, option, read_option(group, option), _rounded(group, option, tuned))
-                    )
-                    write_option(group, option, tuned)
+        tuned = [  # of all before the first is written, for groups may share one tensor
+            (group, option, read_option(group, option), value)
+            for key, group in self._groups()
+            if any(self._optimizers[key[0]] is o for o in optimizers)
+            for option, value in self._tuned(key, group, values).items()
+        ]
+        for group, option, own, value in tuned:
+            # noted before it is written, so that whatever stops this can be undone
+            self._written.append((group, option, own, _rounded(group, option, value)))
+            write_option(group, option, value)
 
     def restore(self) -> None:
         """Give the groups their own numbers back, unless somebody has written others since."""
         for group, option, own, written in reversed(self._written):
-            if read_option(group, option) == written:
-                write_option(group, option, own)
+            self._take_back(group, option, own, written)
         self._written = []
+
+    @staticmethod
+    def _take_back(group: dict[str, Any], option: str, own: float, written: float) -> None:
+        if read_option(group, option) == written:
+            write_option(group, option, own)
 
     def updates(self, params: Mapping[str, Tensor], values: Tensors) -> dict[str, Update]:
         """Rule and options of each of these weights, the bound options as functions of `values`."""
         names = {id(p): name for name, p in params.items()}
         found: dict[str, Update] = {}
-        for o, g, group in self._groups():
-            update = Update(self.rules[o], {**read_options(group), **self._tuned(o, g, group, values)})
+        for key, group in self._groups():
+            update = Update(self.rules[key[0]], {**read_options(group), **self._tuned(key, group, values)})
             found |= {names[id(p)]: update for p in group["params"] if id(p) in names}
         return {name: found[name] for name in params if name in found}
 
     def actual(self) -> dict[str, float]:
         """Each bound option as the first group that has it reads it at a step now."""
         found: dict[str, float] = {}
-        for o, g, group in self._groups():
-            for option, value in self._tuned(o, g, group, self._numbers()).items():
+        for key, group in self._groups():
+            for option, value in self._tuned(key, group, self._numbers()).items():
                 found.setdefault(option, read_option(group, option) if self._settled else value)
         return found
 
@@ -127,34 +206,45 @@ class Binding:
         self.restore()
         for hook in self._hooks:
             hook.remove()
+        if self._hooks:
+            for optimizer in self._optimizers:
+                _HOLDERS.pop(optimizer, None)
+        self._hooks = []
 
     def settle(self) -> None:
         """Leave the tuned values in the groups for good, at the factors of now."""
-        for optimizer in self._optimizers:
-            self.write(optimizer)
+        if self._settled:
+            return
+        self._put(self._optimizers)
+        for key, group in self._groups():
+            for written_in, option, own, written in self._written:
+                if written_in is group:
+                    self._left[key, option] = own, written
+                    reference = self._reference(key, option)
+                    left = _Left(own, written, own if reference is None else reference)
+                    _LEFT.setdefault(self._optimizers[key[0]], {})[key[1], option] = left
         self._written, self._settled = [], True
 
     def state_dict(self) -> dict[str, Any]:
-        """What the groups said at first."""
-        return {name: list(references) for name, references in self._references.items()}
+        """What the groups said at first, and what a settled one left in them."""
+        references = {part: dict(known) for part, known in self._references.items()}
+        return {"references": references, "left": dict(self._left)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict`; raises `BindingError` if other options were bound."""
-        if set(state) != set(self._references):
-            raise BindingError(
-                f"the saved tuner had {sorted(state)} bound, this one {sorted(self._references)}; "
-                "bind the same."
-            )
-        self._references = {name: list(references) for name, references in state.items()}
-        self._stepped = True
+        references = state["references"]
+        if set(references) != set(self._references):
+            saved, here = (sorted({name for name, _ in x}) for x in (references, self._references))
+            raise BindingError(f"the saved tuner had {saved} bound, this one {here}; bind the same.")
+        self._references = {part: dict(known) for part, known in references.items()}
+        self._left = dict(state["left"])
+        self._stepped = False
+        self._schedules = {}
 
-    def _groups(self) -> Iterable[tuple[int, int, dict[str, Any]]]:
-        """(optimiser, number of the group among all groups, group)"""
-        n = 0
+    def _groups(self) -> Iterable[tuple[Key, dict[str, Any]]]:
         for o, optimizer in enumerate(self._optimizers):
-            for group in optimizer.param_groups:
-                yield o, n, group
-                n += 1
+            for g, group in enumerate(optimizer.param_groups):
+                yield (o, g), group
 
     def _numbers(self) -> dict[str, Any]:
         """The values of now, as numbers or lists of them; read from tensors only when those have changed."""
@@ -167,58 +257,140 @@ class Binding:
         return self._known
 
     def _catch_up(self) -> None:
-        """A scheduler may have been made after the tuner; it knows better what its factor 1 is."""
-        if not self._stepped:
-            self._stepped = True
-            for name, option in self.options.items():
-                known = self._references[name]
-                for (_, g, group), before in zip(self._groups(), list(known), strict=False):
-                    if before and option == "lr":
-                        known[g] = _setting({"lr": before, **_scheduled(group)}, option)
+        """Before the first step: a scheduler may have been made since, and it knows better what its factor 1
+        is; or the optimiser's state was loaded, with what a tuner left in it.
+        """
+        if self._stepped:
+            return
+        self._stepped = True
+        for key, group in self._groups():
+            for option in self._bound_options():
+                if (key, option) in self._left:
+                    self._take_back(group, option, *self._left[key, option])
+            scheduled = _scheduled(group)
+            if scheduled and key in self._schedules and scheduled != self._schedules[key]:
+                for (_, option), known in self._references.items():
+                    if option == "lr" and key in known:
+                        known[key] = scheduled.get("max_lr", scheduled.get("initial_lr", known[key]))
+        self._left = {}
 
-    def _tuned(self, o: int, g: int, group: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    def _require_known(self) -> None:
+        for (name, option), known in self._references.items():
+            for key, group in self._groups():
+                if option not in self.rules[key[0]].tunable:
+                    continue
+                own = read_option(group, option)
+                if own and not any(known.values()):
+                    raise BindingError(
+                        f"{option} of every param_group was 0 when the tuner was made and is {own:g} now, so "
+                        "that its factor is not known; make the optimiser with the value that stands for "
+                        "factor 1."
+                    )
+                added = self._space[name].spec.shape and option == self.options[name] and key not in known
+                if added and (own or not any(known.values())):
+                    raise BindingError(
+                        f"{name} has one entry per param_group, but none for a group that was added since; "
+                        f"set its {option} to 0, or make a new tuner with as many entries as groups."
+                    )
+
+    def _bound_options(self) -> set[str]:
+        return {option for _, option in self._references}
+
+    def _reference(self, key: Key, option: str) -> float | None:
+        """What a group said at first; None if it had no say then."""
+        return next((known.get(key) for (_, o), known in self._references.items() if o == option), None)
+
+    def _tuned(self, key: Key, group: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Option -> its tuned value in this group, a tensor or a number; without those it leaves out."""
         found: dict[str, Any] = {}
-        for name, option in self.options.items():
-            for place in self._places(name, option, o, g, group):
-                value = values[name] if place.entry is None else values[name][place.entry]
-                factor = self._factor(place, group)
-                found[place.option] = value if factor == 1 else value * factor
-                if place.option in BELOW_ONE and factor > 1:
-                    cap = found[place.option]
-                    found[place.option] = (
-                        cap.clamp(max=LARGEST) if isinstance(cap, Tensor) else min(cap, LARGEST)
-                    )
+        for place in self._places(key):
+            name = place.hyperparameter
+            value = values[name] if place.entry is None else values[name][place.entry]
+            factor = self._factor(place, group)
+            found[place.option] = value if factor == 1 else value * factor
+            if place.option in BELOW_ONE and factor > 1:
+                cap = found[place.option]
+                found[place.option] = cap.clamp(max=LARGEST) if isinstance(cap, Tensor) else min(cap, LARGEST)
         return found
 
-    def _places(self, name: str, option: str, o: int, g: int, group: Mapping[str, Any]) -> list[_Place]:
-        if option == "betas":
-            return [_Place(name, f"beta{i + 1}", i, 0.0) for i in range(2) if "betas" in group]
-        references = self._references[name]
-        while len(references) <= g:  # a group that was added later
-            references.append(_setting(group, option))
-        if option not in self.rules[o].tunable or (references[g] == 0 and any(references)):
-            return []
-        entry = None
-        if self._space[name].spec.shape:
-            used = [n for n, r in enumerate(references) if r != 0] or list(range(len(references)))
-            size = self._space[name].raw.numel()
-            entry = g if size == len(references) else used.index(g)
-            return [_Place(name, option, entry, references[g])]
-        return [_Place(name, option, None, max(references, key=abs))]
+    def _places(self, key: Key) -> Iterable[_Place]:
+        for (name, option), known in self._references.items():
+            used = {k: reference for k, reference in known.items() if reference} or known
+            if option not in self.rules[key[0]].tunable or (key in known and key not in used):
+                continue
+            largest = max(used.values(), key=abs)
+            if self.options[name] == "betas":
+                yield _Place(name, option, int(option == "beta2"), largest)
+            elif not self._space[name].spec.shape:
+                yield _Place(name, option, None, largest)
+            elif key in known:
+                all_groups = self._space[name].raw.numel() == len(known)
+                yield _Place(name, option, list(known if all_groups else used).index(key), known[key])
 
-    @staticmethod
-    def _factor(place: _Place, group: Mapping[str, Any]) -> float:
+    def _factor(self, place: _Place, group: Mapping[str, Any]) -> float:
         if place.reference == 0:
             return 1.0
-        return read_option(group, place.option) / place.reference
+        own = (x for g, option, x, _ in self._written if g is group and option == place.option)
+        return next(own, read_option(group, place.option)) / place.reference
 
-    def _first_settings(self, option: str) -> list[float]:
-        """What each group says at factor 1; 0 where it has no such option."""
-        return [
-            _setting(group, option) if option in self.rules[o].tunable else 0.0
-            for o, _, group in self._groups()
-        ]
+    def _first_settings(self, say: bool = False) -> dict[tuple[str, str], dict[Key, float]]:
+        """(hyperparameter, option) -> group -> what it says at factor 1; 0 where it has no such option."""
+        found: dict[tuple[str, str], dict[Key, float]] = {}
+        for name, bound in self.options.items():
+            for option in _parts(bound):
+                now = self._settings(option)
+                left = self._left_references(option, now)
+                found[name, option] = (
+                    self._of_schedule(name, now, say) if option == "lr" and not left else {**now, **left}
+                )
+        return found
+
+    def _settings(self, option: str) -> dict[Key, float]:
+        """What each group says; 0 where it has no such option."""
+        return {
+            key: read_option(group, option) if option in self.rules[key[0]].tunable else 0.0
+            for key, group in self._groups()
+        }
+
+    def _left_references(self, option: str, now: Mapping[Key, float]) -> dict[Key, float]:
+        """What groups said at first to a tuner that is gone, where its number still stands."""
+        found = {}
+        for (o, g), x in now.items():
+            left = _LEFT.get(self._optimizers[o], {}).get((g, option))
+            if left is not None and left.written == x:
+                found[o, g] = left.reference
+        return found
+
+    def _of_schedule(self, name: str, now: dict[Key, float], say: bool) -> dict[Key, float]:
+        """The learning rates at factor 1: torch's schedulers keep them as initial_lr or max_lr.
+
+        A scheduler that is over leaves them behind. Where the groups say the tuned value itself once steps
+        were taken, that is factor 1.
+        """
+        known = dict(now)
+        for key, group in self._groups():
+            scheduled = _scheduled(group)
+            if "lr" in self.rules[key[0]].tunable:
+                known[key] = scheduled.get("max_lr", scheduled.get("initial_lr", now[key]))
+        stepped = any(getattr(self._optimizers[o], "_opt_called", False) for o, _ in now)
+        if not stepped or known == now:
+            return known
+        values = self._space[name].value.detach().flatten().tolist()
+        used = [x for x in now.values() if x]
+        said = [max(used, default=0.0)] if len(values) == 1 else used
+        if len(said) == len(values) and all(
+            math.isclose(a, b, rel_tol=1e-6) for a, b in zip(said, values, strict=True)
+        ):
+            return now
+        if say:
+            key = next(key for key in now if now[key] != known[key])
+            warnings.warn(
+                f"lr of a param_group is {now[key]:g}, but its scheduler says that it was {known[key]:g} at "
+                f"first; the tuned value counts times {now[key] / known[key]:g}. If that scheduler is over, "
+                "delete initial_lr and max_lr from the param_groups before the tuner is made.",
+                stacklevel=5,
+            )
+        return known
 
     def _chosen(self, bind: Bind) -> dict[str, str]:
         tunable = frozenset().union(*(rule.tunable for rule in self.rules))
@@ -248,21 +420,24 @@ class Binding:
             raise BindingError(
                 f"a bound option of {kinds} must be one of {', '.join(sorted(tunable))}, but got {option!r}."
             )
-        settings = self._first_settings(option)
-        sizes = {len(settings), sum(s != 0 for s in settings)} - {0}
+        settings = self._settings(option)
+        sizes = {len(settings), sum(s != 0 for s in settings.values())} - {0}
         if shape and (len(shape) > 1 or shape[0] not in sizes):
             allowed = " or ".join(f"({size},)" for size in sorted(sizes))
             raise BindingError(
                 f"a bound hyperparameter must have shape () or one entry per param_group, {allowed}, "
                 f"but {name} has {shape}."
             )
+        tensors = [id(x) for _, group in self._groups() if isinstance(x := group.get(option), Tensor)]
+        if shape and len(set(tensors)) < len(tensors):
+            raise BindingError(
+                f"param_groups share one tensor as their {option}, but {name} has an entry for each; give "
+                "each group a tensor of its own."
+            )
 
 
-def _setting(group: Mapping[str, Any], option: str) -> float:
-    """What a group says at factor 1: torch's schedulers keep the learning rate as initial_lr or max_lr."""
-    if option == "lr" and _scheduled(group):
-        return float(group.get("max_lr", group.get("initial_lr")))
-    return read_option(group, option) if option in read_options(group) else 0.0
+def _parts(option: str) -> tuple[str, ...]:
+    return ("beta1", "beta2") if option == "betas" else (option,)
 
 
 def _rounded(group: Mapping[str, Any], option: str, value: float) -> float:
@@ -271,9 +446,9 @@ def _rounded(group: Mapping[str, Any], option: str, value: float) -> float:
     return float(torch.tensor(value, dtype=now.dtype)) if isinstance(now, Tensor) else float(value)
 
 
-def _scheduled(group: Mapping[str, Any]) -> dict[str, Any]:
+def _scheduled(group: Mapping[str, Any]) -> dict[str, float]:
     return {
-        key: group[key]
+        key: float(group[key])
         for key in ("initial_lr", "max_lr")
         if isinstance(group.get(key), float | int | Tensor)
     }

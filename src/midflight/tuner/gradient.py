@@ -90,10 +90,10 @@ class _ExamplesSeen:
     """A hook that counts the examples that go through a model; it can be pickled with the model."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.over = 0, False
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model.training:
+        if model.training and not self.over:
             self.count += examples_of((args, kwargs)) or 0
 
 
@@ -142,6 +142,10 @@ class ReceivedGradient:
                 for key, hook in theirs:  # the user's hooks, such as clipping, must run after ours
                     del p._post_accumulate_grad_hooks[key]
                     p._post_accumulate_grad_hooks[key] = hook
+
+    def end(self) -> None:
+        """The loop's passes are over; examples that the model sees from now on are not its own."""
+        self._counter.over = True
 
     def rest(self) -> None:
         """Stop recording, and drop what was recorded."""

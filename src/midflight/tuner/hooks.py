@@ -21,9 +21,16 @@ class StepHooks:
         optimizers: each steps once in a training step.
         before: (optimizer, whether it is the first of them in this training step), with the final gradient.
         after: (optimizer, whether it is the last), once its weights have moved.
+        restore: called right after a step, before the hooks of the user, such as a scheduler's.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], before: Before, after: After) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        before: Before,
+        after: After,
+        restore: Callable[[], None],
+    ) -> None:
         self._optimizers = list(optimizers)
         self._before, self._after = before, after
         self._stepped: set[int] = set()
@@ -31,16 +38,21 @@ class StepHooks:
         self._removed = False
         self._pre = {id(o): o.register_step_pre_hook(self._on_step) for o in self._optimizers}
         self._post = {id(o): o.register_step_post_hook(self._on_stepped) for o in self._optimizers}
+        restored = torch.compiler.disable(lambda *_: restore())  # type: ignore[no-untyped-call]
+        self._first = {id(o): o.register_step_post_hook(restored) for o in self._optimizers}
+        for o in self._optimizers:
+            hooks = cast(OrderedDict[int, Any], o._optimizer_step_post_hooks)
+            hooks.move_to_end(self._first[id(o)].id, last=False)
 
     def remove(self) -> None:
         """Call back no more.
 
-        Called from `after`, it leaves one hook that does nothing: torch is going through them.
+        Called from `after`, it leaves hooks that do nothing: torch is going through them.
         """
         self._removed = True
         for hook in self._pre.values():
             hook.remove()
-        for key, hook in self._post.items():
+        for key, hook in [*self._post.items(), *self._first.items()]:
             if self._calling is None or key != id(self._calling):
                 hook.remove()
 

@@ -106,6 +106,8 @@ class HyperStep:
         self.received = ReceivedGradient(max_grad_norm)
         self._loss_reads: bool | None = True if binding.unbound else None
         """Whether the loss reads the space; None where it need not, until the first hyper-step."""
+        self._guessed = binding.guessed and bool(binding.options)
+        """Whether a name may be an option by accident, until the first hyper-step."""
         self._said_standing = False
         self._buffers = Watched(model)
 
@@ -134,32 +136,41 @@ class HyperStep:
         everywhere = {**grads, **self._standing(params)}
         if self._loss_reads is not False:
             self._buffers.end()
-        if self._loss_reads is None:
-            self._loss_reads = self._reads()
+        batch = None
+        self.received.end()
+        if self._guessed or self._loss_reads is None:
+            batch, read = self._reads()
+            self._binding.require_unread(read)
+            self._guessed, self._loss_reads = False, self._loss_reads or bool(read)
         clipped = self.received.jacobian(everywhere) if self._loss_reads else None
         live = {**dict(self._model.named_parameters()), **params}
         with self.live.borrowed():
             try:
                 self._space.requires_grad_(True)
-                return self._look(params, grads, clipped, live)
+                return self._look(params, grads, clipped, live, batch)
             finally:
                 for raw in self._space.raws.values():
                     raw.grad = None
                 self._space.requires_grad_(False)
 
-    def _reads(self) -> bool:
-        """Whether the training loss is a function of some hyperparameter, though all are options."""
-        raws = {id(raw) for raw in self._space.raws.values()}
+    def _reads(self) -> tuple[Any, set[str]]:
+        """A batch of T1, and the hyperparameters of which the training loss is a function there."""
+        names = {id(raw): name for name, raw in self._space.raws.items()}
         with self.live.borrowed():
             try:
                 self._space.requires_grad_(True)
-                loss = self.live.train_loss(self.train_loss, self.mixed.try_few(next(self.t1)))
-                return any(id(leaf) in raws for leaf in graph_leaves(loss))
+                batch = next(self.t1)
+                states = self.randomness.snapshot()
+                loss = self.live.train_loss(self.train_loss, self.mixed.try_few(batch))
+                self.randomness.rewind(states)
+                return batch, {names[id(leaf)] for leaf in graph_leaves(loss) if id(leaf) in names}
             finally:
                 self._space.requires_grad_(False)
 
-    def _look(self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors) -> Look:
-        batch = next(self.t1)
+    def _look(
+        self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors, batch: Any
+    ) -> Look:
+        batch = next(self.t1) if batch is None else batch
         step = self._step(params, grads, clipped, live, batch)
         steering = self._binding.steering if self.horizon.looks else []
         judged = [name for name in self._space if name not in steering]

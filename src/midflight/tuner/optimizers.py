@@ -12,11 +12,16 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 """One torch optimiser, a wrapper around one, or a list of those that train one model together."""
 
 
+WRAPPERS = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
+"""Packages whose optimisers step as the torch optimiser does that they hold as `.optimizer`."""
+
+
 def unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The torch optimisers in what a user passes: wrappers such as Accelerate's hold theirs as `.optimizer`.
+    """The torch optimisers in what a user passes: wrappers of `WRAPPERS` hold theirs as `.optimizer`.
 
     Raises:
-        UnsupportedOptimizer: there is no torch optimiser in it, or one comes twice.
+        UnsupportedOptimizer: there is no torch optimiser in it, or one comes twice, or a wrapper may have a
+            step of its own.
     """
     given = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
     found = [_innermost(entry) for entry in given]
@@ -30,14 +35,21 @@ def unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:
     seen = {id(optimizer)}
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        step = getattr(type(optimizer), "step", None)
+        if getattr(step, "__module__", "").partition(".")[0] not in WRAPPERS:
+            raise UnsupportedOptimizer(
+                f"a wrapper must come from {', '.join(sorted(WRAPPERS))}, but {type(optimizer).__name__} "
+                "does not and may step in its own way; pass the torch optimiser that it holds, if that one "
+                "takes every step itself."
+            )
         optimizer = optimizer.optimizer
         if id(optimizer) in seen:
             break
         seen.add(id(optimizer))
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UnsupportedOptimizer(
-            f"optimizer must be a torch optimiser or hold one as .optimizer, but got "
-            f"{type(optimizer).__name__}."
+            f"optimizer must be a torch optimiser, but got {type(optimizer).__name__}; pass the torch "
+            "optimiser that it holds."
         )
     return optimizer
 

@@ -112,7 +112,10 @@ class Replay:
         self._steps = 0
         self._space.requires_grad_(False)
         self._move()
-        self._hooks = StepHooks(optimizers, lambda o, _: self._binding.write(o), self._after_step)
+        self._binding.attach(self.detach)
+        self._hooks = StepHooks(
+            optimizers, lambda o, _: self._binding.write(o), self._after_step, self._binding.restore
+        )
 
     def detach(self) -> None:
         """Stop following; the space and the optimiser keep their values."""

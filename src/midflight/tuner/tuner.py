@@ -56,19 +56,23 @@ class Tuner:
 
     Args:
         model: the model being trained, compiled or not.
-        optimizer: the torch optimiser that trains it, or a wrapper that holds it as `.optimizer`; a list if
-            several train the model together, each stepping once in a training step.
+        optimizer: the torch optimiser that trains it, or the wrapper of Accelerate, Lightning or Fabric
+            around it; a list if several train the model together, each stepping once in a training step. A
+            tuner that holds it already is detached, with a warning.
         space: what is tuned.
         loss_fn: (model, batch) -> training loss, a scalar, the mean over the batch. It must be what the loop
-            minimises over an optimiser step, and read the hyperparameters where the loop does.
+            minimises over an optimiser step, and read the hyperparameters where the loop does. It must not
+            change state of its own, such as a counter, a tensor or an iterator: the tuner calls it as well, and
+            can put back modules and random generators only. It gets each batch in dicts and lists of its own.
         train_loader: batches of T1, such as the loop's own loader, which is not disturbed.
         valid_loader: batches of T2, validation data.
         valid_loss_fn: (model, batch) -> validation loss, a scalar, on batches of either loader; `loss_fn` by
-            default. Called in eval mode.
+            default. Called in eval mode, for the model and for other modules that it uses. It must read the
+            weights that the optimiser moves, and change no state of its own either.
         bind: hyperparameters that are options of the optimiser, as names that are both or {hyperparameter:
-            option}. None binds every name of the space that is an option. An option is the tuned value times
-            the factor that the loop's scheduler gives, for the length of a step. Param groups whose option is
-            0 while others' is not are left alone.
+            option}. None binds every name of the space that is an option; the loss must not read one of those
+            as well. An option is the tuned value times the factor that the loop's scheduler gives, for the
+            length of a step. Param groups whose option is 0 while others' is not are left alone.
         total_steps: optimiser steps of the whole run, over which hyper-steps anneal to zero. None: they
             shrink slowly and never end.
         schedule: when hyper-steps come: `FrontLoaded()` (one for 20 optimiser steps, most of them early),
@@ -158,7 +162,10 @@ class Tuner:
         self.trajectory.record(0, space)
         space.requires_grad_(False)
         self._due = False
-        self._hooks: StepHooks | None = StepHooks(self._optimizers, self._before_step, self._after_step)
+        self._binding.attach(self.detach)
+        self._hooks: StepHooks | None = StepHooks(
+            self._optimizers, self._before_step, self._after_step, self._binding.restore
+        )
         self._plan(hyper=False)
 
     def __enter__(self) -> "Tuner":
