@@ -184,7 +184,7 @@ MUTANTS = [
         "            self._hyperstep.params(), self.steps, None",
         HORIZON,
     ),
-    ("tuner/horizon.py", "steps >= self._steps + SAMPLED", "True", HORIZON),
+    ("tuner/horizon.py", "steps >= self._steps + max(SAMPLED, window / SAMPLES)", "True", HORIZON),
     ("tuner/horizon.py", "(1 - RECENT) * self._looks", "0", HORIZON),
     ("tuner/horizon.py", "STEADY * self.calm", "STEADY", HORIZON),
     ("tuner/horizon.py", "share = 1 / self._weight", "share = 1.0", HORIZON),

@@ -1,5 +1,7 @@
 """Where the tuner judges a step, and the two regimes that the averaged horizon tells apart."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from midflight.tuner.horizon import (
     MOST,
     OPEN_END,
     SAMPLED,
+    SAMPLES,
     STEADY,
     WINDOW,
     Averaged,
@@ -86,7 +89,7 @@ def test_a_restored_horizon_gives_averages_in_the_types_of_the_weights_before_it
 
 def test_the_average_reaches_back_over_a_share_of_the_run_also_in_bfloat16():
     horizon, expected = Averaged(), 1.0
-    for n in range(1, 201):
+    for n in range(1, 101):
         if n > 1:
             expected += min(1.0, 1 / (WINDOW * n)) * (n - expected)
         horizon.follow({"w": torch.full((3,), float(n), dtype=torch.bfloat16)}, SAMPLED * n)
@@ -94,7 +97,7 @@ def test_the_average_reaches_back_over_a_share_of_the_run_also_in_bfloat16():
     assert average.dtype == torch.bfloat16
     assert average.float() == pytest.approx(torch.full((3,), expected), rel=1e-2)
     exact = Averaged()
-    for n in range(1, 201):
+    for n in range(1, 101):
         assert exact.follow({"w": torch.full((3,), float(n), dtype=torch.float64)}, SAMPLED * n)
         not_yet = {"w": torch.full((3,), 1e9, dtype=torch.float64)}
         assert not exact.follow(not_yet, SAMPLED * n + 1)
@@ -107,9 +110,17 @@ def test_the_average_reaches_back_over_a_share_of_the_run_also_in_bfloat16():
 )
 def test_towards_the_end_of_a_run_the_average_is_shortened(progress, window):
     horizon = Averaged()
-    horizon.follow({"w": torch.zeros(3)}, 995, progress)
-    horizon.follow({"w": torch.ones(3)}, 995 + SAMPLED, progress)
-    assert horizon.average()["w"].tolist() == pytest.approx([SAMPLED / (window * 1000)] * 3)
+    horizon.follow({"w": torch.zeros(3)}, 990, progress)
+    horizon.follow({"w": torch.ones(3)}, 1000, progress)
+    assert horizon.average()["w"].tolist() == pytest.approx([10 / (window * 1000)] * 3)
+
+
+def test_a_long_average_is_sampled_more_rarely():
+    horizon = Averaged()
+    sampled = [n for n in range(1, 10_001) if horizon.follow({"w": torch.zeros(1)}, n)]
+    gaps = [(n, later - n) for n, later in pairwise(sampled)]
+    assert {gap for n, gap in gaps if n < 500} == {SAMPLED}
+    assert all(gap == pytest.approx(WINDOW * n / SAMPLES, abs=1 + 0.02 * gap) for n, gap in gaps if n > 1000)
 
 
 def decay_space(**more):
