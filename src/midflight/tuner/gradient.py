@@ -10,8 +10,9 @@ norm:
     g = a r, |g| stays          clipped by norm         (c / |r|) (1 - u u^T),  u = r / |r|
     |g| cut off at a number     clipped by value        1 where |g| is below it, else 0
 
-First, r is divided by the loss scale if a `GradScaler` applied one. `UnknownGradient` is raised if no row
-fits, if weights change between `backward` and `step`, or if gradients did not come from `backward`.
+Here c is the norm to which the loop clips. First, r is divided by the loss scale if a `GradScaler` applied
+one. `UnknownGradient` is raised if no row fits or if weights change between `backward` and `step`. It is also
+raised if gradients did not come from `backward`, unless `max_grad_norm` shows that they were not clipped.
 """
 
 import math
