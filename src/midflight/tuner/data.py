@@ -1,25 +1,28 @@
 """The tuner's own way through the user's loaders, and a few examples of a batch."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import io
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from midflight.errors import UnusableLoader
+from midflight.errors import InvalidLoss, UnusableLoader
 from midflight.tuner.randomness import (
     DEPTH,
+    ENTRIES,
     GENERATORS,
-    OBJECTS,
     NoRandomness,
     Randomness,
+    held,
+    parts_of,
     plain,
     restored,
 )
@@ -178,24 +181,28 @@ def own_copy(loader: Any) -> Any:
     """A loader with all that it and its parts keep between passes copied, such as counters and caches.
 
     Arrays, functions and random generators are shared, and so is what cannot be copied safely: iterators,
-        objects
-    with a finalizer, large containers.
+    objects with a finalizer, large containers.
     """
-    return _copied(loader, {}, DEPTH)
+    return _copied(loader, {}, DEPTH, ROOM)
 
 
-def _copied(thing: Any, known: dict[int, Any], depth: int) -> Any:
+ROOM = 10_000
+"""Entries of a container and of all containers within it that are copied."""
+
+
+def _copied(thing: Any, known: dict[int, Any], depth: int, room: int) -> Any:
     if id(thing) in known:
         return known[id(thing)]
     if depth == 0 or _is_shared(thing):
         return thing
     if isinstance(thing, list | tuple | dict | set):
-        if len(thing) > OBJECTS or type(thing) not in (list, tuple, dict, set):
+        if len(thing) > min(ENTRIES, room) or type(thing) not in (list, tuple, dict, set):
             return thing
+        room //= max(1, len(thing))
         if isinstance(thing, dict):
-            own: Any = {key: _copied(value, known, depth - 1) for key, value in thing.items()}
+            own: Any = {key: _copied(value, known, depth - 1, room) for key, value in thing.items()}
         else:
-            own = type(thing)(_copied(value, known, depth - 1) for value in thing)
+            own = type(thing)(_copied(value, known, depth - 1, room) for value in thing)
         known[id(thing)] = own
         return own
     try:
@@ -205,7 +212,7 @@ def _copied(thing: Any, known: dict[int, Any], depth: int) -> Any:
     known[id(thing)] = own
     if own is thing:  # its class wants to be shared
         return own
-    parts = {name: _copied(value, known, depth - 1) for name, value in vars(thing).items()}
+    parts = {name: _copied(value, known, depth - 1, room) for name, value in vars(thing).items()}
     if isinstance(thing, DataLoader):
         parts["_iterator"] = None  # of persistent workers
     own.__dict__.update(parts)  # past DataLoader's guard against changes
@@ -234,6 +241,58 @@ def require_many_passes(loader: Any, name: str) -> None:
             f"{name} must be iterable anew at each pass, such as a DataLoader or a list, but got the "
             f"iterator {type(loader).__name__}: batches taken by the tuner would be missing in the loop."
         )
+    for thing in held([loader], (Iterator, io.IOBase), _kept):
+        if not isinstance(thing, io.IOBase) or (not thing.closed and thing.readable()):
+            raise UnusableLoader(
+                f"{name} must open its files and make its iterators anew at each pass, but keeps the "
+                f"{type(thing).__name__} that the loop reads: rows taken by the tuner would be missing in "
+                "the loop. Call open or iter in __iter__."
+            )
+
+
+def _kept(thing: Any) -> list[Any]:
+    """What a loader keeps while it is read, but for a dataset that is read row by row."""
+    if isinstance(thing, Dataset) and not isinstance(thing, IterableDataset):
+        return []
+    if isinstance(thing, DataLoader):  # `own_copy` does not take over the iterator of its workers
+        return [value for name, value in vars(thing).items() if name != "_iterator"]
+    return parts_of(thing)
+
+
+def require_no_iterators(function: Any, name: str) -> None:
+    """Raise `InvalidLoss` for a loss that reads an iterator: what the tuner takes would be missing in the
+    loop."""
+    for thing in held([function], Iterator, _of_functions):
+        if not isinstance(thing, io.IOBase):
+            raise InvalidLoss(
+                f"{name} must not take anything out of an iterator, but reads the "
+                f"{type(thing).__name__} that it closes over: what the tuner takes would be missing in the "
+                "loop. Take it from the batch."
+            )
+
+
+def _of_functions(thing: Any) -> list[Any]:
+    return parts_of(thing) if isinstance(thing, FunctionType | MethodType | partial) else []
+
+
+def fresh(batch: Any) -> Any:
+    """The batch in containers of its own, since a loss may take parts out of them; without inference tensors,
+    which have no derivative."""
+    if isinstance(batch, Tensor):
+        return batch.clone() if batch.is_inference() else batch
+    if isinstance(batch, MutableMapping):
+        own = copy.copy(batch)
+        for key, value in batch.items():
+            if (new := fresh(value)) is not value:
+                own[key] = new
+        return own
+    if isinstance(batch, list | tuple):
+        parts = [fresh(value) for value in batch]
+        if type(batch) is list:
+            return parts
+        if any(new is not value for new, value in zip(parts, batch, strict=True)):
+            return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
 
 
 def examples_of(batch: Any) -> int | None:

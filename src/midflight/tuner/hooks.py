@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,17 @@ from midflight.tuner.gradient import calling_scaler, scaler_stage
 
 Before = Callable[[torch.optim.Optimizer, bool], None]
 After = Callable[[torch.optim.Optimizer, bool], None]
+
+
+def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, which runs outside where the user compiles a function that steps."""
+    outside = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+
+    @wraps(hook)
+    def call(*args: Any) -> Any:
+        return outside(*args) if torch.compiler.is_compiling() else hook(*args)
+
+    return call
 
 
 class StepHooks:
@@ -36,9 +48,10 @@ class StepHooks:
         self._stepped: set[int] = set()
         self._calling: torch.optim.Optimizer | None = None
         self._removed = False
-        self._pre = {id(o): o.register_step_pre_hook(self._on_step) for o in self._optimizers}
-        self._post = {id(o): o.register_step_post_hook(self._on_stepped) for o in self._optimizers}
-        restored = torch.compiler.disable(lambda *_: restore())  # type: ignore[no-untyped-call]
+        before_step, after_step = _untraced(self._on_step), _untraced(self._on_stepped)
+        self._pre = {id(o): o.register_step_pre_hook(before_step) for o in self._optimizers}
+        self._post = {id(o): o.register_step_post_hook(after_step) for o in self._optimizers}
+        restored = _untraced(lambda *_: restore())
         self._first = {id(o): o.register_step_post_hook(restored) for o in self._optimizers}
         for o in self._optimizers:
             hooks = cast(OrderedDict[int, Any], o._optimizer_step_post_hooks)

@@ -25,13 +25,13 @@ from midflight.problem import Dependence, Step, added
 from midflight.space import Space
 from midflight.trees import Tensors, all_finite, detach
 from midflight.tuner.binding import Binding
-from midflight.tuner.data import EndlessBatches, examples_of, require_many_passes
+from midflight.tuner.data import EndlessBatches, examples_of, require_many_passes, require_no_iterators
 from midflight.tuner.gradient import Clipped, ReceivedGradient, calling_scaler, scaler_stage
 from midflight.tuner.horizon import Horizon
-from midflight.tuner.live import LiveModel, Loss, preserved, weights_at
+from midflight.tuner.live import LiveModel, Loss, preserved, require_moved, weights_at
 from midflight.tuner.mixed_partial import MixedPartial
 from midflight.tuner.optimizers import named_parameters, require_real
-from midflight.tuner.randomness import Randomness
+from midflight.tuner.randomness import Randomness, held
 from midflight.tuner.running_statistics import (
     Layers,
     Passes,
@@ -92,13 +92,14 @@ class HyperStep:
         self._model, self._optimizers, self._space, self._binding = model, optimizers, space, binding
         self._require_smooth()
         self._estimator, self.horizon = estimator, horizon
-        of_modules = [list(vars(module).values()) for module in model.modules()]
-        self.randomness = Randomness([*loaders, *losses, *of_modules])
+        for name, function in zip(("loss_fn", "valid_loss_fn"), losses, strict=True):
+            require_no_iterators(function, name)
+        self.randomness = Randomness([*loaders, *losses, model])
         self.t1 = EndlessBatches(loaders[0], "train_loader", self.randomness)
         self.t2 = EndlessBatches(loaders[1], "valid_loader", self.randomness)
         own = {id(p) for p in model.parameters()}
         others = [p for _, p, *_ in named_parameters(model, optimizers) if id(p) not in own]
-        self.live = LiveModel(model, self.randomness, others)
+        self.live = LiveModel(model, self.randomness, others, held([*loaders, *losses, model], nn.Module))
         self.train_loss, self.valid_loss = losses
         self.mixed = MixedPartial(
             self.live, self.randomness, space, self.train_loss, examples, estimator.mixed
@@ -257,6 +258,7 @@ class HyperStep:
         finally:
             for name, flag in flags.items():
                 targets[name].requires_grad_(flag)
+        require_moved(self.valid_loss, targets, found)
         v = {name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()}
         return float(value), v, statistics
 

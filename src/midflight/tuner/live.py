@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from midflight.errors import InvalidLoss
 from midflight.graph import graph_nodes
 from midflight.trees import Tensors
+from midflight.tuner.data import fresh
 from midflight.tuner.randomness import Randomness
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -32,21 +33,30 @@ class LiveModel:
         model: the model being trained, compiled or not.
         randomness: the tuner's own random numbers.
         others: weights that are trained and not the model's.
+        beside: modules that the loss functions use beside the model, such as a head or a teacher.
     """
 
-    def __init__(self, model: nn.Module, randomness: Randomness, others: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        randomness: Randomness,
+        others: Iterable[Tensor] = (),
+        beside: Iterable[nn.Module] = (),
+    ) -> None:
         self.model = model
+        self._all = nn.ModuleList({id(m): m for m in [model, *beside]}.values())
         self._others = list(others)
         self._randomness = randomness
-        self._recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+        self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._all.modules())
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """For the length of a hyper-step: the model may be changed, and is put back."""
+        """For the length of a hyper-step: the model and the modules beside it may be changed, and are put
+        back."""
         with ExitStack() as stack:
             stack.enter_context(signals_wait())
             stack.enter_context(self._randomness.borrowed())
-            stack.enter_context(preserved(self.model, self._others))
+            stack.enter_context(preserved(self._all, self._others))
             stack.enter_context(_uncompiled())
             stack.enter_context(_no_autocast_cache())
             stack.enter_context(torch.enable_grad())
@@ -57,7 +67,7 @@ class LiveModel:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Eval mode; also for the backward pass, in which checkpoints compute again."""
-        with evaluating(self.model):
+        with evaluating(self._all):
             yield
 
     def valid_loss(self, function: Loss, batch: Any) -> Tensor:
@@ -99,7 +109,7 @@ class LiveModel:
 
     def _call(self, function: Loss, batch: Any) -> Tensor:
         torch.clear_autocast_cache()  # it may hold casts of other weights
-        return scalar_loss(function, function(self.model, batch))
+        return scalar_loss(function, function(self.model, fresh(batch)))
 
 
 def reenters(loss: Tensor) -> bool:
@@ -122,7 +132,7 @@ def _without_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
 
 def scalar_loss(function: Loss, loss: Any) -> Tensor:
     """`loss` if it is one number; raises `InvalidLoss` otherwise."""
-    name = getattr(function, "__name__", type(function).__name__)
+    name = _name(function)
     if not isinstance(loss, Tensor):
         raise InvalidLoss(f"{name} must return a scalar tensor, but returned {type(loss).__name__}.")
     if loss.numel() != 1:
@@ -136,6 +146,19 @@ def scalar_loss(function: Loss, loss: Any) -> Tensor:
             "torch.no_grad(), .detach() or .item() from it."
         )
     return loss.reshape(())
+
+
+def require_moved(function: Loss, weights: Tensors, found: Tensors) -> None:
+    """Raise `InvalidLoss` if none of the weights has a gradient: the loss is another model's."""
+    if weights and not weights.keys() & found.keys():
+        raise InvalidLoss(
+            f"{_name(function)} must read the weights that the optimiser moves, but reads none of them; "
+            "evaluate the model that it is called with, not a copy."
+        )
+
+
+def _name(function: Loss) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 @contextmanager

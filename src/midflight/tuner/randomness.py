@@ -5,23 +5,24 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
 SALT = 0x6D69_6466  # any number but 0: the tuner must not draw what the loop draws
-DEPTH, OBJECTS = 4, 500
-"""How far into a loader the tuner looks for generators and state."""
+DEPTH, OBJECTS, ENTRIES = 10, 20_000, 500
+"""How far into loaders and losses the tuner looks for generators and state: so many levels deep, at so many
+objects, and in containers of so many entries."""
 
 
 class Randomness:
     """Switches every random generator in reach to the tuner's own state for a while.
 
     Covered are the global generators of torch (CPU and CUDA), numpy and Python, and the generators that the
-    given objects, such as loaders, hold in their attributes. The global ones begin at a seed of their own,
-    the others where they stand.
+    given objects, such as loaders and losses, hold in their attributes or read. The global ones begin at a
+    seed of their own, the others where they stand.
 
     Args:
         holders: objects whose generators the user's loop may share.
@@ -29,13 +30,11 @@ class Randomness:
 
     def __init__(self, holders: Iterable[Any] = ()) -> None:
         seed = (torch.initial_seed() ^ SALT) % 2**32
-        found = {
-            id(g): g for holder in holders for g in _generators(holder) if g is not torch.default_generator
-        }
-        held = [_source(generator) for generator in found.values()]
+        found = [g for g in held(holders, GENERATORS) if g is not torch.default_generator]
         everyone = [_source(torch.default_generator), _numpy(), _python()]
-        self._sources = [*everyone, *held]
-        self._states: list[Any] = [*[None] * len(everyone), *[source.get() for source in held]]
+        theirs = [_source(generator) for generator in found]
+        self._sources = [*everyone, *theirs]
+        self._states: list[Any] = [*[None] * len(everyone), *[source.get() for source in theirs]]
         self._seed = seed
         self._borrowed = False
         self._cuda = 0
@@ -153,55 +152,67 @@ def _source(generator: Any) -> _Source:
 GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 
 
-def _generators(holder: Any) -> Iterator[Any]:
-    """The generators in the attributes of an object and of what it holds, a few levels deep."""
-    level, seen = [holder], {id(holder)}
+def held(
+    holders: Iterable[Any], kinds: Any, parts: Callable[[Any], Iterable[Any]] | None = None
+) -> list[Any]:
+    """Everything of these kinds that the objects are, hold or read, each once and a few levels deep.
+
+    Args:
+        holders: where to begin.
+        kinds: as for `isinstance`.
+        parts: what an object holds; by default whatever `parts_of` knows.
+    """
+    found: list[Any] = []
+    level, seen = list(holders), dict[int, Any]()
     for _ in range(DEPTH):
         following: list[Any] = []
-        for obj in level:
-            for value in [] if isinstance(obj, torch.nn.Module) else _parts(obj):
-                if isinstance(value, GENERATORS):
-                    yield value
-                elif id(value) not in seen and len(seen) < OBJECTS:
-                    seen.add(id(value))
-                    following.append(value)
+        for value in level:
+            for thing in value.modules() if isinstance(value, torch.nn.Module) else [value]:
+                if isinstance(thing, _ATOMS) or id(thing) in seen or len(seen) >= OBJECTS:
+                    continue
+                seen[id(thing)] = thing
+                if isinstance(thing, kinds):
+                    found.append(thing)
+                following += (parts or parts_of)(thing)
         level = following
+    return found
 
 
-def _parts(obj: Any) -> Iterable[Any]:
-    """What an object holds, or the code of its class reads of its module."""
-    if isinstance(obj, torch.Tensor | np.ndarray | str | bytes | int | float | type | type(sys)):
-        return ()
+_ATOMS = (torch.Tensor, np.ndarray, str, bytes, int, float, type, type(sys), type(None))
+
+
+def parts_of(obj: Any) -> list[Any]:
+    """What an object holds, and what its code reads: a closure, globals of its module."""
+    if isinstance(obj, GENERATORS):
+        return []
     if isinstance(obj, Mapping):
-        return list(obj.values())[:OBJECTS] if len(obj) <= OBJECTS else ()
+        return list(obj.values()) if len(obj) <= ENTRIES else []
     if isinstance(obj, list | tuple | set):
-        return obj if len(obj) <= OBJECTS else ()
+        return list(obj) if len(obj) <= ENTRIES else []
     if isinstance(obj, FunctionType):
-        return [
-            *(cell.cell_contents for cell in obj.__closure__ or () if _filled(cell)),
-            *_of_its_module(obj),
-        ]
+        return _read_by(obj)
     if isinstance(obj, partial):
         return [obj.func, *obj.args, *obj.keywords.values()]
-    own = [*vars(obj).values()] if hasattr(obj, "__dict__") else []
-    kinds = [kind for kind in type(obj).__mro__ if kind.__module__.partition(".")[0] not in _LIBRARIES]
-    for kind in kinds:
-        own += [getattr(obj, name) for name in _slots(kind) if hasattr(obj, name)]
-        own += [g for f in vars(kind).values() if isinstance(f, FunctionType) for g in _of_its_module(f)]
-    return [*own, getattr(obj, "__self__", None)]  # of a method
+    own = [getattr(obj, "__self__", None), getattr(obj, "__func__", None)]  # of a method
+    if hasattr(obj, "__dict__"):
+        own += [value for name, value in vars(obj).items() if name not in _TABLES]
+    for kind in type(obj).__mro__:
+        if not _is_library(kind.__module__):
+            own += [getattr(obj, name) for name in _slots(kind) if hasattr(obj, name)]
+            functions = (getattr(f, "__func__", f) for f in vars(kind).values())
+            own += [thing for f in functions if isinstance(f, FunctionType) for thing in _read_by(f)]
+    return own
 
 
-_LIBRARIES = {
-    "builtins",
-    "torch",
-    "numpy",
-    "random",
-    "abc",
-    "typing",
-    "collections",
-    "itertools",
-    "functools",
-}
+_TABLES = {"_parameters", "_buffers", "_modules"}
+"""Of a module, whose modules are gone through by themselves."""
+
+
+def _is_library(module: str) -> bool:
+    return module.partition(".")[0] in _LIBRARIES
+
+
+_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "midflight"}
 
 
 def _slots(kind: type) -> tuple[str, ...]:
@@ -209,10 +220,25 @@ def _slots(kind: type) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-def _of_its_module(function: FunctionType) -> list[Any]:
-    """The generators among the global names that a function reads."""
-    names = (function.__globals__.get(name) for name in function.__code__.co_names)
-    return [value for value in names if isinstance(value, GENERATORS)]
+def _read_by(function: FunctionType) -> list[Any]:
+    """What is in a function's closure and its defaults, and the globals that it names."""
+    closure = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    if _is_library(function.__globals__.get("__name__", "")):
+        return [*closure, *defaults]
+    names = set(_names(function.__code__))
+    known = [value for name, value in function.__globals__.items() if name in names]
+    modules = [m for m in known if isinstance(m, ModuleType) and not _is_library(m.__name__)]
+    of_modules = [value for m in modules for name, value in vars(m).items() if name in names]
+    return [*closure, *defaults, *known, *of_modules]
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names in a function and in those that are defined within it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def _filled(cell: Any) -> bool:

@@ -62,8 +62,8 @@ class Tuner:
         space: what is tuned.
         loss_fn: (model, batch) -> training loss, a scalar, the mean over the batch. It must be what the loop
             minimises over an optimiser step, and read the hyperparameters where the loop does. It must not
-            change state of its own, such as a counter, a tensor or an iterator: the tuner calls it as well, and
-            can put back modules and random generators only. It gets each batch in dicts and lists of its own.
+            change state of its own, such as a counter, a tensor or an iterator: the tuner calls it as well,
+            and puts back modules and random generators only. It gets each batch in containers of its own.
         train_loader: batches of T1, such as the loop's own loader, which is not disturbed.
         valid_loader: batches of T2, validation data.
         valid_loss_fn: (model, batch) -> validation loss, a scalar, on batches of either loader; `loss_fn` by
@@ -93,7 +93,9 @@ class Tuner:
         BindingError: a bound name is no hyperparameter, or no tunable option of the optimiser.
         UnsupportedOptimizer: there is no update rule for the optimiser.
         UnsupportedParameter: a weight is complex.
-        UnusableLoader: a loader is no iterable, or `train_loader` an iterator.
+        UnusableLoader: a loader is no iterable, or `train_loader` is an iterator or keeps one, or an open
+            file.
+        InvalidLoss: a loss reads an iterator; at a hyper-step, it is no scalar or not of these weights.
         UnknownName: there is no such estimator or horizon.
         UnsupportedSetting: torch.distributed runs several processes.
         SpaceError: the space has too many separate hyperparameters.
