@@ -91,6 +91,15 @@ def test_each_use_of_a_layer_counts_in_its_order(kind):
     assert found(USES[kind]) == pytest.approx(truth(USES[kind]), rel=EXACT)
 
 
+@pytest.mark.slow
+def test_each_use_counts_in_a_compiled_model():
+    def compiled(space: mf.Space) -> nn.Module:
+        return torch.compile(Twice(space, siamese=True), backend="aot_eager")
+
+    build = partial(loop_of, compiled)
+    assert found(build) == pytest.approx(truth(build), rel=EXACT)
+
+
 # --- passes of the loop -------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,8 @@ class Watched:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._owners: dict[str, nn.Module] = {}
+        """Modules with buffers of their own, by name."""
         self._before: dict[str, tuple[Tensor, int]] = {}
         self._counters: Tensors = {}
         self._known: set[str] = set()
@@ -88,14 +90,15 @@ class Watched:
 
     def begin(self) -> None:
         """The last optimiser step is over: count from here."""
-        self._before = {name: (b, _version(b)) for name, b in self._model.named_buffers()}
+        self._owners = {name: m for name, m in self._model.named_modules() if len(m._buffers)}
+        self._before = {name: (b, _version(b)) for name, b in self._buffers().items()}
         self._counters = {
             name: self._before[name][0].clone() for name in self._before if name.endswith(_COUNTER)
         }
 
     def end(self) -> None:
         """An optimiser step is about to be taken: note what moved until here."""
-        buffers = {name: b for name, b in self._model.named_buffers() if name in self._before}
+        buffers = {name: b for name, b in self._buffers().items() if name in self._before}
         self._moved = {n for n, b in buffers.items() if b.is_floating_point() and self._writes(n, b)}
         steps = {n: buffers[n] - before for n, before in self._counters.items() if n in buffers}
         device = next(iter(steps.values())).device if steps else None
@@ -103,7 +106,7 @@ class Watched:
         counted = dict(zip(steps, counts, strict=True))  # all at once: a GPU is waited for
         self.layers = {
             name: self._layer(f"{name}." if name else "", module, counted)
-            for name, module in self._model.named_modules()
+            for name, module in self._owners.items()
             if module.training and isinstance(getattr(module, "running_mean", None), Tensor)
         }
 
@@ -139,12 +142,20 @@ class Watched:
     @contextmanager
     def only(self, others: set[str]) -> Iterator[None]:
         """All buffers but these are put back."""
-        kept = {n: (b, b.clone()) for n, b in self._model.named_buffers() if n not in others}
+        kept = {n: (b, b.clone()) for n, b in self._buffers().items() if n not in others}
         try:
             yield
         finally:
             for buffer, value in kept.values():
                 buffer.data = value
+
+    def _buffers(self) -> Tensors:
+        return {
+            f"{prefix}.{name}" if prefix else name: b
+            for prefix, module in self._owners.items()
+            for name, b in module._buffers.items()
+            if b is not None
+        }
 
     def _layer(self, prefix: str, module: Any, counted: dict[str, int]) -> Layer:
         counter = getattr(module, _COUNTER, None)
