@@ -30,7 +30,7 @@ PROMOTED = RESUME + "a_promoted_trial_continues_bit_for_bit"
 WORKERS = RESUME + "ten_killed_workers_of_four_lose_and_repeat_nothing"
 KINDS = "tests/oracles/test_kinds.py"
 COMPILED, COHORT = "tests/oracles/test_compiled.py", "tests/parity/test_cohort.py"
-COST = "tests/e2e/test_cost.py"
+COST, BINDING = "tests/e2e/test_cost.py", "tests/faults/test_binding.py"
 RAY = "tests/search/test_ray.py::test_"
 MLP, AUTO, PARTS = (f"tests/automl/test_{name}.py::test_" for name in ("online_mlp", "auto", "parts"))
 KILLS = "ten_kills_at_random_moments_lose_and_repeat_nothing"
@@ -146,7 +146,7 @@ MUTANTS = [
         "steering = []",
         HORIZON,
     ),
-    ("tuner/binding.py", "(references[g] == 0 and any(references))", "False", TUNER),
+    ("tuner/binding.py", "(key in known and key not in used)", "False", TUNER),
     (
         "study/store.py",
         "INSERT OR IGNORE INTO arms",
@@ -643,7 +643,14 @@ MUTANTS = [
     ("space.py", "__array_priority__ = 1000", "_unused = 1000", PROPERTY),
     ("levels.py", "return value if _held is None else _held.setdefault(what, value)", "return value", CHECK),
     ("checking.py", "self._randomness.rewind(self._draws)", "pass", CHECK),
-    ("checking.py", "binding.detach()  # read only", "pass", CHECK),
+    ("tuner/binding.py", "_HOLDERS[optimizer] = WeakMethod(detach)", "pass", BINDING),
+    ("tuner/binding.py", "self._left[key, option] = own, written", "pass", BINDING),
+    ("tuner/binding.py", "if not stepped or known == now:", "if True:", BINDING),
+    ("tuner/binding.py", "if (key, option) in self._left:", "if False:", BINDING),
+    ("tuner/hooks.py", "hooks.move_to_end(self._first[id(o)].id, last=False)", "pass", BINDING),
+    ("tuner/hyperstep.py", "self._binding.require_unread(read)", "pass", BINDING),
+    ("tuner/hyperstep.py", "self.received.end()", "pass", BINDING),
+    ("tuner/optimizers.py", 'partition(".")[0] not in WRAPPERS', 'partition(".")[0] in ""', BINDING),
     ("tuner/mixed_partial.py", "self._randomness.rewind(after)", "pass", MIXED),
     (
         "tuner/binding.py",

@@ -181,7 +181,6 @@ class _Trial:
         self._model, self._space = model, space
         trained, optimizers = trained_parameters(model, optimizer), unwrapped(optimizer)
         binding = Binding(optimizers, space, bind)
-        binding.detach()  # read only
         self._randomness = Randomness()
         live = self._live = LiveModel(model, self._randomness)
         buffers = {name: _cast(b) for name, b in model.named_buffers()}
