@@ -109,7 +109,7 @@ class HyperStep:
         """Whether the loss reads the space; None where it need not, until the first hyper-step."""
         self._guessed = binding.guessed and bool(binding.options)
         """Whether a name may be an option by accident, until the first hyper-step."""
-        self._said_standing = False
+        self._said_standing = self._judged_reading = False
         self._buffers = Watched(model)
 
     def params(self) -> Tensors:
@@ -258,7 +258,9 @@ class HyperStep:
         finally:
             for name, flag in flags.items():
                 targets[name].requires_grad_(flag)
-        require_moved(self.valid_loss, targets, found)
+        if not self._judged_reading:
+            require_moved(self.valid_loss, targets, found)
+            self._judged_reading = True
         v = {name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()}
         return float(value), v, statistics
 

@@ -44,7 +44,11 @@ class LiveModel:
         beside: Iterable[nn.Module] = (),
     ) -> None:
         self.model = model
-        self._all = nn.ModuleList({id(m): m for m in [model, *beside]}.values())
+        self._all, known = nn.ModuleList(), set[nn.Module]()
+        for module in [model, *beside]:
+            if module not in known:
+                self._all.append(module)
+                known.update(module.modules())
         self._others = list(others)
         self._randomness = randomness
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._all.modules())

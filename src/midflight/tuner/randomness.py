@@ -4,7 +4,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -168,7 +168,8 @@ def held(
         following: list[Any] = []
         for value in level:
             for thing in value.modules() if isinstance(value, torch.nn.Module) else [value]:
-                if isinstance(thing, _ATOMS) or id(thing) in seen or len(seen) >= OBJECTS:
+                empty = isinstance(thing, dict | list | tuple) and not thing
+                if empty or isinstance(thing, _ATOMS) or id(thing) in seen or len(seen) >= OBJECTS:
                     continue
                 seen[id(thing)] = thing
                 if isinstance(thing, kinds):
@@ -226,19 +227,18 @@ def _read_by(function: FunctionType) -> list[Any]:
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     if _is_library(function.__globals__.get("__name__", "")):
         return [*closure, *defaults]
-    names = set(_names(function.__code__))
-    known = [value for name, value in function.__globals__.items() if name in names]
+    names, theirs = _names(function.__code__), function.__globals__
+    known = [theirs[name] for name in names if name in theirs]
     modules = [m for m in known if isinstance(m, ModuleType) and not _is_library(m.__name__)]
-    of_modules = [value for m in modules for name, value in vars(m).items() if name in names]
+    of_modules = [vars(m)[name] for m in modules for name in names if name in vars(m)]
     return [*closure, *defaults, *known, *of_modules]
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    """The names in a function and in those that are defined within it."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+@cache
+def _names(code: CodeType) -> tuple[str, ...]:
+    """The names in a function and in those within it, always in the same order."""
+    within = [name for c in code.co_consts if isinstance(c, CodeType) for name in _names(c)]
+    return tuple(dict.fromkeys([*code.co_names, *within]))
 
 
 def _filled(cell: Any) -> bool:
