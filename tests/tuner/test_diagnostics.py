@@ -61,3 +61,59 @@ def test_the_two_splits_need_two_batches_each():
     t = tuner(model, torch.optim.Adam(model.parameters()), s)
     with pytest.raises(ValueError, match="at least 2 batches"):
         t.report(third=[(X, Y), (X, Y)])
+
+
+def digits_like(loss_fn, s, **options):
+    """A tuner on a small network, and its loop."""
+    model = network(s) if "noise" in s else torch.nn.Linear(X.shape[1], 3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    t = mf.Tuner(model, optimizer, s, loss_fn, [(X, Y)], [(X, Y)], **options)
+    return t, model, optimizer
+
+
+def test_few_hyper_steps_are_reported_with_what_they_took():
+    s, now = space(), [0.0]
+
+    def clock():
+        now[0] += 1  # a second for each training step
+        return now[0]
+
+    def valid_loss_fn(model, batch):
+        now[0] += 20
+        return cross_entropy(model, batch)
+
+    budget = mf.TimeBudget(0.03, clock=clock)
+    t, model, optimizer = digits_like(cross_entropy, s, schedule=budget, valid_loss_fn=valid_loss_fn)
+    train(model, optimizer, 120)
+    (sentence,) = [line for line in t.report() if "hyper-steps in 120 optimiser steps" in line]
+    assert "of the training time" in sentence
+
+
+def test_a_hyperparameter_that_was_not_reached_yet_is_reported_before_it_is_an_error():
+    s = mf.Space(noise=mf.Float(0.0, 0.8), weight_decy=mf.Float(1e-4, 1e-1, log=True))
+    t, model, optimizer = digits_like(cross_entropy, s, schedule=2)
+    train(model, optimizer, 6)
+    assert any(line.startswith("weight_decy reached neither") for line in t.report())
+
+
+def test_a_validation_loss_that_reads_a_hyperparameter_is_reported():
+    s = mf.Space(smoothing=mf.Float(0.0, 0.5, init=0.1))
+
+    def loss_fn(model, batch):
+        return mf.losses.cross_entropy(model(batch[0]), batch[1], label_smoothing=s["smoothing"])
+
+    t, model, optimizer = digits_like(loss_fn, s, schedule=2)
+    train(model, optimizer, 6)
+    assert any("the validation loss itself reads smoothing" in line for line in t.report())
+    t, model, optimizer = digits_like(loss_fn, s, schedule=2, valid_loss_fn=cross_entropy)
+    train(model, optimizer, 6)
+    assert t.report() == []
+
+
+def test_arguments_in_another_order_are_refused_with_the_right_one():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters())
+    for wrong in [(optimizer, model, s, cross_entropy), (model, optimizer, cross_entropy, s)]:
+        with pytest.raises(TypeError, match=r"the order is Tuner\(model, optimizer, space, loss_fn"):
+            mf.Tuner(*wrong, [(X, Y)], [(X, Y)])

@@ -42,6 +42,7 @@ from midflight.tuner.running_statistics import (
 
 _BY_STATISTICS = (one_step, one_step_cheap, central_difference, forward_over_reverse)
 """Estimators of the whole step; the others are kept as published."""
+_RAW = "raw of "
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class HyperStep:
         self._guessed = binding.guessed and bool(binding.options)
         """Whether a name may be an option by accident, until the first hyper-step."""
         self._said_standing = self._judged_reading = False
+        self.read_in_validation: list[str] = []
+        """Hyperparameters that the validation loss is a function of; empty before the first hyper-step."""
         self._buffers = Watched(model)
 
     def params(self) -> Tensors:
@@ -137,8 +140,8 @@ class HyperStep:
         everywhere = {**grads, **self._standing(params)}
         if self._loss_reads is not False:
             self._buffers.end()
+            self.received.end()
         batch = None
-        self.received.end()
         if self._guessed or self._loss_reads is None:
             batch, read = self._reads()
             self._binding.require_unread(read)
@@ -247,18 +250,23 @@ class HyperStep:
         """C2 at other weights, with its gradient at those to be moved and at running statistics."""
         batch, passes = next(self.t2), Passes(layers)
         targets = {name: params[name] for name in grads}
+        first = not self._judged_reading
+        raws = {_RAW + name: raw for name, raw in self._space.raws.items()} if first else {}
         flags = {name: p.requires_grad for name, p in targets.items()}
         try:
             for p in targets.values():  # one that was frozen in mid-run may still be moved by its optimiser
                 p.requires_grad_(True)
             with weights_at(params, at), self.live.evaluating(), passes if layers else nullcontext():
                 loss = partial(self.live.valid_loss, self.valid_loss, batch)
-                value, found = self.live.gradients(loss, targets, lambda: passes.read)
+                value, found = self.live.gradients(loss, targets, lambda: passes.read | raws)
                 statistics = self._buffers.taken(passes, found)
         finally:
             for name, flag in flags.items():
                 targets[name].requires_grad_(flag)
         if not self._judged_reading:
+            self.read_in_validation = [
+                name for name in self._space if found.pop(_RAW + name, None) is not None
+            ]
             require_moved(self.valid_loss, targets, found)
             self._judged_reading = True
         v = {name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()}

@@ -36,6 +36,8 @@ from midflight.tuner.trajectory import Trajectory
 EXAMPLES = 32
 """Of a T1 batch for the mixed partial: with 8, runs end 7 % worse; with more, nothing is gained
 (measured)."""
+FEW = 10
+"""Hyper-steps in a whole run, and `report` says that they are few."""
 PATIENCE = 10
 """Hyper-steps without ever reaching a hyperparameter, and it counts as unreachable; undecided gradients
 alike."""
@@ -123,13 +125,12 @@ class Tuner:
         rollback: int | None = None,
         on_hyperstep: Callable[[int, dict[str, float]], Any] | None = None,
     ) -> None:
+        _require_order(model, space)
         if len(space) > MOST_ENTRIES:
             raise SpaceError(
                 f"a space must have at most {MOST_ENTRIES} separate hyperparameters, but has {len(space)}; "
                 "use one Float with shape=."
             )
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, but got {model!r}.")
         for name, function in (("loss_fn", loss_fn), ("valid_loss_fn", valid_loss_fn)):
             if not callable(function) and not (name == "valid_loss_fn" and function is None):
                 raise TypeError(f"{name} must be a function of (model, batch), but got {function!r}.")
@@ -224,11 +225,35 @@ class Tuner:
                 f"the run had {self.steps} optimiser steps, but total_steps={self._total}; hyper-steps "
                 "anneal over total_steps."
             )
+        found += self._silent()
         if third is not None:
             live = self._hyperstep.live
             with live.borrowed(), torch.no_grad():
                 loss = partial(live.valid_loss, self._hyperstep.valid_loss)
                 found += overfitted(loss, self._hyperstep.t2.whole_pass(), third)
+        return found
+
+    def _silent(self) -> list[str]:
+        """What went without an error, and may not be what the user wants."""
+        found = []
+        if self._hypersteps < FEW and self.steps >= 10 * FEW:
+            spent = getattr(self.schedule, "spent", None)
+            took = "" if spent is None else f", which took {spent:.1%} of the training time"
+            found.append(
+                f"there were {self._hypersteps} hyper-steps in {self.steps} optimiser steps{took}; "
+                "hyperparameters hardly move in so few: train longer, or allow more with schedule=."
+            )
+        never = [name for name, count in self._unreached.items() if count]
+        if never:
+            found.append(
+                f"{', '.join(never)} reached neither the training loss nor the optimiser at any hyper-step; "
+                "use it in the model or in loss_fn, or name it as the option that it is."
+            )
+        if self._hyperstep.read_in_validation:
+            found.append(
+                f"the validation loss itself reads {', '.join(self._hyperstep.read_in_validation)}, which is "
+                "then tuned to make it small; pass a valid_loss_fn that does not."
+            )
         return found
 
     def finish(self) -> dict[str, float]:
@@ -445,6 +470,15 @@ class Tuner:
         return len(now) != len(self._versions) or any(
             a is not b or i != j for (a, i), (b, j) in zip(now, self._versions, strict=True)
         )
+
+
+def _require_order(model: Any, space: Any) -> None:
+    for name, value, kind in (("model", model, nn.Module), ("space", space, Space)):
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"{name} must be a {kind.__name__}, but got a {type(value).__name__}; the order is "
+                "Tuner(model, optimizer, space, loss_fn, train_loader, valid_loader)."
+            )
 
 
 def _require_one_process() -> None:
