@@ -124,7 +124,9 @@ def test_a_choice_that_does_not_exist_is_refused_by_a_sentence_that_names_what_d
         noisy_loop().attach(**{name: value})
 
 
-@pytest.mark.parametrize("optimizer", [None, object(), [], "Adam"], ids=str)
+@pytest.mark.parametrize(
+    "optimizer", [None, object(), [], "Adam"], ids=["None", "an object", "a list", "a name"]
+)
 def test_what_is_no_optimiser_is_refused(optimizer):
     loop = noisy_loop()
     loop.optimizer = optimizer
@@ -132,7 +134,9 @@ def test_what_is_no_optimiser_is_refused(optimizer):
         loop.attach()
 
 
-@pytest.mark.parametrize("model", [None, 3, lambda x: x, nn.Linear], ids=str)
+@pytest.mark.parametrize(
+    "model", [None, 3, lambda x: x, nn.Linear], ids=["None", "a number", "a function", "a class"]
+)
 def test_what_is_no_model_is_refused_in_a_sentence(model):
     loop = noisy_loop()
     loop.model = model
