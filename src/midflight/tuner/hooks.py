@@ -51,8 +51,9 @@ class StepHooks:
         before_step, after_step = _untraced(self._on_step), _untraced(self._on_stepped)
         self._pre = {id(o): o.register_step_pre_hook(before_step) for o in self._optimizers}
         self._post = {id(o): o.register_step_post_hook(after_step) for o in self._optimizers}
-        restored = _untraced(lambda *_: restore())
-        self._first = {id(o): o.register_step_post_hook(restored) for o in self._optimizers}
+        self._restore = restore
+        just_stepped = _untraced(self._on_just_stepped)
+        self._first = {id(o): o.register_step_post_hook(just_stepped) for o in self._optimizers}
         for o in self._optimizers:
             hooks = cast(OrderedDict[int, Any], o._optimizer_step_post_hooks)
             hooks.move_to_end(self._first[id(o)].id, last=False)
@@ -92,6 +93,10 @@ class StepHooks:
         if scaler is not None:  # whose step it left out, for infinite gradients, counts as taken
             self._stepped |= {id(o) for o in self._optimizers if scaler_stage(scaler, o) == "STEPPED"}
         self._before(optimizer, not self._stepped)
+
+    def _on_just_stepped(self, *_: Any) -> None:
+        if not self._removed:
+            self._restore()
 
     def _on_stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._removed:
