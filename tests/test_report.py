@@ -364,6 +364,8 @@ def test_figures_hold_text_as_text_and_state_their_findings() -> None:
     assert "+12.22 %" in svgs["fig4"]
     assert "one_step is lower in 1 of 4 starts" in svgs["fig5"]
     assert "4 of 4 near 0" in svgs["fig1"]
+    three = replace(SPEC, estimator=("one_step", "paper", "default"))
+    assert "one_step is lower in 1 of 4 starts" in as_svg(all_figures(three, whole())["fig5"])
 
 
 @pytest.mark.parametrize(

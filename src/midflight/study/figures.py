@@ -563,7 +563,7 @@ def _side_by_side(
     pairs = np.array([(100 * b, 100 * a) for b, a in both if a is not None and b is not None]).reshape(-1, 2)
     _square(axis, pairs)
     axis.set(xlabel="test error tuned by paper (%)", ylabel=f"test error tuned by {names[0]} (%)")
-    comparison = next((c for c in network.comparisons if c.other == "paper"), None)
+    comparison = next((c for c in network.comparisons if (c.estimator, c.other) == (names[0], "paper")), None)
     if comparison is None or not len(pairs):
         axis.set_title("Test error at the end")
         _note(axis, f"No start has tuned arms of both\n{names[0]} and paper stored yet.")
