@@ -461,6 +461,21 @@ def test_a_sum_that_is_divided_and_clipped_is_right_once_it_was_seen_without_a_c
     assert found(build, steps=5, max_grad_norm=0.05) == pytest.approx(truth(build, steps=5), rel=EXACT)
 
 
+def clip_by_half_once(loop: Loop, batch: Any) -> None:
+    """Averaged by the losses; once the clip happens to divide by the number of passes."""
+    loop.count = getattr(loop, "count", 0) + 1
+    each = 0.5
+    if loop.count == 2:
+        grads = torch.autograd.grad(loop.loss_fn(loop.model, batch), weights(loop))
+        each *= 2 * 0.05 / float(torch.cat([g.flatten() for g in grads]).norm())
+    accumulate(loop, batch, each=each, norm=0.05)
+
+
+def test_a_clip_that_happens_to_divide_by_the_passes_is_no_division():
+    build = partial(noisy_loop, step=clip_by_half_once, **WEIGHT_DECAY)
+    assert found(build, steps=5, max_grad_norm=0.05) == pytest.approx(truth(build, steps=5), rel=EXACT)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_model_is_copied_and_saved_at_any_moment(copied):
     loop = noisy_loop().attach().run(1)

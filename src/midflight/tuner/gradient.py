@@ -248,14 +248,14 @@ class ReceivedGradient:
             except UnknownGradient as error:  # go on: the factors of the other groups are needed next time
                 unknown = error
                 continue
-            if abs(ratio * passes - 1) < SAME:
-                self._divides = True
             if clipped:
                 if self._divides:  # the sum was divided by the passes before it was clipped
                     ratio *= passes
                 unit = {name: g / size for name, g in together.items()}
                 norms.append((unit, ratio, size / (size + EPSILON * ratio)))
-            elif abs(ratio * passes - 1) >= SAME:
+            elif abs(ratio * passes - 1) < SAME:
+                self._divides = True
+            else:
                 factors |= dict.fromkeys(names, ratio)
         if unknown is not None:
             raise unknown
