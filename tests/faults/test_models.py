@@ -151,13 +151,20 @@ def checkpointed_dropout(reentrant: bool) -> Loop:
 
 
 def time_first(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    x, y = sequences(count, seed)
-    return x.transpose(0, 1), y
+    """Sequences with a class for each moment."""
+    x, _ = sequences(count, seed)
+    generator = torch.Generator().manual_seed(seed)
+    return x.transpose(0, 1), torch.randint(3, (7, count), generator=generator)
+
+
+def of_the_last_moment(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1][-1])
 
 
 class LastInTime(LastOf):
     def forward(self, x: Tensor) -> Tensor:
-        y, _ = self.layer(x + self.noise.level * self.noise.z.transpose(0, 1) if self.training else x)
+        z = self.noise.z.transpose(0, 1)[: len(x)]
+        y, _ = self.layer(x + self.noise.level * z if self.training else x)
         return self.out(y[-1])
 
 
@@ -165,7 +172,10 @@ def recurrent_time_first() -> Loop:
     """Dimension 0 of a batch is time, so that the first of it are no examples."""
     space = noise_space()
     model = LastInTime(nn.LSTM(4, 6), space)
-    return loop_of(model, space, train=time_first(12, 1), valid=time_first(20, 2), arguments={"examples": 3})
+    return loop_of(
+        model, space, of_the_last_moment, train=time_first(12, 1), valid=time_first(20, 2),
+        arguments={"examples": 3},
+    )  # fmt: skip
 
 
 def two_views() -> Loop:
@@ -260,6 +270,11 @@ LAYERS: dict[str, Callable[[], Loop]] = {
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_hypergradient_goes_through_the_layer(kind):
     assert found(LAYERS[kind]) == pytest.approx(truth(LAYERS[kind]), rel=EXACT)
+
+
+def test_a_part_of_a_batch_that_is_no_batch_gives_another_hypergradient():
+    """So that whole batches, as in LAYERS, are needed there."""
+    assert found(two_views, examples=4)["noise"] != pytest.approx(truth(two_views)["noise"], rel=0.01)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.7, None])

@@ -86,6 +86,33 @@ def test_a_pullback_in_blocks_is_the_pullback_of_each_weight(name, monkeypatch):
         assert float(derivatives[key]) == pytest.approx(total, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["Adam", "RMSprop", "SGD momentum"])
+def test_what_acts_like_the_loss_is_differentiated_at_the_blended_gradient_and_the_rest_at_the_steps_own(
+    name, monkeypatch
+):
+    w = Weights(next(n for n in NAMES if n.startswith(name)), monkeypatch)
+    for options in w.options:
+        for option, value in (("weight_decay", 0.1), ("lr", 0.01)):
+            options[option] = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+    v, others = ({n: torch.randn_like(p) for n, p in w.params.items()} for _ in range(2))
+    copies = {n: t.clone() for n, t in v.items()}
+    found, pairs = pull_back(copies, w.params, w.grads, w.states, w.updates, others, 0.3)
+    expected = {id(option): 0.0 for option, _ in pairs}
+    for n, u in w.updates.items():
+        blended = 0.7 * w.grads[n] + 0.3 * others[n]
+        for grad, options in ((blended, {"weight_decay"}), (w.grads[n], {"lr"})):
+            alone, tuned = updates.UpdateRule.pullback(
+                u.rule, v[n], w.params[n], grad, w.states[n], u.options
+            )
+            if grad is blended:
+                torch.testing.assert_close(found[n], alone, rtol=1e-9, atol=1e-12)
+            for option in options:
+                expected[id(u.options[option])] += float(tuned[option])
+    assert len(expected) == 4
+    for option, derivative in pairs:
+        assert float(derivative) == pytest.approx(expected[id(option)], rel=1e-9)
+
+
 def test_gradients_that_share_memory_are_pulled_back_as_others_are(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 14)
     whole = torch.randn(10, 5, dtype=torch.float64)
