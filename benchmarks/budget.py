@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import midflight as mf
-from midflight.machine import machine
+from midflight._reporting.machine import machine
 
 OUT = Path(__file__).parent.parent / "docs/results/budget.json"
 STEPS, TURN = 2000, 10

@@ -38,7 +38,7 @@ from sklearn.model_selection import train_test_split
 from tasks import RESULTS, Row, append, one_thread, rows
 
 import midflight as mf
-from midflight.machine import machine
+from midflight._reporting.machine import machine
 
 ROWS = RESULTS / "cash.jsonl"
 SECONDS = 20.0

@@ -136,7 +136,7 @@ def measure() -> dict[str, Any]:
     weights = sum(p.numel() * 4 for p in Work(None).model.parameters()) / 2**20
     plain, exact = peak("plain"), hypergradient("one_step")
     rows: list[dict[str, Any]] = []
-    for name in mf.ESTIMATORS:
+    for name in mf.hypergrad.ESTIMATORS:
         print(name, file=sys.stderr)
         try:
             errors = (hypergradient(name) / exact - 1).abs().tolist()

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 import midflight as mf
 from midflight import search
+from midflight._tensors import Tensors
+from midflight.datasets import Shuffled
 from midflight.search.problems import MLP_SPACE, network, optimizer_for
-from midflight.trees import Tensors
-from midflight.tuner.data import Shuffled
 from midflight.tuner.live import evaluating, weights_at
 from midflight.tuner.optimizers import trained_parameters
 

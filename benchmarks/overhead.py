@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from peers import PEERS, Midflight, Training
 
-from midflight.machine import machine
+from midflight._reporting.machine import machine
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs/results/overhead_seam.json"

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import midflight as mf
-from midflight.machine import machine
+from midflight._reporting.machine import machine
 
 RESULTS = Path(__file__).parent.parent / "docs/results"
 NETWORKS = {"64-64-64-10": [64, 64, 64, 10], "784-200-200-10": [784, 200, 200, 10]}

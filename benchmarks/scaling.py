@@ -27,7 +27,7 @@ from overhead import status
 from torch import Tensor, nn
 
 import midflight as mf
-from midflight.machine import machine
+from midflight._reporting.machine import machine
 
 OUT = Path(__file__).parent.parent / "docs/results/scaling.json"
 BATCH = 100

@@ -27,15 +27,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import midflight as mf
+from midflight.datasets import Shuffled, Split, load
 from midflight.hypergrad import ImplicitNeumann, Unrolled
-from midflight.study.data import load
-from midflight.tuner.data import Shuffled, Split
 
 OUT = Path(__file__).parent.parent / "docs/results"
 CURVATURES = torch.logspace(0, -2, 20)
 STEPS, COPIES, LOW, HIGH = 200, 2000, 1e-3, 1.0
-ESTIMATORS: dict[str, mf.Estimator] = {
-    "one_step": mf.ESTIMATORS["one_step"],
+ESTIMATORS: dict[str, mf.hypergrad.Estimator] = {
+    "one_step": mf.hypergrad.ESTIMATORS["one_step"],
     "unrolled 5": Unrolled(steps=5),
     "unrolled 20": Unrolled(steps=20),
     "implicit_neumann 20": ImplicitNeumann(terms=20),
@@ -88,7 +87,7 @@ class Targets:
             yield torch.randn(COPIES, len(CURVATURES))
 
 
-def tuned(estimator: mf.Estimator) -> tuple[Tensor, float]:
+def tuned(estimator: mf.hypergrad.Estimator) -> tuple[Tensor, float]:
     """(schedule, final expected loss) of SGD whose learning rate is tuned, from a start of 0.3."""
     torch.manual_seed(0)
     weights = nn.Parameter(10 * torch.randn(COPIES, len(CURVATURES)))
@@ -117,7 +116,7 @@ def tuned(estimator: mf.Estimator) -> tuple[Tensor, float]:
     return torch.tensor(rates), float(loss(model, 0.0).detach() + 0.5 * CURVATURES.sum())
 
 
-def digits(start: float, estimator: mf.Estimator | None) -> dict[str, float]:
+def digits(start: float, estimator: mf.hypergrad.Estimator | None) -> dict[str, float]:
     """Validation loss of an MLP whose learning rate starts at `start` and is tuned, or fixed if None."""
     torch.manual_seed(0)
     data = load("digits")

@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import midflight as mf
-from midflight.levels import default_floor
-from midflight.machine import machine
+from midflight._reporting.machine import machine
+from midflight.datasets import Shuffled, Split, load
+from midflight.nn.magnitude import default_floor
 from midflight.study.arm import mlp
-from midflight.study.data import load
-from midflight.tuner.data import Shuffled, Split
 from midflight.tuner.live import evaluating
 
 RESULTS = Path(__file__).parent.parent / "docs/results"

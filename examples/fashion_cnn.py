@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import midflight as mf
-from midflight.study.data import load
+from midflight.datasets import load
 
 MAGNITUDES = ("rotation", "translation", "scale", "shear", "brightness", "contrast")
 Split = tuple[Tensor, Tensor]
@@ -94,5 +94,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # more would only get into each other's way on networks this small
     try:
         main(**vars(parser.parse_args()))
-    except mf.MissingExtra as error:
+    except mf.errors.MissingExtra as error:
         parser.exit(1, f"{error}\n")

@@ -76,7 +76,7 @@ def train(space: mf.Space, texts: Tensor, valid: Tensor, letters: int, steps: in
 
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
         logits, smoothing = model(batch[:, :-1]), space["label_smoothing"]
-        return mf.losses.cross_entropy(logits, batch[:, 1:], label_smoothing=smoothing)
+        return mf.nn.losses.cross_entropy(logits, batch[:, 1:], label_smoothing=smoothing)
 
     tuner = mf.Tuner(
         model, optimizer, space, loss_fn, loader, valid.split(16), valid_loss_fn=cross_entropy,

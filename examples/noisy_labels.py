@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import midflight as mf
-from midflight.study.data import load
+from midflight.datasets import load
 
 EXAMPLES, BATCH, WRONG = 10_000, 100, 0.4
 Split = tuple[Tensor, Tensor]
@@ -60,7 +60,7 @@ def train(space: mf.Space, train: Split, valid: Split, epochs: int, tune: bool) 
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         x, y, places = batch
-        return mf.losses.cross_entropy(model(x), y, example_weight=space["weight"][places])
+        return mf.nn.losses.cross_entropy(model(x), y, example_weight=space["weight"][places])
 
     tuner = mf.Tuner(
         model, optimizer, space, loss_fn, loader, [valid], valid_loss_fn=cross_entropy,

@@ -70,8 +70,8 @@ def train(space: mf.Space, epochs: int, tune: bool) -> nn.Module:
     optimizer = torch.optim.Adam(model.parameters())
 
     def loss_fn(model: nn.Module, batch: Split) -> Tensor:
-        loss = mf.losses.cross_entropy(model(batch[0]), batch[1], label_smoothing=space["label_smoothing"])
-        return loss + space["l1"] * mf.penalties.l1(model.parameters())
+        loss = mf.nn.losses.cross_entropy(model(batch[0]), batch[1], label_smoothing=space["label_smoothing"])
+        return loss + space["l1"] * mf.nn.penalties.l1(model.parameters())
 
     tuner = mf.Tuner(
         model, optimizer, space, loss_fn, loader, [valid], valid_loss_fn=cross_entropy,

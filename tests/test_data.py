@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from midflight.datasets import Arrays, DatasetUnavailable, Raw, load
 from midflight.study import data
-from midflight.study.data import Arrays, DatasetUnavailable, Raw, load
 
 
 def tiny() -> Raw:

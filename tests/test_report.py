@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from midflight.study.figures import COLOURS, OTHER_COLOUR, WORSE, all_figures, as_svg, save
+from midflight._reporting.figures import WORSE, as_svg, save
+from midflight.study.figures import COLOURS, OTHER_COLOUR, all_figures
 from midflight.study.report import as_json, summary_table, write_report
 from midflight.study.spec import PRESETS, Arm, Kind, Spec
 from midflight.study.store import Result, Row, Store

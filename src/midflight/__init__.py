@@ -1,30 +1,12 @@
 """Tune the hyperparameters while the model trains."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from midflight import losses, nn, penalties
-from midflight.checking import CheckReport, check
-from midflight.errors import (
-    BindingError,
-    InvalidLoss,
-    MidflightError,
-    MissingExtra,
-    NoCompiler,
-    NoForwardMode,
-    NotTwiceDifferentiable,
-    SpaceError,
-    UnknownGradient,
-    UnknownName,
-    UnreachedHyperparameter,
-    UnsupportedOptimizer,
-    UnsupportedParameter,
-    UnsupportedSetting,
-    UnusableLoader,
-)
-from midflight.hypergrad import ESTIMATORS, Estimator, hypergradient
-from midflight.problem import Problem, Step
-from midflight.ranges import RANGES, default_range
-from midflight.space import Categorical, Float, Hyperparameter, Int, Space
+from midflight import errors, nn
+from midflight.gradcheck import CheckReport, check
+from midflight.hypergrad import hypergradient
+from midflight.space import Categorical, Float, Hyperparameter, Int, Space, default_range
 from midflight.tuner import (
     Averaged,
     Every,
@@ -40,7 +22,6 @@ from midflight.tuner import (
     param_groups,
     stacked,
 )
-from midflight.updates import RULES, Update, UpdateRule
 
 if TYPE_CHECKING:
     from midflight.automl import AutoClassifier as AutoClassifier
@@ -51,65 +32,39 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ESTIMATORS",
-    "RANGES",
-    "RULES",
     "Averaged",
-    "BindingError",
     "Categorical",
     "CheckReport",
-    "Estimator",
     "Every",
     "Float",
     "FrontLoaded",
     "Hyperparameter",
     "Int",
-    "InvalidLoss",
-    "MidflightError",
-    "MissingExtra",
     "NextStep",
-    "NoCompiler",
-    "NoForwardMode",
-    "NotTwiceDifferentiable",
     "Population",
-    "Problem",
     "Replay",
     "Rotation",
     "SignSteps",
     "Space",
-    "SpaceError",
-    "Step",
     "TimeBudget",
     "Trajectory",
     "Tuner",
-    "UnknownGradient",
-    "UnknownName",
-    "UnreachedHyperparameter",
-    "UnsupportedOptimizer",
-    "UnsupportedParameter",
-    "UnsupportedSetting",
-    "UnusableLoader",
-    "Update",
-    "UpdateRule",
     "check",
     "default_range",
+    "errors",
     "hypergradient",
-    "losses",
     "nn",
     "param_groups",
-    "penalties",
     "stacked",
 ]
+
+_AUTOML = ("AutoClassifier", "AutoRegressor", "OnlineMLPClassifier", "OnlineMLPRegressor")
 
 
 def __getattr__(name: str) -> Any:
     """What needs scikit-learn is imported when it is first used."""
-    if name not in ("AutoClassifier", "AutoRegressor", "OnlineMLPClassifier", "OnlineMLPRegressor"):
+    if name not in _AUTOML:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from midflight.search.engines import need
-
-    need("sklearn", "automl")
-    need("optuna", "automl")
-    from midflight import automl
-
-    return getattr(automl, name)
+    errors.require_extra("sklearn", "automl")
+    errors.require_extra("optuna", "automl")
+    return getattr(import_module("midflight.automl"), name)

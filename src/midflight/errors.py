@@ -1,8 +1,13 @@
 """What can go wrong at the border between a user's code and ours."""
 
+from importlib.util import find_spec
+
 
 class MidflightError(Exception):
     """Base of every error that midflight raises on purpose."""
+
+    exit_code = 2
+    """Of the command: 2 for bad input, 1 where the environment failed."""
 
 
 class SpaceError(MidflightError, ValueError):
@@ -63,3 +68,11 @@ class UnknownName(MidflightError, ValueError):
     def __init__(self, kind: str, name: object, known: object) -> None:
         names = ", ".join(str(k) for k in known) if hasattr(known, "__iter__") else str(known)
         super().__init__(f"{kind} must be one of {names}; got {name!r}.")
+
+
+def require_extra(module: str, extra: str) -> None:
+    """Raise `MissingExtra` if `module` is not installed."""
+    if find_spec(module) is None:
+        raise MissingExtra(
+            f"{module} is needed for this, but is not installed; pip install 'midflight[{extra}]'"
+        )

@@ -13,7 +13,7 @@ import midflight as mf
 from midflight.automl import network, online_mlp
 from midflight.automl.network import Recipe, followed, tuned
 from midflight.automl.validation import held_out
-from midflight.tuner.data import Split
+from midflight.datasets import Split
 
 STARTS = {"weight_decay": 1e-4, "noise": 0.2, "dropout": 0.1}
 
@@ -32,7 +32,7 @@ def test_the_three_move_from_their_starts_and_stay_in_their_ranges():
     x, y = load_breast_cancer(return_X_y=True)
     model = mf.OnlineMLPClassifier(max_steps=600, random_state=0).fit(x, y)
     for name, start in STARTS.items():
-        low, high = mf.RANGES[name].low, mf.RANGES[name].high
+        low, high = mf.space.RANGES[name].low, mf.space.RANGES[name].high
         moved = abs(float(model.trajectory_.at(1.0)[name]) - float(model.trajectory_.at(0.0)[name]))
         assert moved > 0.01  # of the range; one full sign step is 0.08
         assert low * (1 - 1e-6) <= model.values_[name] <= high * (1 + 1e-6)  # float32

@@ -135,7 +135,11 @@ def test_numbers_from_numpy_and_random_are_the_same_at_each_evaluation():
 
 def test_estimators_with_settings_of_their_own_are_told_apart():
     s = space()
-    estimators = [mf.hypergrad.Unrolled(steps=1), mf.hypergrad.Unrolled(steps=2), mf.ESTIMATORS["one_step"]]
+    estimators = [
+        mf.hypergrad.Unrolled(steps=1),
+        mf.hypergrad.Unrolled(steps=2),
+        mf.hypergrad.ESTIMATORS["one_step"],
+    ]
     report = checked(network(s), s, estimators=estimators)
     lines = {line.estimator: line for line in report.lines if line.hyperparameter == "noise"}
     assert list(lines) == ["Unrolled(steps=1)", "Unrolled(steps=2)", "one_step"]
@@ -235,5 +239,5 @@ def test_eval_mode_is_pointed_out():
 
 def test_bad_bindings_are_refused_as_the_tuner_does():
     s = space()
-    with pytest.raises(mf.BindingError):
+    with pytest.raises(mf.errors.BindingError):
         checked(network(s), s, bind=["decay"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from midflight.study.data import DatasetUnavailable
+from midflight.datasets import DatasetUnavailable
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import midflight as mf
-from midflight import ESTIMATORS, cli
+from midflight import cli
+from midflight.datasets import Shuffled, evaluate
+from midflight.gradcheck import KINDS, OPTIMIZERS
+from midflight.hypergrad import ESTIMATORS
 from midflight.hypergrad.one_step import OneStep
-from midflight.study.arm import evaluate, prepare, run_arm, seed_of
+from midflight.study.arm import prepare, run_arm, seed_of
 from midflight.study.run import run_study
 from midflight.study.spec import Arm, Spec, SpecError, preset
 from midflight.study.store import Result, Row, Store, StoreError, StoreUnavailable
-from midflight.testing import KINDS, OPTIMIZERS
-from midflight.tuner.data import Shuffled
 
 TINY = [
     *("--networks", "16", "--epochs", "4", "--train", "400", "--valid", "100", "--landscape", "2"),
@@ -342,7 +343,7 @@ def test_a_row_that_does_not_fit_is_an_error_and_leaves_the_others(tmp_path):
 
 
 def test_check_passes_and_its_json_says_the_same(monkeypatch, capsys):
-    monkeypatch.setattr("midflight.testing.table.SEEDS", 2)
+    monkeypatch.setattr("midflight.gradcheck.table.SEEDS", 2)
     code, out, _ = call(monkeypatch, capsys, "check", "--json")
     table = json.loads(out)
     assert code == 0
@@ -353,7 +354,7 @@ def test_check_passes_and_its_json_says_the_same(monkeypatch, capsys):
 
 
 def test_check_fails_when_an_estimator_is_wrong(monkeypatch, capsys):
-    monkeypatch.setattr("midflight.testing.table.SEEDS", 1)
+    monkeypatch.setattr("midflight.gradcheck.table.SEEDS", 1)
 
     class OnePercentTooLong(OneStep):
         def __call__(self, step, v):

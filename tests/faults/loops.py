@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import midflight as mf
-from midflight.testing.oracles import derivative
+from midflight.gradcheck.oracles import derivative
 
 STEPS = 4
 """A norm to which the loop clips is known from the second hyper-step on."""

@@ -95,7 +95,7 @@ def test_a_replay_takes_the_place_of_a_tuner():
 
 def test_a_refused_tuner_leaves_the_first_at_work():
     loop = loop_of(lr_space()).attach()
-    with pytest.raises(mf.BindingError):
+    with pytest.raises(mf.errors.BindingError):
         loop.attach(bind=["nothing"])
     assert used(loop, 2) == pytest.approx([0.05] * 2)
     assert lr(loop) == 0.1
@@ -163,7 +163,7 @@ def test_groups_may_share_one_tensor():
 
 def test_groups_that_share_one_tensor_cannot_be_tuned_apart():
     loop = loop_of(lr_space(shape=(2,)), lr=torch.tensor(0.1))
-    with pytest.raises(mf.BindingError, match="share one tensor"):
+    with pytest.raises(mf.errors.BindingError, match="share one tensor"):
         loop.attach()
 
 
@@ -234,7 +234,7 @@ def test_the_factor_of_a_learning_rate_that_was_0_is_not_known():
     for group in loop.optimizer.param_groups:
         group["lr"] = 0.1
     before = loop.model[0].bias.detach().clone()
-    with pytest.raises(mf.BindingError, match=r"lr of every param_group was 0 .* 0\.1 now"):
+    with pytest.raises(mf.errors.BindingError, match=r"lr of every param_group was 0 .* 0\.1 now"):
         loop.run(1)
     assert torch.equal(loop.model[0].bias, before)
     loop.tuner.detach()
@@ -284,7 +284,7 @@ def test_both_betas_follow_a_cycle_of_beta1():
 
 def test_two_hyperparameters_cannot_be_the_same_option():
     space = mf.Space(a=mf.Float(0, 1, init=0.1), b=mf.Float(0, 1, init=0.2))
-    with pytest.raises(mf.BindingError, match="once"):
+    with pytest.raises(mf.errors.BindingError, match="once"):
         loop_of(space).attach(bind={"a": "lr", "b": "lr"})
 
 
@@ -302,7 +302,7 @@ def test_a_group_without_an_entry_is_refused_in_a_sentence():
     space = mf.Space(weight_decay=mf.Float(1e-4, 1, log=True, shape=(2,), init=[0.1, 0.2]))
     loop = loop_of(space, weight_decay=0.5).attach().run(2)
     more(loop)
-    with pytest.raises(mf.BindingError, match="none for a group that was added"):
+    with pytest.raises(mf.errors.BindingError, match="none for a group that was added"):
         loop.run(1)
     loop.optimizer.param_groups[2]["weight_decay"] = 0.0
     loop.run(2)
@@ -378,7 +378,7 @@ def test_an_option_that_the_loss_reads_must_be_named(name, make, noisy):
             loop.model[1] = mf.nn.GaussianNoise(space["noise"])
         return loop.attach(**arguments)
 
-    with pytest.raises(mf.BindingError, match=rf"{name} is an option .* read by the loss; pass bind="):
+    with pytest.raises(mf.errors.BindingError, match=rf"{name} is an option .* read by the loss; pass bind="):
         build().run(2)
     build(bind=[name]).run(2)
     apart = build(bind=()).run(2)
@@ -435,7 +435,7 @@ def wrapper_of(package: str) -> type:
 def test_a_wrapper_that_may_step_in_its_own_way_is_refused(wrap):
     loop = loop_of(lr_space())
     loop.optimizer = wrap(loop.optimizer)
-    with pytest.raises(mf.UnsupportedOptimizer, match="pass the torch optimiser that it holds"):
+    with pytest.raises(mf.errors.UnsupportedOptimizer, match="pass the torch optimiser that it holds"):
         loop.attach()
 
 
@@ -445,7 +445,7 @@ def test_a_subclass_of_a_known_wrapper_with_its_own_step_is_refused():
     loop = loop_of(lr_space())
     held = loop.optimizer
     loop.optimizer = mine(held)
-    with pytest.raises(mf.UnsupportedOptimizer, match="Mine"):
+    with pytest.raises(mf.errors.UnsupportedOptimizer, match="Mine"):
         loop.attach()
     loop.optimizer = type("Same", (known,), {})(held)
     loop.attach()

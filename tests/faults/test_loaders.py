@@ -562,7 +562,7 @@ def test_finish_ends_with_a_valid_loader_that_does_not(kind):
     ids=lambda loader: type(loader).__name__,
 )
 def test_an_iterator_of_training_data_is_refused_since_the_loop_would_miss_its_batches(loader):
-    with pytest.raises(mf.UnusableLoader, match="would be missing"):
+    with pytest.raises(mf.errors.UnusableLoader, match="would be missing"):
         tuned(new_run(), loader, load())
 
 
@@ -573,7 +573,7 @@ def test_an_iterator_of_training_data_is_refused_since_the_loop_would_miss_its_b
 def test_what_is_no_loader_is_refused(loader, which):
     loaders = [load(), load()]
     loaders[which] = loader
-    with pytest.raises(mf.UnusableLoader, match=("train_loader", "valid_loader")[which]):
+    with pytest.raises(mf.errors.UnusableLoader, match=("train_loader", "valid_loader")[which]):
         tuned(new_run(), *loaders)
 
 

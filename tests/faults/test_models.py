@@ -518,7 +518,7 @@ def test_a_hyperparameter_that_is_missed_now_and_then_is_no_error(share):
 
 def test_a_hyperparameter_that_is_never_reached_is_an_error_in_a_sentence():
     loop = branching(0.0).attach()
-    with pytest.raises(mf.UnreachedHyperparameter, match="l2 did not in 10 hyper-steps"):
+    with pytest.raises(mf.errors.UnreachedHyperparameter, match="l2 did not in 10 hyper-steps"):
         loop.run(11)
 
 
@@ -528,7 +528,7 @@ def test_a_hyperparameter_whose_gradient_is_cut_is_an_error_in_a_sentence():
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         return cross_entropy(model, batch) + float(space["l2"]) * squares(model.parameters())
 
-    with pytest.raises(mf.UnreachedHyperparameter):
+    with pytest.raises(mf.errors.UnreachedHyperparameter):
         loop_of(network(), space, loss_fn).attach().run(11)
 
 

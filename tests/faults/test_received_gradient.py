@@ -194,7 +194,7 @@ UNKNOWN: dict[str, Callable[[Loop], None]] = {
 def test_what_cannot_be_told_is_refused_in_a_sentence(kind, optimizer):
     torch.manual_seed(0)
     loop = noisy_loop(optimizer, UNKNOWN[kind]).attach()
-    with pytest.raises(mf.UnknownGradient, match="between backward and step"):
+    with pytest.raises(mf.errors.UnknownGradient, match="between backward and step"):
         loop.run(12)
     assert loop.tuner.log()["undecided"] == 10
     assert not loop.tuner.hyper_optimizer.given  # and nothing has moved by a wrong one
@@ -401,7 +401,7 @@ def one_by_hand(loop: Loop, batch: Any) -> None:
 )  # fmt: skip
 def test_a_gradient_that_is_written_by_hand_is_refused_in_a_sentence(between, step):
     loop = noisy_loop(between=between, step=step).attach()
-    with pytest.raises(mf.UnknownGradient, match="must come from backward"):
+    with pytest.raises(mf.errors.UnknownGradient, match="must come from backward"):
         loop.run(12)
     assert not loop.tuner.hyper_optimizer.given
 
@@ -431,7 +431,7 @@ def decay_by_hand(loop: Loop) -> None:
 @pytest.mark.parametrize(("between", "step"), [(nothing, sharpness_aware), (decay_by_hand, take_step)])
 def test_weights_that_move_between_backward_and_step_are_refused_in_a_sentence(between, step):
     loop = noisy_loop(between=between, step=step).attach()
-    with pytest.raises(mf.UnknownGradient, match="weights must stand still between backward and step"):
+    with pytest.raises(mf.errors.UnknownGradient, match="weights must stand still between backward and step"):
         loop.run(12)
     assert not loop.tuner.hyper_optimizer.given
 
@@ -446,7 +446,7 @@ def each_steps_at_once(loop: Loop, batch: Any) -> None:
 def test_optimisers_that_step_on_gradients_of_their_own_are_refused_in_a_sentence():
     loop = two_optimisers()
     loop.between, loop.step = nothing, each_steps_at_once
-    with pytest.raises(mf.UnknownGradient, match="before the first optimiser"):
+    with pytest.raises(mf.errors.UnknownGradient, match="before the first optimiser"):
         loop.attach().run(20)
 
 
@@ -720,5 +720,5 @@ def test_muon_is_refused_for_what_the_loss_reads():
     loop = noisy_loop()
     matrices = [p for p in loop.model.parameters() if p.ndim == 2]
     loop.optimizer = torch.optim.Muon(matrices, lr=0.02)
-    with pytest.raises(mf.UnsupportedOptimizer, match="bfloat16"):
+    with pytest.raises(mf.errors.UnsupportedOptimizer, match="bfloat16"):
         loop.attach()

@@ -267,7 +267,7 @@ def test_a_loss_that_is_no_scalar_with_a_gradient_is_refused_by_name(what, which
         loop.step = lambda loop, batch: (plain(loop.model, batch).backward(), loop.optimizer.step())
     else:
         loop.valid_loss_fn = returning(what)
-    with pytest.raises(mf.InvalidLoss, match=r"my_loss must return"):
+    with pytest.raises(mf.errors.InvalidLoss, match=r"my_loss must return"):
         loop.attach().run(2)
 
 
@@ -285,7 +285,7 @@ def test_a_loss_under_no_grad_is_refused_by_name(which):
         loop.step = lambda loop, batch: (plain(loop.model, batch).backward(), loop.optimizer.step())
     else:
         loop.valid_loss_fn = my_loss
-    with pytest.raises(mf.InvalidLoss, match=r"my_loss must return .* gradient"):
+    with pytest.raises(mf.errors.InvalidLoss, match=r"my_loss must return .* gradient"):
         loop.attach().run(2)
 
 

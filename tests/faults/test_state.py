@@ -277,7 +277,7 @@ def test_a_loss_that_takes_batches_from_an_iterator_is_refused(which, iterator):
         "valid_loss_fn": None,
     }
     losses[which] = reading(iterator)
-    with pytest.raises(mf.InvalidLoss, match=f"^{which} must not take anything out of an iterator"):
+    with pytest.raises(mf.errors.InvalidLoss, match=f"^{which} must not take anything out of an iterator"):
         trained(backbone(), losses["loss_fn"], True, valid_loss_fn=losses["valid_loss_fn"])
 
 
@@ -421,7 +421,7 @@ def test_a_stream_that_shares_its_file_or_iterator_with_the_loop_is_refused(kind
     (tmp_path / "rows").write_text("\n".join(map(str, range(12))))
     stream = Lines(tmp_path / "rows") if kind == "a file" else Ongoing()
     try:
-        with pytest.raises(mf.UnusableLoader, match="train_loader must open its files"):
+        with pytest.raises(mf.errors.UnusableLoader, match="train_loader must open its files"):
             trained(backbone(), plain_loss, True, loader=Wrapped(stream) if wrap is list else wrap(stream))
     finally:
         if kind == "a file":
@@ -539,7 +539,7 @@ def test_a_step_that_the_user_compiles_gives_what_a_plain_one_gives():
 @pytest.mark.parametrize("horizon", ["run", "step"])
 def test_a_validation_loss_of_another_model_is_refused(horizon):
     copy = backbone()
-    with pytest.raises(mf.InvalidLoss, match="must read the weights that the optimiser moves"):
+    with pytest.raises(mf.errors.InvalidLoss, match="must read the weights that the optimiser moves"):
         trained(
             backbone(), plain_loss, True, horizon=horizon,
             valid_loss_fn=lambda model, batch: plain_loss(copy, batch),

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from midflight import updates
-from midflight.testing import OPTIMIZERS
-from midflight.trees import unalias
+from midflight._tensors import unalias
+from midflight.gradcheck import OPTIMIZERS
 from midflight.updates import Update, blocks, pull_back, read_options, rule_for, step_ahead
 
 SHAPES = {

@@ -15,7 +15,7 @@ SHAPES = [(70_000,), (300, 7), (5,), (1,), ()]  # the first is cut into blocks u
 def compiled():
     try:
         return CompiledAdam(torch.device("cpu"))
-    except mf.NoCompiler as error:
+    except mf.errors.NoCompiler as error:
         pytest.skip(str(error))
 
 
@@ -89,7 +89,7 @@ def test_a_missing_compiler_is_told_in_a_sentence(monkeypatch):
 
     _compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(mf.NoCompiler, match=r"C\+\+ compiler .* no g\+\+ here; install"):
+    with pytest.raises(mf.errors.NoCompiler, match=r"C\+\+ compiler .* no g\+\+ here; install"):
         Adam().compiled(torch.device("cpu"))
     _compiled.cache_clear()
 

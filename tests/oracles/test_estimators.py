@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import midflight as mf
+from midflight.gradcheck import OPTIMIZERS, central_difference, compare, loss_after, make_case, why_skipped
 from midflight.hypergrad import CLAIMS, ESTIMATORS
-from midflight.problem import Dependence, double_backward
-from midflight.testing import OPTIMIZERS, central_difference, compare, loss_after, make_case, why_skipped
+from midflight.hypergrad.problem import Dependence, double_backward
 from midflight.updates import SGD, Update
 
 KINDS = ["weight_decay", "noise"]  # the others are in test_kinds.py
@@ -61,7 +61,7 @@ def test_a_hypergradient_changes_nothing(estimator):
 def quadratic(lr, l2):
     """C1 = |theta - a|^2 / 2 with coupled L2 in the optimiser, C2 = |theta - b|^2 / 2."""
     a, b = torch.randn(2, 5, dtype=torch.float64)
-    problem = mf.Problem(
+    problem = mf.hypergrad.Problem(
         train_loss=lambda p, h: (h["curvature"] * (p["w"] - a) ** 2).sum() / 2,
         valid_loss=lambda p: ((p["w"] - b) ** 2).sum() / 2,
         updates=lambda h: {"w": Update(SGD(), {**SGD_OPTIONS, "lr": lr, "weight_decay": h["l2"]})},
@@ -129,13 +129,13 @@ def test_paper_eq_6_has_mean_zero_where_the_derivative_has_not():
 
 def test_paper_names_what_it_cannot_handle():
     problem, params, hparams, *_ = quadratic(0.1, 0.03)
-    with pytest.raises(mf.UnreachedHyperparameter, match="curvature"):
+    with pytest.raises(mf.errors.UnreachedHyperparameter, match="curvature"):
         mf.hypergradient(problem, params, hparams, {"w": {}}, "paper")
 
 
 def test_an_unreached_hyperparameter_is_an_error_that_names_it():
     problem, params, hparams, *_ = quadratic(0.1, 0.03)
-    with pytest.raises(mf.UnreachedHyperparameter, match="forgotten"):
+    with pytest.raises(mf.errors.UnreachedHyperparameter, match="forgotten"):
         mf.hypergradient(problem, params, {**hparams, "forgotten": torch.tensor(0.5)}, {"w": {}})
 
 
@@ -148,7 +148,7 @@ def test_an_estimator_of_ones_own_is_an_object_that_says_where_it_wants_v():
             return {name: (new[name] + p) / 2 for name, p in step.params.items()}
 
         def __call__(self, step, v):
-            return mf.ESTIMATORS["one_step"](step, v)
+            return mf.hypergrad.ESTIMATORS["one_step"](step, v)
 
     lr = 0.1
     problem, params, hparams, a, b = quadratic(lr, 0.03)
@@ -176,23 +176,23 @@ def test_a_gradient_that_is_clipped_before_the_step_is_pulled_back_through_its_j
     grads = problem.train_grads({"w": theta.clone().requires_grad_()}, hparams, create_graph=True)
     size = grads["w"].detach().norm()
     unit = grads["w"].detach() / size
-    step = mf.Step(
+    step = mf.hypergrad.Step(
         params=params, grads={"w": c * unit}, state={"w": {}}, updates=problem.updates(hparams),
         hparams=hparams, values=hparams,
         dependence=lambda: Dependence(lambda w: double_backward(grads, hparams, w)),
         clipped=lambda w: {"w": c / size * (w["w"] - unit * (unit @ w["w"]))},
     )  # fmt: skip
-    one_step = mf.ESTIMATORS["one_step"]
+    one_step = mf.hypergrad.ESTIMATORS["one_step"]
     found = one_step(step, problem.valid_grads(one_step.at(step)))
     for name, t in zip(hparams, truth, strict=True):
         torch.testing.assert_close(found[name], t)
-    with pytest.raises(mf.UnsupportedSetting, match="clipped gradients; use 'one_step'"):
-        mf.ESTIMATORS["unrolled"].at(step)
+    with pytest.raises(mf.errors.UnsupportedSetting, match="clipped gradients; use 'one_step'"):
+        mf.hypergrad.ESTIMATORS["unrolled"].at(step)
 
 
 def test_an_unknown_estimator_is_an_error_that_lists_the_known():
     problem, params, hparams, *_ = quadratic(0.1, 0.03)
-    with pytest.raises(mf.UnknownName, match="one_step"):
+    with pytest.raises(mf.errors.UnknownName, match="one_step"):
         mf.hypergradient(problem, params, hparams, {"w": {}}, "two_step")
 
 

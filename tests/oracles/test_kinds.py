@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import midflight as mf
-from midflight.testing import KINDS, OPTIMIZERS, central_difference, compare, make_case, why_skipped
+from midflight.gradcheck import KINDS, OPTIMIZERS, central_difference, compare, make_case, why_skipped
 
 DOUBLE = torch.float64
 
@@ -39,12 +39,12 @@ def test_a_kind_is_skipped_only_for_a_named_reason():
 
 
 def test_every_kind_has_a_range_and_every_range_a_kind():
-    ranges = [mf.RANGES[name].transform for name in mf.RANGES]
+    ranges = [mf.space.RANGES[name].transform for name in mf.space.RANGES]
     assert all(kind.spec.transform in ranges for kind in KINDS.values())
     renamed = {"decoupled_weight_decay"}  # its row is weight_decay under AdamW
-    assert set(mf.RANGES) - renamed <= set(KINDS)
+    assert set(mf.space.RANGES) - renamed <= set(KINDS)
     assert mf.default_range("dropout", init=0.3, shape=(4,)).shape == (4,)
-    with pytest.raises(mf.UnknownName, match="dropout"):
+    with pytest.raises(mf.errors.UnknownName, match="dropout"):
         mf.default_range("drop_out")
 
 
@@ -177,7 +177,7 @@ def test_cross_entropy_equals_torch(shape, reduction, smoothing, weighted, soft)
     logits, y = random_logits(shape)
     target = torch.randn_like(logits).softmax(1) if soft else y
     weight = torch.rand(4, dtype=DOUBLE) if weighted else None
-    ours = mf.losses.cross_entropy(
+    ours = mf.nn.losses.cross_entropy(
         logits, target, label_smoothing=smoothing, class_weight=weight, reduction=reduction
     )
     theirs = F.cross_entropy(logits, target, weight, label_smoothing=smoothing, reduction=reduction)
@@ -190,7 +190,7 @@ def test_temperature_and_focal_gamma_are_what_their_papers_say():
     logits, y = random_logits()
     p = (logits / 2).softmax(1)[torch.arange(7), y]
     torch.testing.assert_close(
-        mf.losses.cross_entropy(logits, y, temperature=2, focal_gamma=1.5),
+        mf.nn.losses.cross_entropy(logits, y, temperature=2, focal_gamma=1.5),
         (-((1 - p) ** 1.5) * p.log()).mean(),  # Lin et al. 2017, Eq. 4
     )
 
@@ -198,13 +198,13 @@ def test_temperature_and_focal_gamma_are_what_their_papers_say():
 def test_example_weights_multiply_and_do_not_compete():
     logits, y = random_logits()
     each, a = F.cross_entropy(logits, y, reduction="none"), torch.rand(7, dtype=DOUBLE, requires_grad=True)
-    found = mf.losses.cross_entropy(logits, y, example_weight=a)
+    found = mf.nn.losses.cross_entropy(logits, y, example_weight=a)
     torch.testing.assert_close(found, (a * each).mean())
     torch.testing.assert_close(torch.autograd.grad(found, a)[0], each / 7)
     pixels, labels = random_logits((7, 4, 3))
     each = F.cross_entropy(pixels, labels, reduction="none")
     torch.testing.assert_close(
-        mf.losses.cross_entropy(pixels, labels, example_weight=a, reduction="none"), a[:, None] * each
+        mf.nn.losses.cross_entropy(pixels, labels, example_weight=a, reduction="none"), a[:, None] * each
     )
 
 
@@ -219,7 +219,7 @@ def test_cross_entropy_is_twice_differentiable_in_logits_and_options_together():
     options = [torch.tensor(v, dtype=DOUBLE, requires_grad=True) for v in OPTIONS.values()]
 
     def loss(logits, *options):
-        return mf.losses.cross_entropy(logits, y, **dict(zip(OPTIONS, options, strict=True)))
+        return mf.nn.losses.cross_entropy(logits, y, **dict(zip(OPTIONS, options, strict=True)))
 
     assert torch.autograd.gradcheck(loss, (logits, *options))
     assert torch.autograd.gradgradcheck(loss, (logits, *options))
@@ -232,7 +232,7 @@ def test_extreme_logits_give_finite_losses_and_derivatives(dtype, gamma, y):
     logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0], [60.0, 0, 0]], dtype=dtype, requires_grad=True)
     options = {"label_smoothing": 0.0, "focal_gamma": gamma, "temperature": 1.0}
     options = {name: torch.tensor(v, dtype=dtype, requires_grad=True) for name, v in options.items()}
-    loss = mf.losses.cross_entropy(logits, torch.full((3,), y), **options)
+    loss = mf.nn.losses.cross_entropy(logits, torch.full((3,), y), **options)
     inputs = [logits, *options.values()]
     first = torch.autograd.grad(loss, inputs, create_graph=True)
     second = torch.autograd.grad(sum(g.sum() for g in first), inputs, materialize_grads=True)
@@ -242,8 +242,8 @@ def test_extreme_logits_give_finite_losses_and_derivatives(dtype, gamma, y):
 def test_masked_logits_of_minus_infinity_are_as_in_torch():
     logits = torch.tensor([[1.0, -math.inf, 0.5]], requires_grad=True)
     y = torch.tensor([0])
-    torch.testing.assert_close(mf.losses.cross_entropy(logits, y), F.cross_entropy(logits, y))
-    focal = mf.losses.cross_entropy(logits, y, focal_gamma=torch.tensor(0.5))
+    torch.testing.assert_close(mf.nn.losses.cross_entropy(logits, y), F.cross_entropy(logits, y))
+    focal = mf.nn.losses.cross_entropy(logits, y, focal_gamma=torch.tensor(0.5))
     assert bool(torch.isfinite(torch.autograd.grad(focal, logits)[0]).all())
 
 
@@ -255,8 +255,8 @@ def test_a_hyperparameter_stands_for_every_option_of_the_loss():
     space.requires_grad_()
     logits, y = random_logits()
     numbers = {name: torch.tensor(v, dtype=DOUBLE) for name, v in OPTIONS.items()}
-    loss = mf.losses.cross_entropy(logits, y, **{name: space[name] for name in space})
-    torch.testing.assert_close(loss, mf.losses.cross_entropy(logits, y, **numbers))
+    loss = mf.nn.losses.cross_entropy(logits, y, **{name: space[name] for name in space})
+    torch.testing.assert_close(loss, mf.nn.losses.cross_entropy(logits, y, **numbers))
     grads = torch.autograd.grad(loss, list(space.raws.values()))
     assert all(bool((g != 0).all()) for g in grads)
 
@@ -296,7 +296,7 @@ def test_a_hundred_thousand_example_weights_cost_no_more_operators_than_a_hundre
 
         def loss(model, batch, space=space):
             x, y, ids = batch
-            return mf.losses.cross_entropy(model(x), y, example_weight=space["w"][ids])
+            return mf.nn.losses.cross_entropy(model(x), y, example_weight=space["w"][ids])
 
         mf.Tuner(
             model, optimizer, space, loss, [batch], [batch], schedule=1, horizon="step", examples=64,
@@ -319,21 +319,21 @@ def test_a_hundred_thousand_example_weights_cost_no_more_operators_than_a_hundre
 def test_mixup_mixes_inputs_and_targets_alike_and_its_gradient_is_pathwise():
     x, y = torch.randn(9, 3, 2, dtype=DOUBLE), torch.eye(9, dtype=DOUBLE)
     s = torch.tensor(0.6, dtype=DOUBLE, requires_grad=True)
-    mixed_x, mixed_y = mf.losses.mixup(x, y, s)
+    mixed_x, mixed_y = mf.nn.losses.mixup(x, y, s)
     (slope,) = torch.autograd.grad(mixed_x.square().sum(), s)
     mixed_x, mixed_y = mixed_x.detach(), mixed_y.detach()
     torch.testing.assert_close(torch.einsum("nm,mij->nij", mixed_y, x), mixed_x)
     torch.testing.assert_close(mixed_y.sum(1), torch.ones(9, dtype=DOUBLE))
     assert float(mixed_y.diagonal().min()) >= 1 - 0.6 / 2
     assert float(slope) == pytest.approx(float(2 * (mixed_x * (mixed_x - x)).sum()) / 0.6)
-    same_x, same_y = mf.losses.mixup(x, y, 0.0)
+    same_x, same_y = mf.nn.losses.mixup(x, y, 0.0)
     assert torch.equal(same_x, x)
     assert torch.equal(same_y, y)
 
 
 def test_mixup_at_strength_one_has_the_moments_of_beta_one_one():
     x = torch.tensor([[0.0], [1.0]], dtype=DOUBLE).repeat(20_000, 1)
-    mixed, _ = mf.losses.mixup(x, x, 1.0)
+    mixed, _ = mf.nn.losses.mixup(x, x, 1.0)
     shares = (mixed - x).abs()[(mixed != x)]  # uniform in [0, 1/2]: mean 1/4, variance 1/48
     assert float(shares.mean()) == pytest.approx(1 / 4, abs=0.005)
     assert float(shares.var()) == pytest.approx(1 / 48, rel=0.03)
@@ -341,9 +341,9 @@ def test_mixup_at_strength_one_has_the_moments_of_beta_one_one():
 
 def test_mixup_and_reduction_refuse_what_they_cannot_do():
     with pytest.raises(ValueError, match="one_hot"):
-        mf.losses.mixup(torch.randn(3, 2), torch.tensor([0, 1, 2]), 0.5)
+        mf.nn.losses.mixup(torch.randn(3, 2), torch.tensor([0, 1, 2]), 0.5)
     with pytest.raises(ValueError, match="average"):
-        mf.losses.cross_entropy(torch.randn(3, 2), torch.tensor([0, 1, 0]), reduction="average")
+        mf.nn.losses.cross_entropy(torch.randn(3, 2), torch.tensor([0, 1, 0]), reduction="average")
 
 
 # ---- penalties
@@ -356,7 +356,7 @@ def test_an_l2_penalty_in_the_loss_is_the_weight_decay_of_sgd():
     penalised = torch.optim.SGD(b.parameters(), lr=0.1)
     x = torch.randn(4, 3)
     a(x).sum().backward()
-    (b(x).sum() + 0.3 * mf.penalties.l2(b.parameters())).backward()
+    (b(x).sum() + 0.3 * mf.nn.penalties.l2(b.parameters())).backward()
     decayed.step()
     penalised.step()
     torch.testing.assert_close(a.weight, b.weight)
@@ -364,22 +364,22 @@ def test_an_l2_penalty_in_the_loss_is_the_weight_decay_of_sgd():
 
 def test_penalties_are_their_formulas():
     w = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, -1.0]])
-    assert float(mf.penalties.l1([w, w])) == 16
-    assert float(mf.penalties.l2([w])) == 13
-    assert float(mf.penalties.activation_l2(w, 2 * w)) == pytest.approx(26 / 6 * 5)
-    assert float(mf.penalties.max_norm(w, 3.0)) == 4
-    assert float(mf.penalties.max_norm(w, torch.tensor([4.0, 1.0, 0.5]))) == 1.25
+    assert float(mf.nn.penalties.l1([w, w])) == 16
+    assert float(mf.nn.penalties.l2([w])) == 13
+    assert float(mf.nn.penalties.activation_l2(w, 2 * w)) == pytest.approx(26 / 6 * 5)
+    assert float(mf.nn.penalties.max_norm(w, 3.0)) == 4
+    assert float(mf.nn.penalties.max_norm(w, torch.tensor([4.0, 1.0, 0.5]))) == 1.25
     q = torch.linalg.qr(torch.randn(5, 5, dtype=DOUBLE)).Q[:3]
     for orthogonal in (q, q.T):
-        assert float(mf.penalties.orthogonality(orthogonal)) == pytest.approx(0)
-        assert float(mf.penalties.orthogonality(2 * orthogonal)) == pytest.approx(
+        assert float(mf.nn.penalties.orthogonality(orthogonal)) == pytest.approx(0)
+        assert float(mf.nn.penalties.orthogonality(2 * orthogonal)) == pytest.approx(
             27
         )  # (4 - 1)^2, three times
 
 
 def test_max_norm_has_finite_second_derivatives_at_a_row_of_zeros():
     w = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
-    (g,) = torch.autograd.grad(mf.penalties.max_norm(w, 1.0), w, create_graph=True)
+    (g,) = torch.autograd.grad(mf.nn.penalties.max_norm(w, 1.0), w, create_graph=True)
     (second,) = torch.autograd.grad(g.square().sum(), w)
     assert bool(torch.isfinite(second).all())
 
@@ -445,7 +445,7 @@ def test_weights_before_the_augmentation_are_differentiated_twice():
 
 def test_without_kornia_geometry_says_what_to_install_and_the_rest_works(monkeypatch):
     monkeypatch.setitem(sys.modules, "kornia.geometry.transform", None)
-    with pytest.raises(mf.MissingExtra, match=r"pip install midflight\[augment\]"):
+    with pytest.raises(mf.errors.MissingExtra, match=r"pip install midflight\[augment\]"):
         mf.nn.Augment(rotation=5.0)
     mf.nn.Augment(brightness=0.2, contrast=0.2, noise=0.1)(torch.rand(2, 1, 4, 4))
 

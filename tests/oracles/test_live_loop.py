@@ -19,7 +19,7 @@ from torch import nn
 
 import midflight as mf
 from midflight.errors import UnsupportedOptimizer
-from midflight.testing.oracles import derivative
+from midflight.gradcheck.oracles import derivative
 from midflight.tuner import gradient
 from midflight.tuner.binding import Binding
 from midflight.tuner.gradient import ReceivedGradient

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from midflight.testing import OPTIMIZERS
+from midflight.gradcheck import OPTIMIZERS
 from midflight.updates import RULES, UpdateRule, read_options
 
 ROWS = {

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import midflight as mf
+from midflight.gradcheck import OPTIMIZERS, compare, loss_after, make_case, why_skipped
 from midflight.hypergrad import ImplicitCG, ImplicitNeumann, Unrolled
-from midflight.solvers import conjugate_gradient, neumann
-from midflight.testing import OPTIMIZERS, compare, loss_after, make_case, why_skipped
+from midflight.hypergrad.solvers import conjugate_gradient, neumann
 from midflight.updates import SGD, Update
 
 SGD_OPTIONS = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "weight_decay": 0.0}
@@ -76,7 +76,7 @@ def ridge():
     h = x.T @ x / 20
 
     def problem(lr):
-        return mf.Problem(
+        return mf.hypergrad.Problem(
             train_loss=lambda p, _: ((x @ torch.cat([p["a"], p["b"]]) - y) ** 2).mean() / 2,
             valid_loss=lambda p: ((xv @ torch.cat([p["a"], p["b"]]) - yv) ** 2).mean() / 2,
             updates=lambda hp: {

@@ -62,13 +62,13 @@ def test_log_gradient_has_the_factor_ln10_times_value_per_decade():
     ],
 )
 def test_bad_bounds_are_refused_with_a_sentence(arguments, message):
-    with pytest.raises(mf.SpaceError, match=message):
+    with pytest.raises(mf.errors.SpaceError, match=message):
         mf.Float(*arguments)
 
 
 @pytest.mark.parametrize("shape", [3, (0,), (-1,), (2.0,), (True,), "ab", None])
 def test_a_shape_that_cannot_be_is_refused(shape):
-    with pytest.raises(mf.SpaceError, match="shape must be a tuple of whole numbers"):
+    with pytest.raises(mf.errors.SpaceError, match="shape must be a tuple of whole numbers"):
         mf.Float(0, 1, shape=shape)
 
 
@@ -80,7 +80,7 @@ def test_bounds_from_numpy_and_shapes_in_lists_are_taken():
 
 @pytest.mark.parametrize("name", ["", None, 3, ("a",)])
 def test_a_name_that_is_no_text_is_refused(name):
-    with pytest.raises(mf.SpaceError, match="name must be a printable text"):
+    with pytest.raises(mf.errors.SpaceError, match="name must be a printable text"):
         mf.Space({name: mf.Float(0, 1)})
 
 
@@ -88,17 +88,17 @@ def test_a_name_that_is_no_text_is_refused(name):
     "spec", [mf.Float(0.0, 1e39), mf.Float(1e-60, 1.0, log=True), mf.Float(1.0, 1.0 + 1e-9)]
 )
 def test_a_range_that_float32_cannot_hold_is_refused_but_float64_holds_it(spec):
-    with pytest.raises(mf.SpaceError, match=r"the range of x must fit into torch.float32"):
+    with pytest.raises(mf.errors.SpaceError, match=r"the range of x must fit into torch.float32"):
         mf.Space(x=spec)
     assert spec.low <= float(mf.Space({"x": spec}, dtype=torch.float64)["x"]) <= spec.high
 
 
 def test_an_empty_space_and_a_foreign_entry_are_refused():
-    with pytest.raises(mf.SpaceError, match="at least one"):
+    with pytest.raises(mf.errors.SpaceError, match="at least one"):
         mf.Space()
-    with pytest.raises(mf.SpaceError, match="must be a Float"):
+    with pytest.raises(mf.errors.SpaceError, match="must be a Float"):
         mf.Space(layers=3)
-    with pytest.raises(mf.UnknownName, match="noise"):
+    with pytest.raises(mf.errors.UnknownName, match="noise"):
         mf.Space(noise=mf.Float(0, 1))["nose"]
 
 
@@ -174,7 +174,7 @@ def test_state_round_trips_and_refuses_another_space():
     space.set(a=0.9, b=0.01)
     space.load_state_dict(state)
     assert space.as_dict()["a"] == pytest.approx(0.3)
-    with pytest.raises(mf.SpaceError, match="same space"):
+    with pytest.raises(mf.errors.SpaceError, match="same space"):
         mf.Space(c=mf.Float(0, 1)).load_state_dict(state)
 
 
@@ -208,7 +208,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     ]:
         space = mf.Space({"a": mf.Float(0, 1, init=0.3), **specs})
         before = space.as_dict()
-        with pytest.raises(mf.SpaceError, match=message):
+        with pytest.raises(mf.errors.SpaceError, match=message):
             space.load_state_dict(saved.state_dict())
         assert space.as_dict() == before
 

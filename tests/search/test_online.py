@@ -227,7 +227,7 @@ def test_a_missing_engine_names_its_extra(monkeypatch):
     from midflight.search import engines
 
     monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "smac" else True)
-    with pytest.raises(mf.MissingExtra, match=r"pip install 'midflight\[search\]'"):
+    with pytest.raises(mf.errors.MissingExtra, match=r"pip install 'midflight\[search\]'"):
         search.run(lambda trial: 1.0, SPACE, engine="smac", trials=1)
 
 

@@ -44,12 +44,12 @@ OPTIMIZER = mf.Categorical(["adam", "sgd"])
     ],
 )
 def test_a_space_that_cannot_be_is_refused_with_a_sentence(specs, message):
-    with pytest.raises(mf.SpaceError, match=message):
+    with pytest.raises(mf.errors.SpaceError, match=message):
         search.Space(specs)
 
 
 def test_a_name_declared_twice_is_refused():
-    with pytest.raises(mf.SpaceError, match="once, but x came twice"):
+    with pytest.raises(mf.errors.SpaceError, match="once, but x came twice"):
         search.Space({"x": mf.Int(1, 2)}, x=mf.Float(0, 1))
 
 
@@ -57,7 +57,9 @@ def test_an_online_whole_number_cannot_even_be_written_and_the_tuner_points_to_t
     with pytest.raises(TypeError, match="online"):
         mf.Int(1, 2, online=True)
     for spec in (mf.Int(1, 2), OPTIMIZER):
-        with pytest.raises(mf.SpaceError, match=r"has no gradient; declare it in a midflight\.search\.Space"):
+        with pytest.raises(
+            mf.errors.SpaceError, match=r"has no gradient; declare it in a midflight\.search\.Space"
+        ):
             mf.Space(x=spec)
 
 
@@ -74,7 +76,7 @@ def test_an_online_whole_number_cannot_even_be_written_and_the_tuner_points_to_t
     ],
 )
 def test_bad_declarations_are_refused_with_a_sentence(make, message):
-    with pytest.raises(mf.SpaceError, match=message):
+    with pytest.raises(mf.errors.SpaceError, match=message):
         make()
 
 
@@ -106,7 +108,7 @@ def spaces(draw):
         specs[f"h{n}"] = type(spec)(**{**vars(spec), "when": when or None})
     try:
         return search.Space(specs)
-    except mf.SpaceError:  # two conditions that exclude each other
+    except mf.errors.SpaceError:  # two conditions that exclude each other
         return search.Space(root=specs["root"])
 
 

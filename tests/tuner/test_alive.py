@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import midflight as mf
-from midflight import losses, penalties
+from midflight.nn import losses, penalties
 
 
 def tuned(spec, build, start, steps=60, every=1, seed=0, **options):
@@ -97,13 +97,13 @@ def test_learning_rate():
 def test_momentum():
     """Higher: the buffer points to the optimum, which stays far away at this learning rate."""
     build = far_from_the_optimum(lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9))
-    assert_moves("high", mf.RANGES["momentum"], build, bind={"h": "momentum"})
+    assert_moves("high", mf.space.RANGES["momentum"], build, bind={"h": "momentum"})
 
 
 def test_eps():
     """Lower: eps only shortens steps that already fall short."""
     build = far_from_the_optimum(lambda p: torch.optim.Adam(p, lr=1e-2))
-    assert_moves("low", mf.RANGES["eps"], build, bind={"h": "eps"})
+    assert_moves("low", mf.space.RANGES["eps"], build, bind={"h": "eps"})
 
 
 def test_beta1():
@@ -117,7 +117,7 @@ def test_beta1():
 
         return model, torch.optim.Adam(model.parameters(), lr=1e-2), train_loss, lambda m: -m.weight.sum()
 
-    assert_moves("high", mf.RANGES["beta1"], build, every=2, steps=120, bind={"h": "beta1"})
+    assert_moves("high", mf.space.RANGES["beta1"], build, every=2, steps=120, bind={"h": "beta1"})
 
 
 def test_beta2():
@@ -132,7 +132,7 @@ def test_beta2():
 
         return model, torch.optim.Adam(model.parameters(), lr=1e-2), train_loss, lambda m: -m.weight.sum()
 
-    assert_moves("low", mf.RANGES["beta2"], build, bind={"h": "beta2"})
+    assert_moves("low", mf.space.RANGES["beta2"], build, bind={"h": "beta2"})
 
 
 def too_long_weights(make_optimizer=sgd, penalty=None):
@@ -154,7 +154,7 @@ def too_long_weights(make_optimizer=sgd, penalty=None):
 def test_weight_decay(make):
     """Higher: `too_long_weights`."""
     build = too_long_weights(lambda model: make(model.parameters(), lr=1e-3))
-    assert_moves("high", mf.RANGES["weight_decay"], build, bind={"h": "weight_decay"})
+    assert_moves("high", mf.space.RANGES["weight_decay"], build, bind={"h": "weight_decay"})
 
 
 # ---- penalties
@@ -170,7 +170,7 @@ def test_weight_decay(make):
 )
 def test_penalties_of_the_norm(kind, penalty):
     """Higher: `too_long_weights`."""
-    assert_moves("high", mf.RANGES[kind], too_long_weights(penalty=penalty))
+    assert_moves("high", mf.space.RANGES[kind], too_long_weights(penalty=penalty))
 
 
 def test_max_norm_limit():
@@ -195,7 +195,7 @@ def test_activation_l2():
 
         return model, sgd(model), train_loss, lambda m: (m(x) - x @ true.T / 2).square().mean()
 
-    assert_moves("high", mf.RANGES["activation_l2"], build)
+    assert_moves("high", mf.space.RANGES["activation_l2"], build)
 
 
 def test_orthogonality():
@@ -210,7 +210,7 @@ def test_orthogonality():
 
         return model, sgd(model), train_loss, lambda m: (m.weight - q).square().sum()
 
-    assert_moves("high", mf.RANGES["orthogonality"], build)
+    assert_moves("high", mf.space.RANGES["orthogonality"], build)
 
 
 # ---- noise
@@ -237,7 +237,7 @@ def test_noise_and_dropout(kind, layer):
 
         return model, sgd(model, 0.1), train_loss, lambda m: (m(x) - x @ true.T / 2).square().mean()
 
-    assert_moves("high", mf.RANGES[kind], build, steps=120)
+    assert_moves("high", mf.space.RANGES[kind], build, steps=120)
 
 
 def test_noise_per_unit():
@@ -291,7 +291,7 @@ def test_label_smoothing():
     def loss(logits, y, h):
         return losses.cross_entropy(logits, y, label_smoothing=h)
 
-    assert_moves("high", mf.RANGES["label_smoothing"], one_logit(3.0, 1.0, 0.7, loss))
+    assert_moves("high", mf.space.RANGES["label_smoothing"], one_logit(3.0, 1.0, 0.7, loss))
 
 
 def test_focal_gamma():
@@ -384,7 +384,7 @@ def test_mixup():
 
         return model, sgd(model, 0.1), train_loss, lambda m: F.cross_entropy(m(x_valid), y_valid)
 
-    assert_moves("high", mf.RANGES["mixup"], build)
+    assert_moves("high", mf.space.RANGES["mixup"], build)
 
 
 # ---- augmentation
@@ -399,7 +399,7 @@ def test_augmentation(kind, magnitude):
     """Higher: a linear model must say 1 to a picture and to its changes; it does to the picture, all that
     training has, but it also looks along a direction in which the changes, validation's, differ."""
     pytest.importorskip("kornia")
-    spec = mf.RANGES[kind]
+    spec = mf.space.RANGES[kind]
 
     def build(h):
         rows, columns = torch.meshgrid(torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 8), indexing="ij")

@@ -100,7 +100,7 @@ def test_a_validation_loss_that_reads_a_hyperparameter_is_reported():
     s = mf.Space(smoothing=mf.Float(0.0, 0.5, init=0.1))
 
     def loss_fn(model, batch):
-        return mf.losses.cross_entropy(model(batch[0]), batch[1], label_smoothing=s["smoothing"])
+        return mf.nn.losses.cross_entropy(model(batch[0]), batch[1], label_smoothing=s["smoothing"])
 
     t, model, optimizer = digits_like(loss_fn, s, schedule=2)
     train(model, optimizer, 6)

@@ -9,7 +9,7 @@ from torch import nn
 from toys import Recorder, cross_entropy, train, tuner
 
 import midflight as mf
-from midflight.testing.oracles import derivative
+from midflight.gradcheck.oracles import derivative
 from midflight.tuner.horizon import (
     GAIN,
     LAST_WINDOW,
@@ -328,5 +328,5 @@ def test_a_state_saved_with_one_horizon_is_not_loaded_into_a_tuner_with_another(
 def test_a_horizon_of_another_name_is_refused():
     model = nn.Linear(8, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(mf.UnknownName, match="run, step"):
+    with pytest.raises(mf.errors.UnknownName, match="run, step"):
         tuner(model, optimizer, decay_space(), horizon="far")

@@ -175,7 +175,7 @@ def test_code_that_is_differentiable_once_only_is_differenced():
     found, t = hyper_step(smooth, middle=Fused)
     assert t.mixed_partial == "difference"
     torch.testing.assert_close(found, hyper_step(smooth)[0], rtol=1e-5, atol=0)
-    with pytest.raises(mf.NotTwiceDifferentiable, match="central_difference"):
+    with pytest.raises(mf.errors.NotTwiceDifferentiable, match="central_difference"):
         hyper_step(smooth, middle=Fused, estimator=OneStep(mixed="double backward"))
 
 

@@ -130,7 +130,7 @@ def test_so_it_does_compiled(optimizer, bind, estimator, device):
     torch.compiler.reset()  # torch runs what it has compiled for eight kinds of shapes as it is
     try:
         members_equal_loops(optimizer, bind, estimator, device, compile=True)
-    except mf.NoCompiler as error:
+    except mf.errors.NoCompiler as error:
         pytest.skip(str(error))
 
 
@@ -139,7 +139,7 @@ def test_compiled_weights_come_to_lie_in_memory_as_their_gradients_do():
     torch.compiler.reset()
     try:
         every_one = population(compile=True)
-    except mf.NoCompiler as error:
+    except mf.errors.NoCompiler as error:
         pytest.skip(str(error))
     copied = []
     batches = together(TRAIN)
@@ -254,9 +254,9 @@ def test_exploiting_comes_after_so_many_hyper_steps_by_the_mean_validation_loss(
     [
         ({"starts": {"noise": [0.1]}}, ValueError, "n noise, one per member"),
         ({"seeds": [1, 2]}, ValueError, "n seeds, one per member"),
-        ({"starts": {"noise": [0.1, 0.2, 2.0]}}, mf.SpaceError, "needed"),
-        ({"bind": ["nothing"]}, mf.BindingError, "nothing"),
-        ({"bind": {"smoothing": "lr"}}, mf.BindingError, "one number"),
+        ({"starts": {"noise": [0.1, 0.2, 2.0]}}, mf.errors.SpaceError, "needed"),
+        ({"bind": ["nothing"]}, mf.errors.BindingError, "nothing"),
+        ({"bind": {"smoothing": "lr"}}, mf.errors.BindingError, "one number"),
         ({"estimator": "unrolled"}, ValueError, "recorded graph"),
         ({"total_steps": float("nan")}, ValueError, "total_steps must be a whole number"),
         ({"exploit": 0}, ValueError, "exploit must be a whole number"),
@@ -272,7 +272,7 @@ def test_models_with_buffers_and_steps_that_mix_entries_are_refused():
         return lambda space: nn.Sequential(nn.Linear(4, 4, bias=False), kind(4))
 
     options = {"loss_fn": validate, "valid_loader": [0]}
-    with pytest.raises(mf.UnsupportedParameter, match="buffers"):
+    with pytest.raises(mf.errors.UnsupportedParameter, match="buffers"):
         mf.Population(2, build(nn.BatchNorm1d), space(), OPTIMIZERS["adam"], **options)
-    with pytest.raises(mf.UnsupportedOptimizer, match="elementwise"):
+    with pytest.raises(mf.errors.UnsupportedOptimizer, match="elementwise"):
         mf.Population(2, build(lambda n: nn.Linear(n, n, bias=False)), space(), torch.optim.Muon, **options)

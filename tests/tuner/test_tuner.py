@@ -12,7 +12,7 @@ from torch import nn
 from toys import Recorder, X, Y, as_it_steps, cross_entropy, network, space, train, tuner, weights
 
 import midflight as mf
-from midflight.testing import compare
+from midflight.gradcheck import compare
 from midflight.tuner.live import evaluating
 from midflight.updates import read_options
 
@@ -28,7 +28,7 @@ def reads_as_it_steps(optimizer, option):
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
-@pytest.mark.parametrize("estimator", sorted(set(mf.ESTIMATORS) - {"paper"}))
+@pytest.mark.parametrize("estimator", sorted(set(mf.hypergrad.ESTIMATORS) - {"paper"}))
 def test_the_live_loop_gives_the_hypergradient_of_the_pure_function(optimizer, estimator):
     s = space(torch.float64)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).double()
@@ -55,11 +55,13 @@ def test_the_live_loop_gives_the_hypergradient_of_the_pure_function(optimizer, e
     def updates(raws):
         with s.using(raws):
             options = {**read_options(optim.param_groups[0]), "weight_decay": s["weight_decay"].value}
-        return {n: mf.Update(mf.RULES[optimizer], options) for n, _ in model.named_parameters()}
+        return {
+            n: mf.updates.Update(mf.updates.RULES[optimizer], options) for n, _ in model.named_parameters()
+        }
 
     named = dict(model.named_parameters())
     state = {n: optim.state[p] for n, p in named.items()}
-    problem = mf.Problem(train_loss, lambda params: cross_entropy(at(params), batch), updates)
+    problem = mf.hypergrad.Problem(train_loss, lambda params: cross_entropy(at(params), batch), updates)
     expected = mf.hypergradient(problem, named, s.raws, state, estimator)
     train(model, optim, 1, batch, noisy)
     found = dict(zip(s, t.hyper_optimizer.seen[0], strict=True))
@@ -168,7 +170,7 @@ def test_a_step_with_a_closure_gives_the_same_hypergradients(positional):
 
 
 @pytest.mark.parametrize("horizon", ["run", "step"])
-@pytest.mark.parametrize("estimator", sorted(set(mf.ESTIMATORS) - {"paper"}))
+@pytest.mark.parametrize("estimator", sorted(set(mf.hypergrad.ESTIMATORS) - {"paper"}))
 def test_a_tuner_that_moves_nothing_leaves_the_run_bit_for_bit_as_it_was(estimator, horizon):
     """Weights, running averages, random numbers, and gradients of leaves that are no weights."""
 
@@ -195,7 +197,7 @@ def test_a_tuner_that_moves_nothing_leaves_the_run_bit_for_bit_as_it_was(estimat
     assert all(torch.equal(a, b) for a, b in zip(plain, tuned, strict=True))
 
 
-@pytest.mark.parametrize("estimator", sorted(mf.ESTIMATORS))
+@pytest.mark.parametrize("estimator", sorted(mf.hypergrad.ESTIMATORS))
 def test_at_learning_rate_zero_the_weights_stay_bit_identical(estimator):
     s = space()
     model = network(s)
@@ -526,7 +528,7 @@ def test_a_state_of_another_range_keeps_the_values_and_begins_a_trajectory_of_it
     assert float(wider["noise"]) == pytest.approx(value)
     assert again.steps == 5
     assert float(again.trajectory.at(1.0)["noise"]) == pytest.approx(value / 1.6)
-    with pytest.raises(mf.SpaceError, match="the saved noise does not fit"):
+    with pytest.raises(mf.errors.SpaceError, match="the saved noise does not fit"):
         made(mf.Float(0.79, 0.8))[3].load_state_dict(t.state_dict())
 
 
@@ -560,7 +562,7 @@ def test_detaching_stops_the_tuning_and_leaves_the_tuned_options():
 def test_a_binding_that_cannot_be_is_refused(bind, message):
     s = space()
     model = network(s)
-    with pytest.raises(mf.BindingError, match=message):
+    with pytest.raises(mf.errors.BindingError, match=message):
         tuner(model, torch.optim.Adam(model.parameters()), s, bind=bind)
 
 
@@ -685,7 +687,7 @@ def test_betas_are_bound_one_by_one():
 def test_a_shape_that_fits_no_groups_is_refused():
     s = mf.Space(weight_decay=mf.Float(1e-4, 1e-1, log=True, shape=(3,)))
     model = nn.Linear(8, 3)
-    with pytest.raises(mf.BindingError, match=r"one entry per param_group, \(1,\)"):
+    with pytest.raises(mf.errors.BindingError, match=r"one entry per param_group, \(1,\)"):
         tuner(model, torch.optim.Adam(model.parameters()), s)
 
 
@@ -698,7 +700,7 @@ def test_a_hyperparameter_used_nowhere_is_an_error_that_names_it_after_ten_hyper
     optimizer = torch.optim.Adam(model.parameters())
     tuner(model, optimizer, s, bind=())
     train(model, optimizer, 9)
-    with pytest.raises(mf.UnreachedHyperparameter, match="weight_decay did not in 10"):
+    with pytest.raises(mf.errors.UnreachedHyperparameter, match="weight_decay did not in 10"):
         train(model, optimizer, 1)
 
 
@@ -722,13 +724,13 @@ def test_sparse_and_complex_weights_and_foreign_optimizers_are_refused():
     sparse = nn.Embedding(5, 3, sparse=True)
     optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
     tuner(sparse, optimizer, s)
-    with pytest.raises(mf.UnsupportedParameter, match="sparse=False"):
+    with pytest.raises(mf.errors.UnsupportedParameter, match="sparse=False"):
         train(sparse, optimizer, 1, torch.tensor([1, 2]), lambda model, ids: model(ids).sum())
     phase = nn.Linear(2, 2, dtype=torch.complex64)
-    with pytest.raises(mf.UnsupportedParameter, match="complex64"):
+    with pytest.raises(mf.errors.UnsupportedParameter, match="complex64"):
         tuner(phase, torch.optim.SGD(phase.parameters(), lr=0.1), s)
     model = nn.Linear(2, 2)
-    with pytest.raises(mf.UnsupportedOptimizer, match="LBFGS"):
+    with pytest.raises(mf.errors.UnsupportedOptimizer, match="LBFGS"):
         tuner(model, torch.optim.LBFGS(model.parameters()), s)
 
 

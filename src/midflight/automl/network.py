@@ -13,11 +13,10 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor, nn
 
+from midflight.datasets import Shuffled, Split
 from midflight.nn import Dropout, GaussianNoise
-from midflight.ranges import default_range
-from midflight.space import Space
+from midflight.space import Space, default_range
 from midflight.tuner import Averaged, Replay, Trajectory, Tuner
-from midflight.tuner.data import Shuffled, Split
 from midflight.tuner.live import evaluating, weights_at
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -12,8 +12,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from midflight.automl.network import Loss, Recipe, followed, space_at, tuned
 from midflight.automl.validation import held_out
+from midflight.datasets import Split
 from midflight.tuner import Trajectory
-from midflight.tuner.data import Split
 
 Array = np.ndarray[Any, Any]
 

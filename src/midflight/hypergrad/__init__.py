@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
+from midflight._tensors import Tensors, detach, leaves
 from midflight.errors import UnknownName
-from midflight.graph import require_twice_differentiable
 from midflight.hypergrad.base import Estimator
+from midflight.hypergrad.graph import require_twice_differentiable
 from midflight.hypergrad.implicit import ImplicitCG, ImplicitNeumann, implicit_cg, implicit_neumann
 from midflight.hypergrad.mixed import mixed_partial_of
 from midflight.hypergrad.one_step import central_difference, forward_over_reverse, one_step, one_step_cheap
 from midflight.hypergrad.paper import paper
+from midflight.hypergrad.problem import Dependence, Problem, Step, double_backward, require_reached
 from midflight.hypergrad.t1t2 import t1t2
 from midflight.hypergrad.unrolled import Unrolled, unrolled
-from midflight.problem import Dependence, Problem, Step, double_backward, require_reached
-from midflight.trees import Tensors, detach, leaves
 from midflight.updates import State
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -115,6 +115,8 @@ __all__ = [
     "Estimator",
     "ImplicitCG",
     "ImplicitNeumann",
+    "Problem",
+    "Step",
     "Unrolled",
     "estimator_for",
     "hypergradient",

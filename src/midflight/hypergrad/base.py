@@ -6,8 +6,8 @@ caller asks for the place, takes v there, and hands it down.
 
 from typing import Protocol, runtime_checkable
 
-from midflight.problem import Step
-from midflight.trees import Tensors
+from midflight._tensors import Tensors
+from midflight.hypergrad.problem import Step
 
 
 @runtime_checkable

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from midflight._tensors import Tensors, add_scaled, leaves
 from midflight.hypergrad.mixed import train_loss_of
-from midflight.problem import Step, gradient
-from midflight.solvers import conjugate_gradient, neumann
-from midflight.trees import Tensors, add_scaled, leaves
+from midflight.hypergrad.problem import Step, gradient
+from midflight.hypergrad.solvers import conjugate_gradient, neumann
 
 
 @dataclass(frozen=True)

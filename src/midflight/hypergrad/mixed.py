@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from midflight._tensors import Tensors, add_scaled, leaves, norm
 from midflight.errors import NoForwardMode, UnsupportedSetting
-from midflight.problem import Step, TrainLoss, added, double_backward, gradient
-from midflight.trees import Tensors, add_scaled, leaves, norm
+from midflight.hypergrad.problem import Step, TrainLoss, added, double_backward, gradient
 from midflight.updates import pull_back
 
 WAYS = ("double backward", "forward mode", "difference")

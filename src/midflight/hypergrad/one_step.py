@@ -8,9 +8,9 @@ with v = dC2/dtheta taken after the step (exact) or before it (cheap).
 from dataclasses import dataclass
 from typing import Literal
 
+from midflight._tensors import Tensors
 from midflight.hypergrad.mixed import pullback
-from midflight.problem import Step
-from midflight.trees import Tensors
+from midflight.hypergrad.problem import Step
 
 
 @dataclass(frozen=True)

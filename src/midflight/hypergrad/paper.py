@@ -11,10 +11,10 @@ hence so has the estimate, at every noise level. Never a default.
 import torch
 from torch import Tensor
 
+from midflight._tensors import Tensors
 from midflight.errors import UnreachedHyperparameter
-from midflight.graph import Pairs
-from midflight.problem import Step
-from midflight.trees import Tensors
+from midflight.hypergrad.graph import Pairs
+from midflight.hypergrad.problem import Step
 from midflight.updates import tuned_options
 
 

@@ -5,9 +5,9 @@ dC2/dlambda = -eta d/dlambda <dC2/dtheta(theta'), dC1~/dtheta>     (Luketina et 
 
 from dataclasses import replace
 
+from midflight._tensors import Tensors
 from midflight.hypergrad.mixed import pullback
-from midflight.problem import Step
-from midflight.trees import Tensors
+from midflight.hypergrad.problem import Step
 from midflight.updates import SGD, Update
 
 _PLAIN = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, "maximize": False}

@@ -7,9 +7,9 @@
 
 from dataclasses import dataclass
 
+from midflight._tensors import Tensors, detach, leaves
 from midflight.hypergrad.mixed import train_loss_of
-from midflight.problem import Step, gradient
-from midflight.trees import Tensors, detach, leaves
+from midflight.hypergrad.problem import Step, gradient
 from midflight.updates import State
 
 

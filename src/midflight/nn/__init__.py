@@ -1,7 +1,8 @@
-"""Layers that read a hyperparameter."""
+"""What reads a hyperparameter: layers, losses and penalties."""
 
+from midflight.nn import losses, penalties
 from midflight.nn.augment import Augment
 from midflight.nn.dropout import Dropout
 from midflight.nn.noise import GaussianNoise, MultiplicativeNoise
 
-__all__ = ["Augment", "Dropout", "GaussianNoise", "MultiplicativeNoise"]
+__all__ = ["Augment", "Dropout", "GaussianNoise", "MultiplicativeNoise", "losses", "penalties"]

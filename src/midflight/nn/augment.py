@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from midflight.errors import MissingExtra
-from midflight.levels import Level, default_floor, describe, drawn
+from midflight.nn.magnitude import Level, default_floor, describe, drawn
 
 GEOMETRY = ("rotation", "translation", "scale", "shear")
 

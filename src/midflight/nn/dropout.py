@@ -16,7 +16,7 @@ for a Bernoulli variable of this scale.
 import torch
 from torch import Tensor, nn
 
-from midflight.levels import Level, constant, default_floor, describe, drawn
+from midflight.nn.magnitude import Level, constant, default_floor, describe, drawn
 from midflight.space import Hyperparameter
 
 

@@ -10,7 +10,7 @@ an unbiased estimate of the derivative of the expected loss.
 import torch
 from torch import Tensor, nn
 
-from midflight.levels import Level, default_floor, describe, drawn
+from midflight.nn.magnitude import Level, default_floor, describe, drawn
 
 
 class _Noise(nn.Module):

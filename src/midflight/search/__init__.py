@@ -33,9 +33,9 @@ def __getattr__(name: str) -> Any:
     """`run`, `Result` and `Record` need Optuna, and are imported when they are first used."""
     if name not in ("run", "Result", "Record"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from midflight.search.engines import need
+    from midflight.errors import require_extra
 
-    need("optuna", "search")
+    require_extra("optuna", "search")
     from midflight.search import ledger
     from midflight.search import search as module
 

@@ -15,9 +15,13 @@ class SearchError(MidflightError, ValueError):
 class StorageLost(MidflightError, OSError):
     """The storage of a search could be reached, and then no longer."""
 
+    exit_code = 1
+
 
 class ObjectiveFailed(MidflightError, RuntimeError):
     """The first trials all failed, so the next ones would."""
+
+    exit_code = 1
 
 
 class Interrupted(KeyboardInterrupt):

@@ -9,10 +9,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from midflight._reporting.figures import INK, MUTED, RULE, WORSE, style
 from midflight.search.ledger import Record, best
 from midflight.search.space import Config, Space, Spec, unit
 from midflight.space import Categorical, Float
-from midflight.study.figures import INK, MUTED, RULE, WORSE, style
 
 ACCENT = "#0072b2"
 COLOURS = {"complete": ACCENT, "pruned": "#8d97a5", "unfinished": "#c9ced6", "failed": WORSE}

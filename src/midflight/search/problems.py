@@ -14,16 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import midflight.nn as mfnn
+from midflight.datasets import DATASETS, Shuffled, Split, evaluate, load
 from midflight.errors import MidflightError
-from midflight.ranges import default_range
 from midflight.search.errors import SearchError
 from midflight.search.space import Config, Space
 from midflight.search.trial import Objective, Trial
-from midflight.space import Categorical, Float, Int
-from midflight.study.arm import evaluate
-from midflight.study.data import DATASETS, load
+from midflight.space import Categorical, Float, Int, default_range
 from midflight.tuner import Tuner
-from midflight.tuner.data import Shuffled, Split
 
 BATCH = 128
 VALID = 1 / 6  # of the training images tune and judge, as 10,000 of MNIST's 60,000 usually do
@@ -54,7 +51,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Mlp:
-    """Trains a multilayer perceptron on a dataset of `midflight.study.data`; searched over `MLP_SPACE`.
+    """Trains a multilayer perceptron on a dataset of `midflight.datasets`; searched over `MLP_SPACE`.
 
     The validation loss is that of the weights at hand; after the last epoch, of those that
     `Tuner.finish` chose. The test error after the last epoch is reported beside it and used for nothing.

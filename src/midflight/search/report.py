@@ -10,10 +10,10 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from rich.table import Table
 
+from midflight._reporting.figures import replace_file, save
 from midflight.search.figures import all_figures
 from midflight.search.ledger import Declaration, Record, best
 from midflight.search.space import Config
-from midflight.study.figures import replace_file, save
 
 MOST = 200  # trials listed on the page, the best first
 CAPTIONS = {

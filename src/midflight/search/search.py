@@ -19,7 +19,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from midflight.machine import machine
+from midflight._reporting.machine import machine
 from midflight.search import checkpoint
 from midflight.search.checkpoint import Point
 from midflight.search.engines import Engine, Task, build

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from midflight.processes import begin_worker
+from midflight._processes import begin_worker
 from midflight.search.checkpoint import Point
 from midflight.search.errors import SearchError
 from midflight.search.search import Search

@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from midflight.datasets import Shuffled, Split, evaluate, load
 from midflight.nn import GaussianNoise
 from midflight.space import Float, Space
-from midflight.study.data import load
 from midflight.study.spec import DEFAULT, Arm, Spec, SpecError, widths
 from midflight.study.store import Result, Row
 from midflight.tuner import Every, SignSteps, Tuner
-from midflight.tuner.data import Shuffled, Split
 
 Point = tuple[float, float]
 """(log10 L2, noise)"""
@@ -127,18 +126,6 @@ def noisy_mlp(spec: Spec, arm: Arm, inputs: int, space: Space) -> nn.Sequential:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
-    """(mean cross-entropy, share misclassified) in eval mode; the model is left in train mode."""
-    model.eval()
-    loss = wrong = 0.0
-    for x, y in zip(torch.split(split.x, 1000), torch.split(split.y, 1000), strict=True):
-        logits = model(x)
-        loss += float(F.cross_entropy(logits, y, reduction="sum"))
-        wrong += int((logits.argmax(1) != y).sum())
-    model.train()
-    return loss / len(split), wrong / len(split)
-
-
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """The mean cross-entropy of a batch (x, y)."""
     return F.cross_entropy(model(batch[0]), batch[1])

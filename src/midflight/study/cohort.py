@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from midflight.datasets import ShuffledForEach, Split
 from midflight.errors import NoCompiler
 from midflight.study.arm import Data, Point, hyper_optimizer, noisy_mlp, now, seed_of, space_of
 from midflight.study.spec import Arm, Spec, widths
 from midflight.study.store import Result, Row
 from midflight.tuner import Population
-from midflight.tuner.data import ShuffledForEach, Split
 
 COPIES = 16
 """Memory of a member in units of its weights: state, gradients, graph, and what a hyper-step holds."""

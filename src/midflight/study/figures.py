@@ -4,21 +4,17 @@ Rows of panels are networks, columns are estimators. A panel whose rows are not 
 words. Equal rows give equal files: nothing here depends on the date, the machine or user settings.
 """
 
-import io
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from midflight._reporting.figures import INK, MUTED, RULE, WORSE, style
 from midflight.study.spec import DEFAULT, Arm, Spec
 from midflight.study.store import Row
 from midflight.study.summary import (
@@ -44,9 +40,7 @@ from midflight.study.summary import (
 
 Values: TypeAlias = npt.NDArray[np.float64]
 
-INK, MUTED, RULE = "#1f2933", "#667080", "#c9ced6"
-WORSE = "#d55e00"  # this and the next: the palette of Okabe and Ito, made to be told apart by everyone
-COLOURS = {
+COLOURS = {  # the palette of Okabe and Ito, made to be told apart by everyone
     DEFAULT: "#00795a",
     "one_step": "#0072b2",
     "paper": "#a5427f",
@@ -66,33 +60,6 @@ MIN_POINTS, MAX_POINTS = 60, 250  # of one trajectory
 MANY = 30  # trajectories above which they are drawn thin
 WIDE_RANGE = 3.0  # max / min above which an axis of errors is logarithmic
 
-_STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "figure.facecolor": "white",
-    "figure.titlesize": 12.5,
-    "figure.titleweight": "bold",
-    "lines.solid_capstyle": "round",
-    "axes.unicode_minus": True,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "midflight",
-}
-
 
 def all_figures(spec: Spec, rows: list[Row]) -> dict[str, Figure]:
     """Every figure of the report by name; fig5 only if `paper` and another estimator were run."""
@@ -105,38 +72,6 @@ def all_figures(spec: Spec, rows: list[Row]) -> dict[str, Figure]:
     if "paper" in spec.estimator and reference(spec) != "paper":
         draw["fig5"] = eq6
     return {name: function(spec, rows) for name, function in draw.items()}
-
-
-def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """Write NAME.svg and NAME.png (160 dpi) of each figure; a file is there whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in figures.items():
-        for suffix, content in (("svg", as_svg(figure).encode()), ("png", as_png(figure))):
-            path = folder / f"{name}.{suffix}"
-            replace_file(path, content)
-            paths.append(path)
-    return paths
-
-
-def as_svg(figure: Figure) -> str:
-    """The figure as SVG whose text is text; equal figures give equal texts."""
-    return _render(figure, "svg", metadata={"Date": None, "Creator": None}).decode()
-
-
-def as_png(figure: Figure) -> bytes:
-    """The figure as PNG, 160 dpi."""
-    return _render(figure, "png", dpi=160, metadata={"Software": None})
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `path` whole: who reads it meanwhile sees the old content."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def trajectories(spec: Spec, rows: list[Row]) -> Figure:
@@ -255,30 +190,9 @@ def eq6(spec: Spec, rows: list[Row]) -> Figure:
         return figure
 
 
-def style() -> Any:
-    """A context in which every figure of midflight is drawn, whatever the user's settings."""
-    settings: Any = _DEFAULTS | _STYLE
-    return matplotlib.rc_context(settings)
-
-
 def by(estimator: str) -> str:
     """How a run was tuned, as words after "tuned" or "tuning"."""
     return "with midflight’s defaults" if estimator == DEFAULT else f"by {estimator}"  # noqa: RUF001
-
-
-_DEFAULTS: dict[str, Any] = {
-    k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith(("backend", "webagg"))
-}
-
-
-def _render(figure: Figure, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    with style():
-        if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # it would move things a little at each drawing
-        figure.savefig(buffer, format=kind, **options)
-    return buffer.getvalue()
 
 
 def _grid(spec: Spec, title: str) -> tuple[Figure, Any]:

@@ -18,7 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
 
-from midflight.study.figures import DATASET_NAMES, all_figures, by, replace_file, save
+from midflight._reporting.figures import replace_file, save
+from midflight.study.figures import DATASET_NAMES, all_figures, by
 from midflight.study.spec import DEFAULT, PRESETS, Spec
 from midflight.study.store import Store
 from midflight.study.summary import NEAR_LOW_END, POOR, estimators, headliner, reference, summarise

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from midflight._processes import begin_worker
 from midflight.errors import MidflightError
-from midflight.processes import begin_worker
 from midflight.study.arm import Data, Point, mlp, prepare, run_arm
 from midflight.study.cohort import cohorts, run_cohort
 from midflight.study.spec import Arm, Spec, widths
@@ -22,6 +22,8 @@ from midflight.study.store import Row, Store
 
 class WorkerDied(MidflightError, RuntimeError):
     """A worker process ended before its arm did."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)

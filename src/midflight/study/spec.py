@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from midflight.datasets import DATASETS
 from midflight.errors import MidflightError, UnknownName
 from midflight.hypergrad import ESTIMATORS
-from midflight.study.data import DATASETS
 
 DEFAULT = "default"
 """Tuned as `mf.Tuner` does when it is given no policy."""

@@ -23,6 +23,8 @@ class StoreError(MidflightError, ValueError):
 class StoreUnavailable(MidflightError, OSError):
     """The disk or the file system does not let us write."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True)
 class Result:

@@ -16,9 +16,9 @@ from weakref import WeakKeyDictionary, WeakMethod
 import torch
 from torch import Tensor
 
+from midflight._tensors import Tensors
 from midflight.errors import BindingError
 from midflight.space import Space
-from midflight.trees import Tensors
 from midflight.updates import Update, UpdateRule, read_option, read_options, rule_for, write_option
 
 REGULARISERS = {"weight_decay", "lambd"}

@@ -3,14 +3,12 @@
 import copy
 import io
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -29,59 +27,6 @@ from midflight.tuner.randomness import (
 
 PASS = 100
 """Batches that count as a pass through a loader without an end."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Inputs, shape (n, ...), and targets, shape (n, ...), on one device."""
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __getitem__(self, chosen: Any) -> "Split":
-        return Split(self.x[chosen], self.y[chosen])
-
-
-class Shuffled:
-    """Batches (x, y) of a split in a new random order at each pass; an incomplete last one is left out."""
-
-    def __init__(self, split: Split, batch: int, seed: int) -> None:
-        self.split = split
-        self.batch = batch
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.split) // self.batch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from _in_order(self.split, self.batch, _order(self.split, self.generator))
-
-
-class ShuffledForEach:
-    """For n seeds what n `Shuffled` would give, stacked: x of shape (n, batch, ...)."""
-
-    def __init__(self, split: Split, batch: int, seeds: Iterable[int]) -> None:
-        self.split = split
-        self.batch = batch
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        orders = [_order(self.split, generator) for generator in self.generators]
-        yield from _in_order(self.split, self.batch, torch.stack(orders))
-
-
-def _order(split: Split, generator: torch.Generator) -> Tensor:
-    return torch.randperm(len(split), generator=generator)
-
-
-def _in_order(split: Split, batch: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    order = order.to(split.x.device)
-    for i in range(0, len(split) - batch + 1, batch):
-        chosen = order[..., i : i + batch]
-        yield split.x[chosen], split.y[chosen]
 
 
 class EndlessBatches(Iterator[Any]):

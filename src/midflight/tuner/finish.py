@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from midflight.trees import Tensors
+from midflight._tensors import Tensors
 from midflight.tuner.data import examples_of
 from midflight.tuner.hyperstep import HyperStep
 from midflight.tuner.live import signals_wait, weights_at

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from midflight._tensors import Tensors
 from midflight.errors import UnknownGradient
-from midflight.trees import Tensors
 from midflight.tuner.data import examples_of
 
 EPSILON = 1e-6

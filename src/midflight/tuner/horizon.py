@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from midflight.trees import Tensors
+from midflight._tensors import Tensors
 
 WINDOW = 0.1
 """The average covers this last share of the steps so far."""

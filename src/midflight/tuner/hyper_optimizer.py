@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midflight.trees import Tensors
+from midflight._tensors import Tensors
 
 
 class SignSteps(torch.optim.Optimizer):

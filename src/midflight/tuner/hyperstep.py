@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from midflight._tensors import Tensors, all_finite, detach
 from midflight.errors import UnsupportedOptimizer, UnsupportedParameter
-from midflight.graph import graph_leaves
 from midflight.hypergrad import Estimator
+from midflight.hypergrad.graph import graph_leaves
 from midflight.hypergrad.mixed import value_grads
 from midflight.hypergrad.one_step import central_difference, forward_over_reverse, one_step, one_step_cheap
-from midflight.problem import Dependence, Step, added
+from midflight.hypergrad.problem import Dependence, Step, added
 from midflight.space import Space
-from midflight.trees import Tensors, all_finite, detach
 from midflight.tuner.binding import Binding
 from midflight.tuner.data import EndlessBatches, examples_of, require_many_passes, require_no_iterators
 from midflight.tuner.gradient import Clipped, ReceivedGradient, calling_scaler, scaler_stage

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from midflight._tensors import Tensors
 from midflight.errors import InvalidLoss
-from midflight.graph import graph_nodes
-from midflight.trees import Tensors
+from midflight.hypergrad.graph import graph_nodes
 from midflight.tuner.data import fresh
 from midflight.tuner.randomness import Randomness
 

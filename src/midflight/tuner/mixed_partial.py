@@ -18,12 +18,12 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
+from midflight._tensors import Tensors, detach, leaves, norm
 from midflight.errors import InvalidLoss, NotTwiceDifferentiable
-from midflight.graph import graph_leaves, require_twice_differentiable
+from midflight.hypergrad.graph import graph_leaves, require_twice_differentiable
 from midflight.hypergrad.mixed import is_linear, knows_forward_mode, mixed_partial_of, relative_epsilon
-from midflight.problem import double_backward
+from midflight.hypergrad.problem import double_backward
 from midflight.space import Space
-from midflight.trees import Tensors, detach, leaves, norm
 from midflight.tuner.data import first_examples
 from midflight.tuner.live import LiveModel, Loss, reenters, weights_at, with_tensors
 from midflight.tuner.randomness import Randomness

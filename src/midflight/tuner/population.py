@@ -14,19 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from midflight._tensors import Tensors, detach, leaves
 from midflight.errors import BindingError, UnsupportedOptimizer, UnsupportedParameter
 from midflight.hypergrad import Estimator, estimator_for
-from midflight.memory import keep_freed_memory
-from midflight.problem import Step, gradient, recorded, require_reached
+from midflight.hypergrad.problem import Step, gradient, recorded, require_reached
 from midflight.space import Space
-from midflight.trees import Tensors, detach, leaves
 from midflight.tuner.binding import Bind, Binding
 from midflight.tuner.data import EndlessBatches
 from midflight.tuner.hyper_optimizer import Move, SignSteps
 from midflight.tuner.live import evaluating, with_tensors
 from midflight.tuner.optimizers import trained_parameters
 from midflight.tuner.schedule import Schedule, schedule_for, whole
-from midflight.updates import State, Update, Updates, read_options, rule_for
+from midflight.updates import State, Update, Updates, compiled, read_options, rule_for
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -116,7 +115,7 @@ class Population:
             kind = type(self.optimizer).__name__
             raise UnsupportedOptimizer(f"the optimiser must step elementwise, but {kind} does not.")
         if compile:
-            self._rule = self._rule.compiled(next(self._model.parameters()).device)
+            self._rule = compiled(self._rule, next(self._model.parameters()).device)
         self._bound = Binding([self.optimizer], space, bind).options
         for name in self._bound:
             if space[name].spec.shape:
@@ -148,7 +147,6 @@ class Population:
         self._batches = EndlessBatches(valid_loader, "valid_loader")
         self._moves, self._hyper = 0, self.schedule.next_is_hyper(0, hyper=False)
         self._seen: list[Tensor] = []
-        keep_freed_memory(self.params.values())
 
     def step(self, batch: Any) -> Tensor:
         """Take one training step of every member, with a hyper-step if one is due.

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from midflight.trees import Tensors
+from midflight._tensors import Tensors
 
 
 @dataclass(frozen=True)

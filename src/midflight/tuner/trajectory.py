@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from midflight._tensors import Tensors
 from midflight.space import Space
-from midflight.trees import Tensors
 from midflight.tuner.binding import Bind, Binding
 from midflight.tuner.hooks import StepHooks
 from midflight.tuner.optimizers import Optimizers, unwrapped

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from midflight._tensors import Tensors, all_finite
 from midflight.errors import (
     SpaceError,
     UnknownGradient,
@@ -19,7 +20,6 @@ from midflight.errors import (
 )
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.space import Space
-from midflight.trees import Tensors, all_finite
 from midflight.tuner.binding import Bind, Binding
 from midflight.tuner.diagnostics import Bounds, overfitted
 from midflight.tuner.finish import choose
@@ -79,7 +79,7 @@ class Tuner:
             shrink slowly and never end.
         schedule: when hyper-steps come: `FrontLoaded()` (one for 20 optimiser steps, most of them early),
             `Every(n)` or `TimeBudget(share)`; a whole number n is `Every(n)`.
-        estimator: of the hypergradient, a name from `midflight.ESTIMATORS` or an `Estimator`.
+        estimator: of the hypergradient, a name from `midflight.hypergrad.ESTIMATORS` or an `Estimator`.
         horizon: "run" judges each step for the run, at averaged weights (`Averaged`); "step" at the weights
             right after it (`NextStep`).
         hyper_optimizer: raw tensors -> torch optimiser that moves them.

@@ -71,11 +71,6 @@ class Adam(UpdateRule):
             derivatives["weight_decay"] = factor * torch.dot(along.reshape(-1), param.reshape(-1))
         return (w.neg_() if o["maximize"] else w), derivatives
 
-    def compiled(self, device: torch.device) -> UpdateRule:
-        from midflight.updates.compiled_adam import CompiledAdam  # which is an Adam itself
-
-        return CompiledAdam(device)
-
 
 def _moments(param: Tensor, grad: Tensor, state: State, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     """g~, m' and sqrt(s'), in as few passes over memory as it takes; the last two are the caller's."""

@@ -33,10 +33,6 @@ class UpdateRule(ABC):
     of_many: ClassVar[frozenset[str]] = frozenset()
     """The options that may have one entry per row of the weight in `ahead` and `pullback`."""
 
-    def compiled(self, device: torch.device) -> "UpdateRule":
-        """The same rule, faster by torch.compile; itself where there is no such thing."""
-        return self
-
     @abstractmethod
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
         """The weight and the state after one step; differentiable in every tensor it is given.

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from midflight.trees import Tensors, unalias
+from midflight._tensors import Tensors, unalias
 from midflight.updates.base import Options, State, Update, UpdateRule, tuned_options
 from midflight.updates.flat import lies_whole
 

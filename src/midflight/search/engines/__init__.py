@@ -7,11 +7,10 @@ all engines stand in one Optuna study. A new engine is one file and one row in `
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.util import find_spec
 from inspect import signature
 from typing import TYPE_CHECKING, Any, cast
 
-from midflight.errors import MissingExtra, UnknownName
+from midflight.errors import UnknownName, require_extra
 from midflight.search.errors import SearchError
 from midflight.search.space import Space
 
@@ -74,8 +73,8 @@ def build(name: str, task: Task, options: Mapping[str, Any]) -> Engine:
     if name not in ENGINES:
         raise UnknownName("engine", name, ENGINES)
     module, function = ENGINES[name].split(":")
-    need("optuna", "search")
-    need(module, "ray" if module == "ray" else "search")
+    require_extra("optuna", "search")
+    require_extra(module, "ray" if module == "ray" else "search")
     make: Any = getattr(import_module(f"{__name__}.{module}"), function)
     known = list(signature(make).parameters)[1:]
     for option in options:
@@ -84,11 +83,3 @@ def build(name: str, task: Task, options: Mapping[str, Any]) -> Engine:
                 f"{option}= is no option of the engine {name}; it has {', '.join(known) or 'none'}."
             )
     return replace(cast(Engine, make(task, **options)), name=name)
-
-
-def need(module: str, extra: str) -> None:
-    """Raise `MissingExtra` if `module` is not installed."""
-    if find_spec(module) is None:
-        raise MissingExtra(
-            f"{module} is needed for this, but is not installed; pip install 'midflight[{extra}]'"
-        )

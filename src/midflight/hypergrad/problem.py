@@ -16,9 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from midflight._tensors import Tensors, leaves
 from midflight.errors import UnreachedHyperparameter
-from midflight.graph import Pairs
-from midflight.trees import Tensors, leaves
+from midflight.hypergrad.graph import Pairs
 from midflight.updates import State, Updates, step_ahead
 
 TrainLoss = Callable[[Tensors, Tensors], Tensor]

@@ -12,12 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midflight import losses, penalties
-from midflight.nn import Augment, Dropout, GaussianNoise, MultiplicativeNoise
-from midflight.problem import Problem
-from midflight.ranges import default_range
-from midflight.space import Float, Hyperparameter, Space
-from midflight.trees import Tensors, detach
+from midflight._tensors import Tensors, detach
+from midflight.hypergrad.problem import Problem
+from midflight.nn import Augment, Dropout, GaussianNoise, MultiplicativeNoise, losses, penalties
+from midflight.space import Float, Hyperparameter, Space, default_range
 from midflight.tuner.optimizers import trained_parameters
 from midflight.updates import State, Update, read_option, read_options, rule_for
 

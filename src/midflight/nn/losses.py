@@ -11,7 +11,7 @@ temperature T, class weights w and example weights a. A weighted sum of losses n
 import torch
 from torch import Tensor
 
-from midflight.levels import Level, default_floor, drawn
+from midflight.nn.magnitude import Level, default_floor, drawn
 from midflight.space import Hyperparameter
 
 Option = Hyperparameter | Tensor | float

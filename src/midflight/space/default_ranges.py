@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from midflight.errors import UnknownName
-from midflight.space import Float
+from midflight.space.specs import Float
 
 RANGES: dict[str, Float] = {
     # the update rule

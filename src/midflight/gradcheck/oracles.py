@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import torch
 
-from midflight.problem import Problem
-from midflight.trees import Tensors
+from midflight._tensors import Tensors
+from midflight.hypergrad.problem import Problem
 from midflight.updates import State
 
 

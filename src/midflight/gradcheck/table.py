@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from midflight._tensors import Tensors
 from midflight.errors import MidflightError
+from midflight.gradcheck.cases import KINDS, OPTIMIZERS, Case, make_case, why_skipped
+from midflight.gradcheck.oracles import central_difference, compare
 from midflight.hypergrad import CLAIMS, ESTIMATORS, hypergradient
-from midflight.testing.cases import KINDS, OPTIMIZERS, Case, make_case, why_skipped
-from midflight.testing.oracles import central_difference, compare
-from midflight.trees import Tensors
 
 SEEDS = 10
 PAPER_RULES = ("SGD", "SGD momentum", "Adam", "AdamW")

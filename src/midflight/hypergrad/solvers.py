@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from midflight.trees import Tensors, add_scaled, dot
+from midflight._tensors import Tensors, add_scaled, dot
 
 Operator = Callable[[Tensors], Tensors]
 

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from midflight._tensors import Tensors, leaves
 from midflight.errors import InvalidLoss, MidflightError, NotTwiceDifferentiable, UnreachedHyperparameter
-from midflight.graph import require_twice_differentiable
+from midflight.gradcheck.oracles import along, derivative
 from midflight.hypergrad import CLAIMS, ESTIMATORS, Estimator, estimator_for, hypergradient
+from midflight.hypergrad.graph import require_twice_differentiable
 from midflight.hypergrad.mixed import is_linear, knows_forward_mode
-from midflight.levels import held_constants
-from midflight.problem import Problem
+from midflight.hypergrad.problem import Problem
+from midflight.nn.magnitude import held_constants
 from midflight.space import Space
-from midflight.testing.oracles import along, derivative
-from midflight.trees import Tensors, leaves
 from midflight.tuner.binding import Bind, Binding
 from midflight.tuner.live import LiveModel, Loss, with_tensors
 from midflight.tuner.optimizers import Optimizers, trained_parameters, unwrapped

@@ -1,0 +1,1 @@
+"""What the reports of studies and searches share."""

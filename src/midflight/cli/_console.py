@@ -1,0 +1,8 @@
+"""Where the verbs print."""
+
+import sys
+
+from rich.console import Console
+
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+err = Console(stderr=True)

@@ -1,0 +1,65 @@
+"""`midflight check`: every estimator against central differences."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+
+import torch
+
+from midflight.gradcheck.table import Check, Skipped, as_dicts, run_checks
+
+COLUMNS = ("optimiser", "hyperparameter", "estimator", "relative error", "cosine", "scale", "claim")
+
+
+def run(arguments: list[str]) -> int:
+    """Print the table; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="midflight check",
+        description="Compare hypergradients of every estimator with central differences of the one-step map.",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every estimator, update rule and kind of hyperparameter"
+    )
+    parser.add_argument("--json", action="store_true", help="print the table for machines")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # the networks of the table are too small for more
+    rows = []
+    for row in run_checks(everything=options.all, workers=(os.cpu_count() or 1) if options.all else 1):
+        rows.append(row)
+        _show(f"comparing with central differences: {row.rule}, {row.hyperparameter}")
+    _show("")
+    checks = [row for row in rows if isinstance(row, Check)]
+    skipped = [row for row in rows if isinstance(row, Skipped)]
+    failed = [check for check in checks if check.passed is False]
+    if options.json:
+        print(json.dumps({"checks": as_dicts(checks), "skipped": [asdict(row) for row in skipped]}, indent=2))
+    else:
+        print(_table(checks))
+        for reason in dict.fromkeys(row.reason for row in skipped):
+            places = [f"{r.rule} {r.hyperparameter} ({r.estimator})" for r in skipped if r.reason == reason]
+            more = f"; and {len(places) - 3} more" if len(places) > 3 else ""
+            print(f"left out: {'; '.join(places[:3])}{more}: {reason}")
+        claims = sum(check.passed is not None for check in checks)
+        print(f"{claims - len(failed)} of {claims} estimates are within what their estimators claim.")
+    return 1 if failed else 0
+
+
+def _table(checks: list[Check]) -> str:
+    rows = [COLUMNS, *map(_cells, checks)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(["Hypergradients against the central difference of the one-step map (float64)", *lines])
+
+
+def _cells(check: Check) -> tuple[str, ...]:
+    verdict = "" if check.passed is None else f"{'holds' if check.passed else 'FAILS'} {check.tolerance}"
+    numbers = f"{check.relative_error:.2g}", f"{check.cosine:.3f}", f"{check.scale:.3g}"
+    return check.rule, check.hyperparameter, check.estimator, *numbers, verdict
+
+
+def _show(line: str) -> None:
+    """What is being done, on one line of a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

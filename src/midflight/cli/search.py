@@ -1,0 +1,124 @@
+"""`midflight search`: search a space, and report on the search."""
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from midflight.cli._console import err, out
+from midflight.errors import require_extra
+from midflight.search.errors import SearchError
+
+DEFAULT_STORAGE = "runs/search.sqlite"
+DEFAULT_TIME = "5m"
+
+
+@dataclass(frozen=True)
+class Search:
+    """Search a space for the least validation loss; what is declared online is tuned inside each trial.
+
+    Every report of a trial is stored at once; the same command resumes where it stopped.
+    """
+
+    space: tyro.conf.Positional[str]
+    """mlp, or FILE.py:FUNCTION with a `space` in the file; see docs/search.md."""
+    data: str | None = None
+    """For mlp: mnist, fashion_mnist or digits; digits if not given."""
+    train: int | None = None
+    """For mlp: training images, fewer for a quicker search."""
+    engine: str = "bohb"
+    """random, tpe, bohb (TPE with Hyperband), smac (random forest with Hyperband) or ray."""
+    trials: int | None = None
+    """Trials in the whole study."""
+    time: str | None = None
+    """How long to search now, such as 90s, 5m or 2h; 5m if neither this nor --trials is given."""
+    epochs: int = 9
+    """Of a whole training; Hyperband compares after 1, 3, 9, ... of them."""
+    workers: int | None = None
+    """Trials at once, each in a process of its own; all cores if not given."""
+    storage: str = DEFAULT_STORAGE
+    """A .sqlite or .journal file, or a URL such as postgresql://user@host/database."""
+    folder: Path | None = None
+    """Of the checkpoints, where several machines share a study; beside the storage if not given."""
+    study: str | None = None
+    """Its name in the storage; made of space, data and engine if not given."""
+    seed: int = 0
+    """Of the engine and of every trial."""
+    offline: bool = False
+    """Tune nothing inside the trials: the engine searches everything."""
+    warm_start: bool = True
+    """Start what is tuned inside where the nearest good configuration ended."""
+    address: str | None = None
+    """For ray: a running cluster; one is started here if not given."""
+    scheduler: str | None = None
+    """For ray: asha, median, pbt or fifo; asha if not given."""
+    out: Path | None = None
+    """Folder of the report; one of the study's name beside the storage if not given."""
+    json: bool = False
+    """Print the trials for machines."""
+
+
+def run(arguments: list[str]) -> int:
+    command = tyro.cli(Search, args=arguments, prog="midflight search")
+    from midflight.search.problems import problem
+    from midflight.search.progress import showing_trials
+    from midflight.search.search import run as search
+
+    if command.trials is None and command.time is None:
+        command = replace(command, time=DEFAULT_TIME)
+    seconds = None if command.time is None else parse_seconds(command.time)
+    what = problem(command.space, command.data, command.train)
+    space = what.space.offline() if command.offline else what.space
+    name = command.study or _study_name(command)
+    cores = len(os.sched_getaffinity(0))
+    options: dict[str, Any] = {"address": command.address, "scheduler": command.scheduler}
+    options = {option: value for option, value in options.items() if value is not None}
+    with showing_trials(err, command.epochs, command.trials, seconds) as table:
+        search(
+            what.objective, space, engine=command.engine, trials=command.trials, seconds=seconds,
+            epochs=command.epochs, workers=cores if command.workers is None else command.workers,
+            storage=command.storage, folder=command.folder, name=name, seed=command.seed,
+            warm_start=command.warm_start, label=what.label, callbacks=[table.on_record], **options,
+        )  # fmt: skip
+    return report(name, command.storage, command.out, command.json)
+
+
+def report(name: str, storage: str, folder: Path | None, as_text: bool) -> int:
+    """Report on the stored trials of a search; returns the exit code."""
+    require_extra("optuna", "search")
+    from midflight.search import report as reports
+    from midflight.search.ledger import default_folder, read_study, shown
+
+    with read_study(storage, name) as (ledger, declaration):
+        records = ledger.records()
+    if as_text:
+        print(reports.as_json(name, declaration, records))
+        return 0
+    with err.status("drawing the report"):
+        page = reports.write_report(name, declaration, records, folder or default_folder(storage, name))
+    out.print(reports.summary_table(records))
+    out.print(f"Stored as {name} in {shown(storage)}. Report: {page.resolve()}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _study_name(command: Search) -> str:
+    space = Path(command.space.partition(":")[0]).stem
+    data = (command.data or "digits") if space == "mlp" else ""
+    size = f"{command.train}" if command.train else ""
+    parts = (space, data, size, command.engine, "offline" if command.offline else "")
+    return "-".join(part for part in parts if part)
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of 90, 90s, 5m or 2h; raises `SearchError`."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in tuple("smh") else (text, "s")
+    try:
+        seconds = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise SearchError(f"--time must be a duration such as 90s, 5m or 2h, but got {text!r}.")
+    return seconds

@@ -1,0 +1,92 @@
+"""`midflight study`: run a study, or go on with one."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from midflight._reporting.machine import machine
+from midflight.cli._console import err, out
+from midflight.study.progress import showing_progress
+from midflight.study.report import as_json, summary_table
+from midflight.study.run import estimate_seconds, run_study
+from midflight.study.spec import PRESETS, Spec, SpecError
+from midflight.study.store import Store
+from midflight.study.summary import summarise
+
+DEFAULT_STORE = Path("runs/midflight.sqlite")
+LONG = 3600.0  # seconds above which a study says beforehand how long it will take
+
+
+@dataclass(frozen=True)
+class Study:
+    """Run a study, or go on with one that was interrupted.
+
+    Every finished arm is stored at once; the same command resumes where it stopped.
+    """
+
+    spec: Annotated[Spec, tyro.conf.arg(name="")]
+    run: str | None = None
+    """Its name in the store; the preset's if not given."""
+    store: Path = DEFAULT_STORE
+    """SQLite file."""
+    workers: int | None = None
+    """Processes, one thread each; all cores if not given. The rows do not depend on it. Not for a GPU."""
+    json: bool = False
+    """Print the summary for machines."""
+
+
+def run(arguments: list[str]) -> int:
+    presets = tyro.extras.subcommand_type_from_defaults(
+        {name: Study(spec) for name, spec in PRESETS.items()},
+        {name: _about(spec) for name, spec in PRESETS.items()},
+    )
+    study: Study = tyro.cli(presets, args=arguments, prog="midflight study", description=Study.__doc__)
+    name = study.run or arguments[0]
+    workers = len(os.sched_getaffinity(0)) if study.workers is None else study.workers
+    if workers < 1:
+        raise SpecError(f"workers >= 1 must hold, but got {workers}.")
+    if study.spec.device != "cpu" and not torch.cuda.is_available():
+        raise SpecError(f"device {study.spec.device} is not there; use --device cpu.")
+    with Store(study.store) as store:
+        store.open_run(name, study.spec, machine())
+        _announce(study.spec, PRESETS[arguments[0]], workers)
+        with showing_progress(study.spec, store.rows(name), err) as progress:
+            run_study(study.spec, store, name, workers, progress.on_tick, progress.on_row)
+        if study.json:
+            print(as_json(store, name))
+        else:
+            out.print(summary_table(summarise(study.spec, store.rows(name))))
+            at = "" if study.store == DEFAULT_STORE else f" --store {study.store}"
+            out.print(f"Stored as {name} in {study.store}. Next: midflight report {name}{at}", soft_wrap=True)
+    return 0
+
+
+def _announce(spec: Spec, preset: Spec, workers: int) -> None:
+    if spec.device != "cpu":
+        err.print(f"All starts of a kind of arm train together, as one population on {spec.device}.")
+        return
+    err.print(f"Each arm trains in a process of one thread, {workers} at a time.")
+    seconds = estimate_seconds(spec, workers)
+    if seconds > LONG:
+        err.print(f"The training steps alone will take about {_duration(seconds)} with {workers} workers.")
+    whole = estimate_seconds(preset, workers)
+    if spec != preset and whole > LONG:
+        err.print(f"The whole preset would take about {_duration(whole)}.")
+
+
+def _about(spec: Spec) -> str:
+    return (
+        f"{spec.dataset}, {spec.train} training and {spec.valid} validation images, "
+        f"{' and '.join(spec.networks)}, {spec.epochs} epochs, {spec.starts} starts."
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400.0), ("hours", 3600.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 60:.0f} minutes"

@@ -1,0 +1,148 @@
+"""One hyperparameter: a leaf tensor in unit coordinates, and the value that the model sees.
+
+It is neither a Parameter nor a buffer of the model. So `SGD(model.parameters())` does not train it on the
+training loss, and `model.to()` does not replace it. Its hypergradient lands in `raw.grad`, so any torch
+optimiser can move it.
+"""
+
+import math
+import numbers
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from midflight.errors import SpaceError
+from midflight.space.specs import Float, Value
+
+Operator = Callable[[Any, Any], Tensor]
+
+
+def _left(apply: Callable[[Any, Any], Any]) -> Operator:
+    """An operator of tensors, for a hyperparameter on its left."""
+
+    def operator(self: "Hyperparameter", other: Any) -> Tensor:
+        result: Tensor = apply(self.value, other)
+        return result
+
+    return operator
+
+
+def _right(apply: Callable[[Any, Any], Any]) -> Operator:
+    """An operator of tensors, for a hyperparameter on its right."""
+
+    def operator(self: "Hyperparameter", other: Any) -> Tensor:
+        result: Tensor = apply(other, self.value)
+        return result
+
+    return operator
+
+
+class Hyperparameter:
+    """One entry of a `Space`: use it like a tensor wherever a tensor can stand, and like a number in loggers.
+
+    numpy, `float` and format strings see the value as it is now, without its gradient.
+
+    Attributes:
+        raw: unit coordinates in [0, 1], a leaf tensor of the shape of the `Float`; moved by the tuner.
+        value: what the model sees, `transform(raw)`, differentiable with respect to `raw`.
+    """
+
+    __array_priority__ = 1000
+    """Makes numpy's operators leave the operation to those below, which keep the gradient."""
+
+    def __init__(self, name: str, spec: Float, dtype: torch.dtype) -> None:
+        self.name = name
+        self.spec = spec
+        self.transform = spec.transform
+        low, high = self.transform.value(torch.tensor([0.0, 1.0], dtype=dtype)).tolist()
+        if not (math.isfinite(high) and low < high):
+            raise SpaceError(
+                f"the range of {name} must fit into {dtype}, but [{spec.low:g}, {spec.high:g}] becomes "
+                f"[{low:g}, {high:g}]; take another range or dtype=torch.float64."
+            )
+        self.raw = torch.full(spec.shape, 0.5, dtype=dtype)
+        self._seen: Tensor | None = None
+        if spec.init is not None:
+            self.set(spec.init)
+
+    @property
+    def value(self) -> Tensor:
+        return self.transform.value(self.raw) if self._seen is None else self._seen
+
+    def set(self, value: Value) -> None:
+        """Move to `value`; raises `SpaceError` outside [low, high] or for another shape."""
+        with torch.no_grad():
+            self.raw.copy_(self.transform.raw(self.spec.check(value)).clamp(0, 1))
+
+    def __float__(self) -> float:
+        return float(self.value.detach())
+
+    def __int__(self) -> int:
+        return int(float(self))
+
+    def item(self) -> float:
+        """The value now, of a hyperparameter that is one number; as of a tensor."""
+        return float(self)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return np.array(self.value.detach().tolist(), dtype=dtype)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value.detach().tolist(), spec) if spec else repr(self)
+
+    def __round__(self, digits: int | None = None) -> float:
+        return round(float(self), digits)
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.value[index]
+
+    def __repr__(self) -> str:
+        scale = "log" if self.spec.log else "logit" if self.spec.logit else "linear"
+        x, raw = self.value.detach(), self.raw.detach()
+        now = f"{float(x):.4g}" if x.ndim == 0 else f"{tuple(x.shape)}, mean {float(x.mean()):.4g}"
+        sides = {"lower": int((raw <= 0).sum()), "upper": int((raw >= 1).sum())}
+        of = "" if x.ndim == 0 else f"{{}} of {x.numel()} "
+        bounds = "".join(f", {of.format(n)}at the {side} bound" for side, n in sides.items() if n)
+        return f"{self.name} = {now}  ({scale} in [{self.spec.low:.4g}, {self.spec.high:.4g}]{bounds})"
+
+    __add__, __radd__ = _left(operator.add), _right(operator.add)
+    __sub__, __rsub__ = _left(operator.sub), _right(operator.sub)
+    __mul__, __rmul__ = _left(operator.mul), _right(operator.mul)
+    __truediv__, __rtruediv__ = _left(operator.truediv), _right(operator.truediv)
+    __pow__, __rpow__ = _left(operator.pow), _right(operator.pow)
+    __lt__ = _left(operator.lt)
+    __le__ = _left(operator.le)
+    __gt__ = _left(operator.gt)
+    __ge__ = _left(operator.ge)
+
+    def __neg__(self) -> Tensor:
+        return self.value.neg()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return func(*_values_of(args), **{k: _value_of(v) for k, v in (kwargs or {}).items()})
+
+
+numbers.Number.register(Hyperparameter)  # TensorBoard asks numpy whether it is a scalar
+
+
+def _value_of(x: Any) -> Any:
+    if isinstance(x, Hyperparameter):
+        return x.value
+    return _values_of(x) if type(x) in (list, tuple) else x
+
+
+def _values_of(xs: Any) -> Any:
+    return type(xs)(_value_of(x) for x in xs)

@@ -1,0 +1,149 @@
+"""A space: the named hyperparameters of a run."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midflight._tensors import Tensors
+from midflight.errors import SpaceError, UnknownName
+from midflight.space.hyperparameter import Hyperparameter
+from midflight.space.specs import Categorical, Float, Int, Value
+
+
+class Space:
+    """Named hyperparameters.
+
+    Args:
+        specs: name -> `Float`, for names that are no Python identifiers.
+        dtype: of the raw coordinates; torch's default dtype if not given.
+        named: the same as keywords: `Space(noise=Float(0, 0.8))`.
+
+    Raises:
+        SpaceError: it is empty; a name is no text; an entry is not a `Float`, or its range does not fit
+            `dtype`.
+    """
+
+    def __init__(
+        self, specs: Mapping[str, Float] | None = None, /, *, dtype: torch.dtype | None = None, **named: Float
+    ) -> None:
+        specs = {**(specs or {}), **named}
+        if not specs:
+            raise SpaceError("a Space needs at least one hyperparameter, such as noise=Float(0, 0.8).")
+        for name, spec in specs.items():
+            if not isinstance(name, str) or not name.strip() or not name.isprintable():
+                raise SpaceError(
+                    f"a hyperparameter's name must be a printable text that is not empty, but got {name!r}."
+                )
+            if isinstance(spec, Int | Categorical):
+                raise SpaceError(
+                    f"{name} must be a Float to be tuned while the model trains, but is {spec!r}, which has "
+                    "no gradient; declare it in a midflight.search.Space and an engine searches it."
+                )
+            if not isinstance(spec, Float):
+                raise SpaceError(f"{name} must be a Float, but got {spec!r}.")
+        dtype = dtype or torch.get_default_dtype()
+        self._entries = {name: Hyperparameter(name, spec, dtype) for name, spec in specs.items()}
+
+    def __getitem__(self, name: str) -> Hyperparameter:
+        if name not in self._entries:
+            raise UnknownName("a hyperparameter of this space", name, self._entries)
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self._entries.values()))
+
+    @property
+    def raws(self) -> Tensors:
+        """Unit coordinates, name -> leaf tensor in [0, 1]; what a hyper-optimiser moves."""
+        return {name: entry.raw for name, entry in self._entries.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The current values as plain numbers, nested lists of them for a shape."""
+        return {name: entry.value.detach().tolist() for name, entry in self._entries.items()}
+
+    def set(self, **values: Value) -> None:
+        """Move the named hyperparameters to these values; raises `SpaceError` outside their bounds."""
+        for name, value in values.items():
+            self[name].set(value)
+
+    def requires_grad_(self, flag: bool = True) -> None:
+        """Whether forward passes from now on are recorded with respect to the hyperparameters."""
+        for entry in self._entries.values():
+            entry.raw.requires_grad_(flag)
+
+    @contextmanager
+    def using(self, raws: Tensors) -> Iterator[None]:
+        """Let those who read this space find other raw tensors for a while."""
+        before = self.raws
+        try:
+            for name, raw in raws.items():
+                self[name].raw = raw
+            yield
+        finally:
+            for name, raw in before.items():
+                self[name].raw = raw
+
+    @contextmanager
+    def seeing(self, values: Tensors) -> Iterator[None]:
+        """Let those who read this space see these values for a while, whatever the raw tensors say."""
+        try:
+            for name, value in values.items():
+                self[name]._seen = value
+            yield
+        finally:
+            for name in values:
+                self[name]._seen = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The raw coordinates and their ranges, to be saved with the model's state."""
+        return {
+            "raw": {name: entry.raw.detach().clone() for name, entry in self._entries.items()},
+            "range": {name: _range(entry.spec) for name, entry in self._entries.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave; what was saved in another range keeps its value.
+
+        Raises:
+            SpaceError: names or shapes differ, or a value lies outside this range; nothing is changed then.
+        """
+        if set(state["raw"]) != set(self._entries):
+            raise SpaceError(
+                f"the saved space has {sorted(state['raw'])}, this one {sorted(self._entries)}; "
+                "build the same space before loading."
+            )
+        raws = {
+            name: _moved(entry, state["raw"][name], state.get("range", {}).get(name))
+            for name, entry in self._entries.items()
+        }
+        with torch.no_grad():
+            for name, raw in raws.items():
+                self[name].raw.copy_(raw)
+
+
+def _range(spec: Float) -> tuple[float, float, str]:
+    return float(spec.low), float(spec.high), "log" if spec.log else "logit" if spec.logit else "linear"
+
+
+def _moved(entry: Hyperparameter, raw: Tensor, saved: Sequence[Any] | None) -> Tensor:
+    """The coordinate here of what stood at `raw` in the range `saved`; None is this range."""
+    spec = entry.spec
+    if raw.shape != spec.shape:
+        raise SpaceError(f"{entry.name} must have shape {spec.shape}, but was saved with {tuple(raw.shape)}.")
+    if saved is None or tuple(saved) == _range(spec):
+        return raw
+    low, high, scale = saved
+    value = Float(low, high, log=scale == "log", logit=scale == "logit").transform.value(raw.double())
+    try:
+        return spec.transform.raw(spec.check(value)).clamp(0, 1)
+    except SpaceError as error:
+        raise SpaceError(f"the saved {entry.name} does not fit: {error}") from None

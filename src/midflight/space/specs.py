@@ -1,0 +1,166 @@
+"""What may vary: the kind and the bounds of each hyperparameter."""
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from midflight.errors import SpaceError
+from midflight.space.transforms import Linear, Log, Logit, Transform
+
+Value = float | Sequence[float] | Tensor
+Choice: TypeAlias = str | int | float | bool | None
+When: TypeAlias = Mapping[str, Choice | tuple[Choice, ...]]
+"""Name of an `Int` or `Categorical` -> the value, or a tuple of values, that it must have; all must hold."""
+ROUNDING = 1e-6  # a few float32 roundings
+
+
+@dataclass(frozen=True)
+class Float:
+    """A continuous hyperparameter between `low` and `high`, both included.
+
+    Args:
+        low: smallest value, finite.
+        high: largest value, finite; low < high.
+        log: move on a logarithmic scale; needs low > 0.
+        logit: move on a logit scale, for rates that crowd at 0 or 1; needs 0 < low and high < 1.
+        init: where it starts, one number for all entries or one each; the middle of the
+            (log, logit) range if not given.
+        shape: of the value; () for one number, (n,) for one per parameter group, layer, class or
+            training example.
+        online: in `midflight.search`: tuned inside each trial instead of searched.
+        when: in `midflight.search`: part of a configuration only where other hyperparameters have
+            these values; see `When`.
+
+    Raises:
+        SpaceError: one of the conditions above does not hold.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    init: Value | None = None
+    logit: bool = False
+    shape: tuple[int, ...] = ()
+    online: bool = field(default=False, kw_only=True)
+    when: When | None = field(default=None, kw_only=True, hash=False)
+
+    def __post_init__(self) -> None:
+        for name, bound in (("low", self.low), ("high", self.high)):
+            real = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
+            if not real or not math.isfinite(bound):
+                raise SpaceError(f"{name} must be a finite number, but {name}={bound!r}.")
+        if not self.low < self.high:
+            raise SpaceError(f"low < high must hold, but low={self.low} and high={self.high}.")
+        object.__setattr__(self, "shape", _as_shape(self.shape))
+        if self.log and self.low <= 0:
+            raise SpaceError(
+                f"low > 0 must hold for log=True, but low={self.low}; pass log=False or a positive low."
+            )
+        if self.logit and not 0 < self.low < self.high < 1:
+            raise SpaceError(
+                f"0 < low and high < 1 must hold for logit=True, but low={self.low} and high={self.high}."
+            )
+        if self.log and self.logit:
+            raise SpaceError("log and logit exclude each other; pass one of them.")
+        if self.init is not None:
+            self.check(self.init)
+
+    def check(self, value: Value) -> Tensor:
+        """`value` in this shape, float64; raises `SpaceError` unless low <= value <= high.
+
+        What float32 rounded just over a bound is brought back to it.
+        """
+        try:
+            tensor = torch.as_tensor(value, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            tensor = None
+        if tensor is None or isinstance(value, bool):
+            raise SpaceError(f"a value must be a number or a list of numbers, but got {value!r}.")
+        if tensor.shape not in ((), self.shape):
+            raise SpaceError(f"a value of shape {self.shape} is needed, but got {tuple(tensor.shape)}.")
+        low, high = self.low - ROUNDING * abs(self.low), self.high + ROUNDING * abs(self.high)
+        wrong = tensor[~((tensor >= low) & (tensor <= high))]
+        if len(wrong):
+            raise SpaceError(
+                f"a value in [{self.low:g}, {self.high:g}] is needed, but got {float(wrong[0]):g}."
+            )
+        return tensor.clamp(self.low, self.high).expand(self.shape)
+
+    @property
+    def transform(self) -> Transform:
+        """The map from the unit interval onto [low, high]."""
+        return (Log if self.log else Logit if self.logit else Linear)(self.low, self.high)
+
+
+def _as_shape(shape: Any) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, list | tuple) else (shape,)
+    if not isinstance(shape, list | tuple) or any(type(n) is not int or n < 1 for n in sizes):
+        raise SpaceError(
+            f"shape must be a tuple of whole numbers of at least 1, such as (3,), but got {shape!r}."
+        )
+    return sizes
+
+
+@dataclass(frozen=True)
+class Int:
+    """A whole number between `low` and `high`, both included; searched by an engine of `midflight.search`.
+
+    Args:
+        low: smallest value.
+        high: largest value; low < high.
+        log: search on a logarithmic scale; needs low > 0.
+        when: part of a configuration only where other hyperparameters have these values; see `When`.
+
+    Raises:
+        SpaceError: one of the conditions above does not hold.
+    """
+
+    low: int
+    high: int
+    log: bool = False
+    when: When | None = field(default=None, kw_only=True, hash=False)
+
+    def __post_init__(self) -> None:
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if isinstance(bound, bool) or not isinstance(bound, int):
+                raise SpaceError(f"{name} must be a whole number, but got {bound!r}; use Float for others.")
+        if not self.low < self.high:
+            raise SpaceError(f"low < high must hold, but low={self.low} and high={self.high}.")
+        if self.log and self.low <= 0:
+            raise SpaceError(
+                f"low > 0 must hold for log=True, but low={self.low}; pass log=False or a positive low."
+            )
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """One of a few values without an order; searched by an engine of `midflight.search`.
+
+    Args:
+        choices: strings, numbers, booleans or None, no two equal.
+        when: part of a configuration only where other hyperparameters have these values; see `When`.
+
+    Raises:
+        SpaceError: there is no choice, two are equal, or one is of another type.
+    """
+
+    choices: Sequence[Choice]
+    when: When | None = field(default=None, kw_only=True, hash=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.choices, str) or not len(self.choices):
+            raise SpaceError(f"choices must be a list of at least one value, but got {self.choices!r}.")
+        object.__setattr__(self, "choices", tuple(self.choices))
+        for n, choice in enumerate(self.choices):
+            if not isinstance(choice, str | int | float | bool | None):
+                raise SpaceError(
+                    f"a choice must be a string, a number, a boolean or None, but got {choice!r}; "
+                    "name it and look it up in your own code."
+                )
+            if choice in self.choices[:n]:
+                raise SpaceError(f"choices must differ, but {choice!r} came twice (1 equals 1.0 and True).")
