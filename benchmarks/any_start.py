@@ -89,7 +89,7 @@ def train(job: tuple[str, str, int, int, bool]) -> Row:
         if n % (run.steps // run.task.epochs) == 0:
             path.append(run.point)
             if arm == "tuned":
-                caution.append(round(tuner.horizon.caution, 3))
+                caution.append(round(tuner.horizon.extrapolation, 3))
     seconds = time.perf_counter() - began
     valid, test = run.losses()
     if fixed:

@@ -26,19 +26,19 @@ from midflight.updates import rule_for
 
 
 @pytest.mark.parametrize(
-    ("c1", "c2", "caution"), [(0.0, 1.0, MOST), (1.0, 1.0, 0.0), (0.4, 1.0, GAIN * (OPEN_END - 0.4))]
+    ("c1", "c2", "extrapolation"), [(0.0, 1.0, MOST), (1.0, 1.0, 0.0), (0.4, 1.0, GAIN * (OPEN_END - 0.4))]
 )
-def test_caution_rises_as_the_training_loss_falls_below_the_validation_loss(c1, c2, caution):
+def test_extrapolation_rises_as_the_training_loss_falls_below_the_validation_loss(c1, c2, extrapolation):
     horizon = Averaged()
     horizon.observe(c1, c2, None)
-    assert horizon.caution == pytest.approx(caution)
+    assert horizon.extrapolation == pytest.approx(extrapolation)
 
 
 def test_the_line_falls_from_1_to_memorised_over_the_run():
     horizon, cautions = Averaged(), []
     for n in range(101):
         horizon.observe(MEMORISED + 0.05, 1.0, n / 100)
-        cautions.append(horizon.caution)
+        cautions.append(horizon.extrapolation)
     assert cautions[0] == MOST
     assert cautions[-1] == 0.0
     assert cautions == sorted(cautions, reverse=True)
@@ -48,14 +48,14 @@ def test_caution_follows_recent_losses_only():
     horizon = Averaged()
     for c1 in [0.0] * 85 + [1.0] * 16:
         horizon.observe(c1, 1.0, None)
-    assert horizon.caution == 0.0
+    assert horizon.extrapolation == 0.0
 
 
 def test_losses_that_have_no_ratio_leave_the_caution_as_it_is():
     horizon = Averaged()
-    horizon.caution = 0.7
+    horizon.extrapolation = 0.7
     horizon.observe(1.0, -1.0, None)
-    assert horizon.caution == 0.7
+    assert horizon.extrapolation == 0.7
 
 
 def test_a_restored_horizon_judges_and_goes_on_as_the_saved_one():
@@ -66,7 +66,7 @@ def test_a_restored_horizon_judges_and_goes_on_as_the_saved_one():
         saved.smoothed({"h": torch.tensor(float(n))})
     restored.load_state_dict(saved.state_dict())
     for each in (saved, restored):
-        each.caution = 0.3
+        each.extrapolation = 0.3
     assert torch.equal(saved.place(w, dict)["w"], restored.place(w, dict)["w"])
     found = [each.smoothed({"h": torch.tensor(1.0)})["h"] for each in (saved, restored)]
     assert torch.equal(*found)
@@ -75,7 +75,7 @@ def test_a_restored_horizon_judges_and_goes_on_as_the_saved_one():
     for each in (saved, restored):
         each.follow(w, 600)
         each.observe(0.5, 2.0, 0.5)
-    assert saved.caution == restored.caution > 0
+    assert saved.extrapolation == restored.extrapolation > 0
     assert torch.equal(saved.place(w, dict)["w"], restored.place(w, dict)["w"])
     assert torch.equal(saved.best["w"], restored.best["w"])
 
@@ -139,10 +139,14 @@ def test_the_tuner_tells_the_horizon_how_much_of_the_run_is_over(monkeypatch):
     assert told == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-@pytest.mark.parametrize(("caution", "kept"), [(0.0, STEADY), (0.5, STEADY / 2), (1.0, 0.0), (3.0, 0.0)])
-def test_hypergradients_are_averaged_with_earlier_ones_the_less_the_more_caution_there_is(caution, kept):
+@pytest.mark.parametrize(
+    ("extrapolation", "kept"), [(0.0, STEADY), (0.5, STEADY / 2), (1.0, 0.0), (3.0, 0.0)]
+)
+def test_the_higher_the_extrapolation_the_less_hypergradients_are_averaged(
+    extrapolation, kept
+):
     horizon = Averaged()
-    horizon.caution = caution
+    horizon.extrapolation = extrapolation
     for n in range(1, 5):
         found = horizon.smoothed({"h": torch.full((2,), float(n))})["h"]
     weights = [kept ** (4 - n) for n in range(1, 5)]
@@ -172,11 +176,11 @@ def in_float64():
 
 
 @pytest.mark.parametrize("estimator", ["one_step_cheap", "one_step"])
-@pytest.mark.parametrize("caution", [0.0, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("extrapolation", [0.0, 0.3, 1.0, 3.0])
 def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(
-    caution, estimator, monkeypatch, in_float64
+    extrapolation, estimator, monkeypatch, in_float64
 ):
-    """<v(average + caution (theta - average)), theta'(h)> differentiated centrally, v held fixed."""
+    """<v(average + extrapolation (theta - average)), theta'(h)> differentiated centrally, v held fixed."""
     batch, (xv, yv), model = in_float64
     space = mf.Space({"weight_decay": mf.Float(1e-4, 1e-1, log=True, init=1e-2)}, dtype=torch.float64)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
@@ -187,7 +191,7 @@ def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(
     train(model, optimizer, 60, batch)  # the average and the weights part
     monkeypatch.setattr(Averaged, "observe", lambda self, *_: None)
     monkeypatch.setattr(Averaged, "smoothed", lambda self, v: v)  # has a test of its own
-    t.horizon.caution = caution
+    t.horizon.extrapolation = extrapolation
 
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     state = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in model.named_parameters()}
@@ -204,7 +208,7 @@ def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(
 
     raw = float(space["weight_decay"].raw)
     average = t.horizon.average()
-    judged = {n: (average[n] + caution * (p - average[n])).requires_grad_() for n, p in before.items()}
+    judged = {n: (average[n] + extrapolation * (p - average[n])).requires_grad_() for n, p in before.items()}
     loss = F.cross_entropy(torch.func.functional_call(model, judged, (xv,)), yv)
     v = dict(zip(judged, torch.autograd.grad(loss, list(judged.values())), strict=True))
     truth, _ = derivative(lambda shift: float(sum((v[n] * p).sum() for n, p in after(raw + shift).items())))
@@ -214,9 +218,9 @@ def test_the_hypergradient_is_the_step_s_pullback_of_v_at_the_judged_weights(
         torch.testing.assert_close(p.detach(), after(raw)[n])
 
 
-@pytest.mark.parametrize(("caution", "agreement"), [(0.0, 0.2), (0.4, 0.12), (2.0, 0.0)])
-def test_under_caution_steps_wait_less_for_agreement(caution, agreement, monkeypatch):
-    monkeypatch.setattr(Averaged, "observe", lambda self, *_: setattr(self, "caution", caution))
+@pytest.mark.parametrize(("extrapolation", "agreement"), [(0.0, 0.2), (0.4, 0.12), (2.0, 0.0)])
+def test_under_extrapolation_steps_wait_less_for_agreement(extrapolation, agreement, monkeypatch):
+    monkeypatch.setattr(Averaged, "observe", lambda self, *_: setattr(self, "extrapolation", extrapolation))
     model = nn.Linear(8, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     t = tuner(
@@ -267,7 +271,7 @@ def test_a_learning_rate_is_judged_at_the_weights_after_the_step(in_float64):
 
 
 def run(train_rows, steps):
-    """An MLP on a noisy rule, tuned from almost no regularisation; gives the space and the caution."""
+    """An MLP on a noisy rule, tuned from almost no regularisation; gives the space and the extrapolation."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20000, 20, generator=generator)
     y = (x[:, 0] + 0.5 * x[:, 1] * x[:, 2] + 0.7 * torch.randn(20000, generator=generator) > 0).long()
@@ -287,7 +291,7 @@ def run(train_rows, steps):
     cautions = []
     for batch in batches:
         train(model, optimizer, 1, batch)
-        cautions.append(t.log()["caution"])
+        cautions.append(t.log()["extrapolation"])
     return space, cautions
 
 

@@ -385,7 +385,7 @@ def test_sign_steps_wait_more_for_agreement_at_averaged_weights_unless_told_othe
     default, given = mf.SignSteps([raw]), mf.SignSteps([raw], agreement=0.3)
     assert [s.param_groups[0]["agreement"] for s in (default, given)] == [0.5, 0.3]
     for steps in (default, given):
-        steps.set_calm(0.5)
+        steps.set_averaging(0.5)
     assert [s.param_groups[0]["agreement"] for s in (default, given)] == [0.375, 0.15]
 
 

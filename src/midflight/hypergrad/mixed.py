@@ -19,7 +19,7 @@ from midflight.errors import NoForwardMode, UnsupportedSetting
 from midflight.hypergrad.problem import Step, TrainLoss, added, double_backward, gradient
 from midflight.updates import pull_back
 
-WAYS = ("double backward", "forward mode", "difference")
+METHODS = ("double backward", "forward mode", "difference")
 
 
 def pullback(step: Step, v: Tensors) -> Tensors:
@@ -53,12 +53,12 @@ def train_loss_of(step: Step) -> TrainLoss:
 
 
 def mixed_partial_of(
-    way: str, train_loss: TrainLoss, params: Tensors, values: Tensors, w: Tensors
+    method: str, train_loss: TrainLoss, params: Tensors, values: Tensors, w: Tensors
 ) -> Tensors:
-    """d/dvalues <w, dC1~/dparams>, in one of the `WAYS`; for the values that the gradient depends on."""
-    if way == "difference":
+    """d/dvalues <w, dC1~/dparams>, in one of the `METHODS`; for the values that the gradient depends on."""
+    if method == "difference":
         return difference_along(train_loss, params, values, w)
-    if way == "forward mode":
+    if method == "forward mode":
         return forward_over_reverse_along(train_loss, params, values, w)
     params, values = leaves(params), leaves(values)
     grads = gradient(train_loss(params, values), params, create_graph=True)

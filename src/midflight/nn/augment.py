@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from midflight.errors import MissingExtra
-from midflight.nn.magnitude import Level, default_floor, describe, drawn
+from midflight.nn.magnitude import Magnitude, default_floor, describe, drawn
 
 GEOMETRY = ("rotation", "translation", "scale", "shear")
 
@@ -53,18 +53,18 @@ class Augment(nn.Module):
     def __init__(
         self,
         *,
-        rotation: Level = 0.0,
-        translation: Level = 0.0,
-        scale: Level = 0.0,
-        shear: Level = 0.0,
-        brightness: Level = 0.0,
-        contrast: Level = 0.0,
-        noise: Level = 0.0,
+        rotation: Magnitude = 0.0,
+        translation: Magnitude = 0.0,
+        scale: Magnitude = 0.0,
+        shear: Magnitude = 0.0,
+        brightness: Magnitude = 0.0,
+        contrast: Magnitude = 0.0,
+        noise: Magnitude = 0.0,
         interpolation: str = "bicubic",
         padding: str = "zeros",
     ) -> None:
         super().__init__()
-        given: dict[str, Level] = {
+        given: dict[str, Magnitude] = {
             "rotation": rotation,
             "translation": translation,
             "scale": scale,
@@ -123,11 +123,11 @@ class Augment(nn.Module):
         return self._level(name, x) * _uniform(len(x), 1, 1, 1, like=x)
 
     def _level(self, name: str, x: Tensor) -> Tensor:
-        level = self.magnitudes[name]
-        return drawn(level, default_floor(level), x).to(x.dtype)
+        magnitude = self.magnitudes[name]
+        return drawn(magnitude, default_floor(magnitude), x).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {describe(level)}" for name, level in self.magnitudes.items())
+        return ", ".join(f"{name}: {describe(magnitude)}" for name, magnitude in self.magnitudes.items())
 
 
 def _uniform(*shape: int, like: Tensor) -> Tensor:

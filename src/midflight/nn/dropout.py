@@ -16,7 +16,7 @@ for a Bernoulli variable of this scale.
 import torch
 from torch import Tensor, nn
 
-from midflight.nn.magnitude import Level, constant, default_floor, describe, drawn
+from midflight.nn.magnitude import Magnitude, constant, default_floor, describe, drawn
 from midflight.space import Hyperparameter
 
 
@@ -52,7 +52,7 @@ class Dropout(nn.Module):
     inplace = False
     """As every `nn.Dropout` by default."""
 
-    def __init__(self, rate: Level, floor: float | None = None) -> None:
+    def __init__(self, rate: Magnitude, floor: float | None = None) -> None:
         super().__init__()
         bounds: tuple[float, ...] = ()  # of a function they are not known
         if isinstance(rate, Hyperparameter):

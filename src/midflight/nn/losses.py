@@ -11,7 +11,7 @@ temperature T, class weights w and example weights a. A weighted sum of losses n
 import torch
 from torch import Tensor
 
-from midflight.nn.magnitude import Level, default_floor, drawn
+from midflight.nn.magnitude import Magnitude, default_floor, drawn
 from midflight.space import Hyperparameter
 
 Option = Hyperparameter | Tensor | float
@@ -86,7 +86,7 @@ def cross_entropy(
     return total / size.sum()
 
 
-def mixup(x: Tensor, y: Tensor, strength: Level) -> tuple[Tensor, Tensor]:
+def mixup(x: Tensor, y: Tensor, strength: Magnitude) -> tuple[Tensor, Tensor]:
     """Each example mixed with another one of the batch, inputs and targets alike.
 
         (1 - s u / 2) (x, y) + (s u / 2) (x, y)[permuted],   u uniform in [0, 1], one per example

@@ -1,4 +1,4 @@
-"""Gaussian noise whose level is a hyperparameter.
+"""Gaussian noise whose magnitude is a hyperparameter.
 
     additive:        x + std N(0, 1)              on inputs or hidden activations
     multiplicative:  x (1 + std N(0, 1))          Gaussian dropout (Srivastava et al. 2014, sec. 10)
@@ -10,13 +10,13 @@ an unbiased estimate of the derivative of the expected loss.
 import torch
 from torch import Tensor, nn
 
-from midflight.nn.magnitude import Level, default_floor, describe, drawn
+from midflight.nn.magnitude import Magnitude, default_floor, describe, drawn
 
 
 class _Noise(nn.Module):
-    """A noise of level std, drawn anew at every training pass."""
+    """A noise of magnitude std, drawn anew at every training pass."""
 
-    def __init__(self, std: Level, floor: float | None = None) -> None:
+    def __init__(self, std: Magnitude, floor: float | None = None) -> None:
         super().__init__()
         self.std = std
         self.floor = default_floor(std) if floor is None else floor
@@ -37,10 +37,10 @@ class GaussianNoise(_Noise):
     something, while std itself may reach 0.
 
     Args:
-        std: a hyperparameter of a `Space`, of shape () or one that broadcasts against x (one level
+        std: a hyperparameter of a `Space`, of shape () or one that broadcasts against x (one magnitude
             per feature, channel or unit); a function that reads some; or a fixed number. In the
             units of x; default range 0 to 0.8, for inputs of unit scale.
-        floor: smallest level drawn; 5 % of the range if std is tuned down to 0, else 0.
+        floor: smallest magnitude drawn; 5 % of the range if std is tuned down to 0, else 0.
 
     Shape:
         any floating-point tensor; the output has the same shape and dtype.
@@ -54,12 +54,12 @@ class MultiplicativeNoise(_Noise):
     """x (1 + std N(0, 1)) while training, x in eval mode (Srivastava et al. 2014, sec. 10).
 
     Dropout with rate p has a mask of the same mean and variance at std = sqrt(p / (1 - p)), but this
-    one is smooth in its level. Symmetric at std = 0 as `GaussianNoise` is, hence the floor.
+    one is smooth in its magnitude. Symmetric at std = 0 as `GaussianNoise` is, hence the floor.
 
     Args:
         std: as for `GaussianNoise`, but relative to x; default range 0 to 1, where 1 corresponds
             to dropping half.
-        floor: smallest level drawn; 5 % of the range if std is tuned down to 0, else 0.
+        floor: smallest magnitude drawn; 5 % of the range if std is tuned down to 0, else 0.
 
     Shape:
         any floating-point tensor; the output has the same shape and dtype.

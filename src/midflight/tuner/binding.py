@@ -49,7 +49,7 @@ _HOLDERS: WeakKeyDictionary[torch.optim.Optimizer, WeakMethod[Callable[[], None]
 
 
 @dataclass(frozen=True)
-class _Place:
+class _BoundOption:
     """One option of one group.
 
     Attributes:
@@ -131,7 +131,7 @@ class Binding:
             self._hooks.append(optimizer.register_state_dict_pre_hook(lambda _: self.restore()))
 
     @property
-    def steering(self) -> list[str]:
+    def step_options(self) -> list[str]:
         """Hyperparameters bound to an option that says how the step is taken, such as lr."""
         return [name for name, option in self.options.items() if option not in REGULARISERS]
 
@@ -313,21 +313,21 @@ class Binding:
                 found[place.option] = cap.clamp(max=LARGEST) if isinstance(cap, Tensor) else min(cap, LARGEST)
         return found
 
-    def _places(self, key: Key) -> Iterable[_Place]:
+    def _places(self, key: Key) -> Iterable[_BoundOption]:
         for (name, option), known in self._references.items():
             used = {k: reference for k, reference in known.items() if reference} or known
             if option not in self.rules[key[0]].tunable or (key in known and key not in used):
                 continue
             largest = max(used.values(), key=abs)
             if self.options[name] == "betas":
-                yield _Place(name, option, int(option == "beta2"), largest)
+                yield _BoundOption(name, option, int(option == "beta2"), largest)
             elif not self._space[name].spec.shape:
-                yield _Place(name, option, None, largest)
+                yield _BoundOption(name, option, None, largest)
             elif key in known:
                 all_groups = self._space[name].raw.numel() == len(known)
-                yield _Place(name, option, list(known if all_groups else used).index(key), known[key])
+                yield _BoundOption(name, option, list(known if all_groups else used).index(key), known[key])
 
-    def _factor(self, place: _Place, group: Mapping[str, Any]) -> float:
+    def _factor(self, place: _BoundOption, group: Mapping[str, Any]) -> float:
         if place.reference == 0:
             return 1.0
         own = (x for g, option, x, _ in self._written if g is group and option == place.option)

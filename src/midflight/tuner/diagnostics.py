@@ -7,12 +7,60 @@ from typing import Any
 
 from torch import Tensor
 
+from midflight._tensors import Tensors
+from midflight.errors import UnreachedHyperparameter
 from midflight.space import Space
 
 PINNED = 0.25
 """A hyperparameter is reported if it was at its bound for more than this last share of the hyper-steps."""
 SIGNIFICANT = 3.0
 """T2 is reported as overfitted if the loss on a third split is higher by this many standard errors."""
+
+PATIENCE = 10
+"""Hyper-steps without ever reaching a hyperparameter, and it counts as unreachable; undecided gradients
+alike."""
+
+
+class Reach:
+    """Counts the hyper-steps that did not reach a hyperparameter, until one does."""
+
+    def __init__(self, space: Iterable[str]) -> None:
+        self._unreached = dict.fromkeys(space, 0)
+
+    def observe(self, found: Tensors) -> None:
+        """Take in the hypergradients of a hyper-step. A miss is no error, for a branch may be random.
+
+        Raises:
+            UnreachedHyperparameter: a hyperparameter was not reached in the first PATIENCE hyper-steps.
+        """
+        for name in list(self._unreached):
+            if name in found:
+                del self._unreached[name]
+            else:
+                self._unreached[name] += 1
+        missing = [name for name, count in self._unreached.items() if count >= PATIENCE]
+        if missing:
+            raise UnreachedHyperparameter(
+                f"each hyperparameter must reach the gradient of the training loss or a tuned option, but "
+                f"{', '.join(missing)} did not in {PATIENCE} hyper-steps; use it in the model or in loss_fn, "
+                "or bind it to an option of the optimiser with bind=."
+            )
+
+    def report(self) -> list[str]:
+        """A sentence on the hyperparameters that were never reached."""
+        never = [name for name, count in self._unreached.items() if count]
+        if not never:
+            return []
+        return [
+            f"{', '.join(never)} reached neither the training loss nor the optimiser at any hyper-step; "
+            "use it in the model or in loss_fn, or name it as the option that it is."
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"unreached": dict(self._unreached)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._unreached = dict(state["unreached"])
 
 
 class Bounds:

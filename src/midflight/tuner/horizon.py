@@ -1,20 +1,21 @@
 """Where the validation loss is judged, so that a one-step hypergradient serves the whole run.
 
-    v = dC2/dtheta at   average + caution (theta - average),   average = mean of the recent weights
+    v = dC2/dtheta at   average + e (theta - average),   average = mean of the recent weights,
+                                                         e = extrapolation
 
-At caution 1, v is taken at the weights theta. The validation loss there includes a cost: the optimiser's
-steps are noisy, and the weights wander around their average. Beyond (caution over 1) it includes more of this
-cost. More regularisation always lowers the cost, even where it harms the trained model.
+At e = 1, v is taken at the weights theta. The validation loss there includes a cost: the optimiser's steps
+are noisy, and the weights wander around their average. Beyond (e > 1) it includes more of this cost. More
+regularisation always lowers the cost, even where it harms the trained model.
 
-At caution 0, v is taken at the average. The cost is gone there, but a hyper-step sees the present only. While
+At e = 0, v is taken at the average. The cost is gone there, but a hyper-step sees the present only. While
 the network learns what generalises, less regularisation looks better, and memorising comes later.
 
-C1 / C2, the training over the validation loss at the average, shows which of the two errs. Caution rises as
-this ratio falls below a line from 1 at the start to MEMORISED at the end of the run.
+C1 / C2, the training over the validation loss at the average, shows which of the two errs. The extrapolation
+rises as this ratio falls below a line from 1 at the start to MEMORISED at the end of the run.
 
-The average moves slowly. So at caution 0 the hypergradients of the last few hyper-steps are averaged too,
-which saves data. Towards the end of a run, the average covers fewer steps. Little is left to judge then, and
-a long average would lag behind as the final weights of the run.
+The average moves slowly. So at e = 0 the hypergradients of the last few hyper-steps are averaged too, which
+saves data. Towards the end of a run, the average covers fewer steps. Little is left to judge then, and a long
+average would lag behind as the final weights of the run.
 
 All this is for hyperparameters that regularise. Options that say how a step is taken, such as the learning
 rate, have their effect at once. They are judged at theta', the weights after the step.
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from midflight._tensors import Tensors
+from midflight.errors import UnknownName
 
 WINDOW = 0.1
 """The average covers this last share of the steps so far."""
@@ -39,7 +41,7 @@ SAMPLES = 10
 SAMPLED = 5
 """but at most once in this many steps."""
 STEADY = 0.8
-"""The decay of the mean hypergradient per hyper-step, at caution 0."""
+"""The decay of the mean hypergradient per hyper-step, at extrapolation 0."""
 RECENT = 0.15
 """C1 and C2 are averaged over this last share of the hyper-steps so far."""
 MEMORISED = 0.35
@@ -47,9 +49,9 @@ MEMORISED = 0.35
 OPEN_END = 0.5
 """The same throughout a run whose length is not known."""
 GAIN = 10.0
-"""Caution per unit of C1 / C2 below the line."""
+"""Extrapolation per unit of C1 / C2 below the line."""
 MOST = 3.0
-"""The largest caution; where a hypergradient is weak, 1 is not enough to reveal its sign."""
+"""The largest extrapolation; where a hypergradient is weak, 1 is not enough to reveal its sign."""
 
 KEPT = {torch.float32: torch.float16}
 """The type in which the best weights are kept, to save memory. This changes the loss less than the choice of
@@ -59,15 +61,15 @@ the batch does."""
 class Horizon(Protocol):
     """The weights at which the validation loss is judged."""
 
-    looks: bool
+    needs_losses: bool
     """Whether `observe` must get the losses at `average` at each hyper-step."""
 
     @property
     def at_average(self) -> bool:
-        """Whether `place` now returns the average."""
+        """Whether `valid_at` now returns the average."""
 
     @property
-    def calm(self) -> float:
+    def averaging(self) -> float:
         """How far a hyper-step averages signs of hypergradients: 1 as usual, 0 uses the last sign alone."""
 
     def due(self, steps: int) -> bool:
@@ -76,7 +78,7 @@ class Horizon(Protocol):
     def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None) -> bool:
         """Take in the weights after this many optimiser steps; return whether there was work to do."""
 
-    def place(self, params: Tensors, at: Callable[[], Tensors]) -> Tensors:
+    def valid_at(self, params: Tensors, at: Callable[[], Tensors]) -> Tensors:
         """The weights at which v is taken.
 
         Args:
@@ -85,7 +87,7 @@ class Horizon(Protocol):
         """
 
     def smoothed(self, hypergradients: Tensors) -> Tensors:
-        """The hypergradients to use, given those found at `place`."""
+        """The hypergradients to use, given those found at `valid_at`."""
 
     def average(self) -> Tensors:
         """The weights at which C1 and C2 are compared; must not be changed."""
@@ -113,9 +115,9 @@ class NextStep:
     regularises too much.
     """
 
-    looks = False
+    needs_losses = False
     at_average = False
-    calm = 1.0
+    averaging = 1.0
 
     def due(self, steps: int) -> bool:
         return False
@@ -123,7 +125,7 @@ class NextStep:
     def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None) -> bool:
         return False
 
-    def place(self, params: Tensors, at: Callable[[], Tensors]) -> Tensors:
+    def valid_at(self, params: Tensors, at: Callable[[], Tensors]) -> Tensors:
         return at()
 
     def smoothed(self, hypergradients: Tensors) -> Tensors:
@@ -151,22 +153,22 @@ class NextStep:
 
 
 class Averaged:
-    """Judge each step for the run: at the averaged weights, or with caution nearer to the weights and beyond.
+    """Judge each step for the run: at the averaged weights, or extrapolated to the weights and beyond.
 
     Stores the average of the weights, and the best average in half precision.
 
     Attributes:
-        caution: in [0, MOST]; 0 judges at the average, 1 at the weights.
+        extrapolation: in [0, MOST]; 0 judges at the average, 1 at the weights.
         best: the average and the buffers with the least validation loss so far; empty before the first.
     """
 
-    looks = True
+    needs_losses = True
 
     def __init__(self) -> None:
-        self.caution = 0.0
+        self.extrapolation = 0.0
         self.best: Tensors = {}
         self._best_loss = math.inf
-        self._looks = 0
+        self._count = 0
         self._steps = 0
         self._progress: float | None = None
         self._average: Tensors = {}
@@ -212,8 +214,8 @@ class Averaged:
         return {name: a.to(self._dtypes.get(name, a.dtype)) for name, a in self._average.items()}
 
     def forget(self) -> None:
-        """Restart the average and the losses, because the weights have jumped; keep the caution."""
-        self._average, self._looks = {}, 0
+        """Restart the average and the losses, because the weights have jumped; keep the extrapolation."""
+        self._average, self._count = {}, 0
         self._losses.clear()
         self._mean, self._weight = {}, 0.0
 
@@ -225,7 +227,7 @@ class Averaged:
         progress: float | None,
         buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Set the caution from C1 and C2 at the average, one batch each; keep the best average.
+        """Set the extrapolation from C1 and C2 at the average, one batch each; keep the best average.
 
         Args:
             train_loss: C1.
@@ -233,13 +235,13 @@ class Averaged:
             progress: share of the run that is over, in [0, 1]; None if its length is not known.
             buffers: of the model, stored with the best average.
         """
-        self._looks += 1
-        self._losses.append((self._looks, train_loss, valid_loss))
-        while len(self._losses) > 1 and self._losses[0][0] <= (1 - RECENT) * self._looks:
+        self._count += 1
+        self._losses.append((self._count, train_loss, valid_loss))
+        while len(self._losses) > 1 and self._losses[0][0] <= (1 - RECENT) * self._count:
             self._losses.popleft()
         c1, c2 = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))
         if c2 > 0:
-            self.caution = min(MOST, max(0.0, GAIN * (_line(progress) - c1 / c2)))
+            self.extrapolation = min(MOST, max(0.0, GAIN * (_line(progress) - c1 / c2)))
         if c2 <= self._best_loss:
             self._best_loss = c2
             self._keep({**self.average(), **(buffers or {})})
@@ -256,33 +258,33 @@ class Averaged:
 
     @property
     def at_average(self) -> bool:
-        """Whether v is taken at the average itself, which is so at caution 0."""
-        return self.caution == 0
+        """Whether v is taken at the average itself, which is so at extrapolation 0."""
+        return self.extrapolation == 0
 
     @property
-    def calm(self) -> float:
-        """1 - caution, but at least 0."""
-        return max(0.0, 1 - self.caution)
+    def averaging(self) -> float:
+        """1 - extrapolation, but at least 0."""
+        return max(0.0, 1 - self.extrapolation)
 
     @torch.no_grad()
-    def place(self, params: Tensors, at: Callable[[], Tensors]) -> Tensors:
-        """average + caution (theta - average).
+    def valid_at(self, params: Tensors, at: Callable[[], Tensors]) -> Tensors:
+        """average + extrapolation (theta - average).
 
         theta are the weights before the step. With those after the step, runs end 8 % worse (measured),
         because the step follows the noise of the same gradient by which the hyperparameters are judged.
         """
-        if self.caution == 0:
+        if self.extrapolation == 0:
             return self.average()
         return params | {
-            name: self._average[name].lerp(p.to(self._average[name]), self.caution).to(p)
+            name: self._average[name].lerp(p.to(self._average[name]), self.extrapolation).to(p)
             for name, p in params.items()
             if name in self._average
         }
 
     @torch.no_grad()
     def smoothed(self, hypergradients: Tensors) -> Tensors:
-        """Average them with those of earlier hyper-steps, which count less the higher the caution."""
-        self._weight *= STEADY * self.calm
+        """Average them with those of earlier hyper-steps, which count less the higher the extrapolation."""
+        self._weight *= STEADY * self.averaging
         self._weight += 1
         share = 1 / self._weight
         self._mean = {
@@ -301,11 +303,11 @@ class Averaged:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume."""
         return {
-            "caution": self.caution,
+            "extrapolation": self.extrapolation,
             "best": dict(self.best),
             "dtypes": dict(self._dtypes),
             "best_loss": self._best_loss,
-            "looks": self._looks,
+            "count": self._count,
             "steps": self._steps,
             "progress": self._progress,
             "average": {name: a.clone() for name, a in self._average.items()},
@@ -316,10 +318,10 @@ class Averaged:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict`."""
-        self.caution = state["caution"]
+        self.extrapolation = state["extrapolation"]
         self.best, self._best_loss = dict(state["best"]), state["best_loss"]
         self._dtypes = dict(state["dtypes"])
-        self._looks, self._steps, self._progress = state["looks"], state["steps"], state["progress"]
+        self._count, self._steps, self._progress = state["count"], state["steps"], state["progress"]
         self._average = {name: a.clone() for name, a in state["average"].items()}
         self._losses = deque(tuple(entry) for entry in state["losses"])
         self._mean, self._weight = {n: g.clone() for n, g in state["mean"].items()}, state["weight"]
@@ -332,3 +334,13 @@ def _window(progress: float | None) -> float:
 
 def _line(progress: float | None) -> float:
     return OPEN_END if progress is None else 1 - (1 - MEMORISED) * math.sqrt(progress)
+
+
+def horizon_for(horizon: str | Horizon) -> Horizon:
+    """The horizon for the argument `horizon` of `Tuner`; raises `UnknownName`."""
+    known: dict[Any, Callable[[], Horizon]] = {"run": Averaged, "step": NextStep}
+    if not isinstance(horizon, str) and hasattr(horizon, "place"):
+        return horizon
+    if not isinstance(horizon, str) or horizon not in known:
+        raise UnknownName("horizon", horizon, known)
+    return known[horizon]()

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from midflight._tensors import Tensors
 
+MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+"""Raw tensors -> the torch optimiser that moves them."""
+
 
 class SignSteps(torch.optim.Optimizer):
     """raw -= lr ((1 - a) s + a m |m|),   s = sign(hypergradient), m = mean of the recent signs
@@ -45,13 +48,13 @@ class SignSteps(torch.optim.Optimizer):
         self._given = agreement
         super().__init__(params, {"lr": lr, "agreement": self.ALONE if agreement is None else agreement})
 
-    def set_calm(self, calm: float) -> None:
-        """Set a to calm times its usual value, for the horizon `Averaged`.
+    def set_averaging(self, averaging: float) -> None:
+        """Set a to averaging times its usual value, for the horizon `Averaged`.
 
-        Once a model memorises (calm 0), signs disagree, but each step is needed in full.
+        Once a model memorises (averaging 0), signs disagree, but each step is needed in full.
         """
         for group in self.param_groups:
-            group["agreement"] = calm * (self.AVERAGED if self._given is None else self._given)
+            group["agreement"] = averaging * (self.AVERAGED if self._given is None else self._given)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -97,7 +100,7 @@ class Move:
     def __init__(
         self,
         raws: Tensors,
-        hyper_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+        hyper_optimizer: MakeOptimizer,
         progress: Callable[[], float | None],
     ) -> None:
         self._raws = raws

@@ -1,6 +1,6 @@
 """One hyper-step: from the live loop just before `optimizer.step` to the hypergradients.
 
-    received gradient  ->  place  ->  v = dC2/dtheta there  ->  estimator(step, v)  ->  hypergradients
+    received gradient  ->  at  ->  v = dC2/dtheta there  ->  estimator(step, v)  ->  hypergradients
 
 Data flows down this list. Nothing here moves anything.
 """
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from midflight._tensors import Tensors, all_finite, detach
 from midflight.errors import UnsupportedOptimizer, UnsupportedParameter
@@ -46,13 +46,13 @@ _RAW = "raw of "
 
 
 @dataclass(frozen=True)
-class Look:
+class HyperStepResult:
     """What a hyper-step found.
 
     Attributes:
         hypergradients: name -> tensor shaped like the raw coordinate, of the hyperparameters that were
             reached.
-        valid_loss: C2 where v was taken; NaN counts as a failed look.
+        valid_loss: C2 where v was taken; NaN counts as a failed hyper-step.
         train_loss: C1 at the averaged weights; None if nobody asked.
     """
 
@@ -123,13 +123,19 @@ class HyperStep:
         """The model's buffers, name -> live tensor."""
         return dict(self._model.named_buffers())
 
+    def gradient_versions(self) -> list[tuple[Tensor, int]]:
+        """The gradients and how often they were changed, where several optimisers step in turn."""
+        if len(self._optimizers) == 1:
+            return []
+        return [(p.grad, p.grad._version) for p in self.params().values() if p.grad is not None]
+
     def watch(self) -> None:
         """A hyper-step comes with the next step: note the gradient that `backward` leaves."""
         if self._loss_reads is not False:
             self._buffers.begin()
             self.received.watch(self._model, {**dict(self._model.named_parameters()), **self.params()})
 
-    def __call__(self) -> Look:
+    def __call__(self) -> HyperStepResult:
         """The hypergradients of the step about to be taken; leaves no trace in the loop.
 
         Raises:
@@ -151,7 +157,7 @@ class HyperStep:
         with self.live.borrowed():
             try:
                 self._space.requires_grad_(True)
-                return self._look(params, grads, clipped, live, batch)
+                return self._result(params, grads, clipped, live, batch)
             finally:
                 for raw in self._space.raws.values():
                     raw.grad = None
@@ -165,29 +171,29 @@ class HyperStep:
                 self._space.requires_grad_(True)
                 batch = next(self.t1)
                 states = self.randomness.snapshot()
-                loss = self.live.train_loss(self.train_loss, self.mixed.try_few(batch))
+                loss = self.live.train_loss(self.train_loss, self.mixed.try_subsample(batch))
                 self.randomness.rewind(states)
                 return batch, {names[id(leaf)] for leaf in graph_leaves(loss) if id(leaf) in names}
             finally:
                 self._space.requires_grad_(False)
 
-    def _look(
+    def _result(
         self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors, batch: Any
-    ) -> Look:
+    ) -> HyperStepResult:
         batch = next(self.t1) if batch is None else batch
         step = self._step(params, grads, clipped, live, batch)
-        steering = self._binding.steering if self.horizon.looks else []
-        judged = [name for name in self._space if name not in steering]
-        c1 = self._loss_at_average(params, batch) if self.horizon.looks else None
+        step_options = self._binding.step_options if self.horizon.needs_losses else []
+        judged = [name for name in self._space if name not in step_options]
+        c1 = self._loss_at_average(params, batch) if self.horizon.needs_losses else None
         c2, found = math.nan, {}
         if judged:
             here = replace(step, hparams={name: step.hparams[name] for name in judged})
-            place = self.horizon.place(here.params, lambda: self._estimator.at(here))
+            at = self.horizon.valid_at(here.params, lambda: self._estimator.at(here))
             by_statistics = self._loss_reads and self._estimator in _BY_STATISTICS
             layers = self._buffers.layers if by_statistics else {}
-            c2, v, of_statistics = self._valid_gradient(params, place, grads, layers)
+            c2, v, of_statistics = self._valid_gradient(params, at, grads, layers)
             if not math.isfinite(c2):
-                return Look({}, c2, c1)
+                return HyperStepResult({}, c2, c1)
             found = self._estimator(here, v)
             if of_statistics:
                 found = added(found, self._through_statistics(batch, layers, of_statistics))
@@ -195,13 +201,15 @@ class HyperStep:
                 self._judge(others, batch)
             if all_finite(found.values()):
                 found = self.horizon.smoothed(found)
-        if steering:
-            here = replace(step, hparams={name: step.hparams[name] for name in steering}, dependence=_apart)
+        if step_options:
+            here = replace(
+                step, hparams={name: step.hparams[name] for name in step_options}, dependence=_apart
+            )
             loss, v, _ = self._valid_gradient(params, one_step.at(here), grads, {})
             found, c2 = {**found, **one_step(here, v)}, c2 if judged else loss
-        if self.horizon.looks and not (judged and self.horizon.at_average):
+        if self.horizon.needs_losses and not (judged and self.horizon.at_average):
             c2 = self._loss_at_average(params, next(self.t2))
-        return Look(found, c2, c1)
+        return HyperStepResult(found, c2, c1)
 
     def _step(
         self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors, batch: Any
@@ -216,7 +224,7 @@ class HyperStep:
             if not self._loss_reads:
                 return Dependence(_none)
             trained = {name: p for name, p in live.items() if p.requires_grad}
-            few = self.mixed.try_few(batch)
+            few = self.mixed.try_subsample(batch)
             theirs, along = self.mixed(few, trained)
 
             def mixed_partial(w: Tensors) -> Tensors:  # the gradient of a frozen weight stays as it is
@@ -276,7 +284,7 @@ class HyperStep:
         """What reaches the validation loss by BatchNorm's running statistics, name -> d/draw."""
         passes = Passes(layers)
         with passes:
-            self.live.train_loss(self.train_loss, self.mixed.few(batch))
+            self.live.train_loss(self.train_loss, self.mixed.subsample(batch))
         moved = moved_statistics(layers, passes, along, self.received.passes)
         return {} if moved is None else value_grads(moved, self._space.raws)
 
@@ -288,7 +296,7 @@ class HyperStep:
             values = {name: self._space[name].transform.value(raw) for name, raw in raws.items()}
             with preserved(self._model), self._space.seeing(values):
                 with self._buffers.only(others):
-                    self.live.train_loss(self.train_loss, self.mixed.few(batch))
+                    self.live.train_loss(self.train_loss, self.mixed.subsample(batch))
                 losses.append(self.live.valid_loss(self.valid_loss, batch).detach())
             self.randomness.rewind(states)
         if bool((losses[0] - losses[1]).abs() > 16 * torch.finfo(losses[0].dtype).eps * losses[0].abs()):
@@ -355,7 +363,7 @@ class HyperStep:
             "randomness": self.randomness.state_dict(),
             "horizon": self.horizon.state_dict(),
             "received": self.received.state_dict(),
-            "way": self.mixed.way,
+            "method": self.mixed.method,
             "whole_batches": self.mixed.whole_batches,
         }
 
@@ -366,7 +374,7 @@ class HyperStep:
         self.randomness.load_state_dict(state["randomness"])
         self.horizon.load_state_dict(state["horizon"])
         self.received.load_state_dict(state["received"])
-        self.mixed.way, self.mixed.whole_batches = state["way"], state["whole_batches"]
+        self.mixed.method, self.mixed.whole_batches = state["method"], state["whole_batches"]
 
 
 def _none(_: Tensors) -> Tensors:

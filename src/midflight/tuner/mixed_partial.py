@@ -40,10 +40,10 @@ class MixedPartial:
         space: the hyperparameters; derivatives are with respect to their raw coordinates.
         loss_fn: (model, batch) -> training loss.
         examples: how many examples of a batch are used, the first ones along dimension 0; None for all.
-        way: one of the three methods; None chooses.
+        method: one of the three methods; None chooses.
 
     Attributes:
-        way: the method in use; None before the first hyper-step.
+        method: the method in use; None before the first hyper-step.
         whole_batches: whether all examples of a batch are used.
     """
 
@@ -54,12 +54,12 @@ class MixedPartial:
         space: Space,
         loss_fn: Loss,
         examples: int | None,
-        way: str | None = None,
+        method: str | None = None,
     ) -> None:
         self._live, self._randomness, self._space, self._loss_fn = live, randomness, space, loss_fn
         self._examples = examples or 0
         self._checked = False
-        self.way = way
+        self.method = method
         self.whole_batches = examples is None or _is_time_first(live.model)
 
     def train_loss(self, batch: Any) -> Callable[[Tensors, Tensors], Tensor]:
@@ -81,7 +81,7 @@ class MixedPartial:
 
         return loss
 
-    def few(self, batch: Any) -> Any:
+    def subsample(self, batch: Any) -> Any:
         """The examples of a batch that are used; all of them if the loss does not work on fewer."""
         return batch if self.whole_batches else first_examples(batch, self._examples)
 
@@ -91,7 +91,7 @@ class MixedPartial:
         """The training gradient on these examples, and how it depends on the hyperparameters.
 
         Args:
-            batch: of T1, as `few` gave it.
+            batch: of T1, as `subsample` gave it.
             params: the live weights that require a gradient, name -> leaf.
 
         Returns:
@@ -99,9 +99,9 @@ class MixedPartial:
             w -> d/draw <w, g>, which returns name -> tensor shaped like the raw coordinate, for the
             hyperparameters that g depends on.
         """
-        if self.way is None:
-            self.way = self._choose(batch, params)
-            if self.way == DOUBLE_BACKWARD:
+        if self.method is None:
+            self.method = self._choose(batch, params)
+            if self.method == DOUBLE_BACKWARD:
                 states = self._randomness.snapshot()
                 try:
                     return self._guarded(batch, params)
@@ -109,14 +109,14 @@ class MixedPartial:
                     if isinstance(error, InvalidLoss | torch.OutOfMemoryError):
                         raise
                     self._randomness.rewind(states)
-                    self.way = DIFFERENCE
-        if self.way == DOUBLE_BACKWARD:
+                    self.method = DIFFERENCE
+        if self.method == DOUBLE_BACKWARD:
             return self._double_backward(batch, params)
         states = self._randomness.snapshot()
         _, grads = self._live.gradients(
             lambda: self._live.train_loss(self._loss_fn, batch), dict(params), hooks=True
         )
-        along = self._forward_mode if self.way == FORWARD_MODE else self._difference
+        along = self._forward_mode if self.method == FORWARD_MODE else self._difference
 
         def mixed_partial(w: Tensors) -> Tensors:
             self._randomness.rewind(states)
@@ -137,7 +137,7 @@ class MixedPartial:
             except (RuntimeError, CheckpointError, NotImplementedError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-                self.way = DIFFERENCE
+                self.method = DIFFERENCE
                 self._randomness.rewind(states)
                 return self._difference(batch, params, w)
 
@@ -238,10 +238,10 @@ class MixedPartial:
             and not any(id(leaf) in live for leaf in graph_leaves(replaced))
         )
 
-    def try_few(self, batch: Any) -> Any:
-        """`few`, after a first test that the loss works on a part of a batch; otherwise the whole batch."""
-        few = self.few(batch)
-        if self.way is not None or few is batch:
+    def try_subsample(self, batch: Any) -> Any:
+        """`subsample`; the whole batch if the first test shows that the loss does not work on a part."""
+        few = self.subsample(batch)
+        if self.method is not None or few is batch:
             return few
         states = self._randomness.snapshot()
         try:
@@ -253,10 +253,12 @@ class MixedPartial:
         self._randomness.rewind(states)
         return few
 
-    @property
-    def examples(self) -> int:
-        """How many examples of a batch the mixed partial uses; 0 if it uses whole batches."""
-        return 0 if self.whole_batches else self._examples
+    def log(self) -> dict[str, float]:
+        """What a logger takes: the method, and the examples that it uses, 0 for whole batches."""
+        if not self.method:
+            return {}
+        examples = 0 if self.whole_batches else self._examples
+        return {f"mixed_partial/{self.method.replace(' ', '_')}": 1.0, "mixed_partial/examples": examples}
 
 
 def _is_time_first(model: nn.Module) -> bool:

@@ -54,6 +54,12 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a `GradScaler` found infinite gradients and a fused optimiser is to leave out its step."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
 def named_parameters(
     model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
 ) -> Iterator[tuple[str, Tensor, int, int]]:

