@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import midflight as mf
+from midflight.tuner.hyperstep import HyperStep
 
 X, Y = torch.rand(100, 784), torch.randint(0, 10, (100,))
 
@@ -88,3 +89,15 @@ def test_a_hyper_step_does_no_more_than_it_did(name):
     hyper = counts(training(**options))
     ratios = [h / p for h, p in zip(hyper, plain, strict=True)]
     assert all(r <= 1.02 * b for r, b in zip(ratios, bounds, strict=True)), (name, ratios)
+
+
+def test_a_hyper_step_that_validates_twice_is_found_out(monkeypatch):
+    real = HyperStep._valid_gradient
+
+    def twice(self, *arguments):
+        real(self, *arguments)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(HyperStep, "_valid_gradient", twice)
+    with pytest.raises(AssertionError):
+        test_a_hyper_step_does_no_more_than_it_did("defaults")

@@ -1,5 +1,6 @@
 """Loaders of all kinds: the loop reads and draws what it would without a tuner, and resumed runs go on."""
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -773,3 +774,32 @@ def test_a_run_with_another_estimator_is_resumed(estimator):
 def test_a_run_with_a_known_or_an_open_end_is_resumed(horizon, total):
     arguments = {"horizon": horizon, "total_steps": total, "schedule": mf.FrontLoaded(2)}
     assert_equal(*uninterrupted_and_resumed(SHUFFLED["shuffled"], 5, **arguments))
+
+
+# --- wrong twins: what the comparison with the loop without a tuner must reject -----------------------------
+
+
+def test_a_tuner_that_reads_the_loops_own_loader_is_found_out(monkeypatch):
+    monkeypatch.setattr("midflight.tuner.data.own_copy", lambda loader: loader)
+    with pytest.raises(AssertionError):
+        test_the_loop_reads_and_draws_what_it_would_without_a_tuner("rows that know how many were read", both)
+
+
+def test_a_tuner_that_draws_from_the_loops_generators_is_found_out(monkeypatch):
+    monkeypatch.setattr(
+        "midflight.tuner.randomness.Randomness.borrowed", lambda self: contextlib.nullcontext()
+    )
+    with pytest.raises(AssertionError):
+        test_the_loop_reads_and_draws_what_it_would_without_a_tuner("shuffled", both)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "data.EndlessBatches", "randomness.Randomness", "horizon.Averaged", "hyper_optimizer.Move",
+    ],
+)  # fmt: skip
+def test_a_tuner_that_resumes_without_a_part_of_its_state_is_found_out(part, monkeypatch):
+    monkeypatch.setattr(f"midflight.tuner.{part}.load_state_dict", lambda self, state: None)
+    with pytest.raises(AssertionError):
+        test_a_run_can_be_resumed_at_any_step(7)

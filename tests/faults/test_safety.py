@@ -6,6 +6,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -493,3 +494,46 @@ def test_a_run_of_the_right_length_has_no_such_report():
         warnings.simplefilter("error")
         loop = noisy_loop().attach(total_steps=10).run(10)
     assert not loop.tuner.report()
+
+
+# --- wrong twins: what the comparison with the loop without a tuner must reject -----------------------------
+
+
+@contextmanager
+def left_as_it_is(*_: Any) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def weights_left(params: dict[str, Tensor], at: dict[str, Tensor]) -> Iterator[None]:
+    for name, value in at.items():
+        params[name].data = value
+    yield
+
+
+TWINS = {
+    "the model stays changed": ("midflight.tuner.live.preserved", left_as_it_is, "step"),
+    "the user's random numbers are drawn": (
+        "midflight.tuner.randomness.Randomness.borrowed", left_as_it_is, "step"
+    ),
+    "the weights stay where v was taken": ("midflight.tuner.hyperstep.weights_at", weights_left, "step"),
+    "options stay as tuned": ("midflight.tuner.binding.Binding.restore", lambda self: None, "step"),
+    "the cache of autocast stays off": (
+        "midflight.tuner.live.torch.set_autocast_cache_enabled",
+        lambda flag, real=torch.set_autocast_cache_enabled: real(False), "step",
+    ),
+}  # fmt: skip
+"""What a hyper-step does wrong -> (what is replaced, by what, horizon)."""
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_hyperstep_that_leaves_a_trace_is_found_out(twin, monkeypatch):
+    name, wrong, horizon = TWINS[twin]
+    untouched = Twin(4).moments["begun"]
+    monkeypatch.setattr(name, wrong)
+    try:
+        world = World(True, horizon=horizon).run(4)
+        assert differences(world.state(), untouched)
+    finally:
+        monkeypatch.undo()
+        torch.set_autocast_cache_enabled(True)

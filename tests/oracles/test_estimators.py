@@ -202,3 +202,48 @@ def test_the_oracle_itself_differentiates_a_known_function():
     exact = mf.hypergradient(problem, params, hparams, {"w": {}})
     torch.testing.assert_close(found["curvature"], exact["curvature"], rtol=1e-8, atol=1e-10)
     assert loss_after(problem, params, hparams, {"w": {}}) > 0
+
+
+# --- wrong twins: what the central difference must reject ---------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "RMSprop", "SGD momentum"])
+@pytest.mark.parametrize("twin", ["one_step_cheap", "t1t2", "paper", "implicit_neumann"])
+def test_an_estimator_of_something_else_is_found_out(twin, optimizer, kind):
+    c = make_case(optimizer, kind)
+    truth = central_difference(c.problem, c.params, c.hparams, c.state)
+    found = mf.hypergradient(c.problem, c.params, c.hparams, c.state, twin)
+    found_out = compare([found], [truth]).relative_error > 100 * CLAIMS["one_step"].tolerance
+    # both equations are those of a decoupled decay
+    assert found_out is not ((optimizer, kind) == ("AdamW", "weight_decay") and twin in ("t1t2", "paper"))
+
+
+@pytest.mark.parametrize("part", ["loss", "options"])
+def test_an_estimator_that_forgets_a_part_is_found_out(part):
+    problem, params, hparams, *_ = quadratic(0.1, 0.03)
+    problem = mf.hypergrad.Problem(problem.train_loss, problem.valid_loss, problem.updates)
+    joined = {"both": torch.tensor(0.3, dtype=torch.float64)}
+
+    def of_both(values):
+        h = values["both"]
+        fixed = torch.tensor(0.3, dtype=torch.float64)
+        loss, option = (fixed, h) if part == "loss" else (h, fixed)
+        return {"curvature": loss * hparams["curvature"], "l2": option * 0.1}
+
+    def as_problem(forget):
+        split = (
+            of_both
+            if forget
+            else lambda v: {"curvature": v["both"] * hparams["curvature"], "l2": v["both"] * 0.1}
+        )
+        return mf.hypergrad.Problem(
+            lambda p, v: problem.train_loss(p, split(v)),
+            problem.valid_loss,
+            lambda v: problem.updates(split(v)),
+        )
+
+    truth = central_difference(as_problem(False), params, joined, {"w": {}})
+    right, wrong = (mf.hypergradient(as_problem(x), params, joined, {"w": {}}) for x in (False, True))
+    assert compare([right], [truth]).relative_error < CLAIMS["one_step"].tolerance
+    assert compare([wrong], [truth]).relative_error > 100 * CLAIMS["one_step"].tolerance

@@ -453,3 +453,33 @@ def test_without_kornia_geometry_says_what_to_install_and_the_rest_works(monkeyp
 def test_importing_midflight_does_not_import_kornia():
     code = "import sys, midflight; sys.exit('kornia' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---- wrong twins: what the central difference must reject
+
+
+class TwiceTheGradient(torch.autograd.Function):
+    """The identity, with a derivative of 2."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_with_a_wrong_derivative_is_found_out(kind, monkeypatch):
+    optimizer = "Adam" if why_skipped("SGD momentum", kind) else "SGD momentum"
+    if why_skipped(optimizer, kind):
+        pytest.skip(why_skipped(optimizer, kind))
+    case = make_case(optimizer, kind)
+    right = central_difference(case.problem, case.params, case.hparams, case.state)
+    value = mf.Hyperparameter.value
+    monkeypatch.setattr(mf.Hyperparameter, "value", property(lambda h: TwiceTheGradient.apply(value.fget(h))))
+    same = central_difference(case.problem, case.params, case.hparams, case.state)
+    assert compare([same], [right]).relative_error < 1e-6  # the truth reads no derivative
+    wrong = mf.hypergradient(case.problem, case.params, case.hparams, case.state)
+    assert compare([wrong], [right]).relative_error == pytest.approx(1, abs=1e-3)

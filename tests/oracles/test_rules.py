@@ -181,3 +181,71 @@ def test_rmsprop_keeps_a_variance_that_rounds_below_zero_finite():
         w, _ = rule.pullback(torch.ones(4), param, grad, state, options)
         assert torch.isfinite(param).all()
         assert torch.isfinite(w).all()
+
+
+# --- wrong twins: what the central difference must reject ---------------------------------------------------
+
+
+class AsIfSGD(UpdateRule):
+    """Takes each step for one along the gradient: w = -lr v."""
+
+    def pullback(self, v, param, grad, state, options):
+        return -options["lr"] * v, {}
+
+
+class HoldsTheScale(UpdateRule):
+    """Takes Adam's denominator for a constant."""
+
+    def pullback(self, v, param, grad, state, options):
+        t = float(state["step"]) + 1
+        second = options["beta2"] * state["exp_avg_sq"] + (1 - options["beta2"]) * grad * grad
+        root = (second / (1 - options["beta2"] ** t)).sqrt() + options["eps"]
+        return -options["lr"] * (1 - options["beta1"]) / (1 - options["beta1"] ** t) * v / root, {}
+
+
+class WithoutBiasCorrection(UpdateRule):
+    """Takes an early step for one in the long run."""
+
+    def pullback(self, v, param, grad, state, options):
+        late = {**state, "step": torch.tensor(1e6)}
+        return RULES[torch.optim.Adam].pullback(v, param, grad, late, options)
+
+
+class TakesDecoupledForCoupled(UpdateRule):
+    """Lets the decay of AdamW go through the moments."""
+
+    def pullback(self, v, param, grad, state, options):
+        other = {**options, "decoupled_weight_decay": not options["decoupled_weight_decay"]}
+        return RULES[torch.optim.AdamW].pullback(v, param, grad, state, other)
+
+
+def error_of_w(row, pullback_of):
+    """|w - truth| / |truth| for the w that another rule would give."""
+    at = At(row, 8)
+    w, truth = at.pullback(pullback_of)[0].reshape(-1), torch.empty(15, dtype=torch.float64)
+    for i in range(15):
+        one = torch.eye(15, dtype=torch.float64)[i].view(5, 3)
+        truth[i] = derivative(lambda shift, one=one: (at.v * at.step(at.grad + shift * one)).sum(), h=1e-4)
+    return float((w - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize(
+    ("row", "twin"),
+    [
+        *((row, AsIfSGD) for row in SMOOTH if row not in ("SGD", "ASGD", "ASGD options")),
+        *((row, HoldsTheScale) for row in ("Adam", "AdamW")),
+        *((row, WithoutBiasCorrection) for row in ("Adam", "AdamW")),
+        *((row, TakesDecoupledForCoupled) for row in ("Adam maximize", "AdamW amsgrad")),
+    ],
+)
+def test_a_wrong_derivative_by_the_gradient_is_found_out(row, twin):
+    assert error_of_w(row, twin) > 1e-3
+
+
+@pytest.mark.parametrize("row", ["Adam", "Adam maximize", "AdamW", "NAdam decoupled", "RAdam decoupled"])
+def test_the_derivative_by_decay_of_the_other_kind_is_found_out(row):
+    at = At(row, 8)
+    other = not at.options["decoupled_weight_decay"]
+    truth = float(at.pullback(weight_decay=tuned(0.1))[1]["weight_decay"])
+    wrong = float(at.pullback(weight_decay=tuned(0.1), decoupled_weight_decay=other)[1]["weight_decay"])
+    assert abs(wrong / truth - 1) > 1e-3

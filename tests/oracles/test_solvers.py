@@ -135,3 +135,22 @@ def test_conjugate_gradients_on_a_rule_with_momentum_equal_dense_algebra():
     a = torch.eye(len(flat), dtype=torch.float64) - j_theta.T
     u = torch.linalg.solve(a.T @ a + 0.5 * torch.eye(len(flat), dtype=torch.float64), a.T @ v)
     assert float(found["weight_decay"]) == pytest.approx(float(u @ j_raw), rel=1e-8)
+
+
+# --- wrong twins: what the direct solve must reject ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("condition", [10.0, 1e3])
+def test_conjugate_gradients_that_stop_early_are_found_out(condition):
+    a, b = system(30, condition)
+    found = conjugate_gradient(lambda u: split(a @ join(u)), split(b), iterations=5)
+    truth = torch.linalg.solve(a, b)
+    assert float((join(found) - truth).norm() / truth.norm()) > 1e-4
+
+
+def test_a_series_of_a_few_terms_or_with_another_sign_is_found_out():
+    a, b = system(6, 10.0)
+    truth = torch.linalg.solve(a, b)
+    for sign, terms in ((1, 20), (-1, 400)):
+        found = neumann(lambda u, sign=sign: split(sign * (join(u) - a @ join(u))), split(b), terms=terms)
+        assert float((join(found) - truth).norm() / truth.norm()) > 1e-2

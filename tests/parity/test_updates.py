@@ -211,3 +211,87 @@ def test_a_subclass_steps_as_its_base_unless_it_has_a_step_of_its_own():
     assert rule_for(WithDefaults(weights)) is RULES[torch.optim.SGD]
     with pytest.raises(UnsupportedOptimizer, match="Mine"):
         rule_for(Mine(weights, lr=0.1))
+
+
+# --- wrong twins: what the comparison with torch must reject ------------------------------------------------
+
+
+class IgnoresOption:
+    """A rule that takes an option for another value."""
+
+    def __init__(self, rule, option, value):
+        self._rule, self._changed = rule, {option: value}
+
+    def step(self, param, grad, state, options):
+        return self._rule.step(param, grad, state, {**options, **self._changed})
+
+
+class ForgetsState:
+    """A rule that finds zeros in one part of its state."""
+
+    def __init__(self, rule, key):
+        self._rule, self._key = rule, key
+
+    def step(self, param, grad, state, options):
+        known = {key: torch.zeros_like(x) if key == self._key else x for key, x in state.items()}
+        return self._rule.step(param, grad, known, options)
+
+
+def differs_from_torch(rule, name):
+    """Whether weights or state are others than torch's after 20 steps."""
+    make, options = CASES[name]
+    torch.manual_seed(0)
+    ours = torch.randn(7, 5, dtype=torch.float64)
+    theirs = ours.clone()
+    optimizer, state = make([theirs], **options), {}
+    for _ in range(20):
+        theirs.grad = torch.randn_like(theirs)
+        ours, state = rule.step(ours, theirs.grad, state, read_options(optimizer.param_groups[0]))
+        optimizer.step()
+    if state.keys() != optimizer.state[theirs].keys():
+        return True
+    pairs = [(ours, theirs), *((state[key], x) for key, x in optimizer.state[theirs].items())]
+    return any(not torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-6) for a, b in pairs)
+
+
+def options_that_matter():
+    for name, (make, _) in CASES.items():
+        if "foreach" in name or "fused" in name:
+            continue
+        ours, usual = (
+            read_options(make([torch.zeros(2, 2)], **o).param_groups[0]) for o in (CASES[name][1], {})
+        )
+        yield from ((name, option, usual[option]) for option in ours if ours[option] != usual[option])
+
+
+def states_that_matter():
+    for name in ("SGD momentum", "Adam amsgrad", "NAdam", "RAdam", "Adamax", "RMSprop momentum"):
+        yield from ((name, key) for key in stepped(name))
+    for name in ("Adagrad options", "Adadelta", "Adafactor", "ASGD options"):
+        yield from ((name, key) for key in stepped(name) if (name, key) not in COUNTERS)
+
+
+COUNTERS = {("Adadelta", "step"), ("RMSprop momentum", "step")}
+"""Counted by torch and used for nothing but the state itself."""
+
+
+def stepped(name):
+    make, options = CASES[name]
+    weight = torch.ones(2, 2, requires_grad=True)
+    optimizer = make([weight], **options)
+    weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    return list(optimizer.state[weight])
+
+
+@pytest.mark.parametrize(("name", "option", "value"), list(options_that_matter()))
+def test_a_rule_that_ignores_an_option_is_found_out(name, option, value, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    rule = RULES[CASES[name][0]]
+    assert not differs_from_torch(rule, name)
+    assert differs_from_torch(IgnoresOption(rule, option, value), name)
+
+
+@pytest.mark.parametrize(("name", "key"), list(states_that_matter()))
+def test_a_rule_that_forgets_a_part_of_its_state_is_found_out(name, key):
+    assert differs_from_torch(ForgetsState(RULES[CASES[name][0]], key), name)

@@ -142,9 +142,7 @@ def test_the_tuner_tells_the_horizon_how_much_of_the_run_is_over(monkeypatch):
 @pytest.mark.parametrize(
     ("extrapolation", "kept"), [(0.0, STEADY), (0.5, STEADY / 2), (1.0, 0.0), (3.0, 0.0)]
 )
-def test_the_higher_the_extrapolation_the_less_hypergradients_are_averaged(
-    extrapolation, kept
-):
+def test_the_higher_the_extrapolation_the_less_hypergradients_are_averaged(extrapolation, kept):
     horizon = Averaged()
     horizon.extrapolation = extrapolation
     for n in range(1, 5):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import midflight as mf
+from midflight.updates import RULES
 
 N, STEPS = 3, 24
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -79,7 +80,7 @@ def together(each, device="cpu"):
     return [tuple(t.to(device) for t in batch) for batch in mf.stacked(each)]
 
 
-def alone(i, optimizer, bind, estimator):
+def alone(i, optimizer, bind, estimator, hyper_optimizer=mf.SignSteps):
     """The member as a loop of its own; its training losses and what it ends with.
 
     The tuner's own way through T1 has each third batch, the one at which a hyper-step comes.
@@ -91,7 +92,7 @@ def alone(i, optimizer, bind, estimator):
     opt = OPTIMIZERS[optimizer](model.parameters())
     mf.Tuner(
         model, opt, own, loss, TRAIN[i][2::3], VALID[i], valid_loss_fn=validate, bind=bind, schedule=3,
-        horizon="step", total_steps=STEPS, estimator=estimator,
+        horizon="step", total_steps=STEPS, estimator=estimator, hyper_optimizer=hyper_optimizer,
     )  # fmt: skip
     losses = []
     for batch in TRAIN[i]:
@@ -177,7 +178,9 @@ def members_equal_loops(optimizer, bind, estimator, device="cpu", **options):
     every_one = population(optimizer, device, bind=bind, estimator=estimator, **options)
     losses = torch.stack([every_one.step(batch) for batch in together(TRAIN, device)], 1)
     for i in range(N):
-        expected, model, own = alone(i, optimizer, bind, estimator)
+        expected, model, own = alone(
+            i, optimizer, bind, estimator, options.get("hyper_optimizer", mf.SignSteps)
+        )
         assert losses[i].tolist() == pytest.approx(expected, rel=1e-9)
         found, found_space = every_one.member(i)
         for name, p in model.named_parameters():
@@ -185,6 +188,14 @@ def members_equal_loops(optimizer, bind, estimator, device="cpu", **options):
         for name in own:
             assert found_space[name].raw.tolist() == pytest.approx(own[name].raw.tolist(), rel=1e-9)
             assert own.as_dict()[name] != STARTS[name][i]
+
+
+BY_LENGTH = partial(torch.optim.SGD, lr=1.0)
+"""Moves by the length of a hypergradient, too, which signs do not show."""
+
+
+def test_members_are_moved_by_the_hypergradient_that_they_have_alone():
+    members_equal_loops("adam", ["weight_decay"], "one_step", hyper_optimizer=BY_LENGTH)
 
 
 def test_a_resumed_population_goes_on_as_the_saved_one():
@@ -276,3 +287,16 @@ def test_models_with_buffers_and_steps_that_mix_entries_are_refused():
         mf.Population(2, build(nn.BatchNorm1d), space(), OPTIMIZERS["adam"], **options)
     with pytest.raises(mf.errors.UnsupportedOptimizer, match="elementwise"):
         mf.Population(2, build(lambda n: nn.Linear(n, n, bias=False)), space(), torch.optim.Muon, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    {
+        "estimator_for": lambda _: mf.hypergrad.ESTIMATORS["one_step_cheap"],
+        "rule_for": lambda optimizer: RULES[torch.optim.SGD],
+    }.items(),
+)
+def test_members_that_are_tuned_otherwise_than_the_loops_are_found_out(name, twin, monkeypatch):
+    monkeypatch.setattr(f"midflight.tuner.population.{name}", twin)
+    with pytest.raises((AssertionError, KeyError)):
+        members_equal_loops("adam", ["weight_decay"], "one_step", hyper_optimizer=BY_LENGTH)
