@@ -20,8 +20,8 @@ def cross_entropy(model, batch):
 
 def checked(model, space, loss=cross_entropy, optimizer=None, **options):
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=1e-2)
-    data = {"batch": (X, Y), "validate": cross_entropy, "valid_batch": (X, Y)}
-    return mf.check(model, loss, optimizer, space, **data, **options)
+    usual = {"batch": (X, Y), "valid_batch": (X, Y), "valid_loss_fn": cross_entropy}
+    return mf.check(model, optimizer, space, loss, **{**usual, **options})
 
 
 def space():

@@ -102,13 +102,13 @@ class CheckReport:
 
 def check(
     model: nn.Module,
-    loss: Loss,
     optimizer: Optimizers,
     space: Space,
-    *,
+    loss_fn: Loss,
     batch: Any,
-    validate: Loss,
     valid_batch: Any,
+    *,
+    valid_loss_fn: Loss | None = None,
     bind: Bind = None,
     estimators: Sequence[str | Estimator] = ("one_step", "one_step_cheap", "t1t2"),
 ) -> CheckReport:
@@ -118,13 +118,13 @@ def check(
 
     Args:
         model: in the mode in which it trains.
-        loss: (model, batch) -> training loss, a scalar.
         optimizer: holds the model's weights, one or several as for `Tuner`; its state is used, or three steps
             are taken on a copy if it has none.
         space: the hyperparameters; a large one is checked in five entries.
+        loss_fn: (model, batch) -> training loss, a scalar.
         batch: training batch; floating-point tensors in it (in tuples, lists, dicts) are cast.
-        validate: (model, batch) -> validation loss, in eval mode.
         valid_batch: validation batch.
+        valid_loss_fn: (model, batch) -> validation loss, in eval mode; `loss_fn` by default.
         bind: as for `Tuner`.
         estimators: what to compare, names from `ESTIMATORS` or estimators.
 
@@ -132,7 +132,7 @@ def check(
         BindingError, UnsupportedOptimizer, UnsupportedParameter, UnknownName: as `Tuner` would.
     """
     hints: list[str] = []
-    trial = _Trial(model, loss, optimizer, space, batch, validate, valid_batch, bind)
+    trial = _Trial(model, optimizer, space, (loss_fn, valid_loss_fn or loss_fn), (batch, valid_batch), bind)
     chosen = [(_name(e), estimator_for(e)) for e in estimators]
     lines: list[Line] = []
     mixed_partial = "not found"
@@ -170,22 +170,21 @@ class _Trial:
     def __init__(
         self,
         model: nn.Module,
-        loss: Loss,
         optimizer: Optimizers,
         space: Space,
-        batch: Any,
-        validate: Loss,
-        valid_batch: Any,
+        losses: tuple[Loss, Loss],
+        batches: tuple[Any, Any],
         bind: Bind,
     ) -> None:
         self._model, self._space = model, space
+        loss_fn, valid_loss_fn = losses
         trained, optimizers = trained_parameters(model, optimizer), unwrapped(optimizer)
         binding = Binding(optimizers, space, bind)
         self._randomness = Randomness()
         live = self._live = LiveModel(model, self._randomness)
         buffers = {name: _cast(b) for name, b in model.named_buffers()}
         frozen = {name: _cast(p.detach()) for name, p in model.named_parameters() if name not in trained}
-        batch, valid_batch = _cast(batch), _cast(valid_batch)
+        batch, valid_batch = map(_cast, batches)
         self.params: Tensors = {name: _cast(p.detach()) for name, p in trained.items()}
         self.raws: Tensors = {name: _cast(raw.detach()) for name, raw in space.raws.items()}
         states = {p: state for o in optimizers for p, state in o.state.items()}
@@ -202,10 +201,10 @@ class _Trial:
 
         def train_loss(params: Tensors, raws: Tensors) -> Tensor:
             with space.using(raws):
-                return call(loss, batch, params)
+                return call(loss_fn, batch, params)
 
         def valid_loss(params: Tensors) -> Tensor:
-            return call(validate, valid_batch, params, valid=True)
+            return call(valid_loss_fn, valid_batch, params, valid=True)
 
         def updates(raws: Tensors) -> dict[str, Update]:
             with space.using(raws):

@@ -1,0 +1,59 @@
+"""The house from outside: its public names, what an import loads, and the picture of its imports."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import midflight as mf
+
+PAGE = Path(__file__).with_name("public_names.txt")
+OPTIONAL = ("sklearn", "scipy", "pandas", "matplotlib", "rich", "tyro", "jinja2", "kornia", "optuna", "ray")
+
+
+def signatures() -> list[str]:
+    """Each public name with its arguments, without their annotations."""
+    found = []
+    for name in [*mf.__all__, *mf._AUTOML]:
+        thing = getattr(mf, name)
+        arguments = ""
+        if callable(thing):
+            parameters = inspect.signature(thing).parameters.values()
+            plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+            arguments = str(inspect.Signature(plain))
+        found.append(name + arguments)
+    return sorted(found)
+
+
+def test_the_public_names_and_their_arguments_are_these():
+    """A change here is a change for users: it needs a line in CHANGELOG.md."""
+    assert signatures() == PAGE.read_text().splitlines()
+    assert len(signatures()) <= 35
+
+
+def test_importing_midflight_loads_no_optional_package():
+    code = f"import sys, midflight; sys.exit(str([m for m in {OPTIONAL} if m in sys.modules]))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stderr.strip() == "[]"
+
+
+def test_the_command_helps_and_names_the_missing_extra_without_optional_packages():
+    block = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); from importlib import util; "
+    block += (
+        f"real = util.find_spec; util.find_spec = lambda n, *a: None if n in {OPTIONAL} else real(n, *a); "
+    )
+    for argument, code, said in (("--help", 0, "midflight study PRESET"), ("study", 2, "midflight[study]")):
+        run = f"{block}sys.argv = ['midflight', {argument!r}]; from midflight.cli import main; main()"
+        ran = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+        assert ran.returncode == code
+        assert said in ran.stdout + ran.stderr
+
+
+def test_the_page_for_contributors_shows_the_imports_as_they_are():
+    script = Path(__file__).parent.parent / "dev" / "import_graph.py"
+    ran = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+if __name__ == "__main__":
+    PAGE.write_text("\n".join(signatures()) + "\n")
