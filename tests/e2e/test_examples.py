@@ -1,6 +1,9 @@
 """Every example, shortened, ends with a better validation loss than its start."""
 
 import importlib.util
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +36,17 @@ def test_tuning_ends_with_a_lower_validation_loss_than_the_start(name):
     assert result["valid"]["tuned"] < result["valid"]["fixed"]
     if name == "noisy_labels":
         assert result["precision"] > 1.5 * result["chance"]  # a network that learnt nothing is at 1
+
+
+def test_the_readmes_example_runs_as_it_stands_and_ends_as_it_says(tmp_path):
+    """The numbers are of one machine and version of torch; another may round otherwise."""
+    page = (EXAMPLES.parent / "README.md").read_text()
+    code, shown = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL).groups()
+    (tmp_path / "example.py").write_text(code)
+    ran = subprocess.run([sys.executable, tmp_path / "example.py"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found, expected = (
+        [float(x) for x in re.findall(r"(?<=: )[\d.]+|(?<== )[\d.]+", text)] for text in (ran.stdout, shown)
+    )
+    assert len(found) == len(expected) == 5
+    assert found == pytest.approx(expected, rel=0.3)

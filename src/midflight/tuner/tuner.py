@@ -26,10 +26,10 @@ from midflight.tuner.schedule import Schedule, schedule_for, whole
 from midflight.tuner.trajectory import Trajectory
 
 EXAMPLES = 32
-"""Of a T1 batch for the mixed partial: with 8, runs end 7 % worse; with more, nothing is gained
+"""Examples of a T1 batch that the mixed partial uses. With 8, runs end 7 % worse; more gain nothing
 (measured)."""
 MOST_ENTRIES = 10_000
-"""Separate hyperparameters in one space; each costs its own small operations."""
+"""The most separate hyperparameters in one space, because each costs small operations of its own."""
 
 
 class Tuner:
@@ -50,9 +50,9 @@ class Tuner:
             tuner that holds it already is detached, with a warning.
         space: what is tuned.
         loss_fn: (model, batch) -> training loss, a scalar, the mean over the batch. It must be what the loop
-            minimises over an optimiser step, and read the hyperparameters where the loop does. It must not
-            change state of its own, such as a counter, a tensor or an iterator: the tuner calls it as well,
-            and puts back modules and random generators only. It gets each batch in containers of its own.
+            minimises over an optimiser step, and read the hyperparameters where the loop does. The tuner
+            calls it as well, and puts back modules and random generators only. So it must not change other
+            state, such as a counter or an iterator.
         train_loader: batches of T1, such as the loop's own loader, which is not disturbed.
         valid_loader: batches of T2, validation data.
         valid_loss_fn: (model, batch) -> validation loss, a scalar, on batches of either loader; `loss_fn` by
@@ -85,10 +85,8 @@ class Tuner:
         UnusableLoader: a loader is no iterable, or `train_loader` is an iterator or keeps one, or an open
             file.
         InvalidLoss: a loss reads an iterator; at a hyper-step, it is no scalar or not of these weights.
-        UnknownName: there is no such estimator or horizon.
         UnsupportedSetting: torch.distributed runs several processes.
-        SpaceError: the space has too many separate hyperparameters.
-        ValueError: a number is out of its range.
+        UnknownName, SpaceError, ValueError: an argument is none of those that it may be.
     """
 
     def __init__(
@@ -181,13 +179,12 @@ class Tuner:
     def finish(self) -> dict[str, float]:
         """End the run: stop tuning, and give the model the best of the weights that the run has to offer.
 
-        These are the last ones, and with the horizon "run" also the average of the recent ones and the
-        average where the validation loss was least on the way. One pass through T2 for each decides, or 100
-        batches where T2 has no end.
+        These are the last ones. With the horizon "run" they are also the average of the recent ones, and the
+        average at the hyper-step with the least validation loss. Each is evaluated in one pass through T2, or
+        on 100 batches where T2 has no end.
 
         Returns:
-            the name of each ("last", "average", "earlier") -> its validation loss, the mean over the examples
-            of T2, the best first.
+            "last", "average", "earlier" -> its validation loss, the mean over the examples, the best first.
         """
         self.detach()
         return choose(self._hyperstep, self.horizon.candidates())
@@ -232,12 +229,15 @@ class Tuner:
             moved = self._controller.after_step()
         if moved and self._on_hyperstep is not None:
             self._on_hyperstep(self.steps, self.log())
-        if self._total is not None and self.steps == self._total + 1:
-            warnings.warn(
-                f"the run is longer than total_steps={self._total} optimiser steps; hyperparameters move no "
-                "more.",
-                stacklevel=2,
-            )
+        if self.steps - 1 == self._total:
+            _say_longer(self._total)
+
+
+def _say_longer(total: int) -> None:
+    warnings.warn(
+        f"the run is longer than total_steps={total} optimiser steps; hyperparameters move no more.",
+        stacklevel=3,
+    )
 
 
 def _require_arguments(model: Any, space: Any, loss_fn: Any, valid_loss_fn: Any) -> None:
