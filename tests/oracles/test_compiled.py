@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import midflight as mf
+from midflight import updates
 from midflight.updates import Update, pull_back, read_options, rule_for, step_ahead
 from midflight.updates.adam import Adam
 from midflight.updates.compiled_adam import CompiledAdam, _compiled
@@ -90,10 +91,10 @@ def test_a_missing_compiler_is_told_in_a_sentence(monkeypatch):
     _compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(mf.errors.NoCompiler, match=r"C\+\+ compiler .* no g\+\+ here; install"):
-        Adam().compiled(torch.device("cpu"))
+        updates.compiled(Adam(), torch.device("cpu"))
     _compiled.cache_clear()
 
 
 def test_rules_without_a_compiled_form_stay_as_they_are():
     rule = rule_for(torch.optim.SGD([torch.zeros(1)], lr=0.1))
-    assert rule.compiled(torch.device("cpu")) is rule
+    assert updates.compiled(rule, torch.device("cpu")) is rule

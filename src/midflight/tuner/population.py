@@ -25,7 +25,7 @@ from midflight.tuner.hyper_optimizer import Move, SignSteps
 from midflight.tuner.live import evaluating, with_tensors
 from midflight.tuner.optimizers import trained_parameters
 from midflight.tuner.schedule import Schedule, schedule_for, whole
-from midflight.updates import State, Update, Updates, compiled, read_options, rule_for
+from midflight.updates import State, Update, UpdateRule, Updates, compiled, read_options, rule_for
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -93,27 +93,15 @@ class Population:
         compile: bool = False,
     ) -> None:
         seeds = range(n) if seeds is None else seeds
-        for what, given in {"seeds": seeds, **(starts or {})}.items():
-            if n < 1 or len(given) != n:
-                raise ValueError(
-                    f"n >= 1 and n {what}, one per member, must hold, but n={n} and {len(given)} were given."
-                )
-        if exploit is not None:
-            whole("exploit", exploit)
-        if total_steps is not None:
-            whole("total_steps", total_steps)
+        _require_numbers(n, {"seeds": seeds, **(starts or {})}, exploit, total_steps)
         self.n, self.space, self._build = n, space, build
         self._loss, self._validate, self._exploit = loss_fn, valid_loss_fn or loss_fn, exploit
         models = [_seeded(build, space, seed) for seed in seeds]
         self._model = models[0]
-        if any(True for _ in self._model.buffers()):
-            raise UnsupportedParameter("the model must have no buffers, but has some; use LayerNorm, say.")
         self.optimizer = optimizer(self._model.parameters())
         """Its options, such as the learning rate, apply to all members and may be changed between steps."""
         self._rule = rule_for(self.optimizer)
-        if not self._rule.elementwise:
-            kind = type(self.optimizer).__name__
-            raise UnsupportedOptimizer(f"the optimiser must step elementwise, but {kind} does not.")
+        _require_batchable(self._model, self.optimizer, self._rule)
         if compile:
             self._rule = compiled(self._rule, next(self._model.parameters()).device)
         self._bound = Binding([self.optimizer], space, bind).options
@@ -122,12 +110,7 @@ class Population:
                 raise BindingError(f"a bound hyperparameter must be one number here, but {name} is not.")
         names = trained_parameters(self._model, self.optimizer)
         self._dims = {name: p.ndim for name, p in names.items()}
-        self._groups = {
-            name: i
-            for i, group in enumerate(self.optimizer.param_groups)
-            for name, p in names.items()
-            if any(p is q for q in group["params"])
-        }
+        self._groups = _groups(self.optimizer, names)
         of_each = [dict(model.named_parameters()) for model in models]
         self.params: Tensors = {name: torch.stack([p[name].detach() for p in of_each]) for name in names}
         """Weights of all members, name -> tensor of shape (n, ...)."""
@@ -135,9 +118,7 @@ class Population:
         """The optimiser's state of all members, name -> state whose tensors have shape (n, ...)."""
         self.raws: Tensors = self._start(starts or {})
         """Unit coordinates of the hyperparameters, name -> tensor of shape (n, ...)."""
-        self._estimate = estimator_for(estimator)
-        if self._estimate.needs_train_loss or self._estimate.mixed not in (None, "double backward"):
-            raise ValueError("the estimator must work on the recorded graph, such as one_step.")
+        self._estimate = _on_recorded_graph(estimator)
         self._calls = 0
         self._move_raws = Move(
             self.raws, hyper_optimizer, lambda: min(1.0, self._calls / total_steps) if total_steps else None
@@ -334,6 +315,40 @@ class _Stacked:
     def __iter__(self) -> Iterator[Any]:
         for batches in zip(*self.loaders, strict=False):
             yield tree_map(lambda *tensors: torch.stack(tensors), *batches)
+
+
+def _require_numbers(
+    n: int, of_each: Mapping[str, Sequence[Any]], exploit: int | None, total_steps: int | None
+) -> None:
+    for what, given in of_each.items():
+        if n < 1 or len(given) != n:
+            raise ValueError(
+                f"n >= 1 and n {what}, one per member, must hold, but n={n} and {len(given)} were given."
+            )
+    for name, number in {"exploit": exploit, "total_steps": total_steps}.items():
+        if number is not None:
+            whole(name, number)
+
+
+def _require_batchable(model: nn.Module, optimizer: torch.optim.Optimizer, rule: UpdateRule) -> None:
+    if any(True for _ in model.buffers()):
+        raise UnsupportedParameter("the model must have no buffers, but has some; use LayerNorm, say.")
+    if not rule.elementwise:
+        kind = type(optimizer).__name__
+        raise UnsupportedOptimizer(f"the optimiser must step elementwise, but {kind} does not.")
+
+
+def _on_recorded_graph(estimator: str | Estimator) -> Estimator:
+    found = estimator_for(estimator)
+    if found.needs_train_loss or found.mixed not in (None, "double backward"):
+        raise ValueError("the estimator must work on the recorded graph, such as one_step.")
+    return found
+
+
+def _groups(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> dict[str, int]:
+    """Weight -> the number of its param_group."""
+    numbers = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    return {name: numbers[id(p)] for name, p in params.items()}
 
 
 def _seeded(build: Callable[[Space], nn.Module], space: Space, seed: int) -> nn.Module:
