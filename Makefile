@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The venv stands ready once this file is newer than what it was made from.
 READY := $(VENV)/.ready
 
-.PHONY: setup study test lint peers clean
+.PHONY: setup study fast test lint peers clean
 
 setup: $(READY)
 
@@ -21,12 +21,16 @@ study: setup
 	$(BIN)/midflight study quick
 	$(BIN)/midflight report quick
 
+# The core, without what trains or starts processes.
+fast: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests/space tests/nn tests/tuner tests/gradcheck tests/oracles tests/parity tests/test_house.py
+
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
-	$(BIN)/ruff check src tests examples benchmarks
-	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check src tests examples benchmarks dev
+	$(BIN)/ruff format --check src tests examples benchmarks dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 

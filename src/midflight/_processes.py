@@ -1,4 +1,4 @@
-"""Processes that work for this one."""
+"""Worker processes of this process."""
 
 import multiprocessing
 import os
@@ -8,13 +8,13 @@ from multiprocessing.connection import wait
 
 
 def begin_worker() -> None:
-    """Call first in a worker process: it leaves Ctrl-C to its parent, and ends when the parent does."""
+    """Make this worker process ignore Ctrl-C and end when its parent does; call it first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A parent killed by SIGKILL cannot stop its workers; they watch it instead."""
+    """Exit when the parent ends, because a parent killed by SIGKILL cannot stop its workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

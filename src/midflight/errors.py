@@ -1,21 +1,21 @@
-"""What can go wrong at the border between a user's code and ours."""
+"""The exceptions that midflight raises on purpose."""
 
 from importlib.util import find_spec
 
 
 class MidflightError(Exception):
-    """Base of every error that midflight raises on purpose."""
+    """Base class of every error that midflight raises on purpose."""
 
     exit_code = 2
-    """Of the command: 2 for bad input, 1 where the environment failed."""
+    """Exit status of the command: 2 for bad input, 1 if the environment failed."""
 
 
 class SpaceError(MidflightError, ValueError):
-    """A search space, or a value for it, that cannot be."""
+    """The search space, or a value for it, is invalid."""
 
 
 class BindingError(MidflightError, ValueError):
-    """A hyperparameter cannot be bound to the optimiser option that was asked for."""
+    """A hyperparameter cannot be bound to the requested optimiser option."""
 
 
 class UnreachedHyperparameter(MidflightError, RuntimeError):
@@ -27,23 +27,23 @@ class InvalidLoss(MidflightError, TypeError):
 
 
 class UnsupportedSetting(MidflightError, NotImplementedError):
-    """Something that midflight cannot do right yet, such as tuning over several processes."""
+    """midflight cannot do this correctly yet, for example tune over several processes."""
 
 
 class UnknownGradient(MidflightError, RuntimeError):
-    """What happened to the gradient between `backward` and `step` could not be told."""
+    """midflight cannot tell how the gradient changed between `backward` and `step`."""
 
 
 class UnusableLoader(MidflightError, TypeError):
-    """A loader cannot be read by the tuner without taking batches from the training loop."""
+    """The tuner cannot read a loader without taking batches from the training loop."""
 
 
 class NoForwardMode(MidflightError, NotImplementedError):
-    """The training loss holds an operation without a forward-mode derivative."""
+    """The training loss contains an operation without a forward-mode derivative."""
 
 
 class NotTwiceDifferentiable(MidflightError, RuntimeError):
-    """The training loss holds an operation whose derivative cannot be differentiated."""
+    """The training loss contains an operation whose derivative cannot be differentiated."""
 
 
 class UnsupportedOptimizer(MidflightError, TypeError):
@@ -51,19 +51,19 @@ class UnsupportedOptimizer(MidflightError, TypeError):
 
 
 class UnsupportedParameter(MidflightError, TypeError):
-    """A weight whose update cannot be differentiated (sparse gradient, complex dtype)."""
+    """The update of a weight cannot be differentiated (sparse gradient, complex dtype)."""
 
 
 class NoCompiler(MidflightError, RuntimeError):
-    """torch.compile was asked for and does not work here."""
+    """torch.compile was requested but does not work here."""
 
 
 class MissingExtra(MidflightError, ImportError):
-    """An optional dependency is needed and not installed."""
+    """An optional dependency is needed but not installed."""
 
 
 class UnknownName(MidflightError, ValueError):
-    """A name that is not in one of midflight's tables."""
+    """A name is not in the table of known names."""
 
     def __init__(self, kind: str, name: object, known: object) -> None:
         names = ", ".join(str(k) for k in known) if hasattr(known, "__iter__") else str(known)

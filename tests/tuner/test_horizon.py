@@ -67,7 +67,7 @@ def test_a_restored_horizon_judges_and_goes_on_as_the_saved_one():
     restored.load_state_dict(saved.state_dict())
     for each in (saved, restored):
         each.extrapolation = 0.3
-    assert torch.equal(saved.place(w, dict)["w"], restored.place(w, dict)["w"])
+    assert torch.equal(saved.valid_at(w, dict)["w"], restored.valid_at(w, dict)["w"])
     found = [each.smoothed({"h": torch.tensor(1.0)})["h"] for each in (saved, restored)]
     assert torch.equal(*found)
     assert found[0] > 2.0
@@ -76,7 +76,7 @@ def test_a_restored_horizon_judges_and_goes_on_as_the_saved_one():
         each.follow(w, 600)
         each.observe(0.5, 2.0, 0.5)
     assert saved.extrapolation == restored.extrapolation > 0
-    assert torch.equal(saved.place(w, dict)["w"], restored.place(w, dict)["w"])
+    assert torch.equal(saved.valid_at(w, dict)["w"], restored.valid_at(w, dict)["w"])
     assert torch.equal(saved.best["w"], restored.best["w"])
 
 

@@ -1,4 +1,4 @@
-"""Hypergradients against central differences: of your own step (`check`), and of every row of our tables."""
+"""Compare hypergradients with central differences, for a user's step (`check`) and for our tables."""
 
 from midflight.gradcheck.cases import KINDS, OPTIMIZERS, Batch, Case, Kind, make_case, why_skipped
 from midflight.gradcheck.check import CheckReport, check

@@ -1,6 +1,6 @@
 """The conformance table: every update rule with every kind of hyperparameter, on a small smooth network.
 
-A new rule or kind of hyperparameter is one row in `OPTIMIZERS` or `KINDS`.
+To add a rule or a kind of hyperparameter, add one row to `OPTIMIZERS` or `KINDS`.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ FEATURES, HIDDEN, CLASSES, EXAMPLES = 12, 16, 3, 24
 
 @dataclass(frozen=True)
 class Batch:
-    """What a training loss is computed from.
+    """The weights and data from which a training loss is computed.
 
     Attributes:
         weights: theta, name -> tensor.
@@ -58,19 +58,19 @@ class Batch:
     y: Tensor
 
     def logits(self, x: Tensor | None = None, layer: Callable[[Tensor], Tensor] = lambda h: h) -> Tensor:
-        """The network at x, with `layer` after its first nonlinearity; (EXAMPLES, CLASSES)."""
+        """Return the logits at x, with `layer` after the first nonlinearity; (EXAMPLES, CLASSES)."""
         return self._linear(2, self._linear(1, layer(self.hidden(x))).tanh())
 
     def hidden(self, x: Tensor | None = None) -> Tensor:
-        """The first layer's activations, (EXAMPLES, HIDDEN)."""
+        """Return the first layer's activations, (EXAMPLES, HIDDEN)."""
         return self._linear(0, self.x if x is None else x).tanh()
 
     def loss(self, x: Tensor | None = None, layer: Callable[[Tensor], Tensor] = lambda h: h) -> Tensor:
-        """The plain cross entropy."""
+        """Return the plain cross entropy."""
         return F.cross_entropy(self.logits(x, layer), self.y)
 
     def matrices(self) -> list[Tensor]:
-        """The weights that are no biases."""
+        """Return the weights that are not biases."""
         return [w for w in self.weights.values() if w.ndim == 2]
 
     def _linear(self, layer: int, x: Tensor) -> Tensor:
@@ -81,19 +81,19 @@ Loss = Callable[[Hyperparameter, Batch], Tensor]
 
 
 def _noisy(h: Hyperparameter, b: Batch) -> Tensor:
-    """A loss that does not read h, which enters by the update."""
+    """Return a loss that does not read h; h enters by the update."""
     return b.loss(GaussianNoise(0.1)(b.x))
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of hyperparameter and how it enters.
+    """A kind of hyperparameter and how it enters the training step.
 
     Attributes:
-        spec: its range, its shape and where it stands.
+        spec: its range, shape and initial value.
         option: the optimiser's option that it is bound to, if any.
         loss: the training loss as a function of it and a batch.
-        needs: a package without which the row cannot run.
+        needs: a package that the row needs, if any.
     """
 
     spec: Float
@@ -103,9 +103,9 @@ class Kind:
 
 
 class _SteadyMasks(Dropout):
-    """Masks drawn at one rate wherever the rate moves: what `Dropout` differentiates is smooth then.
+    """Dropout with masks drawn at a constant rate, which makes the function that it differentiates smooth.
 
-    Whether it is the right thing to differentiate is another question, answered by enumerating all masks.
+    Whether this is the right function to differentiate is tested by enumerating all masks.
     """
 
     def _drawn_at(self, rate: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def _bound(option: str, init: float) -> Kind:
 
 
 def _layer(kind: str, layer: Callable[[Hyperparameter], nn.Module], **changes: Any) -> Kind:
-    """A layer after the first nonlinearity."""
+    """Return the kind for a layer after the first nonlinearity."""
     return Kind(default_range(kind, **changes), loss=lambda h, b: b.loss(layer=layer(h)))
 
 
@@ -131,7 +131,7 @@ def _penalty(kind: str, penalty: Callable[[Batch], Tensor], init: float = 1e-2) 
 
 
 def _option(kind: str, name: str, **changes: Any) -> Kind:
-    """An option of `losses.cross_entropy`."""
+    """Return the kind for an option of `losses.cross_entropy`."""
     return Kind(
         default_range(kind, **changes),
         loss=lambda h, b: losses.cross_entropy(b.logits(), b.y, **{name: h}),  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def _option(kind: str, name: str, **changes: Any) -> Kind:
 
 
 def _augmented(kind: str, magnitude: str | None = None) -> Kind:
-    """A magnitude of `Augment`."""
+    """Return the kind for a magnitude of `Augment`."""
 
     def loss(h: Hyperparameter, b: Batch) -> Tensor:
         augment = Augment(**{magnitude or kind: h})  # type: ignore[arg-type]
@@ -189,17 +189,17 @@ KINDS: dict[str, Kind] = {
     "contrast": _augmented("contrast"),
     "pixel_noise": _augmented("pixel_noise", "noise"),
 }
-"""Hyperparameter -> how it enters."""
+"""Name of a hyperparameter -> its kind."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem with a state in the middle of training, in float64.
+    """A problem with weights and optimiser state in the middle of training, in float64.
 
     Attributes:
         optimizer: the row of `OPTIMIZERS`.
         hyperparameter: the row of `KINDS`.
-        hparams: its raw coordinate; `values` maps it to what the model sees.
+        hparams: its raw coordinate, name -> tensor.
     """
 
     optimizer: str
@@ -211,7 +211,7 @@ class Case:
 
 
 def why_skipped(optimizer: str, hyperparameter: str) -> str | None:
-    """Why a row of `OPTIMIZERS` has no case with a row of `KINDS`, in a sentence; None if it has."""
+    """Say in a sentence why a row of `OPTIMIZERS` has no case with a row of `KINDS`; None if it has one."""
     kind = KINDS[hyperparameter]
     if kind.needs and not find_spec(kind.needs):
         return f"{kind.needs} is not installed."
@@ -227,7 +227,7 @@ def why_skipped(optimizer: str, hyperparameter: str) -> str | None:
 
 
 def make_case(optimizer: str, hyperparameter: str, seed: int = 0, steps: int = 20) -> Case:
-    """A row of `OPTIMIZERS` with a row of `KINDS`, after some steps of training.
+    """Build the case of a row of `OPTIMIZERS` and a row of `KINDS`, after `steps` steps of training.
 
     Raises:
         ValueError: `why_skipped` gives a reason.

@@ -1,7 +1,6 @@
-"""Does it work on my model? A user's own loss, in float64, against central differences.
+"""Compare hypergradients of a user's own training step with central differences, in float64.
 
-Everything is evaluated on copies through `functional_call`; the model, the optimiser and the space
-are left as they were.
+Evaluations use copies, through `functional_call`. The model, the optimiser and the space stay unchanged.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,21 +27,21 @@ from midflight.tuner.optimizers import Optimizers, trained_parameters, unwrapped
 from midflight.tuner.randomness import Randomness
 from midflight.updates import State, Update
 
-ENTRIES = 5  # of a large hyperparameter that are differenced
+ENTRIES = 5  # of a large hyperparameter; only these are differenced
 
 
 @dataclass(frozen=True)
 class Line:
-    """One entry of one hyperparameter under one estimator.
+    """The result for one entry of one hyperparameter under one estimator.
 
     Attributes:
         hyperparameter: its name, with the index of the entry if it has a shape.
-        estimator: its name in `ESTIMATORS`, or its class with what was chosen.
-        estimate: of dC2/d raw.
-        truth: the central difference that agrees best with its neighbours in step size.
-        uncertainty: how far it disagrees with them.
-        passed: |estimate - truth| within what the estimator claims or three times the uncertainty; None for
-            one that claims no exactness.
+        estimator: its name in `ESTIMATORS`, or its class with its changed settings.
+        estimate: of dC2/d raw, where C2 is the validation loss after the step.
+        truth: the central difference that agrees best with that of the next smaller step size.
+        uncertainty: the difference between these two, plus rounding.
+        passed: whether |estimate - truth| is within the estimator's claim or three times the uncertainty;
+            None for an estimator that claims no exactness.
     """
 
     hyperparameter: str
@@ -54,18 +53,18 @@ class Line:
 
     @property
     def relative_error(self) -> float:
-        """|estimate - truth| / |truth|"""
+        """|estimate - truth| / |truth|."""
         return abs(self.estimate - self.truth) / max(abs(self.truth), 1e-300)
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found; print it.
+    """The result of `check`; print it.
 
     Attributes:
         lines: the table of errors.
-        hints: likely causes of what went wrong, and what to know, one sentence each.
-        mixed_partial: how `Tuner` finds the mixed partial.
+        hints: likely causes of errors, and conditions that limit the check.
+        mixed_partial: how `Tuner` computes the mixed partial.
     """
 
     lines: list[Line]
@@ -74,7 +73,7 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether there are lines and every exact estimator is right in all of them."""
+        """Whether there are lines and every exact estimator passed in all of them."""
         return bool(self.lines) and all(line.passed is not False for line in self.lines)
 
     def __str__(self) -> str:
@@ -114,22 +113,22 @@ def check(
 ) -> CheckReport:
     """Compare hypergradients of your own training step with central differences, in float64.
 
-    Layers of `mf.nn.Dropout` draw at one rate, so that their derivative is compared with its own relaxation.
+    `mf.nn.Dropout` draws at a constant rate here: its derivative is compared with that of its own relaxation.
 
     Args:
-        model: in the mode in which it trains.
-        optimizer: holds the model's weights, one or several as for `Tuner`; its state is used, or three steps
-            are taken on a copy if it has none.
+        model: the model, in the mode in which it trains.
+        optimizer: holds the model's weights; one or several, as for `Tuner`. If it has no state, three steps
+            on a copy create one.
         space: the hyperparameters; a large one is checked in five entries.
         loss_fn: (model, batch) -> training loss, a scalar.
-        batch: training batch; floating-point tensors in it (in tuples, lists, dicts) are cast.
+        batch: training batch; floating-point tensors in it (in tuples, lists, dicts) are cast to float64.
         valid_batch: validation batch.
         valid_loss_fn: (model, batch) -> validation loss, in eval mode; `loss_fn` by default.
         bind: as for `Tuner`.
-        estimators: what to compare, names from `ESTIMATORS` or estimators.
+        estimators: the estimators to compare, or their names in `ESTIMATORS`.
 
     Raises:
-        BindingError, UnsupportedOptimizer, UnsupportedParameter, UnknownName: as `Tuner` would.
+        BindingError, UnsupportedOptimizer, UnsupportedParameter, UnknownName: as for `Tuner`.
     """
     hints: list[str] = []
     trial = _Trial(model, optimizer, space, (loss_fn, valid_loss_fn or loss_fn), (batch, valid_batch), bind)
@@ -158,14 +157,14 @@ def check(
 
 @dataclass(frozen=True)
 class _Truth:
-    """Entry -> (central difference, uncertainty)."""
+    """Central differences of one hyperparameter: entry -> (central difference, uncertainty)."""
 
     shape: tuple[int, ...]
     entries: dict[int, tuple[float, float]]
 
 
 class _Trial:
-    """The user's step as a pure problem in float64, to be used while it has `borrowed` the model."""
+    """The user's step as a `Problem` in float64; use it only inside `borrowed`."""
 
     def __init__(
         self,
@@ -214,7 +213,7 @@ class _Trial:
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """As a hyper-step has the model, in float64; at the end all is as it was."""
+        """Prepare the model as for a hyper-step, in float64; restore everything at the end."""
         before = torch.get_default_dtype()
         try:
             torch.set_default_dtype(torch.float64)
@@ -225,13 +224,13 @@ class _Trial:
             torch.set_default_dtype(before)
 
     def conditions(self) -> Iterator[str]:
-        """What should be known before any derivative is taken."""
+        """Yield the conditions that make the check wrong or limit it."""
         with torch.no_grad():
             first, second = (self.problem.train_loss(self.params, self.raws) for _ in range(2))
         if not torch.equal(first, second):
             yield (
                 "the loss differs between two evaluations with the same random states of torch, numpy and "
-                "random: it has a generator of its own, or changes itself; this table cannot be right."
+                "random: it uses another random generator, or it keeps state; this table cannot be right."
             )
         if not bool(torch.isfinite(first)):
             yield "the training loss is not finite here."
@@ -239,13 +238,13 @@ class _Trial:
         if any(m.training for m in norms):
             yield (
                 "BatchNorm is in training mode: the training side uses the batch's statistics, validation "
-                "the running ones, whose dependence on the hyperparameters is no part of one step."
+                "the running ones, whose dependence on the hyperparameters is not part of one step."
             )
         if not self._model.training:
             yield "the model is in eval mode; call model.train() first if noise or dropout is being tuned."
 
     def settled_state(self) -> dict[str, State]:
-        """The optimiser's state; after three steps on the copies if it has none yet."""
+        """Return the optimiser's state; if it has none yet, take three steps on the copies first."""
         if any(self._state.values()):
             return self._state
         state = self._state
@@ -261,7 +260,7 @@ class _Trial:
         return state
 
     def truth(self, name: str, state: Mapping[str, State]) -> _Truth:
-        """Central differences of the one-step map in a few entries."""
+        """Return central differences of the validation loss after one step, in at most ENTRIES entries."""
         raw = self.raws[name]
         count = raw.numel()
         chosen = range(count) if count <= ENTRIES else torch.linspace(0, count - 1, ENTRIES).long().tolist()
@@ -269,7 +268,7 @@ class _Trial:
         return _Truth(tuple(raw.shape), entries)
 
     def mixed_partial(self) -> str:
-        """How `Tuner` finds the mixed partial."""
+        """Return how `Tuner` computes the mixed partial."""
         values = leaves({name: self._space[name].value for name in self._space})
 
         def train_loss(params: Tensors, values: Tensors) -> Tensor:
@@ -291,7 +290,7 @@ class _Trial:
 
 
 def _name(estimator: str | Estimator) -> str:
-    """Of an estimator in the table; one with other settings than those in `ESTIMATORS` shows them."""
+    """Return the name of an estimator in the table, with the settings that differ from `ESTIMATORS`."""
     if isinstance(estimator, str):
         return estimator
     for name, known in ESTIMATORS.items():

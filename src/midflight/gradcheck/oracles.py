@@ -1,4 +1,4 @@
-"""The truth about a hypergradient: a central difference of the one-step map, in float64."""
+"""Reference values of hypergradients: central differences of the validation loss after a step, in float64."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from midflight.updates import State
 def loss_after(
     problem: Problem, params: Tensors, hparams: Tensors, state: Mapping[str, State], steps: int = 1
 ) -> float:
-    """C2 after some steps of U: the function that an estimator differentiates."""
+    """Return the validation loss after `steps` optimiser steps, which an estimator differentiates."""
     state = dict(state)
     for _ in range(steps):
         grads = problem.train_grads({n: p.detach().requires_grad_() for n, p in params.items()}, hparams)
@@ -30,17 +30,17 @@ def loss_after(
         return float(problem.valid_loss(params))
 
 
-STEP_SIZES = (1e-5, 1e-6, 1e-4, 1e-7, 1e-3, 1e-8)  # the first two, and the others where they disagree
+STEP_SIZES = (1e-5, 1e-6, 1e-4, 1e-7, 1e-3, 1e-8)  # the others are tried only if the first two disagree
 AGREEMENT = 1e-7
 ROUNDING = 2e-16  # of a loss in float64, relative
 
 
 def derivative(f: Callable[[float], float]) -> tuple[float, float]:
-    """f'(0) by central differences of order h^4, and how sure it is.
+    """Return f'(0) by central differences of order h^4, and its uncertainty.
 
-    Rounding asks for a large h (it leaves about 1e-16 |f| / h), kinks such as those of ReLU or of
-    amsgrad's maximum for a small one. So more than one h is tried, and the value taken is the one
-    that differs least from its smaller neighbour, its own rounding counted in; that is the uncertainty.
+    Rounding, with an error of about 1e-16 |f| / h, needs a large h. Kinks, such as those of ReLU or amsgrad's
+    maximum, need a small h. So several h are tried. The uncertainty of a value is its distance from the value
+    at the next smaller h, plus its rounding error. The value with the smallest uncertainty is returned.
     """
     size = abs(f(0.0))
     found: dict[float, float] = {}
@@ -60,7 +60,7 @@ def derivative(f: Callable[[float], float]) -> tuple[float, float]:
 def central_difference(
     problem: Problem, params: Tensors, hparams: Tensors, state: Mapping[str, State], steps: int = 1
 ) -> Tensors:
-    """The derivative of `loss_after` by `derivative`, entry by entry; needs float64.
+    """Differentiate `loss_after` by `derivative`, entry by entry; needs float64.
 
     Returns:
         name -> tensor shaped like hparams.
@@ -83,7 +83,7 @@ def along(
     entry: int,
     steps: int = 1,
 ) -> Callable[[float], float]:
-    """`loss_after` as a function of a shift of one entry of one hyperparameter."""
+    """Return `loss_after` as a function of a shift of one entry of one hyperparameter."""
 
     def f(shift: float) -> float:
         moved = hparams[name].detach().clone()
@@ -95,11 +95,11 @@ def along(
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far estimates are from the truth, all entries of all of them taken as one vector.
+    """The distance of estimates from the truth, with all entries of all estimates as one vector.
 
     Attributes:
         relative_error: |estimate - truth| / |truth|.
-        cosine: of the angle between the two vectors.
+        cosine: cosine of the angle between the two vectors.
         scale: |estimate| / |truth|.
     """
 
@@ -109,7 +109,7 @@ class Comparison:
 
 
 def compare(estimates: Sequence[Tensors], truths: Sequence[Tensors]) -> Comparison:
-    """Distance of estimates, one per state of training, from the truth; infinite if not finite."""
+    """Return the distance of estimates, one per training state, from the truth; infinite if not finite."""
     a, b = (
         torch.cat(
             [tree[name].reshape(-1) for tree, truth in zip(trees, truths, strict=True) for name in truth]
@@ -128,5 +128,5 @@ def compare(estimates: Sequence[Tensors], truths: Sequence[Tensors]) -> Comparis
 
 
 def _ratio(a: float, b: float) -> float:
-    """a / b, where 0 / 0 is 0 and anything else / 0 infinite."""
+    """Return a / b, where 0 / 0 is 0 and any other a / 0 is infinite."""
     return a / b if b else math.inf if a else 0.0

@@ -1,4 +1,4 @@
-"""`midflight check`: each estimator against the central difference of the one-step map, in float64."""
+"""The table of `midflight check`: each estimator compared with central differences, in float64."""
 
 import multiprocessing
 from collections.abc import Iterable, Iterator
@@ -22,18 +22,18 @@ PAPER_ESTIMATORS = ("one_step", "one_step_cheap", "t1t2", "paper")
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: an estimator beside the truth, over some states of training.
+    """One line of the table: an estimator compared with the truth over some training states.
 
     Attributes:
-        rule: the optimiser.
-        hyperparameter: what is differentiated with respect to.
-        estimator: by name.
-        steps: of the optimiser in the map that is differenced; the estimator's own horizon.
+        rule: name of the optimiser.
+        hyperparameter: name of the hyperparameter.
+        estimator: name of the estimator.
+        steps: optimiser steps before the validation loss is taken, as many as the estimator covers.
         relative_error: |estimate - truth| / |truth| over all states.
-        cosine: of the angle between the two over all states.
+        cosine: cosine of the angle between the two over all states.
         scale: |estimate| / |truth|.
-        tolerance: what the estimator claims; None if it makes no claim.
-        passed: that it is within its tolerance; None if it makes no claim.
+        tolerance: relative error that the estimator claims; None if it makes no claim.
+        passed: whether the relative error is within the tolerance; None if it makes no claim.
     """
 
     rule: str
@@ -49,7 +49,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A place of the table that has no line, and why."""
+    """A combination that has no line in the table, and the reason."""
 
     rule: str
     hyperparameter: str
@@ -58,11 +58,11 @@ class Skipped:
 
 
 def run_checks(everything: bool = False, workers: int = 1) -> Iterator[Check | Skipped]:
-    """The conformance table: what the paper's study needs, or every estimator on every row.
+    """Yield the conformance table: what the paper's study needs, or every estimator on every row.
 
     Args:
-        everything: every update rule, kind of hyperparameter and estimator.
-        workers: processes; each computes with one thread, for the networks of the table are small.
+        everything: include every update rule, kind of hyperparameter and estimator.
+        workers: number of processes; each uses one thread, because the networks of the table are small.
     """
     rules: Iterable[str] = OPTIMIZERS if everything else PAPER_RULES
     kinds: Iterable[str] = KINDS if everything else PAPER_KINDS
@@ -79,7 +79,7 @@ def run_checks(everything: bool = False, workers: int = 1) -> Iterator[Check | S
 
 
 def as_dicts(checks: Iterable[Check | Skipped]) -> list[dict[str, Any]]:
-    """The lines of the table for JSON and for the report."""
+    """Return the lines of the table for JSON and for the report."""
     return [asdict(c) | {"exact": c.tolerance is not None} for c in checks if isinstance(c, Check)]
 
 
@@ -92,7 +92,7 @@ def _row(place: tuple[str, str, tuple[str, ...]]) -> list[Check | Skipped]:
 
 
 def _estimates(rule: str, kind: str, estimators: Iterable[str]) -> Iterator[Check | Skipped]:
-    # the distance of an estimator that is not exact needs many states; exactness shows in any
+    # measuring the error of an inexact estimator needs many states; one state shows whether one is exact
     seeds = SEEDS if rule in PAPER_RULES and kind in PAPER_KINDS else 1
     cases = [make_case(rule, kind, seed) for seed in range(seeds)]
     truths: dict[int, list[Tensors]] = {}

@@ -1,7 +1,7 @@
-"""Estimators of the hypergradient, one file each, and the function that applies them.
+"""Estimators of the hypergradient, dC2(theta')/d(lambda, phi), one file each, and the function to apply them.
 
-An estimator says where it wants v and is called with it; see `midflight.hypergrad.base`. A new one is one
-file here and one row in `ESTIMATORS`; the row gives it every test and its line in `midflight check`.
+`problem` defines the symbols, `base` the interface of an estimator. To add an estimator, write one file and
+add one row to `ESTIMATORS`; every test and `midflight check` then cover it.
 """
 
 from collections.abc import Mapping
@@ -35,24 +35,24 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 class Claim(NamedTuple):
-    """What an estimator equals: the derivative of C2 after `steps` steps, within a relative tolerance."""
+    """A claim that an estimator is the derivative of C2 after `steps` steps, within a relative tolerance."""
 
     steps: int
     tolerance: float
 
 
-# 1e-6: the central difference it is held against is itself good to 1e-7 where the derivative is smallest
+# 1e-6: the reference, a central difference, is itself accurate to 1e-7 where the derivative is smallest
 CLAIMS: dict[str, Claim] = {
     "one_step": Claim(1, 1e-6),
     "forward_over_reverse": Claim(1, 1e-6),
     "central_difference": Claim(1, 1e-4),
     "unrolled": Claim(5, 1e-6),
 }
-"""The estimators that claim to be a derivative; the others say in their docstring how far they are."""
+"""The estimators that claim to be a derivative; the docstrings of the others say how far they are from it."""
 
 
 def estimator_for(choice: str | Estimator) -> Estimator:
-    """An estimator by name, or the one given; raises `UnknownName`."""
+    """Return the estimator of this name, or `choice` if it is an estimator; raise `UnknownName` otherwise."""
     if isinstance(choice, Estimator) and callable(choice):
         return choice
     if not isinstance(choice, str) or choice not in ESTIMATORS:
@@ -67,12 +67,12 @@ def hypergradient(
     state: Mapping[str, State],
     estimator: str | Estimator = "one_step",
 ) -> Tensors:
-    """An estimate of dC2(U(theta, s, dC1~/dtheta, phi))/d hparams, with no side effect.
+    """Estimate dC2(U(theta, s, dC1~/dtheta, phi))/d hparams, without side effects.
 
     Args:
         problem: the training step and the validation loss.
         params: weights, name -> tensor; not modified.
-        hparams: what is tuned, name -> tensor (the raw coordinates of a `Space`, say).
+        hparams: the tuned hyperparameters, name -> tensor; for example the raw coordinates of a `Space`.
         state: optimiser state before the step, weight name -> state ({} before the first).
         estimator: a name from `ESTIMATORS` or an `Estimator`.
 
@@ -82,7 +82,7 @@ def hypergradient(
     Raises:
         UnknownName: there is no such estimator.
         UnreachedHyperparameter: an entry influences neither the training gradient nor the update.
-        NotTwiceDifferentiable: the training loss holds an operation that is differentiable once only.
+        NotTwiceDifferentiable: the training loss contains an operation that is differentiable once only.
     """
     estimate = estimator_for(estimator)
     params, hparams = leaves(params), leaves(hparams)

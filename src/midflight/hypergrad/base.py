@@ -1,7 +1,6 @@
-"""What an estimator of the hypergradient is.
+"""The interface of an estimator of the hypergradient.
 
-An estimator says where it wants v = dC2/dtheta (`at`), and is called with it. Control flows one way: the
-caller asks for the place, takes v there, and hands it down.
+The caller asks the estimator where it needs v = dC2/dtheta (`at`), computes v there, and passes it in.
 """
 
 from typing import Protocol, runtime_checkable
@@ -12,12 +11,12 @@ from midflight.hypergrad.problem import Step
 
 @runtime_checkable
 class Estimator(Protocol):
-    """The hypergradient of one optimiser step.
+    """A method to compute the hypergradient of one optimiser step.
 
     Attributes:
-        mixed: how the mixed partial must be found: "double backward", "forward mode" or "difference"; None
+        mixed: how the mixed partial must be computed: "double backward", "forward mode" or "difference"; None
             leaves the choice to the caller.
-        needs_train_loss: whether `Step.train_loss` is evaluated.
+        needs_train_loss: whether the estimator evaluates `Step.train_loss`.
     """
 
     @property
@@ -27,14 +26,14 @@ class Estimator(Protocol):
     def needs_train_loss(self) -> bool: ...
 
     def at(self, step: Step) -> Tensors:
-        """The weights at which v is taken, name -> tensor, shaped like step.params."""
+        """Return the weights at which v is taken, name -> tensor, shaped like step.params."""
 
     def __call__(self, step: Step, v: Tensors) -> Tensors:
-        """The hypergradient.
+        """Return the hypergradient.
 
         Args:
             step: the optimiser step.
-            v: dC2/dtheta at the weights that `at` gave; used up.
+            v: dC2/dtheta at the weights that `at` returned; overwritten.
 
         Returns:
             name -> tensor shaped like step.hparams, for the hyperparameters that the step depends on.

@@ -1,4 +1,4 @@
-"""The graph that torch records of a loss: its nodes and its leaves."""
+"""Read the graph that torch records of a loss: its nodes and its leaves."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,11 +8,11 @@ from torch.autograd.graph import Node
 from midflight.errors import NotTwiceDifferentiable
 
 Pairs = list[tuple[Tensor, Tensor]]
-"""(a function of the hyperparameters, the cotangent to pull back through it)"""
+"""(a tensor computed from the hyperparameters, the cotangent to pull back through it)"""
 
 
 def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
-    """The nodes of the recorded graphs behind these tensors, each once."""
+    """Yield the nodes of the recorded graphs behind these tensors, each once."""
     todo = [t.grad_fn for t in tensors if t.grad_fn is not None]
     seen = set(todo)
     while todo:
@@ -25,7 +25,7 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
 
 
 def graph_leaves(loss: Tensor) -> list[Tensor]:
-    """The leaf tensors that `loss.backward()` would give a gradient."""
+    """Return the leaf tensors to which `loss.backward()` would give a gradient."""
     return [node.variable for node in graph_nodes([loss]) if hasattr(node, "variable")]
 
 
@@ -35,8 +35,8 @@ _DEAD_ENDS = {f"torch::autograd::{name}" for name in ("Error", "DelayedError", "
 def require_twice_differentiable(grads: Iterable[Tensor]) -> None:
     """Raise `NotTwiceDifferentiable` if a part of these gradients was recorded as a constant.
 
-    torch leaves a node in such a place that raises when it is run; but it is cut off from the
-    hyperparameters, so that torch would never run it and the missing part would go unnoticed.
+    For such a part torch records a node that raises when it runs. But no path leads from this node to the
+    hyperparameters, so torch would never run it and the missing part would go unnoticed.
     """
     for node in graph_nodes(grads):
         if node.name() in _DEAD_ENDS:

@@ -1,12 +1,12 @@
 """Implicit differentiation of the update, for hyperparameters whose effect comes late.
 
-Where training has settled, theta = U(theta, h) with the optimiser's state held as it is, and
+At a fixed point of training, theta = U(theta, h) with the optimiser's state held constant, and
 
     dC2/dh = u . dU/dh,   (I - dU/dtheta)^T u = dC2/dtheta     (Lorraine et al. 2020; for the options
                                                                 of the update rule Clarke et al. 2022)
 
-The system is solved by a Neumann series, each term of which is one more step looked back, or by
-conjugate gradients on the normal equations, which need neither symmetry nor a contraction.
+The system is solved by a Neumann series, each term of which looks one step further back, or by conjugate
+gradients on the normal equations, which need neither symmetry nor a contraction.
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from midflight.hypergrad.solvers import conjugate_gradient, neumann
 
 @dataclass(frozen=True)
 class ImplicitNeumann:
-    """The Neumann series cut after `terms` terms; 1 is `one_step`.
+    """An estimator by a truncated Neumann series; one term gives `one_step`.
 
     Exact as terms -> infinity at a fixed point of a contracting update. Costs one validation pass, one
     double backward and `terms - 1` products with dU/dtheta, each a double backward. Momentum counts as
-    in one step, for the state is held.
+    in one step, because the state is held constant.
 
     Args:
-        terms: of the series.
+        terms: number of terms of the series.
     """
 
     terms: int = 10
@@ -45,14 +45,14 @@ class ImplicitNeumann:
 
 @dataclass(frozen=True)
 class ImplicitCG:
-    """Conjugate gradients on A^T A u = A^T v, A = (I - dU/dtheta)^T.
+    """An estimator by conjugate gradients on A^T A u = A^T v, A = (I - dU/dtheta)^T.
 
     Exact after as many iterations as there are weights, at a fixed point where A is invertible. Costs
-    one validation pass and per iteration one product with dU/dtheta and one with its transpose.
+    one validation pass, and per iteration one product with dU/dtheta and one with its transpose.
 
     Args:
-        iterations: of conjugate gradients.
-        damping: added to A^T A; > 0 where A is singular, as with more weights than data.
+        iterations: number of iterations of conjugate gradients.
+        damping: multiple of I added to A^T A; > 0 where A is singular, as with more weights than data.
     """
 
     iterations: int = 10
@@ -79,7 +79,7 @@ class ImplicitCG:
 
 
 class _Settled:
-    """theta' = U(theta, h) as a differentiable function, and products with its Jacobian."""
+    """The update theta' = U(theta, h) as a differentiable function, and products with its Jacobian."""
 
     def __init__(self, step: Step) -> None:
         train_loss = train_loss_of(step)
@@ -92,11 +92,11 @@ class _Settled:
         }
 
     def transposed(self, u: Tensors) -> Tensors:
-        """(dU/dtheta)^T u"""
+        """Return (dU/dtheta)^T u."""
         return self._vjp(u, create_graph=False)
 
     def forward(self, x: Tensors) -> Tensors:
-        """(dU/dtheta) x, as the derivative of z -> (dU/dtheta)^T z, which is linear."""
+        """Return (dU/dtheta) x, as the derivative of <x, (dU/dtheta)^T z> with respect to z."""
         z = leaves({name: torch.zeros_like(p) for name, p in self._new.items()})
         pulled = self._vjp(z, create_graph=True)
         found = torch.autograd.grad(
@@ -105,7 +105,7 @@ class _Settled:
         return dict(zip(z, found, strict=True))
 
     def hypergradient(self, u: Tensors) -> Tensors:
-        """u . dU/dh"""
+        """Return u . dU/dh."""
         return self._step.chain([(self._new[name], u[name]) for name in self._new])
 
     def _vjp(self, u: Tensors, *, create_graph: bool) -> Tensors:

@@ -1,12 +1,12 @@
-"""From the gradient after the step back to the hyperparameters.
+"""Pull the gradient after the step back to the hyperparameters.
 
     dC2/dh = d/dlambda <w, g(theta, lambda)> + v . dU/dphi,     w = J^T (dU/dg)^T v
 
-J is the Jacobian of what happens to the gradient before the step, such as clipping. The second term is closed
-or elementwise in every update rule. The first, the mixed partial, is found in one of three ways:
+J is the Jacobian of changes to the gradient before the step, such as clipping. `UpdateRule.pullback` computes
+the second term. For the first term, the mixed partial, there are three methods:
 
     double backward     reverse over reverse; exact
-    forward mode        one dual pass over the loss, then reverse; exact, cheapest where the loss is linear
+    forward mode        one dual pass over the loss, then reverse; exact, cheapest for a loss linear in lambda
     difference          dC1~/dlambda at theta +- e w; first derivatives only, off by O(e^2) and rounding
 """
 
@@ -23,11 +23,11 @@ METHODS = ("double backward", "forward mode", "difference")
 
 
 def pullback(step: Step, v: Tensors) -> Tensors:
-    """The hypergradient that belongs to v = dC2/dtheta'.
+    """Return the hypergradient for v = dC2/dtheta'.
 
     Args:
         step: the optimiser step.
-        v: gradient with respect to the weights after the step, shaped like step.params; used up.
+        v: gradient with respect to the weights after the step, shaped like step.params; overwritten.
 
     Returns:
         name -> tensor shaped like step.hparams, for the hyperparameters that the step depends on.
@@ -39,10 +39,10 @@ def pullback(step: Step, v: Tensors) -> Tensors:
 
 
 def train_loss_of(step: Step) -> TrainLoss:
-    """`Step.train_loss`, for estimators that differentiate the step themselves.
+    """Return `Step.train_loss`, for estimators that differentiate the step themselves.
 
     Raises:
-        UnsupportedSetting: the step has none, or clips the gradient.
+        UnsupportedSetting: the step has no training loss, or clips the gradient.
     """
     if step.train_loss is None or step.clipped is not None:
         raise UnsupportedSetting(
@@ -55,7 +55,7 @@ def train_loss_of(step: Step) -> TrainLoss:
 def mixed_partial_of(
     method: str, train_loss: TrainLoss, params: Tensors, values: Tensors, w: Tensors
 ) -> Tensors:
-    """d/dvalues <w, dC1~/dparams>, in one of the `METHODS`; for the values that the gradient depends on."""
+    """Return d/dvalues <w, dC1~/dparams> by one of the `METHODS`, for the values the gradient depends on."""
     if method == "difference":
         return difference_along(train_loss, params, values, w)
     if method == "forward mode":
@@ -68,11 +68,11 @@ def mixed_partial_of(
 def forward_over_reverse_along(
     train_loss: TrainLoss, params: Tensors, values: Tensors, w: Tensors
 ) -> Tensors:
-    """d/de of dC1~/dlambda at theta + e w: one forward-mode pass over the loss, then a reverse one.
+    """Return d/de of dC1~/dlambda at theta + e w, by a forward-mode pass over the loss, then a reverse one.
 
-    The reverse pass covers only what depends on lambda: for hyperparameters that enter after the
-    network (loss weights, per-example weights, label smoothing, penalties) next to nothing, so that
-    the whole is one jvp of the vector of losses; for noise at the input it is a whole backward.
+    The reverse pass covers only what depends on lambda. For hyperparameters that enter after the network
+    (loss weights, per-example weights, label smoothing, penalties) this is almost nothing, and the cost is
+    one jvp of the vector of losses. For noise at the input it is a whole backward pass.
     """
     values = leaves(values)
     with forward_ad.dual_level():
@@ -86,9 +86,9 @@ def forward_over_reverse_along(
 def difference_along(
     train_loss: TrainLoss, params: Tensors, values: Tensors, w: Tensors, epsilon: float | None = None
 ) -> Tensors:
-    """(dC1~/dlambda at theta + e w - dC1~/dlambda at theta - e w) / 2e, e = epsilon |theta| / |w|.
+    """Return (dC1~/dlambda at theta + e w - dC1~/dlambda at theta - e w) / 2e, e = epsilon |theta| / |w|.
 
-    Both passes see the same random numbers: fresh noise would be all that is left.
+    Both passes must see the same random numbers, because fresh noise would exceed the difference.
     """
     length = norm(w)
     e = (epsilon or relative_epsilon(params)) * norm(params) / torch.where(length > 0, length, 1)
@@ -101,10 +101,10 @@ def difference_along(
 
 
 def relative_epsilon(params: Tensors) -> float:
-    """Length of a difference relative to |theta|: a 300th of the cube root of the rounding unit.
+    """Return the step size of a difference relative to |theta|: the cube root of the rounding unit, over 300.
 
-    1.6e-5 in float32 and 2e-8 in float64. The cube root balances truncation and rounding in a typical
-    direction. But w singles out the weights to which Adam gives long steps, and the loss bends about 300
+    It is 1.6e-5 in float32 and 2e-8 in float64. The cube root balances truncation and rounding in a typical
+    direction. But w is large at the weights to which Adam gives long steps, and the loss bends about 300
     times faster along it (measured).
     """
     coarsest = max(torch.finfo(p.dtype).eps for p in params.values())
@@ -112,7 +112,7 @@ def relative_epsilon(params: Tensors) -> float:
 
 
 def value_grads(loss: Tensor, values: Tensors) -> Tensors:
-    """dC1~/dlambda for the values that the loss reads."""
+    """Return dC1~/dlambda for the values that the loss reads."""
     if not loss.requires_grad:
         return {}
     grads = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
@@ -120,7 +120,7 @@ def value_grads(loss: Tensor, values: Tensors) -> Tensors:
 
 
 def is_linear(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
-    """Whether the loss reads values, and dC1~/dvalues does not depend on them, as the graph tells."""
+    """Return whether the loss reads values and, by its graph, dC1~/dvalues does not depend on them."""
     loss = train_loss(params, values)
     if not loss.requires_grad:
         return False
@@ -131,7 +131,7 @@ def is_linear(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
 
 
 def knows_forward_mode(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
-    """Whether every operation of the loss has a forward-mode derivative, with its reverse."""
+    """Return whether each operation of the loss has a forward-mode derivative that can be run in reverse."""
     zeros = {name: torch.zeros_like(p) for name, p in params.items()}
     try:
         with forward_ad.dual_level():
@@ -142,7 +142,7 @@ def knows_forward_mode(train_loss: TrainLoss, params: Tensors, values: Tensors) 
 
 
 def _dual_value_grads(train_loss: TrainLoss, params: Tensors, tangents: Tensors, values: Tensors) -> Tensors:
-    """dC1~/dlambda as dual numbers, for weights that move along `tangents`."""
+    """Return dC1~/dlambda as dual numbers, for weights with the given tangents."""
     duals = {
         name: forward_ad.make_dual(p, tangents[name].to(p)) if name in tangents else p  # type: ignore[no-untyped-call]
         for name, p in params.items()

@@ -2,7 +2,7 @@
 
     d/dh C2(U(theta, s, dC1~/dtheta(theta, h), h))              (Luketina et al. 2016, Eq. 4, for any U)
 
-with v = dC2/dtheta taken after the step (exact) or before it (cheap).
+v = dC2/dtheta is taken after the step (exact) or before it (cheap).
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from midflight.hypergrad.problem import Step
 
 @dataclass(frozen=True)
 class OneStep:
-    """Exact for one step; blind to effects beyond it.
+    """An estimator that is exact for one step and ignores effects beyond it.
 
     Costs one validation pass, one copy of the weights and, if the training loss reads a hyperparameter, one
     mixed partial.
 
     Args:
-        place: "next" takes v at theta', the exact derivative. "current" takes it at theta: off by
-            O(learning rate), and needs no copy of the weights.
-        mixed: how the mixed partial must be found; see `Estimator`.
+        place: "next" takes v at theta', which gives the exact derivative. "current" takes it at theta, which
+            is off by O(learning rate) and needs no copy of the weights.
+        mixed: how the mixed partial must be computed; see `Estimator`.
     """
 
     place: Literal["next", "current"] = "next"

@@ -1,11 +1,11 @@
-"""The estimators that "Online hyper-parameters optimization" prints, kept to reproduce it.
+"""The estimators printed in the paper "Online hyper-parameters optimization", kept to reproduce it.
 
     L2:     dC2/dlambda = -eta dC2/dtheta . theta                      (Eq. 5)
     noise:  dC2/dn0     = N(0, n0) . w0 . dC2/dw0                      (Eq. 6)
 
-Eq. 5 is T1-T2 for plain gradient descent. Eq. 6 reads the validation pass only and is not the
-derivative of C2 after the step: N(0, n0), a fresh vector with one entry per input, has mean 0,
-hence so has the estimate, at every noise level. Never a default.
+eta is the learning rate, n0 the noise magnitude. Eq. 5 is T1-T2 for plain gradient descent. Eq. 6 uses only
+the validation pass and is not the derivative of C2 after the step. N(0, n0) is a fresh vector with one entry
+per input and mean 0, so the estimate has mean 0 at every n0. `paper` is never a default.
 """
 
 import torch
@@ -19,7 +19,7 @@ from midflight.updates import tuned_options
 
 
 class Paper:
-    """Eq. 5 for a weight decay bound to the optimiser, Eq. 6 for the one other hyperparameter.
+    """An estimator: Eq. 5 for a weight decay bound to the optimiser, Eq. 6 for the one other hyperparameter.
 
     w0 is the first matrix among the weights, shape (outputs, inputs).
 
@@ -42,7 +42,7 @@ class Paper:
                 pairs.append((decay, -_number(u.options["lr"]) * along))
 
         noises = _unbound(step, [decay for decay, _ in pairs])
-        members = 0 if step.members is None else 1  # dimensions in front of all others
+        members = 0 if step.members is None else 1  # number of leading dimensions
         first = next((name for name, p in step.params.items() if p.ndim == members + 2), None)
         if noises and (len(noises) > 1 or first is None or step.hparams[noises[0]].ndim > members):
             raise UnreachedHyperparameter(
@@ -67,7 +67,7 @@ def _number(option: float | Tensor) -> float | Tensor:
 
 
 def _unbound(step: Step, options: list[Tensor]) -> list[str]:
-    """The hyperparameters that none of these options is a function of."""
+    """Return the hyperparameters on which none of these options depends."""
     if not options:
         return list(step.hparams)
     found = torch.autograd.grad(

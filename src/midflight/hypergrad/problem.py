@@ -2,11 +2,12 @@
 
     theta' = U(theta, s, g, phi),   g = dC1~(theta, lambda)/dtheta,   minimise C2(theta') over lambda, phi
 
-C1~ is the training loss on one batch, C2 the validation loss, U the optimiser's update and s its state.
-lambda are the hyperparameters of the loss, phi those that are options of the optimiser.
+theta are the weights, C1~ is the training loss on one batch, C2 the validation loss, U the optimiser's update
+and s its state. lambda are the hyperparameters of the loss, phi those that are options of the optimiser. For
+v = dC2/dtheta and a given w, d/dlambda <w, g> is called the mixed partial.
 
-`Problem` states this by pure functions. `Step` is what every estimator reads: the parts of one optimiser
-step, taken from a `Problem` or from a user's live training loop.
+`Problem` states this with pure functions. Every estimator reads a `Step`: the parts of one optimiser step,
+taken from a `Problem` or from a user's training loop.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ TrainLoss = Callable[[Tensors, Tensors], Tensor]
 
 
 def gradient(loss: Tensor, params: Tensors, *, create_graph: bool = False) -> Tensors:
-    """d loss/d params, name -> tensor; 0 for an entry that the loss does not use."""
+    """Return d loss/d params, name -> tensor; 0 for an entry that the loss does not use."""
     grads = torch.autograd.grad(
         loss, list(params.values()), create_graph=create_graph, materialize_grads=True
     )
@@ -48,22 +49,22 @@ class Problem:
     updates: Callable[[Tensors], Updates]
 
     def train_grads(self, params: Tensors, hparams: Tensors, *, create_graph: bool = False) -> Tensors:
-        """g(params, hparams), weight name -> tensor; 0 for a weight that the loss does not use."""
+        """Return g(params, hparams), weight name -> tensor; 0 for a weight that the loss does not use."""
         return gradient(self.train_loss(params, hparams), params, create_graph=create_graph)
 
     def valid_grads(self, params: Tensors) -> Tensors:
-        """dC2/dtheta at params, weight name -> tensor."""
+        """Return dC2/dtheta at params, weight name -> tensor."""
         params = leaves(params)
         return gradient(self.valid_loss(params), params)
 
 
 @dataclass(frozen=True)
 class Dependence:
-    """How the training gradient depends on the hyperparameters.
+    """The dependence of the training gradient g on the hyperparameters.
 
     Attributes:
         mixed_partial: w -> d/dhparams <w, g>, for those hparams that g depends on.
-        others: g on the n examples that `mixed_partial` uses, if these are not the step's own; else None.
+        others: g on the n examples that `mixed_partial` uses; None if these are the step's own examples.
         share: n/B, where B is the number of examples of a step. dU/dg is taken at
             (1 - share) g + share others. So the noise of dU/dg and dg/dlambda is correlated as when both
             use the step's own examples.
@@ -76,21 +77,21 @@ class Dependence:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step about to be taken: everything that an estimator reads, except v = dC2/dtheta.
+    """One optimiser step about to be taken: all that an estimator reads, except v = dC2/dtheta.
 
     Attributes:
         params: theta, weight name -> tensor; not modified.
         grads: g as the optimiser receives it, without graph.
         state: optimiser state before the step, weight name -> state.
         updates: weight name -> rule and options; tuned options carry the graph to hparams.
-        hparams: the leaf tensors that are tuned, name -> tensor.
+        hparams: the tuned leaf tensors, name -> tensor.
         values: the values that the model sees, differentiable with respect to hparams.
-        dependence: computes how g depends on hparams. Call it only once v is known, because it may hold much
+        dependence: computes how g depends on hparams. Call it only after v is known, because it may hold much
             memory.
         train_loss: the training loss as a function; None in a population.
-        clipped: w -> J^T w, where J is the Jacobian of what the loop does to the gradient between `backward`
-            and `step`; None if it does nothing.
-        members: of a population, the first dimension of every tensor; None for a single training.
+        clipped: w -> J^T w, where J is the Jacobian of the change that the loop makes to the gradient between
+            `backward` and `step`; None if it makes none.
+        members: size of a population, the first dimension of every tensor; None for a single training.
     """
 
     params: Tensors
@@ -105,13 +106,13 @@ class Step:
     members: int | None = None
 
     def next_params(self) -> Tensors:
-        """theta' = U(theta, s, g, phi), without graph, in memory of its own."""
+        """Return theta' = U(theta, s, g, phi) without a graph, in new memory."""
         return step_ahead(self.params, self.grads, self.state, self.updates)
 
     def chain(self, pairs: Pairs) -> Tensors:
-        """The sum of <cotangent, d output/d hparams> over the pairs (output, cotangent).
+        """Return the sum of <cotangent, d output/d hparams> over the pairs (output, cotangent).
 
-        The result has an entry for each of the hparams that some output depends on.
+        The result has an entry for each of the hparams on which an output depends.
         """
         pairs = [(output, cotangent) for output, cotangent in pairs if output.requires_grad]
         if not pairs:
@@ -123,7 +124,7 @@ class Step:
 
 
 def double_backward(grads: Tensors, hparams: Tensors, w: Tensors) -> Tensors:
-    """d/dhparams <w, g> through the recorded graph of g, reverse over reverse.
+    """Return d/dhparams <w, g> through the recorded graph of g, reverse over reverse.
 
     Args:
         grads: g with its graph; entries without a graph do not depend on the hyperparameters.
@@ -144,12 +145,12 @@ def double_backward(grads: Tensors, hparams: Tensors, w: Tensors) -> Tensors:
 
 
 def recorded(grads: Tensors, hparams: Tensors) -> Callable[[], Dependence]:
-    """The `Step.dependence` for a g that was recorded with its graph."""
+    """Return the `Step.dependence` for a g that was recorded with its graph."""
     return partial(Dependence, partial(double_backward, grads, hparams))
 
 
 def added(a: Tensors, b: Tensors) -> Tensors:
-    """a + b, where a missing entry counts as zero."""
+    """Return a + b, where a missing entry counts as zero."""
     return {**a, **{name: a[name] + t if name in a else t for name, t in b.items()}}
 
 

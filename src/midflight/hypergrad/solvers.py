@@ -1,7 +1,7 @@
-"""Linear systems (A u = b) for operators that are only known through their products, over named tensors.
+"""Solve A u = b over named tensors, where A is known only by its products with vectors.
 
-Both are held against `torch.linalg.solve`. A is symmetric positive definite for `conjugate_gradient`;
-for `neumann` the eigenvalues of I - A lie inside the unit circle.
+`conjugate_gradient` needs a symmetric positive definite A. `neumann` needs the eigenvalues of I - A inside
+the unit circle. The tests compare both with `torch.linalg.solve`.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ Operator = Callable[[Tensors], Tensors]
 def conjugate_gradient(
     operator: Operator, b: Tensors, *, iterations: int, tolerance: float = 1e-12
 ) -> Tensors:
-    """u with A u = b by conjugate gradients (Hestenes & Stiefel 1952).
+    """Solve A u = b by conjugate gradients (Hestenes & Stiefel 1952).
 
     Exact after as many iterations as A has distinct eigenvalues, up to rounding.
 
     Args:
         operator: u -> A u; A symmetric positive definite.
         b: right-hand side, name -> tensor.
-        iterations: at most so many products with A.
+        iterations: largest number of products with A.
         tolerance: stop once |b - A u| <= tolerance |b|.
     """
     u = {name: torch.zeros_like(x) for name, x in b.items()}
@@ -43,12 +43,12 @@ def conjugate_gradient(
 
 
 def neumann(operator: Operator, b: Tensors, *, terms: int) -> Tensors:
-    """The sum of (I - A)^k b for k < terms, which tends to A^-1 b.
+    """Return the sum of (I - A)^k b for k < terms, which tends to A^-1 b.
 
     Args:
-        operator: u -> (I - A) u, the contraction itself.
+        operator: u -> (I - A) u, a contraction.
         b: right-hand side, name -> tensor.
-        terms: of the series; `terms - 1` products.
+        terms: number of terms of the series; costs `terms - 1` products.
     """
     total, term = b, b
     for _ in range(terms - 1):

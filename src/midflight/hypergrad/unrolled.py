@@ -15,13 +15,13 @@ from midflight.updates import State
 
 @dataclass(frozen=True)
 class Unrolled:
-    """Exact for `steps` steps on the current batch, moments of the optimiser included.
+    """An estimator that is exact for `steps` steps on the current batch, including the optimiser's state.
 
-    Costs `steps` gradients to find the place of v, then `steps` double backwards and one validation pass.
+    Costs `steps` gradients to find the weights for v, then `steps` double backwards and one validation pass.
     Holds `steps` copies of the weights, of the state and of the training graph.
 
     Args:
-        steps: how far it looks ahead; 1 is `one_step`.
+        steps: number of steps K; 1 gives `one_step`.
     """
 
     steps: int = 5
@@ -36,7 +36,7 @@ class Unrolled:
         return step.chain([(params[name], v[name]) for name in params])
 
     def _last(self, step: Step, *, create_graph: bool) -> Tensors:
-        """theta_K."""
+        """Return theta_K."""
         train_loss = train_loss_of(step)
         params = leaves(step.params)
         state: dict[str, State] = dict(step.state)

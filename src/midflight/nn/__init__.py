@@ -1,4 +1,4 @@
-"""What reads a hyperparameter: layers, losses and penalties."""
+"""Layers, losses and penalties that read hyperparameters."""
 
 from midflight.nn import losses, penalties
 from midflight.nn.augment import Augment

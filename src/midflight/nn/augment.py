@@ -2,9 +2,9 @@
 
     amount = magnitude u,   u uniform in [-1, 1], drawn for each image and each change
 
-By this reparametrisation the amount is a differentiable function of the magnitude at fixed random
-numbers. Geometry goes through kornia (`pip install midflight[augment]`): one affine map for rotation,
-scale, shear and translation together, then interpolation between pixels.
+With fixed random numbers u, the amount is a differentiable function of the magnitude. kornia
+(`pip install midflight[augment]`) applies rotation, scale, shear and translation together as one affine map,
+then interpolates between pixels.
 """
 
 from importlib import import_module
@@ -20,34 +20,34 @@ GEOMETRY = ("rotation", "translation", "scale", "shear")
 
 
 class Augment(nn.Module):
-    """Images changed at random while training, left alone in eval mode.
+    """A layer that changes images at random while training, and returns them unchanged in eval mode.
 
-    Each argument is the largest amount: a hyperparameter of shape (), a function that reads some, or a
-    number; 0 leaves the change out. At magnitude 0 the derivative has mean zero by symmetry, as for
-    `GaussianNoise`; so a magnitude that is tuned down to 0 is drawn at no less than 5 % of its range.
+    Each argument is the largest amount: a hyperparameter of shape (), a function that reads hyperparameters,
+    or a number; 0 leaves the change out. At magnitude 0 the derivative has mean zero by symmetry, as for
+    `GaussianNoise`. So a magnitude that may be tuned down to 0 is drawn at no less than 5 % of its range.
 
     Args:
         rotation: degrees about the centre; default range 0 to 45.
         translation: fraction of the width and of the height; default range 0 to 0.3.
-        scale: the logarithm of the factor, from e^-scale to e^scale; default range 0 to 0.5.
+        scale: logarithm of the factor, which lies between e^-scale and e^scale; default range 0 to 0.5.
         shear: degrees along the width; default range 0 to 30.
         brightness: added to every pixel; default range 0 to 0.5, for pixels between 0 and 1.
-        contrast: the logarithm of the factor on the distance from the image's mean; default range 0 to 1.
+        contrast: logarithm of the factor on the distance from the image's mean; default range 0 to 1.
         noise: standard deviation of Gaussian noise, one draw per pixel; default range 0 to 0.5.
-        interpolation: "bicubic", smooth in the magnitudes; "bilinear" blurs in proportion to the shift, so
-            that a magnitude below a pixel is judged by its blur and may stay at 0.
-        padding: what lies outside of an image: "zeros", "border" or "reflection".
+        interpolation: "bicubic" is smooth in the magnitudes. "bilinear" blurs in proportion to the shift, so
+            a magnitude below one pixel is judged by its blur and may stay at 0.
+        padding: what lies outside an image: "zeros", "border" or "reflection".
 
     Shape:
-        (N, C, H, W), floating point; the output has the same shape and dtype. Nothing is clipped:
-        the images may be standardised, and clipping would end the derivative.
+        (N, C, H, W), floating point; the output has the same shape and dtype. Nothing is clipped, because
+        the images may be standardised and a clipped pixel would have derivative zero.
 
     Raises:
         MissingExtra: a geometric magnitude is given and kornia is not installed.
 
-    A magnitude's hypergradient passes once through the interpolation, whose derivative every torch has.
-    Only where weights stand *before* the augmentation is the second derivative needed, which torch 2.13
-    has and older ones refuse ("derivative for aten::grid_sampler_2d_backward is not implemented").
+    The hypergradient of a magnitude needs the first derivative of the interpolation, which every torch has.
+    It needs the second derivative only if weights act *before* the augmentation. torch 2.13 has it; older
+    versions raise "derivative for aten::grid_sampler_2d_backward is not implemented".
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Augment(nn.Module):
         return warped
 
     def _amount(self, name: str, x: Tensor) -> Tensor:
-        """magnitude u, one for each image, shape (N, 1, 1, 1)."""
+        """Draw magnitude u for each image, shape (N, 1, 1, 1)."""
         return self._level(name, x) * _uniform(len(x), 1, 1, 1, like=x)
 
     def _level(self, name: str, x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class Augment(nn.Module):
 
 
 def _uniform(*shape: int, like: Tensor) -> Tensor:
-    """Uniform in [-1, 1]."""
+    """Draw uniformly from [-1, 1]."""
     return 2 * torch.rand(*shape, dtype=like.dtype, device=like.device) - 1
 
 

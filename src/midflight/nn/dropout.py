@@ -3,14 +3,14 @@ r"""Dropout whose rate is a hyperparameter: exact Bernoulli masks, with a deriva
     mask = kept / (1 - p),   kept ~ Bernoulli(1 - p)
     d mask / d p := (mask - 1) / (2 p (1 - p))
 
-A mask jumps, so it has no derivative; the derivative of an expected loss has:
+A mask jumps, so it has no derivative. The expected loss has one; for one unit, with s = 1 / (1 - p), it is
 
-    d/dp E f(mask) = f(0) - f(s) + s f'(s) for one unit, s = 1 / (1 - p)
+    d/dp E f(mask) = f(0) - f(s) + s f'(s)
 
-and replacing f(s) - f(0) by s (f'(0) + f'(s)) / 2, the trapezoid rule, gives E[f'(mask) d mask/dp] with
-the rule above. It is how the mask's standard deviation sqrt(p / (1 - p)) moves at a fixed standardised
-draw, and the second-order rule of Liu et al. 2023 ("Bridging discrete and backpropagation", ReinMax)
-for a Bernoulli variable of this scale.
+Replacing f(s) - f(0) by s (f'(0) + f'(s)) / 2, the trapezoid rule, gives E[f'(mask) d mask/dp] with the
+derivative defined above. This is the derivative of the mask, through its standard deviation
+sqrt(p / (1 - p)), at a fixed standardised draw. It is also the second-order rule of Liu et al. 2023
+("Bridging discrete and backpropagation", ReinMax) for a Bernoulli variable of this scale.
 """
 
 import torch
@@ -21,26 +21,27 @@ from midflight.space import Hyperparameter
 
 
 class Dropout(nn.Module):
-    """Each entry is 0 with probability `rate`, else scaled by 1 / (1 - rate), while training; x in eval mode.
+    """A dropout layer whose rate is a hyperparameter.
 
-    The forward pass is that of `torch.nn.Dropout`, whose attributes `p` and `inplace` this layer has too.
-    The derivative with respect to `rate` estimates the derivative of the expected loss over the masks; it is
-    unbiased where the loss is quadratic in each single mask entry, whatever it is in all of them together.
-    Elsewhere it is biased, by the trapezoid rule's error.
+    The forward pass and the attributes `p` and `inplace` are those of `torch.nn.Dropout`. While training,
+    each entry is 0 with probability `rate`, else scaled by 1 / (1 - rate). The derivative with respect to
+    `rate` estimates that of the expected loss over the masks. It is unbiased where the loss is quadratic in
+    each single mask entry. Elsewhere its bias is the error of the trapezoid rule:
 
-    Measured by enumerating all masks of 8 tanh units (the median of 16 networks,
-    benchmarks/dropout_gradient.py), at rates 0.1, 0.5 and 0.8, in the form <w, gradient> in which a
-    hypergradient meets it: bias 6, 10 and 42 % with weights of the initial scale, 23, 24 and 19 % with
-    weights three times as large; the sign was wrong in 6 of these 96 cases. The concrete relaxation
-    (Gal et al. 2017, Eq. 5) at temperature 0.1 has a bias of 6 to 12 %, of which draws explain up to 8, no
-    wrong sign, but 2.6 to 3 times the spread from draw to draw, and its forward pass is not dropout.
+        rate                             0.1    0.5    0.8
+        weights of the initial scale     6 %   10 %   42 %
+        weights three times as large    23 %   24 %   19 %
+
+    This is the bias of <w, gradient>, as in a hypergradient, over all masks of 8 tanh units (median of 16
+    networks, benchmarks/dropout_gradient.py); 6 of the 96 signs were wrong. The concrete relaxation (Gal et
+    al. 2017, Eq. 5) at temperature 0.1 has a bias of 6 to 12 %, of which sampling explains up to 8, and no
+    wrong sign. But its draws spread 2.6 to 3 times as far, and its forward pass is not dropout.
 
     Args:
-        rate: a hyperparameter of a `Space` with high < 1, of shape () or one that broadcasts against
-            x; a function that reads some; or a fixed number. Default range 0.01 to 0.8 on a logit
-            scale.
-        floor: smallest rate at which masks are drawn; 5 % of the range if `rate` is tuned down to 0,
-            else 0. At rate 0 nothing is ever dropped and the derivative would rest on no example.
+        rate: a hyperparameter of a `Space` with high < 1, of shape () or one that broadcasts against x; a
+            function that reads hyperparameters; or a number. Default range 0.01 to 0.8 on a logit scale.
+        floor: smallest rate at which masks are drawn; default: 5 % of the range if `rate` may be tuned down
+            to 0, else 0. At rate 0 nothing is dropped, so no draw would inform the derivative.
 
     Shape:
         any floating-point tensor; the output has the same shape and dtype.
@@ -50,11 +51,11 @@ class Dropout(nn.Module):
     """
 
     inplace = False
-    """As every `nn.Dropout` by default."""
+    """The default of `torch.nn.Dropout`."""
 
     def __init__(self, rate: Magnitude, floor: float | None = None) -> None:
         super().__init__()
-        bounds: tuple[float, ...] = ()  # of a function they are not known
+        bounds: tuple[float, ...] = ()  # those of a function are unknown
         if isinstance(rate, Hyperparameter):
             bounds = (rate.spec.low, rate.spec.high)
         elif not callable(rate):
@@ -67,7 +68,7 @@ class Dropout(nn.Module):
 
     @property
     def p(self) -> float:
-        """The rate now, a number without gradient; of a layer whose rate has shape ()."""
+        """The current rate as a number without gradient; needs a rate of shape ()."""
         return float(self.rate() if callable(self.rate) else self.rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,12 +77,12 @@ class Dropout(nn.Module):
         rate = drawn(self.rate, self.floor, x)
         at = self._drawn_at(rate)
         mask = (torch.rand_like(x, dtype=rate.dtype) >= at) / (1 - at)
-        # a fixed rate of 0 makes this 0 / tiny; a tuned one never comes so low
+        # a fixed rate of 0 makes this 0 / tiny; a tuned rate is never so low
         slope = (mask - 1) / (2 * at * (1 - at)).clamp(min=torch.finfo(at.dtype).tiny)
         return x * (mask + (rate - at) * slope).to(x.dtype)
 
     def _drawn_at(self, rate: Tensor) -> Tensor:
-        """The rate at which masks are drawn, as a constant."""
+        """Return the rate at which masks are drawn, as a constant."""
         return constant(self.rate, rate.detach())
 
     def extra_repr(self) -> str:

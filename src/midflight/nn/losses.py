@@ -3,9 +3,9 @@ r"""Losses whose options are hyperparameters.
     loss_i = a_i sum_c q~_ic t_ic,    t_ic = -w_c (1 - p_ic)^gamma log p_ic,    p_i = softmax(logits_i / T)
     q~ = (1 - eps) q + eps / classes
 
-with label smoothing eps (Szegedy et al. 2016, sec. 7), focal gamma (Lin et al. 2017, Eq. 4),
+with targets q, label smoothing eps (Szegedy et al. 2016, sec. 7), focal gamma (Lin et al. 2017, Eq. 4),
 temperature T, class weights w and example weights a. A weighted sum of losses needs no function:
-`space["a"] * loss_a + space["b"] * loss_b`.
+write `space["a"] * loss_a + space["b"] * loss_b`.
 """
 
 import torch
@@ -28,36 +28,36 @@ def cross_entropy(
     example_weight: Option | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Cross entropy with every option differentiable, to second order together with the logits.
+    r"""Compute the cross entropy, twice differentiable in all options and the logits.
 
-    Equals `torch.nn.functional.cross_entropy` in the options that it has. Finite, with its derivatives,
-    at any finite logits, also where p rounds to 1 and gamma < 1.
+    Equals `torch.nn.functional.cross_entropy` for the options that both have. It and its derivatives are
+    finite at any finite logits, also where p rounds to 1 and gamma < 1.
 
     Args:
-        logits: (N, K), or (N, K, ...) with one prediction per place, as a segmentation has.
+        logits: (N, K), or (N, K, ...) with one prediction per place, as in segmentation.
         target: class indices, (N, ...), or probabilities of the classes, shaped like logits.
         label_smoothing: in [0, 1], shape () or the target's; default range 0 to 0.5.
-        focal_gamma: at least 0, shape (); the weight (1 - p)^gamma is the class's own where targets are
-            smoothed; default range 0 to 5.
+        focal_gamma: at least 0, shape (); with smoothed targets each class has its own weight (1 - p)^gamma;
+            default range 0 to 5.
         temperature: positive, shape (); default range 0.2 to 5 on a log scale.
         class_weight: (K,); default range 0.1 to 10 on a log scale.
-        example_weight: one for each of the N examples (or for each place, shaped as the target). For a
-            weight per training example take `Float(0, 1, shape=(n,))` and pass `space["w"][ids]`, ids
-            being the examples of the batch.
-        reduction: "mean", "sum" or "none". As torch does, the mean with class indices divides by the sum
-            of w_(y_i), so that class weights matter relative to each other. It does not divide by the
-            sum of example weights: then they would compete, and sign steps push half of the good
-            examples down (from weights of 0 not one came back, measured with 30 % of labels flipped).
+        example_weight: one for each of the N examples, or for each place, shaped like the target. For one
+            weight per training example, take `Float(0, 1, shape=(n,))` and pass `space["w"][ids]`, where
+            ids are the examples of the batch.
+        reduction: "mean", "sum" or "none". As in torch, the mean with class indices divides by the sum of
+            w_(y_i), so only the ratios of class weights matter. It does not divide by the sum of example
+            weights. They would then compete, and sign steps would push half of the good examples down
+            (measured with 30 % of labels flipped: no weight of 0 came back).
 
     Returns:
-        a scalar, or one loss for each target with reduction="none".
+        a scalar, or one loss per target with reduction="none".
 
     Raises:
         ValueError: the reduction is none of the three.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", but got {reduction!r}.')
-    # a class masked by a logit of -inf stays finite, for its share in a loss is 0 and 0 inf = nan
+    # finite for a class masked by a logit of -inf: its share in the loss is 0, and 0 * inf would be nan
     log_p = (logits / _value(temperature)).log_softmax(1).clamp(min=torch.finfo(logits.dtype).min)
     terms, size = -log_p, torch.ones_like(log_p[:, 0])
     if not _is_number(focal_gamma, 0):
@@ -87,23 +87,23 @@ def cross_entropy(
 
 
 def mixup(x: Tensor, y: Tensor, strength: Magnitude) -> tuple[Tensor, Tensor]:
-    """Each example mixed with another one of the batch, inputs and targets alike.
+    """Mix each example with another one of the batch, both inputs and targets.
 
         (1 - s u / 2) (x, y) + (s u / 2) (x, y)[permuted],   u uniform in [0, 1], one per example
 
-    No mixing at s = 0; at s = 1 the share is uniform, the mixup with Beta(1, 1) of Zhang et al. 2018 up
-    to the order of the two. The gradient is pathwise: the share is differentiable in s at fixed
-    u. Beta(alpha, alpha) itself is a poor coordinate: it is sampled by rejection, which jumps, and for
-    small alpha almost every share is 0 or 1, where nothing can be learnt.
+    The strength s = 0 mixes nothing. s = 1 is the mixup with Beta(1, 1) of Zhang et al. 2018, up to the order
+    of the two. The gradient is pathwise: the share s u / 2 is differentiable in s at fixed u. The alpha of
+    Beta(alpha, alpha) would be a poor hyperparameter. Rejection sampling makes the share jump, and for small
+    alpha almost every share is 0 or 1, where nothing can be learnt.
 
     Args:
         x: (N, ...), floating point.
         y: (N, K), probabilities of the classes (one-hot, for example) or other real targets.
-        strength: in [0, 1], a hyperparameter of shape () or a number; default range 0 to 1. No
-            symmetry makes 0 a dead point: there a step mixes in the mean of the others.
+        strength: s in [0, 1], a hyperparameter of shape () or a number; default range 0 to 1. No symmetry
+            makes its derivative zero at 0: a small step mixes in the mean of the others.
 
     Returns:
-        x and y, mixed, shaped as before.
+        x and y mixed, with unchanged shapes.
 
     Raises:
         ValueError: y holds class indices.
@@ -122,9 +122,9 @@ def mixup(x: Tensor, y: Tensor, strength: Magnitude) -> tuple[Tensor, Tensor]:
 
 
 def _log_of_the_rest(log_p: Tensor) -> Tensor:
-    """log(1 - p) over dimension 1, without cancellation where p rounds to 1.
+    """Return log(1 - p) over dimension 1, without cancellation where p rounds to 1.
 
-    The likeliest class gets the logsumexp of the others; the rest have p <= 1/2, where log1p is exact.
+    The likeliest class gets the logsumexp of the others. Those have p <= 1/2, where log1p is accurate.
     """
     top = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, log_p.argmax(1, keepdim=True), True)
     others = log_p.masked_fill(top, torch.finfo(log_p.dtype).min)

@@ -1,11 +1,10 @@
-"""Levels of randomness (a noise's std, a dropout's rate) and the floor below which none is drawn.
+"""Magnitudes of randomness (a noise's std, a dropout's rate) and the floor below which none is drawn.
 
     drawn = max(magnitude, floor),   d drawn / d magnitude = 1
 
-At magnitude 0 a derivative says nothing: noise and its mirror image do the same, so it has mean zero, and
-a dropout that drops nothing has nothing to learn from. So a magnitude that may be tuned down to 0 is
-drawn at no less than a floor, 5 % of its range, where the derivative still tells something, while
-the hyperparameter itself may reach 0.
+At magnitude 0 the derivative gives no information. That of noise has mean zero, because noise and its mirror
+image have the same effect. Dropout at rate 0 drops nothing. So a magnitude that may be tuned down to 0 is
+drawn at no less than a floor, 5 % of its range. The hyperparameter itself may reach 0.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,18 +16,18 @@ from torch import Tensor
 from midflight.space import Hyperparameter
 
 Magnitude = Hyperparameter | Callable[[], Tensor] | Tensor | float
-"""A hyperparameter, a fixed number, or a function of hyperparameters: for a layer, which reads it at every
-pass, one without arguments (`lambda: space["noise"][2]`); for a single call the tensor itself."""
+"""A hyperparameter, a number, or a function of hyperparameters. A layer takes a function without arguments
+(`lambda: space["noise"][2]`) and calls it at every pass; a single call such as `mixup` takes its tensor."""
 
 
 def default_floor(magnitude: Magnitude) -> float:
-    """5 % of the range if the magnitude is a hyperparameter that may be tuned down to 0, else 0."""
+    """Return 5 % of the range if the magnitude is a hyperparameter that may be tuned down to 0, else 0."""
     tuned_to_zero = isinstance(magnitude, Hyperparameter) and magnitude.spec.low == 0
     return 0.05 * magnitude.spec.high if tuned_to_zero else 0.0  # type: ignore[union-attr]
 
 
 def drawn(magnitude: Magnitude, floor: float, like: Tensor) -> Tensor:
-    """The magnitude at which to draw, at least `floor`, on the device of `like`; the derivative passes."""
+    """Return max(magnitude, floor) on the device of `like`, with derivative 1 in the magnitude."""
     now: Any = (
         magnitude.value
         if isinstance(magnitude, Hyperparameter)
@@ -44,7 +43,7 @@ _held: dict[Any, Tensor] | None = None
 
 
 def constant(what: Any, value: Tensor) -> Tensor:
-    """A value that derivatives take for a constant; inside `held_constants` the first one of its kind."""
+    """Return `value`, or inside `held_constants` the first value for `what`; derivatives ignore it."""
     return value if _held is None else _held.setdefault(what, value)
 
 
@@ -52,7 +51,7 @@ def constant(what: Any, value: Tensor) -> Tensor:
 def held_constants() -> Iterator[None]:
     """Keep each `constant` at its first value, so that differences see the function that is differentiated.
 
-    Floors and the masks of dropout follow a magnitude, though the derivative does not count it.
+    Floors and dropout masks depend on a magnitude, but the derivative ignores this dependence.
     """
     global _held
     before, _held = _held, {}
@@ -63,7 +62,7 @@ def held_constants() -> Iterator[None]:
 
 
 def describe(magnitude: Magnitude) -> str:
-    """The magnitude in a few characters, for `repr(model)`."""
+    """Return the magnitude in a few characters, for `repr(model)`."""
     if isinstance(magnitude, Hyperparameter):
         return repr(magnitude).split("  ")[0]
     return "a function" if callable(magnitude) else f"{float(magnitude):.4g}"

@@ -2,8 +2,8 @@
 
     loss + space["l1"] * l1(model.parameters())
 
-All are linear in their weight, so its hypergradient is alive everywhere, also at 0. A penalty of your
-own is any function of tensors that returns a scalar; `orthogonality` is an example to copy.
+The loss is linear in a penalty's weight, so the hypergradient of this weight does not vanish at 0. Any
+function of tensors that returns a scalar can be a penalty; `orthogonality` is an example to copy.
 """
 
 from collections.abc import Iterable
@@ -15,37 +15,37 @@ from midflight.space import Hyperparameter
 
 
 def l1(weights: Iterable[Tensor]) -> Tensor:
-    """sum |w| over all entries (Tibshirani 1996); a scalar. Default range of its weight 1e-7 to 1e-2, log."""
+    """Return sum |w| over all entries (Tibshirani 1996). Default range of its weight: 1e-7 to 1e-2, log."""
     return torch.stack([w.abs().sum() for w in weights]).sum()
 
 
 def l2(weights: Iterable[Tensor]) -> Tensor:
-    """sum w^2 / 2 over all entries; a scalar. Default range of its weight 1e-6 to 1e-1, log.
+    """Return sum w^2 / 2 over all entries. Default range of its weight: 1e-6 to 1e-1, log.
 
-    With the half, its gradient is w, so that `h * l2(...)` in the loss is the optimiser's coupled
-    `weight_decay=h`; there, bound to the optimiser, it costs nothing, while here it can leave out weights.
+    Its gradient is w, so `h * l2(...)` in the loss equals the optimiser's coupled `weight_decay=h`. A weight
+    decay bound to the optimiser costs nothing, but this penalty can leave out weights.
     """
     return torch.stack([w.square().sum() for w in weights]).sum() / 2
 
 
 def activation_l2(*activations: Tensor) -> Tensor:
-    """The mean square of each activation, summed; a scalar (activation regularisation, Merity et al. 2017).
+    """Return the sum of each activation's mean square (activation regularisation, Merity et al. 2017).
 
         hidden = body(x)
         loss = F.cross_entropy(head(hidden), y) + space["activation"] * activation_l2(hidden)
 
-    Default range of its weight 1e-4 to 10, log.
+    Default range of its weight: 1e-4 to 10, log.
     """
     return torch.stack([a.square().mean() for a in activations]).sum()
 
 
 def max_norm(weight: Tensor, limit: Hyperparameter | Tensor | float) -> Tensor:
-    """sum max(0, |row| - limit)^2, a soft form of the max-norm constraint (Srivastava et al. 2014, sec. 5.1).
+    """Return sum max(0, |row| - limit)^2, a soft max-norm constraint (Srivastava et al. 2014, sec. 5.1).
 
     Args:
         weight: (units, ...), one row of incoming weights per unit.
-        limit: positive, shape () or (units,). A hyperparameter here has a gradient only while some
-            row is longer than it: begin with a low limit. Default range 0.5 to 5, log.
+        limit: positive, shape () or (units,). A tuned limit has a non-zero derivative only while some row
+            is longer, so begin with a low limit. Default range 0.5 to 5, log.
 
     Returns:
         a scalar; default range of its weight 1e-4 to 1, log.
@@ -58,7 +58,7 @@ def max_norm(weight: Tensor, limit: Hyperparameter | Tensor | float) -> Tensor:
 
 
 def orthogonality(weight: Tensor) -> Tensor:
-    """|W W^T - 1|^2, or with W^T W if that is smaller, in the Frobenius norm (Brock et al. 2017, Eq. 2).
+    """Return |W W^T - 1|^2, or with W^T W if smaller, in the Frobenius norm (Brock et al. 2017, Eq. 2).
 
     Args:
         weight: (units, ...), taken as a matrix of one row per unit.

@@ -1,4 +1,4 @@
-"""The hyperparameters: what may vary, between which bounds, and where each stands now."""
+"""The search space: hyperparameters, their bounds and their current values."""
 
 from midflight.space.default_ranges import RANGES, default_range
 from midflight.space.hyperparameter import Hyperparameter

@@ -1,8 +1,7 @@
-"""Where to look: a sensible range for every kind of hyperparameter.
+"""A default range for every kind of hyperparameter.
 
-A range is wide enough to hold the optimum of most tasks, narrow enough that every point of it trains,
-and on the scale on which equal steps matter equally: a logarithm for what multiplies, a logit for
-rates and decay factors that crowd at 0 or 1.
+A range contains the optimum of most tasks, and training works at each of its points. Its scale makes equal
+steps matter equally: logarithmic for factors, logit for rates and decay factors close to 0 or 1.
 """
 
 from dataclasses import replace
@@ -48,15 +47,15 @@ RANGES: dict[str, Float] = {
     "contrast": Float(0.0, 1.0, init=0.1),
     "pixel_noise": Float(0.0, 0.5, init=0.05),
 }
-"""Kind -> its default range, from which any entry may be taken as it is."""
+"""Kind of hyperparameter -> its default range."""
 
 
 def default_range(kind: str, **changes: Any) -> Float:
-    """A range of `RANGES`, with other fields where given: `default_range("dropout", init=0.3, shape=(4,))`.
+    """Return a range of `RANGES` with some fields changed: `default_range("dropout", init=0.3, shape=(4,))`.
 
     Raises:
         UnknownName: there is no such kind.
-        SpaceError: the changes do not fit.
+        SpaceError: the changed range is invalid.
     """
     if kind not in RANGES:
         raise UnknownName("a kind of hyperparameter", kind, RANGES)

@@ -1,7 +1,7 @@
 """One hyperparameter: a leaf tensor in unit coordinates, and the value that the model sees.
 
 It is neither a Parameter nor a buffer of the model. So `SGD(model.parameters())` does not train it on the
-training loss, and `model.to()` does not replace it. Its hypergradient lands in `raw.grad`, so any torch
+training loss, and `model.to()` does not replace it. Its hypergradient is stored in `raw.grad`, so any torch
 optimiser can move it.
 """
 
@@ -22,7 +22,7 @@ Operator = Callable[[Any, Any], Tensor]
 
 
 def _left(apply: Callable[[Any, Any], Any]) -> Operator:
-    """An operator of tensors, for a hyperparameter on its left."""
+    """Return an operator of tensors for a hyperparameter as the left operand."""
 
     def operator(self: "Hyperparameter", other: Any) -> Tensor:
         result: Tensor = apply(self.value, other)
@@ -32,7 +32,7 @@ def _left(apply: Callable[[Any, Any], Any]) -> Operator:
 
 
 def _right(apply: Callable[[Any, Any], Any]) -> Operator:
-    """An operator of tensors, for a hyperparameter on its right."""
+    """Return an operator of tensors for a hyperparameter as the right operand."""
 
     def operator(self: "Hyperparameter", other: Any) -> Tensor:
         result: Tensor = apply(other, self.value)
@@ -42,9 +42,9 @@ def _right(apply: Callable[[Any, Any], Any]) -> Operator:
 
 
 class Hyperparameter:
-    """One entry of a `Space`: use it like a tensor wherever a tensor can stand, and like a number in loggers.
+    """One entry of a `Space`: use it like a tensor in models and losses, and like a number in loggers.
 
-    numpy, `float` and format strings see the value as it is now, without its gradient.
+    numpy, `float` and format strings see the current value without its gradient.
 
     Attributes:
         raw: unit coordinates in [0, 1], a leaf tensor of the shape of the `Float`; moved by the tuner.
@@ -52,7 +52,7 @@ class Hyperparameter:
     """
 
     __array_priority__ = 1000
-    """Makes numpy's operators leave the operation to those below, which keep the gradient."""
+    """Makes numpy's operators defer to the operators below, which keep the gradient."""
 
     def __init__(self, name: str, spec: Float, dtype: torch.dtype) -> None:
         self.name = name
@@ -74,7 +74,7 @@ class Hyperparameter:
         return self.transform.value(self.raw) if self._seen is None else self._seen
 
     def set(self, value: Value) -> None:
-        """Move to `value`; raises `SpaceError` outside [low, high] or for another shape."""
+        """Set the value; raise `SpaceError` outside [low, high] or for another shape."""
         with torch.no_grad():
             self.raw.copy_(self.transform.raw(self.spec.check(value)).clamp(0, 1))
 
@@ -85,7 +85,7 @@ class Hyperparameter:
         return int(float(self))
 
     def item(self) -> float:
-        """The value now, of a hyperparameter that is one number; as of a tensor."""
+        """Return the current value of a hyperparameter of shape () as a number, as `Tensor.item` does."""
         return float(self)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
@@ -135,7 +135,7 @@ class Hyperparameter:
         return func(*_values_of(args), **{k: _value_of(v) for k, v in (kwargs or {}).items()})
 
 
-numbers.Number.register(Hyperparameter)  # TensorBoard asks numpy whether it is a scalar
+numbers.Number.register(Hyperparameter)  # TensorBoard calls np.isscalar, which asks for a numbers.Number
 
 
 def _value_of(x: Any) -> Any:

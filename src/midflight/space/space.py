@@ -1,4 +1,4 @@
-"""A space: the named hyperparameters of a run."""
+"""The space: the named hyperparameters of a run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,16 +14,16 @@ from midflight.space.specs import Categorical, Float, Int, Value
 
 
 class Space:
-    """Named hyperparameters.
+    """The named hyperparameters of a run.
 
     Args:
-        specs: name -> `Float`, for names that are no Python identifiers.
-        dtype: of the raw coordinates; torch's default dtype if not given.
+        specs: name -> `Float`, for names that are not Python identifiers.
+        dtype: dtype of the raw coordinates; default: torch's default dtype.
         named: the same as keywords: `Space(noise=Float(0, 0.8))`.
 
     Raises:
-        SpaceError: it is empty; a name is no text; an entry is not a `Float`, or its range does not fit
-            `dtype`.
+        SpaceError: the space is empty, a name is not printable text, an entry is not a `Float`, or its range
+            does not fit `dtype`.
     """
 
     def __init__(
@@ -63,26 +63,26 @@ class Space:
 
     @property
     def raws(self) -> Tensors:
-        """Unit coordinates, name -> leaf tensor in [0, 1]; what a hyper-optimiser moves."""
+        """The unit coordinates that a hyper-optimiser moves, name -> leaf tensor in [0, 1]."""
         return {name: entry.raw for name, entry in self._entries.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """The current values as plain numbers, nested lists of them for a shape."""
+        """Return the current values as numbers, or as nested lists for a hyperparameter with a shape."""
         return {name: entry.value.detach().tolist() for name, entry in self._entries.items()}
 
     def set(self, **values: Value) -> None:
-        """Move the named hyperparameters to these values; raises `SpaceError` outside their bounds."""
+        """Set the named hyperparameters to these values; raise `SpaceError` outside their bounds."""
         for name, value in values.items():
             self[name].set(value)
 
     def requires_grad_(self, flag: bool = True) -> None:
-        """Whether forward passes from now on are recorded with respect to the hyperparameters."""
+        """Set whether later forward passes are recorded with respect to the hyperparameters."""
         for entry in self._entries.values():
             entry.raw.requires_grad_(flag)
 
     @contextmanager
     def using(self, raws: Tensors) -> Iterator[None]:
-        """Let those who read this space find other raw tensors for a while."""
+        """Replace raw tensors inside the context, for everything that reads this space."""
         before = self.raws
         try:
             for name, raw in raws.items():
@@ -94,7 +94,7 @@ class Space:
 
     @contextmanager
     def seeing(self, values: Tensors) -> Iterator[None]:
-        """Let those who read this space see these values for a while, whatever the raw tensors say."""
+        """Replace values inside the context, for everything that reads this space; ignore the raw tensors."""
         try:
             for name, value in values.items():
                 self[name]._seen = value
@@ -104,14 +104,14 @@ class Space:
                 self[name]._seen = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The raw coordinates and their ranges, to be saved with the model's state."""
+        """Return the raw coordinates and their ranges, to be saved with the model's state."""
         return {
             "raw": {name: entry.raw.detach().clone() for name, entry in self._entries.items()},
             "range": {name: _range(entry.spec) for name, entry in self._entries.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave; what was saved in another range keeps its value.
+        """Restore what `state_dict` returned; a hyperparameter saved in another range keeps its value.
 
         Raises:
             SpaceError: names or shapes differ, or a value lies outside this range; nothing is changed then.
@@ -135,7 +135,7 @@ def _range(spec: Float) -> tuple[float, float, str]:
 
 
 def _moved(entry: Hyperparameter, raw: Tensor, saved: Sequence[Any] | None) -> Tensor:
-    """The coordinate here of what stood at `raw` in the range `saved`; None is this range."""
+    """Return the coordinate in this range of the value at `raw` in the range `saved` (None: this range)."""
     spec = entry.spec
     if raw.shape != spec.shape:
         raise SpaceError(f"{entry.name} must have shape {spec.shape}, but was saved with {tuple(raw.shape)}.")

@@ -1,4 +1,4 @@
-"""What may vary: the kind and the bounds of each hyperparameter."""
+"""The kinds of hyperparameters and their bounds."""
 
 import math
 import numbers
@@ -15,8 +15,8 @@ from midflight.space.transforms import Linear, Log, Logit, Transform
 Value = float | Sequence[float] | Tensor
 Choice: TypeAlias = str | int | float | bool | None
 When: TypeAlias = Mapping[str, Choice | tuple[Choice, ...]]
-"""Name of an `Int` or `Categorical` -> the value, or a tuple of values, that it must have; all must hold."""
-ROUNDING = 1e-6  # a few float32 roundings
+"""Name of an `Int` or `Categorical` -> the value it must have, or a tuple of such values; all must hold."""
+ROUNDING = 1e-6  # a few float32 rounding errors, relative to the bound
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Float:
         low: smallest value, finite.
         high: largest value, finite; low < high.
         log: move on a logarithmic scale; needs low > 0.
-        logit: move on a logit scale, for rates that crowd at 0 or 1; needs 0 < low and high < 1.
-        init: where it starts, one number for all entries or one each; the middle of the
-            (log, logit) range if not given.
-        shape: of the value; () for one number, (n,) for one per parameter group, layer, class or
+        logit: move on a logit scale, for rates close to 0 or 1; needs 0 < low and high < 1.
+        init: initial value, one number for all entries or one per entry; default: the middle of the
+            (log, logit) range.
+        shape: shape of the value; () for one number, (n,) for one per parameter group, layer, class or
             training example.
-        online: in `midflight.search`: tuned inside each trial instead of searched.
-        when: in `midflight.search`: part of a configuration only where other hyperparameters have
+        online: in `midflight.search`, whether it is tuned inside each trial instead of searched.
+        when: in `midflight.search`, it is part of a configuration only where other hyperparameters have
             these values; see `When`.
 
     Raises:
@@ -71,9 +71,9 @@ class Float:
             self.check(self.init)
 
     def check(self, value: Value) -> Tensor:
-        """`value` in this shape, float64; raises `SpaceError` unless low <= value <= high.
+        """Return `value` in this shape as float64; raise `SpaceError` unless low <= value <= high.
 
-        What float32 rounded just over a bound is brought back to it.
+        A value that float32 rounding moved just past a bound is set to the bound.
         """
         try:
             tensor = torch.as_tensor(value, dtype=torch.float64)
@@ -114,7 +114,7 @@ class Int:
         low: smallest value.
         high: largest value; low < high.
         log: search on a logarithmic scale; needs low > 0.
-        when: part of a configuration only where other hyperparameters have these values; see `When`.
+        when: it is part of a configuration only where other hyperparameters have these values; see `When`.
 
     Raises:
         SpaceError: one of the conditions above does not hold.
@@ -139,11 +139,11 @@ class Int:
 
 @dataclass(frozen=True)
 class Categorical:
-    """One of a few values without an order; searched by an engine of `midflight.search`.
+    """A choice among values without an order; searched by an engine of `midflight.search`.
 
     Args:
-        choices: strings, numbers, booleans or None, no two equal.
-        when: part of a configuration only where other hyperparameters have these values; see `When`.
+        choices: strings, numbers, booleans or None, all different.
+        when: it is part of a configuration only where other hyperparameters have these values; see `When`.
 
     Raises:
         SpaceError: there is no choice, two are equal, or one is of another type.

@@ -1,7 +1,6 @@
-"""Unit coordinates: value = transform(raw), raw in [0, 1] over [low, high].
+"""Maps from unit coordinates to values: value = transform(raw), from raw in [0, 1] onto [low, high].
 
-A step of given length is then the same fraction of every range, so that one step size suits
-a weight decay over three decades and a noise level alike.
+A step of a given length is the same fraction of every range. So one step size suits all hyperparameters.
 """
 
 import math
@@ -20,11 +19,11 @@ class Transform(ABC):
 
     @abstractmethod
     def value(self, raw: Tensor) -> Tensor:
-        """What the model sees at the unit coordinate `raw`, any shape."""
+        """Return the value that the model sees at the unit coordinate `raw`, of any shape."""
 
     @abstractmethod
     def raw(self, value: Tensor) -> Tensor:
-        """The unit coordinate of `value`; the inverse of `value`."""
+        """Return the unit coordinate of a value; the inverse of the method `value`."""
 
 
 class Linear(Transform):
@@ -48,7 +47,7 @@ class Log(Transform):
 
 
 class Logit(Transform):
-    """logit(value) = logit(low) + (logit(high) - logit(low)) raw; for rates that crowd at 0 or 1."""
+    """logit(value) = logit(low) + (logit(high) - logit(low)) raw; for rates close to 0 or 1."""
 
     def value(self, raw: Tensor) -> Tensor:
         low, high = _logit(self.low), _logit(self.high)

@@ -339,7 +339,7 @@ def _line(progress: float | None) -> float:
 def horizon_for(horizon: str | Horizon) -> Horizon:
     """The horizon for the argument `horizon` of `Tuner`; raises `UnknownName`."""
     known: dict[Any, Callable[[], Horizon]] = {"run": Averaged, "step": NextStep}
-    if not isinstance(horizon, str) and hasattr(horizon, "place"):
+    if not isinstance(horizon, str) and hasattr(horizon, "valid_at"):
         return horizon
     if not isinstance(horizon, str) or horizon not in known:
         raise UnknownName("horizon", horizon, known)

@@ -15,7 +15,7 @@ class Rotation:
 
     A new pass through `train` moves on to the next fold, and a pass through `valid` that is still under
     way ends there. Validation data has then been trained on in earlier passes: it still ranks the next
-    step, but its loss no longer tells memorising from learning. Measured in docs/foresight.md; leave it
+    step, but its loss no longer tells memorising from learning. Measured in docs/running.md; leave it
     out unless data are so few that holding out T2 for good costs more.
 
     Args:

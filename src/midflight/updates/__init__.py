@@ -1,6 +1,6 @@
-"""Update rules theta' = U(theta, s, g, phi) as pure functions, one file per family.
+"""The update rules of `torch.optim` as pure functions theta' = U(theta, s, g, phi), one file per family.
 
-A new rule is one file here and one row in `RULES`; the row gives it every test.
+`base` defines the symbols. To add a rule, write one file and one row in `RULES`; every test then covers it.
 """
 
 import inspect
@@ -55,14 +55,14 @@ REFUSED: dict[type[torch.optim.Optimizer], str] = {
     "a derivative; use RMSprop, which steps by its size as well.",
     torch.optim.SparseAdam: "it takes sparse gradients; build the embedding with sparse=False and use Adam.",
 }
-"""torch optimisers without a rule, and why."""
+"""Optimisers of torch without a rule -> the reason."""
 
 
 def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
-    """The pure twin of a torch optimiser.
+    """Return the update rule of a torch optimiser.
 
     Raises:
-        UnsupportedOptimizer: there is none; a subclass with a step of its own counts as another optimiser.
+        UnsupportedOptimizer: it has no rule. A subclass that overrides `step` counts as another optimiser.
     """
     kind = _stepping(type(optimizer))
     if kind in REFUSED:
@@ -77,7 +77,7 @@ def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
 
 
 def compiled(rule: UpdateRule, device: torch.device) -> UpdateRule:
-    """The same rule, faster by torch.compile; the rule itself if it is not Adam or AdamW.
+    """Return the rule compiled by torch.compile for Adam and AdamW, and any other rule unchanged.
 
     Raises:
         NoCompiler: torch.compile does not work on the device.
@@ -86,7 +86,7 @@ def compiled(rule: UpdateRule, device: torch.device) -> UpdateRule:
 
 
 def _stepping(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The class of torch whose step this is: a subclass that only sets options steps as its base does."""
+    """Return the torch class whose `step` this class uses: its base if it does not override `step`."""
     for base in kind.__mro__:
         if base in RULES or base in REFUSED:
             same = inspect.unwrap(kind.step) is inspect.unwrap(base.step)

@@ -1,4 +1,4 @@
-"""Adafactor, whose second moment of a matrix is a row times a column, as `torch.optim.Adafactor`.
+"""Adafactor, which factors the second moment of a matrix into two vectors, as `torch.optim.Adafactor`.
 
 beta_t = t^beta2_decay,  alpha_t = max(eps2, RMS(theta)) min(lr, 1 / sqrt(t))
 r' = (1 - beta_t) r + beta_t mean of g^2 over columns,  c' likewise over rows
@@ -6,8 +6,8 @@ v = r' c' / max(mean of r', eps1)             (a vector or scalar: v' = (1 - bet
 u = g / max(sqrt(v), eps1)
 theta' = theta - lr weight_decay theta - alpha_t u / max(1, RMS(u) / d)
 
-The minimum and the maxima have kinks: lr moves the step (beside its decay) only while lr < 1 / sqrt(t),
-d only while it clips. At the first step beta_t = 1 for any beta2_decay.
+The minimum and the maxima have kinks. Apart from decay, the derivative in lr is 0 unless lr < 1 / sqrt(t).
+The derivative in d is 0 unless d clips. At the first step beta_t = 1 for any beta2_decay.
 """
 
 import math
@@ -48,7 +48,7 @@ class Adafactor(UpdateRule):
 
 def _rms(x: Tensor) -> Tensor:
     norm: Tensor = x.norm()
-    return norm / math.sqrt(x.numel())  # the norm's derivative is 0 at 0; that of mean().sqrt() is NaN
+    return norm / math.sqrt(x.numel())  # at x = 0 its derivative is 0; that of square().mean().sqrt() is NaN
 
 
 def _minimum(x: float | Tensor, y: float) -> float | Tensor:

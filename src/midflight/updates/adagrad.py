@@ -17,7 +17,7 @@ class Adagrad(UpdateRule):
     """Adagrad (Duchi et al. 2011); see the module for the formula.
 
     `initial_accumulator_value` is not tunable: torch copies it into the state when the optimiser is
-    made, and no step reads it afterwards.
+    constructed, and no step reads it afterwards.
     """
 
     tunable: ClassVar = frozenset({"lr", "lr_decay", "eps", "weight_decay"})

@@ -62,7 +62,7 @@ class Adam(UpdateRule):
         # d(m / (root + eps))/dg~ = (1 - beta1 - (1 - beta2) m g~ / (root (root + eps))) / (root + eps)
         denom = root + eps
         w = v / denom
-        both = root.mul_(denom).clamp_min_(torch.finfo(root.dtype).tiny)  # where root is 0 so is m
+        both = root.mul_(denom).clamp_min_(torch.finfo(root.dtype).tiny)  # m is 0 where root is 0
         slope = root.new_tensor(-scale * (1 - o["beta1"]))
         w.mul_(torch.addcdiv(slope, m.mul_(total), both, value=scale * (1 - o["beta2"])))
         derivatives = {}
@@ -73,7 +73,7 @@ class Adam(UpdateRule):
 
 
 def _moments(param: Tensor, grad: Tensor, state: State, o: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """g~, m' and sqrt(s'), in as few passes over memory as it takes; the last two are the caller's."""
+    """Return g~, m' and sqrt(s') in few passes over memory; the caller may overwrite the last two."""
     total = -grad if o["maximize"] else grad
     if o["weight_decay"] and not o["decoupled_weight_decay"]:
         total = total.add(param, alpha=o["weight_decay"])
@@ -89,7 +89,7 @@ def _moments(param: Tensor, grad: Tensor, state: State, o: Options) -> tuple[Ten
 
 
 def corrected(state: State, o: Options) -> tuple[float, float]:
-    """a and e of theta' = theta - a m' / (sqrt(s') + e), which holds both bias corrections."""
+    """Return a and e of theta' = theta - a m' / (sqrt(s') + e), which contain both bias corrections."""
     t = step_number(state)
     correction = (1 - o["beta2"] ** t) ** 0.5
     return o["lr"] * correction / (1 - o["beta1"] ** t), o["eps"] * correction

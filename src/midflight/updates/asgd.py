@@ -17,8 +17,8 @@ from midflight.updates.base import Options, State, UpdateRule, decayed, plain, s
 class ASGD(UpdateRule):
     """Averaged SGD (Polyak & Juditsky 1992); see the module for the formula.
 
-    `lr`, `alpha` and `t0` are not tunable: a step takes its rate from the state, which the step
-    before has written, so that they act one step too late for any one-step derivative.
+    `lr`, `alpha` and `t0` are not tunable. A step reads its rate eta from the state that the previous step
+    wrote, so they act one step too late for a one-step derivative.
     """
 
     tunable: ClassVar = frozenset({"lambd", "weight_decay"})
@@ -40,5 +40,5 @@ class ASGD(UpdateRule):
 
 
 def _as_torch_keeps_it(x: float | Tensor) -> Tensor:
-    """Scalars of the state are float32 whatever the weights are in."""
+    """Return a scalar of the state in torch's default dtype, whatever the dtype of the weights."""
     return torch.as_tensor(x, dtype=torch.get_default_dtype())

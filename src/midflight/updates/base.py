@@ -1,4 +1,8 @@
-"""What an update rule is: one optimiser step as a pure function, and its exact derivatives."""
+"""The interface of an update rule: one optimiser step as a pure function, and its exact derivatives.
+
+theta' = U(theta, s, g, phi): weights theta, optimiser state s, gradient g, options phi. In the formulas of
+the rules a prime marks a value after the step, t counts the steps from 1, and g~ is g with weight decay.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -9,65 +13,65 @@ import torch
 from torch import Tensor
 
 Options = Mapping[str, Any]
-"""What `read_options` makes of a torch `param_group`; a tunable option may be a scalar tensor."""
+"""A torch `param_group` as `read_options` returns it; a tunable option may be a tensor."""
 
 State = Mapping[str, Tensor]
-"""The optimiser's state of one weight, named as in `torch.optim`; empty before the first step."""
+"""The optimiser's state of one weight, under the names of `torch.optim`; empty before the first step."""
 
 Weight = tuple[Tensor, Tensor, State, Options]
 """A weight, its gradient, its state and its options."""
 
 
 class UpdateRule(ABC):
-    """theta' = U(theta, s, g, phi) for one weight tensor."""
+    """One optimiser step theta' = U(theta, s, g, phi) of one weight tensor."""
 
     tunable: ClassVar[frozenset[str]]
-    """The options with respect to which the step can be differentiated."""
+    """Options with respect to which the step can be differentiated."""
     elementwise: ClassVar[bool] = True
-    """Whether an entry of the new weight depends on the same entry of the rest, and on numbers, alone."""
+    """Whether each entry of theta' depends only on the same entry of theta, s and g, and on scalars."""
     differentiable: ClassVar[bool] = True
-    """Whether the step has a derivative with respect to g; options may have one all the same."""
+    """Whether the step can be differentiated with respect to g; if not, it may still be in its options."""
     one_pass: ClassVar[bool] = False
-    """Whether `ahead` and `pullback` go through memory once and gain nothing from working in pieces."""
+    """Whether `ahead` and `pullback` pass over memory once, so that cutting a weight gains nothing."""
 
     of_many: ClassVar[frozenset[str]] = frozenset()
-    """The options that may have one entry per row of the weight in `ahead` and `pullback`."""
+    """Options that `ahead` and `pullback` accept with one entry per row of the weight."""
 
     @abstractmethod
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
-        """The weight and the state after one step; differentiable in every tensor it is given.
+        """Return the weight and the state after one step, differentiable in every tensor argument.
 
-        Equals `torch.optim` up to rounding. Nothing is changed in place.
+        Equals `torch.optim` up to rounding. Changes nothing in place.
         """
 
     def step_all(self, weights: Sequence[Weight]) -> list[tuple[Tensor, State]]:
-        """`step` of many weights, without a graph; a rule may have a faster way."""
+        """Apply `step` to many weights without a graph; a rule may override this with a faster method."""
         with torch.no_grad():
             return [self.step(*weight) for weight in weights]
 
     def ahead(self, param: Tensor, grad: Tensor, state: State, options: Options) -> Tensor:
-        """The weight after one step, as `step`, without a graph; a rule may have a faster way."""
+        """Return the weight after one step without a graph; a rule may override this with a faster method."""
         return self.step(param, grad, state, options)[0].detach()
 
     def pullback(
         self, v: Tensor, param: Tensor, grad: Tensor, state: State, options: Options
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(dU/dg)^T v, and v . dU/dphi for every option that is a tensor requiring a gradient.
+        """Return w = (dU/dg)^T v, and v . dU/dphi for every option that is a tensor requiring a gradient.
 
         Args:
-            v: gradient of some loss with respect to theta', shaped like `param`.
+            v: gradient of a loss with respect to theta', shaped like `param`.
 
         Returns:
-            a tensor shaped like `param`, and option -> tensor shaped like the option.
+            w, shaped like `param`, and option -> tensor shaped like the option.
 
-        This default differentiates `step`; a rule overrides it with a closed form where that is
-        cheaper, and the tests hold the two against each other.
+        This default differentiates `step`. A rule overrides it where a closed form is cheaper; the tests
+        compare the two.
         """
         grad = grad.detach().requires_grad_()
         tuned = {name: options[name].detach().requires_grad_() for name in tuned_options(options)}
         with torch.enable_grad():
             new, _ = self.step(param.detach(), grad, state, {**options, **tuned})
-        if not new.requires_grad:  # such as a step of Muon, none of whose options is tuned
+        if not new.requires_grad:  # for example Muon without a tuned option
             return torch.zeros_like(v), {}
         w, *rest = torch.autograd.grad(new, [grad, *tuned.values()], v, materialize_grads=True)
         return w, dict(zip(tuned, rest, strict=True))
@@ -75,14 +79,14 @@ class UpdateRule(ABC):
 
 @dataclass(frozen=True)
 class Update:
-    """How one weight is updated: its rule and its options."""
+    """The rule and the options by which one weight is updated."""
 
     rule: UpdateRule
     options: Options
 
 
 def read_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A `param_group` without its params; `betas` becomes beta1 and beta2."""
+    """Return a `param_group` without its params, and with `betas` split into beta1 and beta2."""
     options = {name: x for name, x in group.items() if name not in ("params", "betas")}
     if "betas" in group:
         options["beta1"], options["beta2"] = group["betas"]
@@ -90,7 +94,7 @@ def read_options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_option(group: Mapping[str, Any], option: str) -> float:
-    """One option of a `param_group` as a number."""
+    """Return one option of a `param_group` as a number."""
     if option in ("beta1", "beta2"):
         return float(group["betas"][option == "beta2"])
     return float(group[option])
@@ -108,34 +112,34 @@ def write_option(group: dict[str, Any], option: str, value: float) -> None:
 
 
 def tuned_options(options: Options) -> list[str]:
-    """The options that are being tuned: tensors that require a gradient."""
+    """Return the names of the tuned options: tensors that require a gradient."""
     return [name for name, x in options.items() if isinstance(x, Tensor) and x.requires_grad]
 
 
 def numbers(options: Options, but: Collection[str] = ()) -> dict[str, Any]:
-    """Options without tensors, `but` left out."""
+    """Return the options with tensors converted to numbers, without those named in `but`."""
     return {name: x.item() if isinstance(x, Tensor) else x for name, x in options.items() if name not in but}
 
 
 def is_zero(option: float | Tensor) -> bool:
-    """Whether an option is the constant 0, whose term can be left out."""
+    """Return whether an option is the constant 0, so that its term can be left out."""
     return not isinstance(option, Tensor) and option == 0
 
 
 def plain(x: float | Tensor) -> float | Tensor:
-    """A scalar of the state as a number, as torch reads it; unchanged if it carries a graph."""
+    """Return a scalar of the state as a number, as torch reads it; unchanged if it carries a graph."""
     return x.item() if isinstance(x, Tensor) and not x.requires_grad else x
 
 
 def step_number(state: State) -> int:
-    """t of the step about to be taken; 1 before the first."""
+    """Return t of the next step; 1 before the first step."""
     return int(state["step"]) + 1 if "step" in state else 1
 
 
 def decayed(
     param: Tensor, grad: Tensor, options: Options, *, decoupled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Where the step starts and what it descends, (theta, g~), after `maximize` and `weight_decay`.
+    """Apply `maximize` and `weight_decay`; return (theta, g~), the start and the gradient of the step.
 
     coupled (an L2 penalty):  theta,                          g~ = +-g + weight_decay theta
     decoupled:                theta - lr weight_decay theta,  g~ = +-g
@@ -150,10 +154,10 @@ def decayed(
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """sqrt(x) with derivative 0 instead of infinity at 0, for denominators sqrt(x) + eps.
+    """Return sqrt(x) with derivative 0 instead of infinity at 0, for denominators sqrt(x) + eps.
 
-    An average of squared gradients is 0 only where every gradient so far was, and there the
-    numerator, which multiplies this derivative, is 0 as well.
+    An average of squared gradients is 0 only where every gradient so far was 0. There the numerator, which
+    multiplies this derivative, is 0 too.
     """
     positive = x > 0
     return torch.where(positive, x, 1).sqrt() * positive

@@ -1,7 +1,7 @@
 """Apply update rules block by block: large weights are cut to fit the cache, small ones are concatenated.
 
 An optimiser step is a dozen elementwise operations. On a large weight, each of them would read and write main
-memory. On many small weights, the calls themselves would dominate. So weights are cut or joined into flat
+memory. On many small weights, the cost of the calls would dominate. So weights are cut or joined into flat
 blocks of about BLOCK entries where the rule and their layout in memory allow.
 """
 
@@ -20,7 +20,7 @@ BLOCK = 2**16
 """Entries of a block on the CPU; on other devices large weights are not cut."""
 
 LIKE_LOSS = frozenset({"weight_decay"})
-"""Options whose effect on a step does not depend on the gradient, or is that of a term in the loss."""
+"""Options that act on a step independently of the gradient, or as a term in the loss would."""
 
 Updates = Mapping[str, Update]
 
@@ -35,7 +35,7 @@ class Block:
     options: Options
 
     def of(self, tree: Mapping[str, Tensor]) -> Tensor:
-        """The entries of the block, from a tree name -> tensor."""
+        """Return the entries of the block from a tree name -> tensor."""
         if len(self.names) > 1:
             return torch.cat([tree[name].reshape(-1) for name in self.names])
         tensor = tree[self.names[0]]
@@ -44,7 +44,7 @@ class Block:
         return tensor.as_strided((len(self.piece),), (1,), tensor.storage_offset() + self.piece.start)
 
     def state(self, states: Mapping[str, State]) -> State:
-        """The state of its entries; state that is one number per weight is passed on unchanged."""
+        """Return the state of the block's entries; state with one number per weight stays unchanged."""
         first = states[self.names[0]]
         if len(self.names) == 1 and self.piece is None:
             return first
@@ -61,7 +61,7 @@ class Block:
                 into[name] = torch.empty_like(like[name], dtype=result.dtype)
             self.of(into)[:] = result
             return
-        if len(self.names) == 1:  # keep its layout in memory, which may be transposed
+        if len(self.names) == 1:  # keep the layout in memory, which may be transposed
             into[self.names[0]] = result
             return
         parts = torch.split(result.reshape(-1), [like[name].numel() for name in self.names])
@@ -72,10 +72,10 @@ class Block:
 def blocks(
     params: Mapping[str, Tensor], states: Mapping[str, State], updates: Updates, *more: Mapping[str, Tensor]
 ) -> Iterator[Block]:
-    """Split all weights that have an update into blocks, each entry in exactly one.
+    """Split all weights that have an update into blocks; each entry is in exactly one.
 
     Args:
-        more: other trees whose blocks will be used, such as gradients; a weight is cut only if its layout in
+        more: other trees that the blocks will index, such as gradients. A weight is cut only if its layout in
             memory is the same in all of them.
     """
     together: dict[Any, list[str]] = {}
@@ -108,23 +108,23 @@ def blocks(
 
 
 def _kin(p: Tensor, state: State, u: Update) -> tuple[Any, ...]:
-    """A key that is equal for weights that can share a block."""
+    """Return a key that is equal for weights that can share a block."""
     numbers = (
         (key, float(value) if isinstance(value, Tensor) and value.device.type == "cpu" else id(value))
         for key, value in state.items()
         if not _is_entrywise(value)
     )
-    alone = p.ndim == 0  # a scalar weight: its state cannot be told from numbers per weight
+    alone = p.ndim == 0  # a scalar weight's state looks like numbers per weight
     return (id(u.options), u.rule, p.dtype, p.device, tuple(state), *numbers, id(p) if alone else None)
 
 
 def _fixed(options: Options, names: Iterable[str]) -> Options:
-    """The options, with those of these names detached from their graph."""
+    """Return the options, with those in `names` detached from their graph."""
     return {**options} | {name: x.detach() for name in names if isinstance(x := options.get(name), Tensor)}
 
 
 class _OfMany(UpdateRule):
-    """A rule whose options have many entries, as in a population; without closed forms: they need numbers."""
+    """A rule without its closed forms, which need numbers; for options with many entries (populations)."""
 
     tunable: ClassVar = frozenset()
 
@@ -136,7 +136,7 @@ class _OfMany(UpdateRule):
 
 
 def _lie_alike(tensors: list[Tensor], state: State) -> bool:
-    """Whether a piece of memory holds the same entries in each; gradients of a population are transposed."""
+    """Return whether all have the same layout without gaps; gradients of a population may be transposed."""
     first, *others = [*tensors, *filter(_is_entrywise, state.values())]
     return lies_whole(first) and all(t.stride() == first.stride() for t in others)
 
@@ -147,7 +147,7 @@ def _is_entrywise(value: Any) -> bool:
 
 @torch.no_grad()
 def step_ahead(params: Tensors, grads: Tensors, states: Mapping[str, State], updates: Updates) -> Tensors:
-    """theta' = U(theta, s, g, phi), without graph, in memory of its own."""
+    """Return theta' = U(theta, s, g, phi) without a graph, in new memory."""
     ahead: Tensors = {}
     for block in blocks(params, states, updates, grads):
         new = block.rule.ahead(block.of(params), block.of(grads), block.state(states), block.options)
@@ -164,13 +164,13 @@ def pull_back(
     others: Tensors | None = None,
     share: float = 0.0,
 ) -> tuple[Tensors, list[tuple[Tensor, Tensor]]]:
-    """w = (dU/dg)^T v, and (option, its derivative) for every tuned option; see `UpdateRule.pullback`.
+    """Return w = (dU/dg)^T v, and (option, its derivative) for every tuned option; see `UpdateRule.pullback`.
 
-    Writes w into v's memory, because holding both would set the peak.
+    Writes w into v's memory, because holding both would set the peak memory.
 
     Args:
         v: gradient with respect to theta'; overwritten.
-        params, grads, states, updates: the step.
+        params, grads, states, updates: the optimiser step.
         others, share: dU/dg is taken at (1 - share) grads + share others; see `Dependence`. The derivatives
             of options in LIKE_LOSS are taken there too, those of all other options at grads.
     """

@@ -1,4 +1,4 @@
-"""Adam's dozen of elementwise operations, compiled into one pass over memory."""
+"""Adam with its dozen of elementwise operations compiled into one pass over memory."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -22,13 +22,13 @@ from midflight.updates.flat import Flat
 
 
 class CompiledAdam(Adam):
-    """Adam by torch.compile; knows a weight decay with one entry per row, as a `Population` has it.
+    """Adam by torch.compile; accepts a weight decay with one entry per row, as in a `Population`.
 
     Args:
-        device: of the weights.
+        device: device of the weights.
 
     Raises:
-        NoCompiler: torch.compile does not work there; it needs a C++ compiler, on a GPU Triton.
+        NoCompiler: torch.compile does not work on the device. It needs a C++ compiler, on a GPU Triton.
     """
 
     one_pass: ClassVar = True
@@ -39,7 +39,7 @@ class CompiledAdam(Adam):
         try:
             _compiled(_ahead)(*[some] * 4, *[number] * 6)
             _compiled(_pullback)(*[some] * 5, *[number] * 5)
-        except Exception as error:  # torch has no common class for what can go wrong here
+        except Exception as error:  # torch.compile has no common class of errors
             raise NoCompiler(
                 "compile=True needs a C++ compiler that torch.compile finds (on a GPU Triton), but it said: "
                 f"{str(error).strip().splitlines()[0]}; install one (g++, say), or leave compile=True out."
@@ -47,7 +47,7 @@ class CompiledAdam(Adam):
 
     @torch.no_grad()
     def step_all(self, weights: Sequence[Weight]) -> list[tuple[Tensor, State]]:
-        """In one program for all weights whose numbers, such as lr, are equal."""
+        """Apply `step` to many weights, in one program for those whose scalars, such as lr, are equal."""
         if any(_is_rare(state, options) for *_, state, options in weights):
             return super().step_all(weights)
         alike: dict[tuple[float, ...], list[int]] = {}
@@ -55,7 +55,7 @@ class CompiledAdam(Adam):
             alike.setdefault((float(step_number(state)), *_numbers(state, options)), []).append(i)
         found = {}
         for (t, *common), indices in alike.items():
-            # laid out as the gradient is, which a batched matrix product gives transposed: one copy, at first
+            # the gradient's layout, transposed after a batched matrix product: only the first step copies
             flat = {i: Flat(weights[i][1], _rows(weights[i][3])) for i in indices}
             arrays = [
                 [*map(flat[i].of, _moving(*weights[i][:3])), *_decay(*weights[i][::3])] for i in indices
@@ -91,12 +91,12 @@ class CompiledAdam(Adam):
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # without fullgraph: torch gives up after some shapes too many, and then runs it as it is
+    # no fullgraph: after too many recompilations torch then runs the function uncompiled
     return torch.compile(function, dynamic=True)
 
 
 def _rows(options: Options) -> int:
-    """As many as the weight decay has entries."""
+    """Return the number of entries of the weight decay."""
     decay = options["weight_decay"]
     return decay.numel() if isinstance(decay, Tensor) else 1
 
@@ -106,7 +106,7 @@ def _moving(param: Tensor, grad: Tensor, state: State) -> tuple[Tensor, ...]:
 
 
 def _decay(param: Tensor, options: Options) -> list[Tensor]:
-    """What is added to g per theta, and what is left of theta; numbers, or of shape (rows, 1)."""
+    """Return the factor of theta in g~ (coupled decay) and in theta' (decoupled); shape () or (rows, 1)."""
     decay = options["weight_decay"]
     if _rows(options) > 1:
         decay = decay.detach().reshape(-1, 1).to(param)
@@ -117,13 +117,13 @@ def _decay(param: Tensor, options: Options) -> list[Tensor]:
 
 
 def _numbers(state: State, options: Options) -> tuple[float, ...]:
-    """a, e, beta1, beta2."""
+    """Return a and e of `corrected`, beta1 and beta2."""
     o = numbers(options, but=("weight_decay",))
     return (*corrected(state, o), o["beta1"], o["beta2"])
 
 
 def _scalars(values: Iterable[float | Tensor], like: Tensor) -> list[Tensor]:
-    """As tensors: a number would be compiled into the program. In float64, for 1 - beta2 is small."""
+    """Make numbers tensors, or torch would compile them in; float64, because 1 - beta2 is small."""
     return [
         x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=like.device)
         for x in values
@@ -154,17 +154,17 @@ def _pullback(v: Tensor, p: Tensor, g: Tensor, m: Tensor, s: Tensor, coupled: Te
     total = g + coupled * p
     m = beta1 * m + (1 - beta1) * total
     root = (beta2 * s + (1 - beta2) * total * total).sqrt()
-    both = (root * (root + e)).clamp_min(torch.finfo(p.dtype).tiny)  # where root is 0 so is m
+    both = (root * (root + e)).clamp_min(torch.finfo(p.dtype).tiny)  # m is 0 where root is 0
     w = a * v / (root + e) * ((1 - beta2) * m * total / both - (1 - beta1))
     return w, (w * p).sum(1), (v * p).sum(1)
 
 
 def _slow(options: Options) -> type[UpdateRule]:
-    """Whose methods to take where there is no program; Adam's closed forms know numbers only."""
+    """Return the class whose methods replace the program; Adam's closed forms accept numbers only."""
     return Adam if _rows(options) == 1 else UpdateRule
 
 
 def _is_rare(state: State, options: Options) -> bool:
-    """Not worth a program of its own."""
+    """Return whether a case is too rare to compile a program for it."""
     many = {name for name, x in options.items() if isinstance(x, Tensor) and x.numel() > 1}
     return not state or options["amsgrad"] or options["maximize"] or bool(many - {"weight_decay"})

@@ -1,14 +1,14 @@
-"""Tensors as they lie in memory: what is transposed, as a batched product's gradient is, is not copied."""
+"""Flatten tensors in memory order, so that a transposed one (a batched product's gradient) is not copied."""
 
 from torch import Tensor
 
 
 class Flat:
-    """Tensors of one shape as (rows, rest), in the order in which one of them lies in memory.
+    """A map from tensors of one shape to shape (rows, rest), in the memory order of one of them.
 
     Args:
-        like: that one.
-        rows: 1, or as many as the first dimension is long.
+        like: the tensor that gives the memory order.
+        rows: 1, or the length of the first dimension.
     """
 
     def __init__(self, like: Tensor, rows: int) -> None:
@@ -18,19 +18,19 @@ class Flat:
         self._back = sorted(range(like.ndim), key=self._order.__getitem__)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Of shape (rows, rest); a view where the tensor lies alike and without gaps."""
+        """Reshape to (rows, rest); a view if the tensor has the memory order of `like` and no gaps."""
         return tensor.permute(self._order).reshape(self._rows, -1)
 
     def back(self, flat: Tensor) -> Tensor:
-        """The inverse of `of`."""
+        """Undo `of`."""
         return flat.view(self._shape).permute(self._back)
 
 
 def lies_whole(tensor: Tensor) -> bool:
-    """Whether its entries fill a part of memory without gaps, in whatever order."""
+    """Return whether the entries fill a part of memory without gaps, in any order."""
     return tensor.permute(_as_it_lies(tensor)).is_contiguous()
 
 
 def _as_it_lies(tensor: Tensor, kept: int = 0) -> list[int]:
-    """Its dimensions, the slowest first; the first `kept` stay."""
+    """Return the dimensions by decreasing stride; the first `kept` stay in place."""
     return [*range(kept), *sorted(range(kept, tensor.ndim), key=tensor.stride, reverse=True)]

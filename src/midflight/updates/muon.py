@@ -7,8 +7,8 @@ theta' = theta - lr weight_decay theta - lr scale(shape) O(d)
 O(d) is `ns_steps` Newton-Schulz steps from X = d / max(|d|_F, eps),
     X <- a X + (b X X^T + c (X X^T)^2) X,     (a, b, c) = ns_coefficients
 
-The steps are taken in bfloat16, as in torch. The rounded map is a staircase in g: its derivative is 0 nearly
-everywhere and says nothing. So a step can be differentiated with respect to lr and weight_decay only.
+As in torch, these steps are computed in bfloat16. Rounding makes O piecewise constant in g, so its derivative
+is 0 almost everywhere. So a step can be differentiated with respect to lr and weight_decay only.
 """
 
 import math
@@ -37,7 +37,7 @@ class Muon(UpdateRule):
 
 
 def _lerp(start: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:
-    """As torch does it: a last digit lost here can grow to percents in bfloat16."""
+    """Interpolate exactly as torch does: an error in the last digit can grow to percents in bfloat16."""
     return start.lerp(end, torch.as_tensor(weight, dtype=start.dtype, device=start.device))
 
 
@@ -52,7 +52,7 @@ def _orthogonalised(direction: Tensor, options: Options) -> Tensor:
     a, b, c = options["ns_coefficients"]
     tall = direction.shape[0] > direction.shape[1]
     x = direction.detach().bfloat16()
-    x = x.T if tall else x  # X X^T is then the smaller of the two products
+    x = x.T if tall else x  # so that X X^T is the smaller of the two products
     x = x / x.norm().clamp(min=options["eps"])
     for _ in range(options["ns_steps"]):
         gram = x @ x.T

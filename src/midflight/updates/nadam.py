@@ -18,8 +18,8 @@ from midflight.updates.base import Options, State, UpdateRule, decayed, plain, s
 class NAdam(UpdateRule):
     """NAdam (Dozat 2016); see the module for the formula.
 
-    torch keeps M_t in float32 whatever the weights are in; so does this rule unless beta1 or
-    momentum_decay is a float64 tensor, where rounding would hide the derivative.
+    torch stores M_t in float32 for weights of any dtype. So does this rule, unless beta1 or momentum_decay
+    is a float64 tensor: rounding would then hide the derivative.
     """
 
     tunable: ClassVar = frozenset({"lr", "beta1", "beta2", "eps", "weight_decay", "momentum_decay"})

@@ -1,4 +1,4 @@
-"""RAdam, Adam whose adaptive rate waits for enough gradients, as `torch.optim.RAdam`.
+"""RAdam, Adam that adapts its rate only after enough gradients, as `torch.optim.RAdam`.
 
 g~ = g + weight_decay theta                   (decoupled: theta -= lr weight_decay theta instead)
 m' = beta1 m + (1 - beta1) g~,  s' = beta2 s + (1 - beta2) g~^2,  m^ = m' / (1 - beta1^t)
@@ -8,8 +8,8 @@ theta' = theta - lr m^ r_t sqrt(1 - beta2^t) / (sqrt(s') + eps)     afterwards
 rho_inf = 2 / (1 - beta2) - 1,  rho_t = rho_inf - 2 t beta2^t / (1 - beta2^t)
 r_t^2 = (rho_t - 4) (rho_t - 2) rho_inf / ((rho_inf - 4) (rho_inf - 2) rho_t)
 
-While rho_t <= 5 the step does not depend on beta2 and eps, whose derivatives are 0; at the default
-beta2 that is the first five steps.
+While rho_t <= 5 (the first five steps at the default beta2), the step does not depend on beta2 and eps, so
+their derivatives are 0.
 """
 
 from typing import ClassVar
@@ -40,9 +40,9 @@ class RAdam(UpdateRule):
 
 
 def _rectification(beta2: float | Tensor, t: int) -> float | Tensor | None:
-    """r_t sqrt(1 - beta2^t); None while rho_t <= 5.
+    """Return r_t sqrt(1 - beta2^t), or None while rho_t <= 5.
 
-    In float64, for rho_t is the small difference of two large numbers.
+    Computed in float64, because rho_t is the small difference of two large numbers.
     """
     b = beta2.double() if isinstance(beta2, Tensor) else beta2
     rho_inf = 2 / (1 - b) - 1
