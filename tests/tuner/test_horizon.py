@@ -35,13 +35,13 @@ def test_extrapolation_rises_as_the_training_loss_falls_below_the_validation_los
 
 
 def test_the_line_falls_from_1_to_memorised_over_the_run():
-    horizon, cautions = Averaged(), []
+    horizon, extrapolations = Averaged(), []
     for n in range(101):
         horizon.observe(MEMORISED + 0.05, 1.0, n / 100)
-        cautions.append(horizon.extrapolation)
-    assert cautions[0] == MOST
-    assert cautions[-1] == 0.0
-    assert cautions == sorted(cautions, reverse=True)
+        extrapolations.append(horizon.extrapolation)
+    assert extrapolations[0] == MOST
+    assert extrapolations[-1] == 0.0
+    assert extrapolations == sorted(extrapolations, reverse=True)
 
 
 def test_caution_follows_recent_losses_only():
@@ -286,14 +286,14 @@ def run(train_rows, steps):
         model, optimizer, space, train_loader=batches, valid_loader=[(x[-2000:], y[-2000:])], horizon="run",
         schedule=5, total_steps=steps, examples=64,
     )  # fmt: skip
-    cautions = []
+    extrapolations = []
     for batch in batches:
         train(model, optimizer, 1, batch)
-        cautions.append(t.log()["extrapolation"])
-    return space, cautions
+        extrapolations.append(t.log()["extrapolation"])
+    return space, extrapolations
 
 
-def test_it_is_cautious_where_few_data_are_memorised_and_not_where_data_are_many():
+def test_it_extrapolates_where_few_data_are_memorised_and_not_where_data_are_many():
     memorising, many = run(500, 2000), run(16000, 500)
     assert sum(memorising[1]) / 2000 > 0.5
     assert max(many[1][50:]) == 0.0

@@ -14,7 +14,7 @@ from midflight._tensors import all_finite
 from midflight.errors import UnknownGradient
 from midflight.space import Space
 from midflight.tuner.diagnostics import PATIENCE, Bounds, Reach
-from midflight.tuner.horizon import Averaged, Horizon
+from midflight.tuner.horizon import Horizon
 from midflight.tuner.hyper_optimizer import MakeOptimizer, Move, SignSteps
 from midflight.tuner.hyperstep import HyperStep, HyperStepResult
 from midflight.tuner.live import signals_wait
@@ -46,7 +46,7 @@ class Controller:
         hyper_optimizer: MakeOptimizer,
         total_steps: int | None,
     ) -> None:
-        self._space, self._hyperstep, self._horizon = space, hyperstep, horizon
+        self._space, self._hyperstep, self.horizon = space, hyperstep, horizon
         self._schedule, self.guard, self.total_steps = schedule, guard, total_steps
         self.steps, self.hypersteps, self.undecided = 0, 0, 0
         self.move = Move(space.raws, hyper_optimizer, self.progress)
@@ -103,7 +103,7 @@ class Controller:
 
     def has_work_after_step(self) -> bool:
         """Whether `after_step` will do more than count."""
-        return self.due or self._horizon.due(self.steps + 1)
+        return self.due or self.horizon.due(self.steps + 1)
 
     def after_step(self) -> bool:
         """Count the optimiser step, move the hyperparameters if they have hypergradients, plan the next one.
@@ -115,8 +115,8 @@ class Controller:
         hyper, busy = self.due, False
         result, self._result = self._result, None
         try:
-            if self._horizon.due(self.steps):
-                busy = self._horizon.follow(self._hyperstep.params(), self.steps, self.progress())
+            if self.horizon.due(self.steps):
+                busy = self.horizon.follow(self._hyperstep.params(), self.steps, self.progress())
             if result is not None:
                 self._apply(result)
         finally:
@@ -159,7 +159,7 @@ class Controller:
     def _policies(self) -> dict[str, str]:
         policies = {
             "schedule": self._schedule,
-            "horizon": self._horizon,
+            "horizon": self.horizon,
             "hyper_optimizer": self.move.optimizer,
         }
         return {name: type(policy).__name__ for name, policy in policies.items()}
@@ -182,7 +182,7 @@ class Controller:
             self.reach.observe(result.hypergradients)
             return result
         if self.guard.failed():
-            self._horizon.forget()
+            self.horizon.forget()
         self.move.shrink(self.guard.shrink)
         return None
 
@@ -195,11 +195,11 @@ class Controller:
     def _apply(self, result: HyperStepResult) -> None:
         """Move the hyperparameters."""
         optimizer = self.move.optimizer
-        if isinstance(optimizer, SignSteps) and self._horizon.needs_losses:
-            optimizer.set_averaging(self._horizon.averaging)
+        if isinstance(optimizer, SignSteps) and self.horizon.needs_losses:
+            optimizer.set_averaging(self.horizon.averaging)
         self.move(result.hypergradients, self.guard.shrink * self._schedule.step_scale)
         if result.train_loss is not None:
-            self._horizon.observe(
+            self.horizon.observe(
                 result.train_loss, result.valid_loss, self.progress(), self._hyperstep.buffers()
             )
             self.log["train_loss"] = result.train_loss
@@ -209,8 +209,6 @@ class Controller:
         self.log["valid_loss"] = result.valid_loss
         for name, g in result.hypergradients.items():
             self.log[f"hypergradient/{name}"] = float(g.mean())
-        if isinstance(self._horizon, Averaged):
-            self.log["extrapolation"] = self._horizon.extrapolation
 
     def _plan(self, hyper: bool, busy: bool = False) -> None:
         self.due = self._schedule.next_is_hyper(self.steps, hyper, busy)

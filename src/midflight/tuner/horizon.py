@@ -103,6 +103,9 @@ class Horizon(Protocol):
     def forget(self) -> None:
         """Restart what follows the weights, because they have jumped."""
 
+    def log(self) -> dict[str, float]:
+        """What a logger takes."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
@@ -144,6 +147,9 @@ class NextStep:
 
     def forget(self) -> None:
         pass
+
+    def log(self) -> dict[str, float]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -299,6 +305,10 @@ class Averaged:
             return {}
         earlier = {name: t.to(self._dtypes.get(name, t.dtype)) for name, t in self.best.items()}
         return {"average": self.average(), "earlier": earlier}
+
+    def log(self) -> dict[str, float]:
+        """The extrapolation now."""
+        return {"extrapolation": self.extrapolation}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume."""

@@ -2,7 +2,7 @@
 
     received gradient  ->  at  ->  v = dC2/dtheta there  ->  estimator(step, v)  ->  hypergradients
 
-Data flows down this list. Nothing here moves anything.
+Data flows from left to right. Nothing here moves a weight or a hyperparameter.
 """
 
 import math
@@ -182,34 +182,37 @@ class HyperStep:
     ) -> HyperStepResult:
         batch = next(self.t1) if batch is None else batch
         step = self._step(params, grads, clipped, live, batch)
-        step_options = self._binding.step_options if self.horizon.needs_losses else []
-        judged = [name for name in self._space if name not in step_options]
-        c1 = self._loss_at_average(params, batch) if self.horizon.needs_losses else None
-        c2, found = math.nan, {}
-        if judged:
-            here = replace(step, hparams={name: step.hparams[name] for name in judged})
-            at = self.horizon.valid_at(here.params, lambda: self._estimator.at(here))
-            by_statistics = self._loss_reads and self._estimator in _BY_STATISTICS
-            layers = self._buffers.layers if by_statistics else {}
-            c2, v, of_statistics = self._valid_gradient(params, at, grads, layers)
-            if not math.isfinite(c2):
-                return HyperStepResult({}, c2, c1)
-            found = self._estimator(here, v)
-            if of_statistics:
-                found = added(found, self._through_statistics(batch, layers, of_statistics))
-            if by_statistics and (others := self._buffers.others()):
-                self._judge(others, batch)
-            if all_finite(found.values()):
-                found = self.horizon.smoothed(found)
-        if step_options:
-            here = replace(
-                step, hparams={name: step.hparams[name] for name in step_options}, dependence=_apart
-            )
-            loss, v, _ = self._valid_gradient(params, one_step.at(here), grads, {})
-            found, c2 = {**found, **one_step(here, v)}, c2 if judged else loss
-        if self.horizon.needs_losses and not (judged and self.horizon.at_average):
-            c2 = self._loss_at_average(params, next(self.t2))
-        return HyperStepResult(found, c2, c1)
+        options = self._binding.step_options if self.horizon.needs_losses else []
+        others = [name for name in self._space if name not in options]
+        train_loss = self._loss_at_average(params, batch) if self.horizon.needs_losses else None
+        valid_loss, found = math.nan, dict[str, Tensor]()
+        if others:
+            valid_loss, found = self._at_horizon(_only(step, others), params, batch)
+            if not math.isfinite(valid_loss):
+                return HyperStepResult({}, valid_loss, train_loss)
+        if options:
+            after_step = replace(_only(step, options), dependence=_independent)
+            loss, v, _ = self._valid_gradient(params, one_step.at(after_step), grads, {})
+            found |= one_step(after_step, v)
+            valid_loss = valid_loss if others else loss
+        if self.horizon.needs_losses and not (others and self.horizon.at_average):
+            valid_loss = self._loss_at_average(params, next(self.t2))
+        return HyperStepResult(found, valid_loss, train_loss)
+
+    def _at_horizon(self, step: Step, params: Tensors, batch: Any) -> tuple[float, Tensors]:
+        """C2 where the horizon takes v, and the hypergradients for that v; none if C2 is not finite."""
+        at = self.horizon.valid_at(step.params, lambda: self._estimator.at(step))
+        by_statistics = self._loss_reads and self._estimator in _BY_STATISTICS
+        layers = self._buffers.layers if by_statistics else {}
+        valid_loss, v, of_statistics = self._valid_gradient(params, at, step.grads, layers)
+        if not math.isfinite(valid_loss):
+            return valid_loss, {}
+        found = self._estimator(step, v)
+        if of_statistics:
+            found = added(found, self._through_statistics(batch, layers, of_statistics))
+        if by_statistics and (left_out := self._buffers.others()):
+            self._warn_if_reached(left_out, batch)
+        return valid_loss, self.horizon.smoothed(found) if all_finite(found.values()) else found
 
     def _step(
         self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors, batch: Any
@@ -222,7 +225,7 @@ class HyperStep:
 
         def dependence() -> Dependence:
             if not self._loss_reads:
-                return Dependence(_none)
+                return _independent()
             trained = {name: p for name, p in live.items() if p.requires_grad}
             few = self.mixed.try_subsample(batch)
             theirs, along = self.mixed(few, trained)
@@ -288,7 +291,7 @@ class HyperStep:
         moved = moved_statistics(layers, passes, along, self.received.passes)
         return {} if moved is None else value_grads(moved, self._space.raws)
 
-    def _judge(self, others: set[str], batch: Any) -> None:
+    def _warn_if_reached(self, others: set[str], batch: Any) -> None:
         """Warn if hyperparameters reach the validation loss by buffers that are left out."""
         states, losses = self.randomness.snapshot(), []
         for low in (0.0, 0.1):
@@ -377,10 +380,11 @@ class HyperStep:
         self.mixed.method, self.mixed.whole_batches = state["method"], state["whole_batches"]
 
 
-def _none(_: Tensors) -> Tensors:
-    return {}
+def _only(step: Step, names: Iterable[str]) -> Step:
+    """The step as a function of these hyperparameters alone."""
+    return replace(step, hparams={name: step.hparams[name] for name in names})
 
 
-def _apart() -> Dependence:
-    """Of options, which the training gradient does not read."""
-    return Dependence(_none)
+def _independent() -> Dependence:
+    """The dependence of a training gradient that reads none of the hyperparameters."""
+    return Dependence(lambda _: {})

@@ -22,7 +22,7 @@ def numbers(space: Space, binding: Binding, controller: Controller, hyperstep: H
     options = {f"option/{name}": value for name, value in binding.actual().items()}
     counts = {"hypersteps": controller.hypersteps, "undecided": controller.undecided}
     found = {**values, **options, **controller.log, **counts}
-    found |= {**controller.guard.counts(), **hyperstep.mixed.log()}
+    found |= {**controller.guard.counts(), **hyperstep.mixed.log(), **controller.horizon.log()}
     if controller.cost is not None:
         found["cost"] = controller.cost
     return {name: float(number) for name, number in found.items()}
