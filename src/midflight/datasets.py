@@ -97,6 +97,7 @@ def _in_order(split: Split, batch: int, order: Tensor) -> Iterator[tuple[Tensor,
         yield split.x[chosen], split.y[chosen]
 
 
+@torch.no_grad()
 def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
     """(mean cross-entropy, share misclassified) in eval mode; the model is left in train mode."""
     model.eval()

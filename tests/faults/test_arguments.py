@@ -336,7 +336,7 @@ def test_check_compares_dropout_with_its_own_relaxation():
 
     batches = [tuple(t.float() if t.is_floating_point() else t for t in data(n, n)[:2]) for n in (12, 20)]
     report = mf.check(
-        model, loss_fn, optimizer, space, batch=batches[0], validate=loss_fn, valid_batch=batches[1]
+        model, optimizer, space, loss_fn, *batches
     )  # fmt: skip
     assert report.passed, str(report)
     assert not report.hints

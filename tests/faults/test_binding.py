@@ -144,9 +144,7 @@ def test_checking_an_optimiser_changes_nothing_of_it():
     loop = loop_of(lr_space()).attach().run(2)
     loop.tuner.detach()
     x, y = loop.train[0]
-    mf.check(
-        loop.model, loss_fn, loop.optimizer, loop.space, batch=(x, y), validate=loss_fn, valid_batch=(x, y)
-    )
+    mf.check(loop.model, loop.optimizer, loop.space, loss_fn, (x, y), (x, y))
     assert lr(loop) == pytest.approx(0.05)
 
 

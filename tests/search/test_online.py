@@ -224,9 +224,9 @@ def test_importing_the_search_imports_no_engine():
 
 
 def test_a_missing_engine_names_its_extra(monkeypatch):
-    from midflight.search import engines
+    from midflight import errors
 
-    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "smac" else True)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "smac" else True)
     with pytest.raises(mf.errors.MissingExtra, match=r"pip install 'midflight\[search\]'"):
         search.run(lambda trial: 1.0, SPACE, engine="smac", trials=1)
 

@@ -125,7 +125,6 @@ def noisy_mlp(spec: Spec, arm: Arm, inputs: int, space: Space) -> nn.Sequential:
     return nn.Sequential(noise, mlp(inputs, widths(arm.network), classes=10)).to(spec.device)
 
 
-@torch.no_grad()
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """The mean cross-entropy of a batch (x, y)."""
     return F.cross_entropy(model(batch[0]), batch[1])
