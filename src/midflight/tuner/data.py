@@ -87,6 +87,10 @@ class EndlessBatches(Iterator[Any]):
             loader = own_copy(self._theirs) if self._copies else self._theirs
             yield from islice(iter(loader), _batches_of(loader))
 
+    def close(self) -> None:
+        """Let worker processes go; the place in the data is kept for `state_dict`."""
+        self._iterator, self.loader = None, self._theirs
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is."""
         return {"used": self._used, "states": plain(self._states)}

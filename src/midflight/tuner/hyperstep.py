@@ -135,6 +135,12 @@ class HyperStep:
             self._buffers.begin()
             self.received.watch(self._model, {**dict(self._model.named_parameters()), **self.params()})
 
+    def close(self) -> None:
+        """Stop watching the gradient, and let the workers of the tuner's own loaders go."""
+        self.received.rest()
+        self.t1.close()
+        self.t2.close()
+
     def __call__(self) -> HyperStepResult:
         """The hypergradients of the step about to be taken; leaves no trace in the loop.
 
