@@ -65,7 +65,7 @@ def train(space: mf.Space, train: Split, valid: Split, epochs: int, tune: bool) 
 
 
 def main(quick: bool = False) -> dict[str, Any]:
-    epochs = 20 if quick else 60
+    epochs = 8 if quick else 60
     images, valid, test = data()
     space = mf.Space(
         {

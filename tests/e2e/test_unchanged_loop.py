@@ -20,9 +20,8 @@ def test_the_loop_has_no_word_of_the_tuner():
     assert not any(word in loop for word in ("tuner", "mf.", "space[", "args.tune"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_flash_attention_compiled_groups_schedule_accumulation_clipping_and_autocast_are_tuned(dtype):
-    options = ["--tune", "--steps", "8", "--backend", "aot_eager", "--dtype", dtype]
+def test_flash_attention_compiled_groups_schedule_accumulation_clipping_and_autocast_are_tuned():
+    options = ["--tune", "--steps", "8", "--backend", "aot_eager", "--dtype", "bfloat16"]
     ran = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])

@@ -142,11 +142,11 @@ def test_the_tuner_tells_the_horizon_how_much_of_the_run_is_over(monkeypatch):
 @pytest.mark.parametrize(
     ("extrapolation", "kept"), [(0.0, STEADY), (0.5, STEADY / 2), (1.0, 0.0), (3.0, 0.0)]
 )
-def test_the_higher_the_extrapolation_the_less_hypergradients_are_averaged(extrapolation, kept):
+def test_the_higher_the_extrapolation_the_less_v_is_averaged(extrapolation, kept):
     horizon = Averaged()
     horizon.extrapolation = extrapolation
     for n in range(1, 5):
-        found = horizon.smoothed({"h": torch.full((2,), float(n))})["h"]
+        found = horizon.smoothed({"h": torch.full((2,), float(n), dtype=torch.float64)})["h"]
     weights = [kept ** (4 - n) for n in range(1, 5)]
     expected = sum(n * w for n, w in zip(range(1, 5), weights, strict=True)) / sum(weights)
     assert found.tolist() == pytest.approx([expected] * 2)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midflight._tensors import Tensors, all_finite, detach
+from midflight._tensors import Tensors, detach
 from midflight.errors import UnsupportedOptimizer, UnsupportedParameter
 from midflight.hypergrad import Estimator
 from midflight.hypergrad.graph import graph_leaves
@@ -213,12 +213,14 @@ class HyperStep:
         valid_loss, v, of_statistics = self._valid_gradient(params, at, step.grads, layers)
         if not math.isfinite(valid_loss):
             return valid_loss, {}
-        found = self._estimator(step, v)
+        if not _finite(v):
+            return math.nan, {}
+        found = self._estimator(step, self.horizon.smoothed(v))
         if of_statistics:
             found = added(found, self._through_statistics(batch, layers, of_statistics))
         if by_statistics and (left_out := self._buffers.others()):
             self._warn_if_reached(left_out, batch)
-        return valid_loss, self.horizon.smoothed(found) if all_finite(found.values()) else found
+        return valid_loss, found
 
     def _step(
         self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors, batch: Any
@@ -384,6 +386,10 @@ class HyperStep:
         self.horizon.load_state_dict(state["horizon"])
         self.received.load_state_dict(state["received"])
         self.mixed.method, self.mixed.whole_batches = state["method"], state["whole_batches"]
+
+
+def _finite(v: Tensors) -> bool:
+    return all(bool(torch.isfinite(torch.linalg.vector_norm(g))) for g in v.values())
 
 
 def _only(step: Step, names: Iterable[str]) -> Step:
