@@ -70,13 +70,13 @@ def counts(step):
 
 BATCH, PART = [(X, Y)], [(X[:32], Y[:32])]
 BOUNDS = {
-    "one_step": ({"valid_loader": BATCH, "examples": 100, "horizon": "step"}, (4.44, 20.53, 17.73)),
-    "one_step, parts": ({"valid_loader": PART, "horizon": "step"}, (2.1, 20.53, 16.34)),
+    "one_step": ({"valid_loader": BATCH, "examples": 100, "horizon": "step"}, (4.44, 14.56, 12.85)),
+    "one_step, parts": ({"valid_loader": PART, "examples": 32, "horizon": "step"}, (2.1, 14.56, 11.46)),
     "one_step_cheap": (
         {"valid_loader": BATCH, "examples": 100, "horizon": "step", "estimator": "one_step_cheap"},
-        (4.44, 18.27, 14.46),
+        (4.44, 12.29, 9.58),
     ),
-    "defaults": ({"valid_loader": BATCH}, (3.22, 18.74, 13.84)),
+    "defaults": ({"valid_loader": BATCH}, (4.88, 13.24, 11.35)),
     "L2 alone": ({"valid_loader": BATCH, "noise": False, "horizon": "step"}, (2.0, 12.74, 14.1)),
 }
 """Options -> hyper-step over plain step: operations of products, calls, entries written."""

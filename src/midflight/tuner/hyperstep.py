@@ -389,7 +389,8 @@ class HyperStep:
 
 
 def _finite(v: Tensors) -> bool:
-    return all(bool(torch.isfinite(torch.linalg.vector_norm(g))) for g in v.values())
+    norms = torch._foreach_norm(list(v.values())) if v else ()
+    return not norms or bool(torch.isfinite(torch.stack([n.to(norms[0]) for n in norms])).all())
 
 
 def _only(step: Step, names: Iterable[str]) -> Step:
