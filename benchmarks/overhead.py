@@ -1,8 +1,8 @@
 """What tuning costs over the same training untuned: time and memory, the paper's networks, peers beside it.
 
-    python benchmarks/overhead.py              tables; numbers to docs/results/overhead_seam.json
+    python benchmarks/overhead.py              tables; stores docs/results/overhead_seam.json part by part
     python benchmarks/overhead.py --json       the numbers only, nothing written
-    python benchmarks/overhead.py --sizes 1000-1000-1000 --k 10
+    python benchmarks/overhead.py --sizes 1000-1000-1000 --k 10    replaces these rows only
     python benchmarks/overhead.py --k 10 --no-memory --json --variants one_step "one_step, L2 alone"
 
 One thread, denormals flushed. All variants of a size and a k take turns of 10 steps in one process; a ratio
@@ -78,7 +78,7 @@ def timed(size: str, k: str, fused: bool, rounds: int, only: Sequence[str] = ())
             rows.append({**row, "error": f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"})
     times: dict[str, list[float]] = {name: [] for name in made}
     gc.collect()
-    for _ in range(60 if k == "auto" else rounds):
+    for _ in range(6 * rounds if k == "auto" else rounds):
         for name, training in made.items():
             times[name].append(seconds(training, steps))
     for name in made:
@@ -144,33 +144,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
     parser.add_argument("--sizes", nargs="+", default=SIZES)
     parser.add_argument("--k", nargs="+", choices=["1", "10", "auto"], default=["1", "10", "auto"])
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument(
+        "--rounds", type=int, default=11, help="turns of each variant; six times as many for auto"
+    )
     parser.add_argument("--variants", nargs="+", choices=list(ALL), default=(), help="all if left out")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", action="store_true", help="print the numbers, write nothing")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variants and not options.json:
-        parser.error("--variants needs --json: without it a part would be written over all stored rows.")
+        parser.error("--variants needs --json: without it a few variants would replace all of their part.")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     if options.alone:
         alone(options.alone, [int(w) for w in options.sizes[0].split("-")])
         return
-    times, peaks = [], []
+    found: dict[str, Any] = {"machine": machine(), "times": [], "memory": []}
+    if OUT.exists() and not options.json:
+        found |= json.loads(OUT.read_text()) | {"machine": machine()}
     for size in options.sizes:
         for k in options.k:
             for fused in (False, True) if k != "1" else (False,):
                 print(f"{size} k={k} {'fused' if fused else 'default'}", file=sys.stderr)
-                times += timed(size, k, fused, options.rounds, options.variants)
-        if not options.no_memory:
-            peaks += memory(size, options.variants)
-    found = {"machine": machine(), "times": times, "memory": peaks}
+                rows = timed(size, k, fused, options.rounds, options.variants)
+                put(found["times"], rows, {"size": size, "k": k, "fused": fused}, options.json)
+                store(found, options.json)
+    for size in [] if options.no_memory else options.sizes:  # last: other processes do not disturb it
+        print(f"{size} memory", file=sys.stderr)
+        put(found["memory"], memory(size, options.variants), {"size": size}, options.json)
+        store(found, options.json)
     if options.json:
         print(json.dumps(found, indent=1))
-        return
-    OUT.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(times), memory_table(peaks), sep="\n\n")
+    else:
+        print(table(found["times"]), memory_table(found["memory"]), sep="\n\n")
+
+
+def put(stored: list[dict[str, Any]], rows: list[dict[str, Any]], part: dict[str, Any], keep: bool) -> None:
+    """Add the rows of a part of the table; what was stored of that part goes, unless it is to be kept."""
+    if not keep:
+        stored[:] = [row for row in stored if any(row[key] != value for key, value in part.items())]
+    stored += rows
+
+
+def store(found: dict[str, Any], printed: bool) -> None:
+    if not printed:
+        OUT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
