@@ -21,9 +21,9 @@ study: setup
 	$(BIN)/midflight study quick
 	$(BIN)/midflight report quick
 
-# The core, without what trains or starts processes.
+# The tests of the core.
 fast: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests/space tests/nn tests/tuner tests/gradcheck tests/oracles tests/parity tests/test_house.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/space tests/nn tests/tuner tests/gradcheck tests/oracles tests/parity tests/test_house.py
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -1,5 +1,6 @@
 """Functions of named tensors, the one data structure of the mathematics."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -48,4 +49,6 @@ def add_scaled(a: Mapping[str, Tensor], b: Mapping[str, Tensor], scale: Tensor |
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether no entry is NaN or infinite."""
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
+    largest = torch._foreach_norm([t for t in tensors if t.numel()] or [torch.zeros(1)], math.inf)
+    together = torch.stack([x.to(largest[0]) for x in largest])  # so that a GPU is waited for once
+    return bool(torch.isfinite(together).all())

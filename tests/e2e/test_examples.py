@@ -50,3 +50,16 @@ def test_the_readmes_example_runs_as_it_stands_and_ends_as_it_says(tmp_path):
     )
     assert len(found) == len(expected) == 5
     assert found == pytest.approx(expected, rel=0.3)
+
+
+def test_the_readmes_example_ends_without_the_tuner_where_it_says():
+    page = (EXAMPLES.parent / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
+    plain = [line for line in code.splitlines() if not line.startswith(("tuner = ", "print("))]
+    names = {}
+    exec("\n".join(plain), names)
+    names["model"].eval()
+    loss = names["loss_fn"](names["model"], (names["x"][500:], names["y"][500:]))
+    assert float(loss.detach()) == pytest.approx(
+        float(re.search(r"Untuned, it ends at ([\d.]+)\.", page)[1]), rel=0.1
+    )

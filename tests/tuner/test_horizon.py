@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import Recorder, cross_entropy, train, tuner
+from toys import Recorder, cross_entropy, network, space, train, tuner
 
 import midflight as mf
 from midflight.gradcheck.oracles import derivative
@@ -332,3 +332,34 @@ def test_a_horizon_of_another_name_is_refused():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(mf.errors.UnknownName, match="run, step"):
         tuner(model, optimizer, decay_space(), horizon="far")
+
+
+def test_v_that_shares_memory_is_averaged_as_if_it_did_not():
+    """The gradients of a and b in f(a + b) are one tensor, and that of sum(a) is one number, expanded."""
+    apart, together = Averaged(), Averaged()
+    for n in (1.0, 2.0, 5.0):
+        one = torch.full((3,), n, dtype=torch.float64)
+        found = together.smoothed({"a": one, "b": one, "c": torch.tensor(n, dtype=torch.float64).expand(3)})
+        expected = apart.smoothed({name: one.clone() for name in "abc"})
+        assert all(torch.equal(found[name], expected[name]) for name in "abc")
+
+
+def test_a_gradient_that_is_not_finite_costs_its_own_hyper_step_and_stays_out_of_the_mean():
+    calls = []
+
+    def valid_loss(model, batch):
+        loss = cross_entropy(model, batch)
+        if loss.requires_grad:
+            calls.append(loss)
+            if len(calls) == 3:  # the root of 0 is finite, and its derivative is not
+                loss = loss + (0 * loss).sqrt()
+        return loss
+
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    t = tuner(model, optimizer, s, horizon="run", valid_loss_fn=valid_loss)
+    train(model, optimizer, 8)
+    assert t.log()["skipped"] == 1
+    assert t.log()["hypersteps"] == 7
+    assert all(bool(torch.isfinite(raw).all()) for raw in s.raws.values())

@@ -23,8 +23,9 @@ from importlib import import_module
 
 from midflight.errors import MidflightError, require_extra
 
-VERBS = {"study": "study", "report": "study", "check": None, "search": "search"}
-"""Verb, which is a module here with a function `run` -> the extra that it needs."""
+STUDY = dict.fromkeys(("tyro", "rich", "jinja2", "matplotlib", "sklearn", "platformdirs"), "study")
+VERBS = {"study": STUDY, "report": STUDY, "check": {}, "search": dict.fromkeys((*STUDY, "optuna"), "search")}
+"""Verb, which is a module here with a function `run` -> the packages that it needs, and their extras."""
 
 
 def main() -> None:
@@ -37,7 +38,8 @@ def main() -> None:
     if verb not in VERBS:
         _fail(f"the command must be one of {', '.join(VERBS)}; got {verb!r}.", 2)
     try:
-        _require(VERBS[verb])
+        for package, extra in VERBS[verb].items():
+            require_extra(package, extra)
         sys.exit(import_module(f"midflight.cli.{verb}").run(arguments[1:]))
     except MidflightError as error:
         _fail(str(error), error.exit_code)
@@ -46,18 +48,6 @@ def main() -> None:
         _fail(f"{what}; nothing that was stored is lost.", 1)
     except KeyboardInterrupt:
         _fail("interrupted; what was finished is stored, the same command goes on from there.", 130)
-
-
-def _require(extra: str | None) -> None:
-    """Raise `MissingExtra` if a package of the extra is missing."""
-    for module in _PACKAGES.get(extra, ()):
-        require_extra(module, str(extra))
-
-
-_PACKAGES: dict[str | None, tuple[str, ...]] = {
-    "study": ("tyro", "rich", "jinja2", "matplotlib", "sklearn", "platformdirs"),
-    "search": ("tyro", "rich", "jinja2", "matplotlib", "sklearn", "platformdirs", "optuna"),
-}
 
 
 def _fail(sentence: str, code: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import torch
 
+from midflight._reporting.text import aligned
 from midflight.gradcheck.table import Check, Skipped, as_dicts, run_checks
 
 COLUMNS = ("optimiser", "hyperparameter", "estimator", "relative error", "cosine", "scale", "claim")
@@ -47,10 +48,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _table(checks: list[Check]) -> str:
-    rows = [COLUMNS, *map(_cells, checks)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(["Hypergradients against the central difference of the one-step map (float64)", *lines])
+    heading = "Hypergradients against the central difference of the one-step map (float64)"
+    return f"{heading}\n{aligned([COLUMNS, *map(_cells, checks)])}"
 
 
 def _cells(check: Check) -> tuple[str, ...]:

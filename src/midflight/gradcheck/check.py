@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from midflight._reporting.text import aligned
 from midflight._tensors import Tensors, leaves
 from midflight.errors import InvalidLoss, MidflightError, NotTwiceDifferentiable, UnreachedHyperparameter
 from midflight.gradcheck.oracles import along, derivative
@@ -91,12 +92,8 @@ class CheckReport:
                     verdict,
                 )
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        table = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
         notes = [f"mixed partial: {self.mixed_partial}", *(f"hint: {hint}" for hint in self.hints)]
-        return "\n".join([*table, *notes])
+        return "\n".join([aligned(rows), *notes])
 
 
 def check(

@@ -32,7 +32,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from midflight._tensors import Tensors
+from midflight._tensors import Tensors, unalias
 from midflight.errors import UnknownName
 
 WINDOW = 0.1
@@ -300,6 +300,7 @@ class Averaged:
 
         Writes the mean into v's memory. The stored mean has the types of KEPT_MEAN.
         """
+        v = unalias(v)
         self._weight = 1 + self._weight * STEADY * self.averaging
         share = 1 / self._weight
         for name, now in v.items():

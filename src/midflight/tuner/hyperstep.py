@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midflight._tensors import Tensors, detach
+from midflight._tensors import Tensors, all_finite, detach
 from midflight.errors import UnsupportedOptimizer, UnsupportedParameter
 from midflight.hypergrad import Estimator
 from midflight.hypergrad.graph import graph_leaves
@@ -213,7 +213,7 @@ class HyperStep:
         valid_loss, v, of_statistics = self._valid_gradient(params, at, step.grads, layers)
         if not math.isfinite(valid_loss):
             return valid_loss, {}
-        if not _finite(v):
+        if not all_finite(v.values()):
             return math.nan, {}
         found = self._estimator(step, self.horizon.smoothed(v))
         if of_statistics:
@@ -386,11 +386,6 @@ class HyperStep:
         self.horizon.load_state_dict(state["horizon"])
         self.received.load_state_dict(state["received"])
         self.mixed.method, self.mixed.whole_batches = state["method"], state["whole_batches"]
-
-
-def _finite(v: Tensors) -> bool:
-    norms = torch._foreach_norm(list(v.values())) if v else ()
-    return not norms or bool(torch.isfinite(torch.stack([n.to(norms[0]) for n in norms])).all())
 
 
 def _only(step: Step, names: Iterable[str]) -> Step:
