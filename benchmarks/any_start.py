@@ -6,6 +6,7 @@
     python benchmarks/any_start.py --pair                tuned runs against the first edition's, by start
     python benchmarks/any_start.py --four                dropout and learning rate tuned as well; three tasks
     python benchmarks/any_start.py --seed 21             a seed that no constant was chosen on
+    python benchmarks/any_start.py --seed 41 --device cuda --workers 8
 
 log10 L2 in [-7, -0.5] and input noise in [0, 1.2] are tuned. Per task: a 10 x 10 grid of fixed runs; from
 each start (the four corners and 36 Sobol points) a fixed run, a tuned one, and a tuned one with the horizon
@@ -73,11 +74,11 @@ def scaled(unit: list[float]) -> Point:
     return tuple(low + u * (high - low) for u, low, high in bounds)
 
 
-def train(job: tuple[str, str, int, int, bool]) -> Row:
-    """One run, as a row; the job is task, arm, index, seed, and whether the space is that of four."""
-    name, arm, index, seed, four = job
+def train(job: tuple[str, str, int, int, bool, str]) -> Row:
+    """One run, as a row; the job is task, arm, index, seed, whether the space is that of four, device."""
+    name, arm, index, seed, four, device = job
     start = (point_of_four if four else point)(arm, index)
-    run = Training(name, start, seed)
+    run = Training(name, start, seed, device=device)
     tuner = None if arm in UNTUNED else run.tune(horizon="run" if arm == "tuned" else "step")
     fixed = None if tuner else Candidates(run)
     began = time.perf_counter()
@@ -128,15 +129,14 @@ class Candidates:
         return [(valid if valid == valid else float("inf"), test) for valid, test in found]
 
 
-def files(seed: int, four: bool) -> tuple[Path, Path]:
+def files(seed: int, four: bool, device: str = "cpu") -> tuple[Path, Path]:
     """Where the rows of the first edition are, and those of this one."""
-    suffix = "_four" * four + f"_seed{seed}" * bool(seed)
+    suffix = "_four" * four + f"_seed{seed}" * bool(seed) + f"_{device}" * (device != "cpu")
     return FIRST.with_stem(FIRST.stem + suffix), ROWS.with_stem(ROWS.stem + suffix)
 
 
-def stored(seed: int = 0, four: bool = False) -> list[Row]:
+def stored(first: Path, ours: Path) -> list[Row]:
     """The rows of this edition, and the untuned ones of the first."""
-    first, ours = files(seed, four)
     return [row for row in rows(first) if row["arm"] in UNTUNED] + rows(ours)
 
 
@@ -247,18 +247,19 @@ def main() -> None:
     parser.add_argument("--pair", action="store_true", help="compute nothing, compare with the first edition")
     parser.add_argument("--four", action="store_true", help="tune dropout and the learning rate as well")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches; rows of their own")
+    parser.add_argument("--device", default="cpu", help="rows of its own")
     options = parser.parse_args()
-    first, ours = files(options.seed, options.four)
+    first, ours = files(options.seed, options.four, options.device)
     if options.pair:
         print(pairs(rows(first), rows(ours)))
         return
     tasks = options.tasks or (TASKS_OF_FOUR if options.four else list(TASKS))
     if not options.figure:
-        done = {(row["task"], row["arm"], row["index"]) for row in stored(options.seed, options.four)}
+        done = {(row["task"], row["arm"], row["index"]) for row in stored(first, ours)}
         jobs = [(t, a, i) for t in tasks for a in options.arms for i in range(ARMS[a])]
-        jobs = [(*job, options.seed, options.four) for job in jobs if job not in done]
+        jobs = [(*job, options.seed, options.four, options.device) for job in jobs if job not in done]
         compute(ours, jobs, train, options.workers)
-    found = stored(options.seed, options.four)
+    found = stored(first, ours)
     print(table(found))
     figure(found, ours.with_suffix(".png"))
 

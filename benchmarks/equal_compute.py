@@ -102,7 +102,11 @@ def within_a_budget(job: tuple[str, int]) -> Row:
 @cache
 def stored(task: str, arm: str) -> list[tuple[float, float]]:
     """(validation loss, test error) of the finished runs of any_start.py."""
-    return [tuple(r["finish"]) for r in any_start.stored() if (r["task"], r["arm"]) == (task, arm)]
+    return [
+        tuple(r["finish"])
+        for r in any_start.stored(*any_start.files(0, False))
+        if (r["task"], r["arm"]) == (task, arm)
+    ]
 
 
 def best_of(task: str, budget: float, cost: float, draws: int = 200) -> tuple[float, list[float]]:

@@ -98,9 +98,10 @@ TASKS = {
 
 
 @cache
-def splits(name: str) -> Splits:
+def splits(name: str, device: str = "cpu") -> Splits:
     """The data of a task, read once per process."""
-    return TASKS[name].data()
+    t1, t2, test = (Split(part.x.to(device), part.y.to(device)) for part in TASKS[name].data())
+    return t1, t2, test
 
 
 class Training:
@@ -111,9 +112,11 @@ class Training:
         steps: the length of the whole training.
     """
 
-    def __init__(self, name: str, start: Point, seed: int = 0, with_t2: bool = False) -> None:
+    def __init__(
+        self, name: str, start: Point, seed: int = 0, with_t2: bool = False, device: str = "cpu"
+    ) -> None:
         self.name, self.task = name, TASKS[name]
-        self.t1, self.t2, self.test = splits(name)
+        self.t1, self.t2, self.test = splits(name, device)
         if with_t2:
             both = zip((self.t1.x, self.t1.y), (self.t2.x, self.t2.y), strict=True)
             self.t1 = Split(*map(torch.cat, both))
@@ -132,7 +135,7 @@ class Training:
         if "dropout" in names:
             network = with_dropout(network, self.space["dropout"])
         self.noise = mf.nn.GaussianNoise(self.space["noise"], floor=0.0)
-        self.model = nn.Sequential(self.noise, network)
+        self.model = nn.Sequential(self.noise, network).to(device)
         options = {name: float(self.space[name]) for name in names if name in LOG}
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True, **options)
         self.seed = seed

@@ -11,6 +11,14 @@ hypothesis.settings.register_profile("any machine", deadline=None)  # a loaded m
 hypothesis.settings.load_profile("any machine")
 
 
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    without = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+    items[:] = without
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)

@@ -29,6 +29,7 @@ FEATURES, HIDDEN, CLASSES, EXAMPLES, MICRO = 8, 6, 3, 24, 4
 STEPS, EVERY = 6, 3  # the second hyper-step is compared; the first may teach the tuner how the loop clips
 LR, DECAY = 0.03, 0.02  # of the user's groups
 MAX_NORM, MAX_ENTRY = 0.05, 0.02  # what clips at each step of every loop below; the loops assert it
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 EXACT = 1e-6  # relative; twice what the truth may be off by
 SURE = 5e-7  # relative uncertainty of the truth, by rounding; at SEED no derivative is too small for it
 SEED = 7
@@ -221,11 +222,14 @@ LOOPS = COMMON | VARIANTS
 FEW = ("SGD momentum", "fused AdamW")
 
 
-def batch(seed):
+def batch(seed, device):
     """Inputs, their standard normal noise and their classes, as a function of the inputs."""
     rng = torch.Generator().manual_seed(seed)
-    x, noise = torch.randn(2, EXAMPLES, FEATURES, dtype=torch.float64, generator=rng)
+    x, noise = torch.randn(2, EXAMPLES, FEATURES, dtype=torch.float64, generator=rng).to(device)
     return x, noise, (x[:, :CLASSES] + 0.5 * noise[:, :CLASSES]).argmax(1)
+
+
+T1, T2 = ({device: batch(2 * SEED + n, device) for device in DEVICES} for n in (1, 2))
 
 
 def network(bias):
@@ -258,11 +262,11 @@ def training_loss(space):
     return loss
 
 
-def begin(optimizer, loop):
+def begin(optimizer, loop, device):
     """A run before its first step. Muon takes matrices only, and its partner in a pair is AdamW."""
     make = OPTIMIZERS[optimizer]
     torch.manual_seed(SEED)
-    model = network(bias=optimizer != "Muon")
+    model = network(bias=optimizer != "Muon").to(device)
     first, second = list(model[0].parameters()), list(model[2].parameters())
     options = {"lr": LR, "weight_decay": DECAY}
     if loop.layout == "pair":
@@ -274,7 +278,7 @@ def begin(optimizer, loop):
     else:
         optimizers = [make([*first, *second], **options)]
     # a scale that grows at each step: one that was read too early or too late is wrong
-    return Run(model, optimizers, torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=1))
+    return Run(model, optimizers, torch.amp.GradScaler(device, init_scale=2.0**6, growth_interval=1))
 
 
 SHARES = {  # of the largest group's setting, as `begin` makes the groups
@@ -284,7 +288,7 @@ SHARES = {  # of the largest group's setting, as `begin` makes the groups
 }
 
 
-def loss_after_the_step(run, loop, space, name):
+def loss_after_the_step(run, loop, space, name, device):
     """The validation loss after the loop's next step, as a function of a shift of one raw coordinate."""
 
     def after(shift):
@@ -294,14 +298,11 @@ def loss_after_the_step(run, loop, space, name):
                 factor = loop.factor if option == "lr" else 1.0
                 for group, share in zip(twin.groups(), SHARES[loop.layout][option], strict=True):
                     group[option] = float(space[option].value) * share * factor
-            loop.step(twin, training_loss(space), T1)
+            loop.step(twin, training_loss(space), T1[device])
         with torch.no_grad():
-            return float(cross_entropy(twin.model, T2))
+            return float(cross_entropy(twin.model, T2[device]))
 
     return after
-
-
-T1, T2 = batch(2 * SEED + 1), batch(2 * SEED + 2)
 
 
 class Recorder(torch.optim.Optimizer):
@@ -315,27 +316,28 @@ class Recorder(torch.optim.Optimizer):
         self.last = [float(p.grad) for p in self.param_groups[0]["params"]]
 
 
-def tuned(optimizer, loop, kinds, options=None):
+def tuned(optimizer, loop, kinds, options=None, device="cpu"):
     """(hypergradient by the tuner, truth) of each kind, at the hyper-step of step STEPS."""
     space = mf.Space({kind: KINDS[kind] for kind in kinds}, dtype=torch.float64)
-    run, at = begin(optimizer, loop), []
+    run, at = begin(optimizer, loop, device), []
     tuner = mf.Tuner(
-        run.model, run.optimizers, space, training_loss(space), [T1], [T2], valid_loss_fn=cross_entropy,
-        schedule=EVERY, horizon="step", hyper_optimizer=Recorder, on_hyperstep=lambda n, _: at.append(n),
+        run.model, run.optimizers, space, training_loss(space), [T1[device]], [T2[device]],
+        valid_loss_fn=cross_entropy, schedule=EVERY, horizon="step", hyper_optimizer=Recorder,
+        on_hyperstep=lambda n, _: at.append(n),
         **{"examples": EXAMPLES, **loop.options, **(options or {})},
     )  # fmt: skip
     schedulers = [loop.scheduler(o) for o in run.optimizers] if loop.scheduler else []
     for step in range(1, STEPS + 1):
         if step == STEPS:
-            losses = {kind: loss_after_the_step(run, loop, space, kind) for kind in kinds}
+            losses = {kind: loss_after_the_step(run, loop, space, kind, device) for kind in kinds}
             truths = [truth_of(f) for f in losses.values()]
             expected = losses[kinds[0]](0.0)
-        loop.step(run, training_loss(space), T1)
+        loop.step(run, training_loss(space), T1[device])
         for scheduler in schedulers:
             scheduler.step()
     assert at[-1] == STEPS
     with torch.no_grad():  # the truth differentiates the step that was taken
-        assert float(cross_entropy(run.model, T2)) == pytest.approx(expected, rel=1e-13)
+        assert float(cross_entropy(run.model, T2[device])) == pytest.approx(expected, rel=1e-13)
     return list(zip(tuner.hyper_optimizer.last, truths, strict=True))
 
 
@@ -354,15 +356,17 @@ CELLS = [
 ]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("optimizer", "loop", "kind"), CELLS)
-def test_the_hypergradient_is_the_derivative_of_the_step_as_the_loop_takes_it(optimizer, loop, kind):
-    [(found, truth)] = tuned(optimizer, LOOPS[loop], [kind])
+def test_the_hypergradient_is_the_derivative_of_the_step_as_the_loop_takes_it(optimizer, loop, kind, device):
+    [(found, truth)] = tuned(optimizer, LOOPS[loop], [kind], device=device)
     assert found / truth == pytest.approx(1, abs=EXACT)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("loop", LOOPS)
-def test_so_it_is_with_all_kinds_in_one_space(loop):
-    for found, truth in tuned("AdamW", LOOPS[loop], list(KINDS)):
+def test_so_it_is_with_all_kinds_in_one_space(loop, device):
+    for found, truth in tuned("AdamW", LOOPS[loop], list(KINDS), device=device):
         assert found / truth == pytest.approx(1, abs=EXACT)
 
 

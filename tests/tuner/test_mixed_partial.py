@@ -1,16 +1,20 @@
 """How the training gradient depends on the hyperparameters: on which examples, and in which of three ways."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from toys import Recorder, cross_entropy, train, tuner
 
 import midflight as mf
+from midflight.hypergrad.mixed import rounding_of
 from midflight.hypergrad.one_step import OneStep
+from midflight.tuner import mixed_partial
 from midflight.tuner.live import with_tensors
 from midflight.updates import read_options, rule_for
 
@@ -177,6 +181,90 @@ def test_code_that_is_differentiable_once_only_is_differenced():
     torch.testing.assert_close(found, hyper_step(smooth)[0], rtol=1e-5, atol=0)
     with pytest.raises(mf.errors.NotTwiceDifferentiable, match="central_difference"):
         hyper_step(smooth, middle=Fused, estimator=OneStep(mixed="double backward"))
+
+
+HALF = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast, float16": lambda: torch.autocast("cpu", torch.float16),
+}
+
+
+def in_half_precision(how, middle, seed):
+    """Hypergradients with respect to a scale and noise; in float32 with `how` None."""
+    torch.manual_seed(seed)
+    s = mf.Space(scale=mf.Float(0.5, 2.0, init=1.2), penalty=mf.Float(0.0, 1.0, init=0.1))
+    x, y = torch.randn(64, 32), torch.randint(0, 3, (64,))
+    model = nn.Sequential(nn.Linear(32, 64), middle(), nn.Linear(64, 64), middle(), nn.Linear(64, 3))
+    optimizer, loss = torch.optim.Adam(model.parameters(), lr=1e-3), smooth(s)
+
+    def in_half(model, batch):
+        with HALF[how]() if how else nullcontext():
+            return loss(model, batch)
+
+    t = tuner(
+        model, optimizer, s, in_half, train_loader=[(x, y)], valid_loader=[(x.flip(0), y)],
+        valid_loss_fn=cross_entropy, schedule=20, hyper_optimizer=Recorder,
+    )  # fmt: skip
+    train(model, optimizer, 20, (x, y), in_half)
+    return torch.stack(t.hyper_optimizer.seen[0]), t.mixed_partial
+
+
+def errors_in_half_precision(how):
+    """Of the difference relative to double backward in float32, over seeds."""
+    seeds = range(4)
+    found = torch.stack([in_half_precision(how, Fused, seed)[0] for seed in seeds])
+    truth = torch.stack([in_half_precision(None, nn.Tanh, seed)[0] for seed in seeds])
+    return ((found - truth).norm(dim=0) / truth.norm(dim=0)).tolist()
+
+
+@pytest.mark.parametrize("how", HALF)
+def test_a_difference_in_half_precision_steps_further(how):
+    assert in_half_precision(how, Fused, 0)[1] == "difference"
+    assert max(errors_in_half_precision(how)) < 0.1
+
+
+def test_a_difference_with_the_step_of_single_precision_is_found_out(monkeypatch):
+    monkeypatch.setattr(mixed_partial, "rounding_of", lambda *_: torch.finfo(torch.float32).eps)
+    assert max(errors_in_half_precision("autocast")) > 1
+
+
+def test_products_of_float32_that_torch_may_round_count_as_half_precision():
+    weights, product = {"w": torch.ones(2, 2)}, lambda: torch.ones(2, 2) @ torch.ones(2, 2)
+    assert rounding_of(product, weights) == torch.finfo(torch.float32).eps
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert rounding_of(product, weights) == torch.finfo(torch.bfloat16).eps
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_kernel_on_which_the_model_insists_is_replaced():
+    found = []
+    for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+
+        class Insists(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.project, self.last = nn.Linear(3, 9), nn.Linear(6, 3)
+
+            def forward(self, x, kernel=kernel):
+                q, k, v = self.project(x.view(-1, 1, 2, 3)).chunk(3, -1)
+                with sdpa_kernel(kernel):
+                    return self.last(F.scaled_dot_product_attention(q, k, v).flatten(1))
+
+        torch.manual_seed(0)
+        s = space()
+        model = Insists().double()
+        optimizer, loss = torch.optim.Adam(model.parameters(), lr=0.05), smooth(s)
+        t = tuner(
+            model, optimizer, s, loss, train_loader=[WHOLE], valid_loader=[(X.flip(0), Y)],
+            valid_loss_fn=cross_entropy, schedule=4, hyper_optimizer=Recorder,
+        )  # fmt: skip
+        train(model, optimizer, 4, WHOLE, loss)
+        assert t.mixed_partial == "double backward"
+        found.append(torch.stack(t.hyper_optimizer.seen[0]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from midflight._reporting.text import aligned
 from midflight._tensors import Tensors, leaves
@@ -24,6 +23,7 @@ from midflight.nn.magnitude import held_constants
 from midflight.space import Space
 from midflight.tuner.binding import Bind, Binding
 from midflight.tuner.live import LiveModel, Loss, with_tensors
+from midflight.tuner.mixed_partial import plain_attention
 from midflight.tuner.optimizers import Optimizers, trained_parameters, unwrapped
 from midflight.tuner.randomness import Randomness
 from midflight.updates import State, Update
@@ -214,7 +214,7 @@ class _Trial:
         before = torch.get_default_dtype()
         try:
             torch.set_default_dtype(torch.float64)
-            with self._live.borrowed(), held_constants(), sdpa_kernel(SDPBackend.MATH):
+            with self._live.borrowed(), held_constants(), plain_attention():
                 self._draws = self._randomness.snapshot()
                 yield
         finally:

@@ -10,9 +10,13 @@ the second term. For the first term, the mixed partial, there are three methods:
     difference          dC1~/dlambda at theta +- e w; first derivatives only, off by O(e^2) and rounding
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from midflight._tensors import Tensors, add_scaled, leaves, norm
 from midflight.errors import NoForwardMode, UnsupportedSetting
@@ -90,8 +94,9 @@ def difference_along(
 
     Both passes must see the same random numbers, because fresh noise would exceed the difference.
     """
+    epsilon = epsilon or relative_epsilon(rounding_of(lambda: train_loss(params, values), params))
     length = norm(w)
-    e = (epsilon or relative_epsilon(params)) * norm(params) / torch.where(length > 0, length, 1)
+    e = epsilon * norm(params) / torch.where(length > 0, length, 1)
     up, down = (
         value_grads(train_loss(add_scaled(params, w, sign * e), shifted), shifted)
         for sign in (1.0, -1.0)
@@ -100,15 +105,60 @@ def difference_along(
     return {name: (up[name] - down[name]) / (2 * e) for name in up}
 
 
-def relative_epsilon(params: Tensors) -> float:
-    """Return the step size of a difference relative to |theta|: the cube root of the rounding unit, over 300.
+def relative_epsilon(rounding: float) -> float:
+    """Return the step size of a difference relative to |theta|, from the rounding unit of the loss.
 
-    It is 1.6e-5 in float32 and 2e-8 in float64. The cube root balances truncation and rounding in a typical
-    direction. But w is large at the weights to which Adam gives long steps, and the loss bends about 300
-    times faster along it (measured).
+    The cube root balances truncation and rounding in a typical direction. But w is large at the weights to
+    which Adam gives long steps, and the loss bends about 300 times faster along it (measured). In half
+    precision rounding exceeds even that: a tenth is best there (measured: dev/LOG.md, 2026-11-27).
+
+    | computed in | step |
+    |---|---|
+    | float64 | 2e-8 |
+    | float32 | 1.6e-5 |
+    | float16, TF32 | 1e-2 |
+    | bfloat16 | 2e-2 |
     """
-    coarsest = max(torch.finfo(p.dtype).eps for p in params.values())
-    return float(coarsest ** (1 / 3) / 300)
+    return float(rounding ** (1 / 3) / (10 if rounding > _HALF else 300))
+
+
+def rounding_of(loss: Callable[[], object], params: Tensors) -> float:
+    """Return the largest rounding unit of an operation of the loss; it may lie in autocast or in a kernel.
+
+    On a GPU, matrix products and convolutions of float32 count as TF32, whatever the settings say: cuDNN has
+    it on by default, and the flags cannot be read safely in all versions of torch.
+    """
+    units = [torch.finfo(p.dtype).eps for p in params.values()]
+    try:
+        with _Dtypes() as seen:
+            loss()
+        units += [torch.finfo(dtype).eps for dtype in seen.dtypes]
+    except Exception:  # code that does not run under a dispatch mode, such as a compiled function
+        units.append(torch.finfo(torch.bfloat16).eps)
+    if torch.float32 in {p.dtype for p in params.values()}:
+        if any(p.is_cuda for p in params.values()):
+            units.append(_TF32)
+        if torch.get_float32_matmul_precision() != "highest":
+            units.append(torch.finfo(torch.bfloat16).eps)
+    return max(units)
+
+
+_TF32 = 2.0**-10
+_HALF = 1e-5  # what lies above is half precision, or TF32
+
+
+class _Dtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the floating types of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        outs = out if isinstance(out, (tuple, list)) else [out]
+        self.dtypes |= {t.dtype for t in outs if isinstance(t, Tensor) and t.is_floating_point()}
+        return out
 
 
 def value_grads(loss: Tensor, values: Tensors) -> Tensors:

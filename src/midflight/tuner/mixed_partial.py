@@ -9,19 +9,28 @@ There are three methods. The first one that works for the user's code is chosen 
     difference          of first derivatives at theta + e w and theta - e w, for any code
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from midflight._tensors import Tensors, detach, leaves, norm
 from midflight.errors import InvalidLoss, NotTwiceDifferentiable
 from midflight.hypergrad.graph import graph_leaves, require_twice_differentiable
-from midflight.hypergrad.mixed import is_linear, knows_forward_mode, mixed_partial_of, relative_epsilon
+from midflight.hypergrad.mixed import (
+    is_linear,
+    knows_forward_mode,
+    mixed_partial_of,
+    relative_epsilon,
+    rounding_of,
+)
 from midflight.hypergrad.problem import double_backward
 from midflight.space import Space
 from midflight.tuner.data import first_examples
@@ -29,6 +38,21 @@ from midflight.tuner.live import LiveModel, Loss, reenters, weights_at, with_ten
 from midflight.tuner.randomness import Randomness
 
 DOUBLE_BACKWARD, FORWARD_MODE, DIFFERENCE = "double backward", "forward mode", "difference"
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention without fused kernels, even inside a `sdpa_kernel` of the model's own."""
+    with sdpa_kernel(SDPBackend.MATH), _PlainAttention():
+        yield
+
+
+class _PlainAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 class MixedPartial:
@@ -59,6 +83,7 @@ class MixedPartial:
         self._live, self._randomness, self._space, self._loss_fn = live, randomness, space, loss_fn
         self._examples = examples or 0
         self._checked = False
+        self._rounding = 0.0
         self.method = method
         self.whole_batches = examples is None or _is_time_first(live.model)
 
@@ -147,7 +172,7 @@ class MixedPartial:
         self, batch: Any, params: Mapping[str, Tensor]
     ) -> tuple[Tensors, Callable[[Tensors], Tensors]]:
         states = self._randomness.snapshot()
-        with sdpa_kernel(SDPBackend.MATH):
+        with plain_attention():
             loss = self._live.train_loss(self._loss_fn, batch)
             if reenters(loss):
                 raise CheckpointError("reentrant checkpointing cannot be differentiated twice.")
@@ -161,7 +186,7 @@ class MixedPartial:
         def mixed_partial(w: Tensors) -> Tensors:
             self._randomness.rewind(states)  # for checkpoints, which recompute in this backward
             try:
-                with sdpa_kernel(SDPBackend.MATH):
+                with plain_attention():
                     return double_backward(grads, self._space.raws, w)
             finally:
                 self._randomness.rewind(after)  # so that the next hyper-step draws new numbers
@@ -171,16 +196,18 @@ class MixedPartial:
     def _difference(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
         at = {name: params[name].detach() for name in w if name in params}
         length = norm({name: w[name] for name in at})
-        e = relative_epsilon(at) * norm(at) / torch.where(length > 0, length, 1)
         states, raws = self._randomness.snapshot(), self._space.raws
+
+        def loss() -> Tensor:
+            self._randomness.rewind(states)
+            return self._live.train_loss(self._loss_fn, batch)
+
+        if not self._rounding:
+            self._rounding = rounding_of(loss, at)
+        e = relative_epsilon(self._rounding) * norm(at) / torch.where(length > 0, length, 1)
         sides = []
         for sign in (1.0, -1.0):
             moved = {name: p + (sign * e).to(p) * w[name].to(p) for name, p in at.items()}
-
-            def loss() -> Tensor:
-                self._randomness.rewind(states)
-                return self._live.train_loss(self._loss_fn, batch)
-
             with weights_at(params, moved):
                 sides.append(self._live.gradients(loss, raws)[1])
         up, down = sides
@@ -202,7 +229,7 @@ class MixedPartial:
         names = {name for name, _ in self._live.model.named_parameters()}
         at = {name: p.detach() for name, p in params.items() if name in names}
         states = self._randomness.snapshot()
-        with sdpa_kernel(SDPBackend.MATH):
+        with plain_attention():
             plain = self._live.train_loss(self._loss_fn, batch)  # errors in it are the user's and pass on
             self._randomness.rewind(states)
             try:
