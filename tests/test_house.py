@@ -14,7 +14,7 @@ OPTIONAL = ("sklearn", "scipy", "pandas", "matplotlib", "rich", "tyro", "jinja2"
 def signatures() -> list[str]:
     """Each public name with its arguments, without their annotations."""
     found = []
-    for name in [*mf.__all__, *mf._AUTOML]:
+    for name in {*mf.__all__, *mf._LAZY}:
         thing = getattr(mf, name)
         arguments = ""
         if callable(thing):

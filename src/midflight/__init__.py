@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from midflight import errors, nn
-from midflight.gradcheck import CheckReport, check
 from midflight.hypergrad import hypergradient
 from midflight.space import Categorical, Float, Hyperparameter, Int, Space, default_range
 from midflight.tuner import (
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
     from midflight.automl import AutoRegressor as AutoRegressor
     from midflight.automl import OnlineMLPClassifier as OnlineMLPClassifier
     from midflight.automl import OnlineMLPRegressor as OnlineMLPRegressor
+    from midflight.gradcheck import CheckReport as CheckReport
+    from midflight.gradcheck import check as check
 
 __version__ = "0.1.0"
 
@@ -58,13 +59,19 @@ __all__ = [
     "stacked",
 ]
 
-_AUTOML = ("AutoClassifier", "AutoRegressor", "OnlineMLPClassifier", "OnlineMLPRegressor")
+_LAZY = {
+    **dict.fromkeys(
+        ("AutoClassifier", "AutoRegressor", "OnlineMLPClassifier", "OnlineMLPRegressor"), "midflight.automl"
+    ),
+    **dict.fromkeys(("CheckReport", "check"), "midflight.gradcheck"),
+}
+"""name -> its module, which is imported when the name is first used."""
 
 
 def __getattr__(name: str) -> Any:
-    """What needs scikit-learn is imported when it is first used."""
-    if name not in _AUTOML:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    errors.require_extra("sklearn", "automl")
-    errors.require_extra("optuna", "automl")
-    return getattr(import_module("midflight.automl"), name)
+    if _LAZY[name] == "midflight.automl":
+        errors.require_extra("sklearn", "automl")
+        errors.require_extra("optuna", "automl")
+    return getattr(import_module(_LAZY[name]), name)
