@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The venv stands ready once this file is newer than what it was made from.
 READY := $(VENV)/.ready
 
-.PHONY: setup study fast test lint peers clean
+.PHONY: setup study fast test slow lint peers clean
 
 setup: $(READY)
 
@@ -23,10 +23,14 @@ study: setup
 
 # The tests of the core.
 fast: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/space tests/nn tests/tuner tests/gradcheck tests/oracles tests/parity tests/test_house.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests/space tests/nn tests/tuner tests/gradcheck tests/oracles tests/parity tests/test_house.py
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# What takes minutes by itself: more kills and interrupts, a Ray cluster that asks for a token.
+slow: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: setup
 	$(BIN)/ruff check src tests examples benchmarks dev

@@ -80,7 +80,7 @@ def train(space: mf.Space, train: Split, valid: Split, epochs: int, tune: bool) 
 
 
 def main(quick: bool = False) -> dict[str, Any]:
-    epochs = 5 if quick else 20
+    epochs = 3 if quick else 20
     given, wrong, valid, test = data()
     space = mf.Space(weight=mf.Float(0.0, 1.0, init=1.0, shape=(EXAMPLES,)))
     models = {"fixed": train(space, given, valid, epochs, tune=False)}

@@ -443,11 +443,8 @@ def test_digits_are_split_alike_in_every_class_and_without_overlap():
 
 
 def test_digits_are_the_same_on_every_machine():
-    # Pinned with scikit-learn 1.9; another value means that old results are on another split.
-    assert (
-        datasets._digest(datasets._digits())
-        == "d273a2e8ebffb6eea6fcc6aac230642c2a3748820f4fb865a39f90209710ae66"
-    )
+    """Or old results are on another split."""
+    assert datasets._digest(datasets._digits()) == datasets.DIGESTS["digits"]
 
 
 def test_unknown_name_says_which_are_known():

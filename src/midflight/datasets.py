@@ -120,8 +120,8 @@ def load(name: str, cache: Path | None = None) -> Arrays:
     """Train and test arrays of a dataset, fetched once and read from the cache afterwards.
 
     ``mnist`` and ``fashion_mnist`` hold 60000 + 10000 images of 28 x 28, pixel / 255, in the published
-    order. ``digits`` comes with scikit-learn and is never cached: 1797 images of 8 x 8, pixel / 16, in a
-    stratified shuffle with seed 0, of which the first 1437 are for training and the last 360 for testing.
+    order. ``digits`` comes with scikit-learn: 1797 images of 8 x 8, pixel / 16, in a stratified shuffle
+    with seed 0, of which the first 1437 are for training and the last 360 for testing.
 
     Args:
         name: one of DATASETS.
@@ -135,10 +135,7 @@ def load(name: str, cache: Path | None = None) -> Arrays:
     """
     if name not in DATASETS:
         raise UnknownName("dataset", name, DATASETS)
-    if name == "digits":
-        raw, white = _digits(), 16
-    else:
-        raw, white = _cached_or_fetched(name, _cache_folder(cache)), 255
+    raw, white = _cached_or_fetched(name, _cache_folder(cache)), 16 if name == "digits" else 255
     return Arrays(
         train_x=np.divide(raw["train_x"], white, dtype=np.float32),
         train_y=raw["train_y"].astype(np.int64),
@@ -312,6 +309,7 @@ PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e141
 DIGESTS = {  # of the decoded content, as _digest takes it
     "mnist": "f5a6b4be781c3763ac6b229e3f7a0c06072ebef215134ee87031bd3060276537",
     "fashion_mnist": "5af1248f92cbb16d2d46921bff88ff09ab0088d3418d93d5e34910db313fa047",
+    "digits": "d273a2e8ebffb6eea6fcc6aac230642c2a3748820f4fb865a39f90209710ae66",  # split by scikit-learn 1.9
 }
 MNIST_MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -328,4 +326,5 @@ SOURCES: dict[str, tuple[tuple[str, Callable[[], Raw]], ...]] = {
         (str(DEBIAN_FOLDER), partial(_from_folder, DEBIAN_FOLDER)),
         ("Debian (dataset-fashion-mnist)", _from_debian),
     ),
+    "digits": (("scikit-learn", _digits),),
 }

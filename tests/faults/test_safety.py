@@ -305,16 +305,16 @@ def lines():
     return {horizon: lines_of_a_step(2, horizon=horizon) for horizon in ("run", "step")}
 
 
+@pytest.mark.parametrize("part", [0.4, pytest.param(4.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("horizon", ["run", "step"])
 @pytest.mark.parametrize("do", [press_control_c, ring_alarm])
-def test_a_signal_at_any_line_of_the_step_leaves_no_trace(do, horizon, lines):
+def test_a_signal_at_any_line_of_the_step_leaves_no_trace(do, horizon, part, lines):
     """At evenly spread lines, and at many of those where a hyper-step begins and ends."""
     count = lines[horizon]
     chosen = random.Random(0)
-    places = [chosen.randrange(1, count + 1) for _ in range(20)]
-    places += [chosen.randrange(1, 400) for _ in range(10)] + [
-        chosen.randrange(count - 1500, count) for _ in range(20)
-    ]
+    places = [chosen.randrange(1, count + 1) for _ in range(int(20 * part))]
+    places += [chosen.randrange(1, 400) for _ in range(int(10 * part))]
+    places += [chosen.randrange(count - 1500, count) for _ in range(int(20 * part))]
     with alarms_stop():
         twin = Twin(2)
         for n in places:
@@ -329,7 +329,7 @@ def test_a_signal_at_any_time_leaves_no_trace(how):
     stopped = 0
     with alarms_stop():
         twin = Twin(2)
-        for _ in range(40):
+        for _ in range(15):
             world = prepared(2, horizon="run")
             error = stopped_step(world, after_seconds(chosen.uniform(0, 0.03), how))
             stopped += error is not None
@@ -391,7 +391,7 @@ def test_a_signal_in_finish_leaves_the_last_weights_or_the_best_ones_and_no_mixt
     moved = [name for name in before if name.startswith("weight") and before[name] != after[name]]
     assert len(moved) > 4
     chosen = random.Random(3)
-    places = [chosen.randrange(1, count) for _ in range(10)] + list(range(count - 60, count + 1, 3))
+    places = [chosen.randrange(1, count) for _ in range(5)] + list(range(count - 60, count + 1, 6))
     for n in places:
         world = ended()
         with pytest.raises(KeyboardInterrupt), at_line(n, press_control_c):

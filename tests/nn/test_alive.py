@@ -404,7 +404,7 @@ def test_augmentation(kind, magnitude):
     def build(h):
         rows, columns = torch.meshgrid(torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 8), indexing="ij")
         picture = (-((rows - 0.3) ** 2) / 0.1 - (columns + 0.2) ** 2 / 0.5).exp()
-        pictures = picture.expand(256, 1, 8, 8)
+        pictures = picture.expand(64, 1, 8, 8)
         changed = mf.nn.Augment(**{magnitude: spec.high})(pictures)
         x = picture.flatten()
         direction = (changed[0] - changed[1]).flatten()

@@ -1,5 +1,7 @@
 """Estimators against central differences, closed forms and each other, in float64."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -16,12 +18,23 @@ SGD_OPTIONS = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize":
 PAIRS = [(o, k) for o in OPTIMIZERS for k in KINDS if why_skipped(o, k) is None]
 
 
-@pytest.mark.parametrize(("optimizer", "kind"), PAIRS)
+@cache
+def cases_of(optimizer, kind):
+    return [make_case(optimizer, kind, seed) for seed in range(3)]
+
+
+@cache
+def truths_of(optimizer, kind, steps):
+    """No estimator changes a case, as another test shows, so all of them share the truth."""
+    cases = cases_of(optimizer, kind)
+    return [central_difference(c.problem, c.params, c.hparams, c.state, steps) for c in cases]
+
+
 @pytest.mark.parametrize("estimator", CLAIMS)
+@pytest.mark.parametrize(("optimizer", "kind"), PAIRS)
 def test_an_estimator_keeps_its_claim_against_central_differences(estimator, optimizer, kind):
     claim = CLAIMS[estimator]
-    cases = [make_case(optimizer, kind, seed) for seed in range(3)]
-    truths = [central_difference(c.problem, c.params, c.hparams, c.state, claim.steps) for c in cases]
+    cases, truths = cases_of(optimizer, kind), truths_of(optimizer, kind, claim.steps)
     estimates = [mf.hypergradient(c.problem, c.params, c.hparams, c.state, estimator) for c in cases]
     assert compare(estimates, truths).relative_error < claim.tolerance
 

@@ -15,6 +15,7 @@ from midflight import search
 from midflight.search.problems import problem
 
 pytestmark = [
+    pytest.mark.ray,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings(
@@ -126,6 +127,7 @@ def port():
     head.wait()
 
 
+@pytest.mark.slow
 def test_the_command_runs_on_a_given_cluster_and_says_what_one_with_a_token_wants(port, tmp_path):
     address = ["--engine", "ray", "--address", f"127.0.0.1:{port}", "--workers", "2"]
     size = ["--data", "digits", "--trials", "3", "--epochs", "2", "--out", str(tmp_path)]

@@ -85,7 +85,7 @@ def test_a_search_whose_own_process_is_killed_goes_on_where_it_was(
     objective_file, tmp_path, trace, group_ends
 ):
     storage, moments = tmp_path / "s.journal", random.Random(1)
-    for _ in range(2):
+    for _ in range(1):
         before = len(_read(tmp_path / "trace"))
         process = by_command(objective_file, storage, "--trials", "8", "--workers", "2", NAP="0.3")
         began = time.monotonic()

@@ -350,10 +350,8 @@ def test_figures_and_page_are_written_whole_and_are_the_same_twice(report: Path,
 
 
 def test_figures_are_functions_of_rows_whatever_their_order() -> None:
-    one, other = all_figures(SPEC, whole()), all_figures(SPEC, whole())
-    backwards = all_figures(SPEC, whole()[::-1])
+    one, backwards = all_figures(SPEC, whole()), all_figures(SPEC, whole()[::-1])
     for name, figure in one.items():
-        assert as_svg(figure) == as_svg(other[name]) == as_svg(figure)
         assert as_svg(figure) == as_svg(backwards[name]), name
 
 

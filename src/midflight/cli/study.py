@@ -11,14 +11,12 @@ import tyro
 from midflight._reporting.machine import machine
 from midflight.cli._console import err, out
 from midflight.study.progress import showing_progress
-from midflight.study.report import as_json, summary_table
-from midflight.study.run import estimate_seconds, run_study
+from midflight.study.run import LONG, estimate_seconds, may_be_long, run_study
 from midflight.study.spec import PRESETS, Spec, SpecError
 from midflight.study.store import Store
 from midflight.study.summary import summarise
 
 DEFAULT_STORE = Path("runs/midflight.sqlite")
-LONG = 3600.0  # seconds above which a study says beforehand how long it will take
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,8 @@ def run(arguments: list[str]) -> int:
         _announce(study.spec, PRESETS[arguments[0]], workers)
         with showing_progress(study.spec, store.rows(name), err) as progress:
             run_study(study.spec, store, name, workers, progress.on_tick, progress.on_row)
+        from midflight.study.report import as_json, summary_table  # loads matplotlib
+
         if study.json:
             print(as_json(store, name))
         else:
@@ -70,11 +70,11 @@ def _announce(spec: Spec, preset: Spec, workers: int) -> None:
         err.print(f"All starts of a kind of arm train together, as one population on {spec.device}.")
         return
     err.print(f"Each arm trains in a process of one thread, {workers} at a time.")
-    seconds = estimate_seconds(spec, workers)
-    if seconds > LONG:
+    if may_be_long(spec, workers) and (seconds := estimate_seconds(spec, workers)) > LONG:
         err.print(f"The training steps alone will take about {_duration(seconds)} with {workers} workers.")
-    whole = estimate_seconds(preset, workers)
-    if spec != preset and whole > LONG:
+    if spec == preset or not may_be_long(preset, workers):
+        return
+    if (whole := estimate_seconds(preset, workers)) > LONG:
         err.print(f"The whole preset would take about {_duration(whole)}.")
 
 

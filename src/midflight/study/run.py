@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -135,6 +136,18 @@ def _run_in_processes(
             process.terminate()
         executor.shutdown(wait=True, cancel_futures=True)
         ticks.close()
+
+
+LONG = 3600.0
+"""A study that takes more seconds says so beforehand."""
+
+
+def may_be_long(spec: Spec, workers: int) -> bool:
+    """Whether a study would take over an hour on a slow machine; if not, there is nothing to measure."""
+    arms = len(list(spec.arms())) / len(spec.networks)
+    weights = sum(m * n for network in spec.networks for m, n in pairwise([784, *widths(network), 10]))
+    slow = 1e-3 * len(spec.networks) + 3 * spec.batch * weights / 1e9  # seconds of a step of each network
+    return slow * spec.steps() * arms / workers > LONG
 
 
 def estimate_seconds(spec: Spec, workers: int, steps: int = 10) -> float:
