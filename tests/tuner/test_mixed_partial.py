@@ -183,6 +183,40 @@ def test_code_that_is_differentiable_once_only_is_differenced():
         hyper_step(smooth, middle=Fused, estimator=OneStep(mixed="double backward"))
 
 
+@pytest.mark.parametrize("half", ["first", "second"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_double_backward_that_runs_out_of_memory_becomes_a_difference(half, at, monkeypatch):
+    real, calls = mixed_partial.MixedPartial._double_backward, []
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def runs_out(self, batch, params):
+        calls.append(batch)
+        if len(calls) < at:
+            return real(self, batch, params)
+        return (real(self, batch, params)[0], out_of_memory) if half == "second" else out_of_memory()
+
+    def found():
+        torch.manual_seed(0)
+        s = space()
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        t = tuner(
+            model, optimizer, s, smooth(s), train_loader=[WHOLE], valid_loader=[(X.flip(0), Y)],
+            valid_loss_fn=cross_entropy, hyper_optimizer=Recorder,
+        )  # fmt: skip
+        train(model, optimizer, 5, WHOLE, smooth(s))
+        return torch.tensor(t.hyper_optimizer.seen), t.mixed_partial
+
+    truth, _ = found()
+    monkeypatch.setattr(mixed_partial.MixedPartial, "_double_backward", runs_out)
+    values, method = found()
+    assert method == "difference"
+    assert len(calls) == at
+    torch.testing.assert_close(values, truth, rtol=1e-5, atol=0)
+
+
 HALF = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "autocast, float16": lambda: torch.autocast("cpu", torch.float16),

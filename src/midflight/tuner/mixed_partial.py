@@ -6,7 +6,8 @@ There are three methods. The first one that works for the user's code is chosen 
 
     forward mode        if the loss is linear in all that it reads of the space
     double backward     with plain attention kernels, because fused ones are differentiable only once
-    difference          of first derivatives at theta + e w and theta - e w, for any code
+    difference          of first derivatives at theta + e w and theta - e w, for any code; also if a double
+                        backward runs out of memory
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,10 @@ from midflight.space import Space
 from midflight.tuner.data import first_examples
 from midflight.tuner.live import LiveModel, Loss, reenters, weights_at, with_tensors
 from midflight.tuner.randomness import Randomness
+
+_Failures = type[Exception] | tuple[type[Exception], ...]
+_FAILURES = (RuntimeError, NotTwiceDifferentiable, CheckpointError, NotImplementedError)
+"""How code fails that is not differentiable twice; running out of memory is a `RuntimeError` as well."""
 
 DOUBLE_BACKWARD, FORWARD_MODE, DIFFERENCE = "double backward", "forward mode", "difference"
 
@@ -124,19 +129,14 @@ class MixedPartial:
             w -> d/draw <w, g>, which returns name -> tensor shaped like the raw coordinate, for the
             hyperparameters that g depends on.
         """
-        if self.method is None:
+        first = self.method is None
+        if first:
             self.method = self._choose(batch, params)
-            if self.method == DOUBLE_BACKWARD:
-                states = self._randomness.snapshot()
-                try:
-                    return self._guarded(batch, params)
-                except (RuntimeError, NotTwiceDifferentiable, CheckpointError, NotImplementedError) as error:
-                    if isinstance(error, InvalidLoss | torch.OutOfMemoryError):
-                        raise
-                    self._randomness.rewind(states)
-                    self.method = DIFFERENCE
         if self.method == DOUBLE_BACKWARD:
-            return self._double_backward(batch, params)
+            found = self._try_double_backward(batch, params, _FAILURES if first else torch.OutOfMemoryError)
+            if found is not None:
+                return found
+            self.method = DIFFERENCE
         states = self._randomness.snapshot()
         _, grads = self._live.gradients(
             lambda: self._live.train_loss(self._loss_fn, batch), dict(params), hooks=True
@@ -149,22 +149,29 @@ class MixedPartial:
 
         return grads, mixed_partial
 
-    def _guarded(
-        self, batch: Any, params: Mapping[str, Tensor]
-    ) -> tuple[Tensors, Callable[[Tensors], Tensors]]:
-        """The first double backward; falls back to a difference if its second half fails."""
+    def _try_double_backward(
+        self, batch: Any, params: Mapping[str, Tensor], failures: _Failures
+    ) -> tuple[Tensors, Callable[[Tensors], Tensors]] | None:
+        """The double backward; None if its first half fails. If its second half fails, a difference."""
         states = self._randomness.snapshot()
-        grads, along = self._double_backward(batch, params)
+        along: Callable[[Tensors], Tensors] | None
+        try:
+            grads, along = self._double_backward(batch, params)
+        except InvalidLoss:
+            raise
+        except failures:
+            self._randomness.rewind(states)
+            return None
 
         def mixed_partial(w: Tensors) -> Tensors:
+            nonlocal along
             try:
-                return along(w)
-            except (RuntimeError, CheckpointError, NotImplementedError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                self.method = DIFFERENCE
-                self._randomness.rewind(states)
-                return self._difference(batch, params, w)
+                return along(w) if along else self._difference(batch, params, w)
+            except failures:
+                pass  # the graph must be gone before the difference needs memory
+            along, self.method = None, DIFFERENCE
+            self._randomness.rewind(states)
+            return self._difference(batch, params, w)
 
         return grads, mixed_partial
 
