@@ -37,15 +37,6 @@ SAMPLED = 16
 """Entries of a weight that are compared, besides its largest."""
 
 
-@dataclass
-class _Seen:
-    """A gradient as `backward` left it: its largest entry, some others, and its norm."""
-
-    largest: Tensor
-    entries: Tensor
-    norm: Tensor
-
-
 @dataclass(frozen=True)
 class Clipped:
     """The Jacobian J of clipping and scaling, as a linear map.
@@ -110,7 +101,8 @@ class ReceivedGradient:
         if max_grad_norm is not None and not (max_grad_norm > 0 and max_grad_norm is not True):
             raise ValueError(f"max_grad_norm must be a positive number, but max_grad_norm={max_grad_norm}.")
         self._max_norm = max_grad_norm
-        self._seen: dict[str, _Seen] = {}
+        self._seen: Tensors = {}
+        """What `_look` gives of the gradients that `backward` left."""
         self._passes: dict[str, int] = {}
         self._first: dict[str, Tensor] = {}
         self.carried = False
@@ -167,9 +159,7 @@ class ReceivedGradient:
             if grad is not None and not grad.is_sparse and grad.numel():
                 if name not in self._seen and name in self._first:
                     self._first[name] = _sample(grad) - self._first[name]
-                self._seen[name] = _Seen(
-                    _largest(grad), _sample(grad).clone(), torch.linalg.vector_norm(grad.detach())
-                )
+                self._seen[name] = _look(grad)
                 self._passes[name] = self._passes.get(name, 0) + 1
                 self._weights[name] = p, p._version
 
@@ -187,7 +177,7 @@ class ReceivedGradient:
         """
         seen = {name: s for name, s in self._seen.items() if name in grads}
         self.examples = self._counter.count
-        self.carried = any(bool(left.any()) for left in self._first.values())
+        self.carried = any(bool(left.any()) for left in _fetched(self._first).values())
         passes = self.passes = max(self._passes.values(), default=1)
         moved = [name for name, (p, version) in self._weights.items() if p._version != version]
         self.rest()
@@ -199,16 +189,17 @@ class ReceivedGradient:
         unseen = {name: grads[name] for name in self._watched if name in grads and name not in seen}
         if any(bool(g.any()) for g in unseen.values()):
             self._require_untouched(unseen)
-        if not seen or _as_seen(seen, grads):
+        before, after = _fetched(seen), _fetched({name: _look(grads[name]) for name in seen})
+        if all(torch.equal(before[name], after[name]) for name in seen):
             return None
         scale = loss_scale()
-        ratios = _ratios(seen, {name: grads[name] for name in seen}, scale)
+        ratios = _ratios(before, after, scale)
         if not all(math.isfinite(number) for ratio in ratios.values() for number in ratio):
             return None  # nothing can be told, and this hyper-step fails anyway
         tolerance = {name: _tolerance(grads[name]) for name in seen}
         limit = _limit(ratios, tolerance)
         if limit is not None and all(
-            _cut_at(limit, s, grads[name], scale, tolerance[name]) for name, s in seen.items()
+            _cut_at(limit, before[name], after[name], scale, tolerance[name]) for name in seen
         ):
             return Clipped(limit=limit, grads=grads)
         groups = _together(ratios, tolerance)
@@ -338,35 +329,35 @@ def _sample(grad: Tensor) -> Tensor:
     return flat[: SAMPLED * stride : stride]
 
 
-def _as_seen(seen: Mapping[str, _Seen], grads: Tensors) -> bool:
-    """Whether gradients are as `backward` left them; a single comparison, since most loops change none."""
-    if len({(grads[name].device, grads[name].dtype) for name in seen}) > 1:
-        return False
-    before = [x for s in seen.values() for x in (s.entries, s.largest[None], s.norm[None])]
-    after = [
-        x
-        for grad in map(grads.__getitem__, seen)
-        for x in (_sample(grad), _largest(grad)[None], torch.linalg.vector_norm(grad)[None])
-    ]
-    return torch.equal(torch.cat(before), torch.cat(after))
+def _look(grad: Tensor) -> Tensor:
+    """Some entries of a gradient, then the largest, then the norm."""
+    grad = grad.detach()
+    return torch.cat([_sample(grad), _largest(grad)[None], torch.linalg.vector_norm(grad)[None]])
 
 
-def _ratios(
-    seen: Mapping[str, _Seen], grads: Tensors, scale: float
-) -> dict[str, tuple[float, float, float, float]]:
+def _fetched(vectors: Tensors) -> Tensors:
+    """The vectors in float64 on the CPU; one transfer from each device, for each waits for it."""
+    found: Tensors = {}
+    for device in {v.device for v in vectors.values()}:
+        there = {name: v for name, v in vectors.items() if v.device == device}
+        parts = torch.cat([v.double() for v in there.values()]).cpu().split([len(v) for v in there.values()])  # type: ignore[no-untyped-call]
+        found |= dict(zip(there, parts, strict=True))
+    return {name: found[name] for name in vectors}
+
+
+def _ratios(before: Tensors, after: Tensors, scale: float) -> dict[str, tuple[float, float, float, float]]:
     """Weight -> (least factor, greatest factor, factor of the largest entry, the largest entry now)."""
     found = {}
-    for name, s in seen.items():
-        before = torch.cat([s.entries.reshape(-1), s.largest.reshape(1)]).double() / scale
-        after = torch.cat([_sample(grads[name]), _largest(grads[name]).reshape(1)]).double()
-        used = before != 0
-        if bool(used.any()):
-            ratios = (after[used] / before[used]).tolist()
-            largest = float(after[-1] / before[-1])
-            whole = float(torch.linalg.vector_norm(grads[name]) * scale / s.norm)
+    for name in before:
+        *was, norm_was = (before[name] / scale).tolist()
+        *now, norm_now = after[name].tolist()
+        ratios = [y / x for x, y in zip(was, now, strict=True) if x != 0]
+        if ratios:
+            largest = now[-1] / was[-1] if was[-1] else math.nan
+            whole = norm_now / norm_was if norm_was else math.nan
             if abs(whole - largest) > SAME * abs(largest):  # a mask, say, on entries not sampled
                 ratios.append(whole)
-            found[name] = min(ratios), max(ratios), largest, float(after[-1])
+            found[name] = min(ratios), max(ratios), largest, now[-1]
     return found
 
 
@@ -391,10 +382,10 @@ def _limit(
     return min(limits) if uneven or max(factors) - min(factors) > SAME * max(factors) else None
 
 
-def _cut_at(limit: float, seen: _Seen, grad: Tensor, scale: float, tolerance: float) -> bool:
+def _cut_at(limit: float, before: Tensor, after: Tensor, scale: float, tolerance: float) -> bool:
     """Whether the sampled entries are the earlier ones cut off at the limit."""
-    expected = (seen.entries / scale).clamp(-limit, limit)
-    return bool(((_sample(grad) - expected).abs() <= tolerance * limit).all())
+    expected = (before[:-2] / scale).clamp(-limit, limit)
+    return bool(((after[:-2] - expected).abs() <= tolerance * limit).all())
 
 
 def _is_uneven(ratio: tuple[float, float, float, float], tolerance: float) -> bool:
