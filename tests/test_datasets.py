@@ -138,7 +138,7 @@ def test_when_all_fail_the_error_lists_each_source_its_reason_and_the_way_out(so
     assert "far: URLError: <urlopen error no route>" in message
     assert f"liar: ValueError: content must have SHA-256 {datasets._digest(tiny())}" in message
     assert f"but has {datasets._digest(wrong())}" in message
-    assert f"Copy mnist.npz from a machine that has it to {tmp_path / 'mnist.npz'}" in message
+    assert f"Copy mnist.npz from another machine to {tmp_path / 'mnist.npz'}" in message
     assert f"into the folder {tmp_path / 'mnist'}" in message
     assert list(tmp_path.iterdir()) == []
 

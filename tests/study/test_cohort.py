@@ -44,13 +44,13 @@ def test_a_cohort_equals_its_arms_run_alone(kind, estimator, hyper_optimizer, de
     )  # of paper
     spec = preset("smoke", **{**vars(SPEC), "hyper_optimizer": hyper_optimizer, "device": device})
     arms = [Arm(NETWORK, kind, estimator, i) for i in range(3)]
-    begins = [spec.grid_point(i) if kind == "landscape" else spec.start(i) for i in range(3)]
+    starts = [spec.grid_point(i) if kind == "landscape" else spec.start(i) for i in range(3)]
     data, told = prepare(spec), []
-    together = run_cohort(spec, arms, begins, data, lambda *tick: told.append(tick))
-    for arm, begin, row in zip(arms, begins, together, strict=True):
-        alone = run_arm(spec, arm, begin, data, lambda *_: None).result
+    together = run_cohort(spec, arms, starts, data, lambda *epoch: told.append(epoch))
+    for arm, start, row in zip(arms, starts, together, strict=True):
+        alone = run_arm(spec, arm, start, data, lambda *_: None).result
         assert row.arm == arm
-        assert row.result.start == begin
+        assert row.result.start == start
         assert row.result.valid_errors == pytest.approx(alone.valid_errors, abs=0.011)  # one image of 100
         assert row.result.valid_loss == pytest.approx(alone.valid_loss, rel=1e-3)  # float32, 12 steps of Adam
         assert row.result.end == pytest.approx(alone.end, abs=1e-3)
@@ -79,7 +79,7 @@ def test_without_a_compiler_a_cohort_runs_uncompiled(monkeypatch):
     arms, data = [Arm(NETWORK, "tuned", "one_step", 0)], prepare(spec)
     run_cohort(spec, arms, [spec.start(0)], data, lambda *_: None)
     assert asked == [False]
-    with pytest.warns(UserWarning, match=r"uncompiled and slower: no g\+\+ here"):
+    with pytest.warns(UserWarning, match=r"without compilation, so it is slower: no g\+\+ here"):
         cohort._compiled_if_possible(
             preset("smoke", **{**vars(SPEC), "device": "cuda"}), 1, lambda space: nn.Linear(4, 3),
             space_of(spec, spec.start(0)), torch.optim.Adam, loss_fn=None, valid_loader=[0],

@@ -319,7 +319,7 @@ def test_report_is_one_page_that_fetches_nothing_and_shows_every_number(report: 
         "58 %",
         "20 %",
         "about 3 %",
-        "Hypergradients against the truth",
+        "Hypergradients against central differences",
         "3.0·10⁻⁹",
         "Adam −0.380",  # noqa: RUF001
     ):

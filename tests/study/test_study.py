@@ -125,7 +125,7 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_done(tmp_path):
     _, err = process.communicate(timeout=900)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
     assert count(store) >= 2
 
 
@@ -166,13 +166,13 @@ def test_paired_arms_share_their_start_and_reruns_begin_where_tuning_ended(tmp_p
 def test_a_default_run_is_a_plain_loop_beside_a_tuner_that_is_given_no_policy():
     spec = preset("smoke", networks=("16",), epochs=10, train=400, valid=100)
     arm, data = Arm("16", "tuned", "default", 1), prepare(spec)
-    begin, seed = spec.start(1), seed_of(spec, arm)
-    row = run_arm(spec, arm, begin, data, lambda *_: None).result
+    start, seed = spec.start(1), seed_of(spec, arm)
+    row = run_arm(spec, arm, start, data, lambda *_: None).result
 
     torch.manual_seed(seed)
     space = mf.Space(
-        weight_decay=mf.Float(10**-5.5, 10**-2.5, log=True, init=10 ** begin[0]),
-        noise=mf.Float(0.0, 0.8, init=begin[1]),
+        weight_decay=mf.Float(10**-5.5, 10**-2.5, log=True, init=10 ** start[0]),
+        noise=mf.Float(0.0, 0.8, init=start[1]),
     )
     net = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
     model = nn.Sequential(mf.nn.GaussianNoise(space["noise"], floor=0.008), net)
@@ -201,10 +201,10 @@ def test_a_default_run_is_a_plain_loop_beside_a_tuner_that_is_given_no_policy():
 
 def test_an_estimator_takes_a_hyperstep_at_every_so_many_steps_and_moves_by_signs():
     spec = preset("smoke", networks=("16",), epochs=2, train=400, valid=100)
-    begin = (-4.0, 0.4)
-    row = run_arm(spec, Arm("16", "tuned", "one_step", 0), begin, prepare(spec), lambda *_: None).result
+    start = (-4.0, 0.4)
+    row = run_arm(spec, Arm("16", "tuned", "one_step", 0), start, prepare(spec), lambda *_: None).result
     assert [step for step, *_ in row.trajectory] == [5, 10, 15]
-    l2, noise = begin
+    l2, noise = start
     for (_, *point), left in zip(row.trajectory, (16 - 0, 16 - 5, 16 - 10), strict=True):
         length = 0.03 * left / 16  # of the interval, annealed over the 16 steps of the run
         assert abs(point[0] - l2) == pytest.approx(3.0 * length, rel=1e-3)
@@ -243,7 +243,7 @@ def test_starts_do_not_depend_on_how_many_there_are_and_stay_inside():
         (("study", "smoke", "--device", "tpu"), "cpu, cuda"),
         (("study", "smoke", "--device", "cuda"), "use --estimator one_step paper, or --device cpu"),
         (("study", "smoke", "--train", "5000"), "train + valid must be at most 1437"),
-        (("report", "nothing"), "is not there"),
+        (("report", "nothing"), "does not exist"),
     ],
 )
 def test_bad_input_gives_one_clear_sentence_and_exit_code_2(

@@ -1,1 +1,1 @@
-"""What the reports of studies and searches share."""
+"""Parts that the reports of studies and searches share: figures, pages, tables."""

@@ -1,17 +1,19 @@
-"""How every figure of midflight looks, and how it is saved."""
+"""The style of all figures, and how they are saved."""
 
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from midflight._reporting.files import replacing
+
 INK, MUTED, RULE = "#1f2933", "#667080", "#c9ced6"
-WORSE = "#d55e00"  # of the palette of Okabe and Ito, made to be told apart by everyone
+WORSE = "#d55e00"  # from Okabe and Ito's palette, which is safe for colour-blind readers
 
 _STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -42,41 +44,41 @@ _STYLE: dict[str, Any] = {
 
 
 def style() -> Any:
-    """A context in which every figure of midflight is drawn, whatever the user's settings."""
+    """Return a context manager that sets midflight's style and ignores the user's settings."""
     settings: Any = _DEFAULTS | _STYLE
     return matplotlib.rc_context(settings)
 
 
 def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """Write NAME.svg and NAME.png (160 dpi) of each figure; a file is there whole or not at all."""
+    """Write NAME.svg and NAME.png (160 dpi) of each figure; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
         for suffix, content in (("svg", as_svg(figure).encode()), ("png", as_png(figure))):
             path = folder / f"{name}.{suffix}"
-            replace_file(path, content)
+            with replacing(path) as part:
+                part.write_bytes(content)
             paths.append(path)
     return paths
 
 
 def as_svg(figure: Figure) -> str:
-    """The figure as SVG whose text is text; equal figures give equal texts."""
+    """Return the figure as SVG with selectable text; equal figures give equal files."""
     return _render(figure, "svg", metadata={"Date": None, "Creator": None}).decode()
 
 
 def as_png(figure: Figure) -> bytes:
-    """The figure as PNG, 160 dpi."""
+    """Return the figure as PNG, 160 dpi."""
     return _render(figure, "png", dpi=160, metadata={"Software": None})
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `path` whole: who reads it meanwhile sees the old content."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def note(axis: Axes, words: str) -> None:
+    """Write words into the middle of a panel."""
+    axis.text(
+        0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color=MUTED, zorder=9,
+        in_layout=False,  # the panel holds it already
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+    )  # fmt: skip
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -89,6 +91,6 @@ def _render(figure: Figure, kind: str, **options: Any) -> bytes:
     with style():
         if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
             figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # it would move things a little at each drawing
+            figure.set_layout_engine("none")  # a second layout pass would shift the axes
         figure.savefig(buffer, format=kind, **options)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""This machine in words."""
+"""Describe this machine in words."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ import torch
 
 
 def machine() -> str:
-    """Processor, cores, GPU, system and versions, for a store and its report."""
+    """Return processor, cores, GPU, system and versions in one line."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
         f"{_processor()}, {os.cpu_count()} cores{gpu}; {platform.system()}, "

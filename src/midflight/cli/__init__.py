@@ -1,10 +1,10 @@
 """midflight: tune the hyperparameters while the model trains.
 
   midflight study PRESET   reproduce the paper: smoke, quick or paper
-  midflight report RUN     figures and one HTML page from the stored rows of a study
-  midflight check          hypergradients against central differences, in float64
-  midflight search SPACE   search what has no gradient, tune the rest while each trial trains
-  midflight report STUDY --storage URL
+  midflight report RUN     write figures and one HTML page about a study
+  midflight check          compare hypergradients with central differences, in float64
+  midflight search SPACE   search hyperparameters without a gradient, tune the others during each trial
+  midflight report STUDY --storage URL   write figures and one HTML page about a search
 
 Examples:
   midflight study smoke
@@ -14,8 +14,8 @@ Examples:
   midflight search mlp --data mnist --engine bohb --time 5m
   midflight search mine.py:objective --engine smac --trials 50 --storage postgresql://user@host/database
 
-`midflight COMMAND --help` lists the options. Exit codes: 0 done; 1 the environment failed (no data
-to be had, disk full), a check did not pass or every trial failed; 2 bad input; 130 interrupted.
+`midflight COMMAND --help` lists the options. Exit codes: 0 done; 1 a failure (no data, disk full, a
+check failed, every trial failed); 2 bad input; 130 interrupted.
 """
 
 import sys
@@ -24,30 +24,35 @@ from importlib import import_module
 from midflight.errors import MidflightError, require_extra
 
 STUDY = dict.fromkeys(("tyro", "rich", "jinja2", "matplotlib", "sklearn", "platformdirs"), "study")
-VERBS = {"study": STUDY, "report": STUDY, "check": {}, "search": dict.fromkeys((*STUDY, "optuna"), "search")}
-"""Verb, which is a module here with a function `run` -> the packages that it needs, and their extras."""
+COMMANDS = {
+    "study": STUDY,
+    "report": STUDY,
+    "check": {},
+    "search": dict.fromkeys((*STUDY, "optuna"), "search"),
+}
+"""Command, a module of this package with a function `run` -> the packages it needs, with their extra."""
 
 
 def main() -> None:
-    """Entry point of the command `midflight`."""
+    """Run the command `midflight`."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         sys.exit(0 if arguments else 2)
-    verb = arguments[0]
-    if verb not in VERBS:
-        _fail(f"the command must be one of {', '.join(VERBS)}; got {verb!r}.", 2)
+    command = arguments[0]
+    if command not in COMMANDS:
+        _fail(f"the command must be one of {', '.join(COMMANDS)}, but got {command!r}.", 2)
     try:
-        for package, extra in VERBS[verb].items():
+        for package, extra in COMMANDS[command].items():
             require_extra(package, extra)
-        sys.exit(import_module(f"midflight.cli.{verb}").run(arguments[1:]))
+        sys.exit(import_module(f"midflight.cli.{command}").run(arguments[1:]))
     except MidflightError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
         what = f"{error.filename or 'the system'}: {error.strerror or error}"
-        _fail(f"{what}; nothing that was stored is lost.", 1)
+        _fail(f"{what}; stored results are safe.", 1)
     except KeyboardInterrupt:
-        _fail("interrupted; what was finished is stored, the same command goes on from there.", 130)
+        _fail("interrupted; finished work is stored, the same command resumes.", 130)
 
 
 def _fail(sentence: str, code: int) -> None:

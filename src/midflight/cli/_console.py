@@ -1,4 +1,4 @@
-"""Where the verbs print."""
+"""Consoles of the commands: `out` for results, `err` for progress."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`midflight check`: every estimator against central differences."""
+"""`midflight check`: compare the estimators with central differences."""
 
 import argparse
 import json
@@ -15,17 +15,17 @@ COLUMNS = ("optimiser", "hyperparameter", "estimator", "relative error", "cosine
 
 
 def run(arguments: list[str]) -> int:
-    """Print the table; returns the exit code."""
+    """Print the table; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="midflight check",
-        description="Compare hypergradients of every estimator with central differences of the one-step map.",
+        description="Compare hypergradients with central differences of the one-step map, in float64.",
     )
     parser.add_argument(
-        "--all", action="store_true", help="every estimator, update rule and kind of hyperparameter"
+        "--all", action="store_true", help="check every estimator, update rule and kind of hyperparameter"
     )
-    parser.add_argument("--json", action="store_true", help="print the table for machines")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # the networks of the table are too small for more
+    torch.set_num_threads(1)  # the networks are too small to profit from more
     rows = []
     for row in run_checks(everything=options.all, workers=(os.cpu_count() or 1) if options.all else 1):
         rows.append(row)
@@ -41,9 +41,9 @@ def run(arguments: list[str]) -> int:
         for reason in dict.fromkeys(row.reason for row in skipped):
             places = [f"{r.rule} {r.hyperparameter} ({r.estimator})" for r in skipped if r.reason == reason]
             more = f"; and {len(places) - 3} more" if len(places) > 3 else ""
-            print(f"left out: {'; '.join(places[:3])}{more}: {reason}")
+            print(f"skipped: {'; '.join(places[:3])}{more}: {reason}")
         claims = sum(check.passed is not None for check in checks)
-        print(f"{claims - len(failed)} of {claims} estimates are within what their estimators claim.")
+        print(f"{claims - len(failed)} of {claims} estimates are as accurate as their estimators claim.")
     return 1 if failed else 0
 
 
@@ -59,6 +59,6 @@ def _cells(check: Check) -> tuple[str, ...]:
 
 
 def _show(line: str) -> None:
-    """What is being done, on one line of a terminal."""
+    """Replace the progress line of a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

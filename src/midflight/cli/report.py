@@ -1,4 +1,4 @@
-"""`midflight report`: figures and a page from stored rows."""
+"""`midflight report`: write figures and a page from stored results."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +16,22 @@ from midflight.study.summary import summarise
 
 @dataclass(frozen=True)
 class Report:
-    """Write the figures and report.html of a study, or with --storage of a search, from its stored rows."""
+    """Write the figures and report.html of a stored study, or of a stored search with --storage."""
 
     run: tyro.conf.Positional[str]
-    """The study's name in the store."""
+    """Name of the study or search."""
     store: Path = DEFAULT_STORE
-    """SQLite file."""
+    """SQLite file of the study."""
     storage: str | None = None
-    """Of a search: a .sqlite or .journal file, or a URL."""
+    """Storage of a search: a .sqlite or .journal file, or a URL."""
     out: Path | None = None
-    """Folder to write to; runs/RUN beside the store if not given."""
+    """Output folder; default: a folder of this name beside the store."""
     json: bool = False
-    """Print the same numbers for machines and write nothing."""
+    """Print the numbers as JSON and write no file."""
 
 
 def run(arguments: list[str]) -> int:
+    """Write or print the report; return the exit code."""
     report = tyro.cli(Report, args=arguments, prog="midflight report")
     if report.storage is not None:
         return search.report(report.run, report.storage, report.out, report.json)
@@ -39,7 +40,7 @@ def run(arguments: list[str]) -> int:
             print(as_json(store, report.run))
             return 0
         store.spec(report.run)
-        with err.status("checking the hypergradients"):
+        with err.status("comparing hypergradients with central differences"):
             checks = as_dicts(run_checks())
         folder = report.out or report.store.parent / report.run
         page = write_report(store, report.run, folder, checks)

@@ -1,4 +1,4 @@
-"""`midflight study`: run a study, or go on with one."""
+"""`midflight study`: run or resume a study."""
 
 import os
 from dataclasses import dataclass
@@ -21,23 +21,24 @@ DEFAULT_STORE = Path("runs/midflight.sqlite")
 
 @dataclass(frozen=True)
 class Study:
-    """Run a study, or go on with one that was interrupted.
+    """Run a study, or resume an interrupted one.
 
-    Every finished arm is stored at once; the same command resumes where it stopped.
+    Each finished training run is stored at once. The same command resumes the study.
     """
 
     spec: Annotated[Spec, tyro.conf.arg(name="")]
     run: str | None = None
-    """Its name in the store; the preset's if not given."""
+    """Name of the study in the store; default: the preset's name."""
     store: Path = DEFAULT_STORE
-    """SQLite file."""
+    """SQLite file that stores the results."""
     workers: int | None = None
-    """Processes, one thread each; all cores if not given. The rows do not depend on it. Not for a GPU."""
+    """Number of processes on a CPU, one thread each; default: all cores. Results do not depend on it."""
     json: bool = False
-    """Print the summary for machines."""
+    """Print the summary as JSON."""
 
 
 def run(arguments: list[str]) -> int:
+    """Run the study and print its summary; return the exit code."""
     presets = tyro.extras.subcommand_type_from_defaults(
         {name: Study(spec) for name, spec in PRESETS.items()},
         {name: _about(spec) for name, spec in PRESETS.items()},
@@ -48,12 +49,12 @@ def run(arguments: list[str]) -> int:
     if workers < 1:
         raise SpecError(f"workers >= 1 must hold, but got {workers}.")
     if study.spec.device != "cpu" and not torch.cuda.is_available():
-        raise SpecError(f"device {study.spec.device} is not there; use --device cpu.")
+        raise SpecError(f"device {study.spec.device} must exist, but torch finds no GPU; use --device cpu.")
     with Store(study.store) as store:
         store.open_run(name, study.spec, machine())
         _announce(study.spec, PRESETS[arguments[0]], workers)
         with showing_progress(study.spec, store.rows(name), err) as progress:
-            run_study(study.spec, store, name, workers, progress.on_tick, progress.on_row)
+            run_study(study.spec, store, name, workers, progress.on_epoch, progress.on_row)
         from midflight.study.report import as_json, summary_table  # loads matplotlib
 
         if study.json:
@@ -67,9 +68,9 @@ def run(arguments: list[str]) -> int:
 
 def _announce(spec: Spec, preset: Spec, workers: int) -> None:
     if spec.device != "cpu":
-        err.print(f"All starts of a kind of arm train together, as one population on {spec.device}.")
+        err.print(f"Runs of the same kind train together on {spec.device}.")
         return
-    err.print(f"Each arm trains in a process of one thread, {workers} at a time.")
+    err.print(f"Each run trains in its own process with one thread; {workers} run in parallel.")
     if may_be_long(spec, workers) and (seconds := estimate_seconds(spec, workers)) > LONG:
         err.print(f"The training steps alone will take about {_duration(seconds)} with {workers} workers.")
     if spec == preset or not may_be_long(preset, workers):

@@ -1,1 +1,1 @@
-"""The paper as a study: what is run (spec), one arm (arm), all arms (run), kept (store), shown (report)."""
+"""Reproduce the paper: declare (spec), train (arm, cohort, run), store (store), report (report)."""

@@ -24,7 +24,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Data:
-    """T1 updates the weights, T2 tunes the hyperparameters, test only reports."""
+    """T1 trains the weights, T2 tunes the hyperparameters, the test set is only reported."""
 
     t1: Split
     t2: Split
@@ -32,7 +32,11 @@ class Data:
 
 
 def prepare(spec: Spec) -> Data:
-    """The data of a study, split by its seed; raises `SpecError` if there are too few images."""
+    """Load the data of a study and split it by the study's seed.
+
+    Raises:
+        SpecError: the dataset has fewer than train + valid images.
+    """
     arrays = load(spec.dataset)
     if spec.train + spec.valid > len(arrays.train_y):
         raise SpecError(
@@ -53,18 +57,18 @@ def prepare(spec: Spec) -> Data:
 
 
 def run_arm(
-    spec: Spec, arm: Arm, begin: Point, data: Data, report: Callable[[int, Point, float], None]
+    spec: Spec, arm: Arm, start: Point, data: Data, on_epoch: Callable[[int, Point, float], None]
 ) -> Row:
-    """Train `arm` from the hyperparameters `begin`.
+    """Train one arm from the hyperparameters `start` and measure it.
 
-    Equal arguments give an equal `Result` on the same machine, in whichever process and order.
+    Equal arguments give an equal `Result` on the same machine, in any process and any order.
 
     Args:
-        report: called after each epoch with (epochs done, current point, validation error).
+        on_epoch: called after each epoch with (epochs done, current point, validation error).
     """
     seed = seed_of(spec, arm)
     torch.manual_seed(seed)
-    space = space_of(spec, begin)
+    space = space_of(spec, start)
     model = noisy_mlp(spec, arm, data.t1.x.shape[1], space)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=spec.lr, weight_decay=float(space["weight_decay"]), fused=True
@@ -75,31 +79,26 @@ def run_arm(
     tuner = None
     if arm.kind == "tuned":
         tuner = Tuner(
-            model, optimizer, space, loss_fn, t1, t2, total_steps=spec.steps(), **_policies(spec, arm),
+            model, optimizer, space, loss_fn, t1, t2, total_steps=spec.steps(), **_tuner_options(spec, arm),
             on_hyperstep=lambda step, _: trajectory.append([step, *_point(space)]),
         )  # fmt: skip
 
     valid_errors: list[float] = []
     epoch_seconds: list[float] = []
     for epoch in range(spec.epochs):
-        began = now(spec)
-        for batch in t1:
-            optimizer.zero_grad()
-            loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        epoch_seconds.append(now(spec) - began)
+        epoch_seconds.append(_train_epoch(spec, model, optimizer, t1))
         decay.step()
         valid_errors.append(evaluate(model, data.t2)[1])
-        report(epoch + 1, _point(space), valid_errors[-1])
+        on_epoch(epoch + 1, _point(space), valid_errors[-1])
     if tuner is not None:
-        began = now(spec)
+        began = device_time(spec)
         tuner.finish()
-        epoch_seconds[-1] += now(spec) - began
+        epoch_seconds[-1] += device_time(spec) - began
 
     valid_loss, valid_error = evaluate(model, data.t2)
     result = Result(
-        start=begin,
-        end=_point(space) if tuner is not None else begin,
+        start=start,
+        end=_point(space) if tuner is not None else start,
         valid_loss=valid_loss,
         valid_error=valid_error,
         test_error=None if arm.kind == "landscape" else evaluate(model, data.test)[1],
@@ -109,8 +108,18 @@ def run_arm(
     return Row(arm, result, epoch_seconds)
 
 
+def _train_epoch(spec: Spec, model: nn.Module, optimizer: torch.optim.Optimizer, t1: Shuffled) -> float:
+    """Train one epoch; return its seconds."""
+    began = device_time(spec)
+    for batch in t1:
+        optimizer.zero_grad()
+        loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return device_time(spec) - began
+
+
 def mlp(inputs: int, hidden: list[int], classes: int) -> nn.Sequential:
-    """A ReLU network; the last layer gives logits."""
+    """Return a ReLU network; its last layer gives logits."""
     layers: list[nn.Module] = []
     for width in hidden:
         layers += [nn.Linear(inputs, width), nn.ReLU()]
@@ -119,19 +128,19 @@ def mlp(inputs: int, hidden: list[int], classes: int) -> nn.Sequential:
 
 
 def noisy_mlp(spec: Spec, arm: Arm, inputs: int, space: Space) -> nn.Sequential:
-    """The network of an arm, with the noise of `space` on its inputs."""
-    # the paper draws what it tunes: a floor only as high as the derivative needs in order not to vanish
+    """Return the network of an arm, with the noise of `space` on its inputs."""
+    # the floor keeps the derivative from vanishing; low, because the paper draws noise at the tuned level
     noise = GaussianNoise(space["noise"], floor=0.01 * space["noise"].spec.high)
     return nn.Sequential(noise, mlp(inputs, widths(arm.network), classes=10)).to(spec.device)
 
 
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The mean cross-entropy of a batch (x, y)."""
+    """Return the mean cross-entropy of a batch (x, y)."""
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def _policies(spec: Spec, arm: Arm) -> dict[str, Any]:
-    """An estimator runs as in the paper: evenly spaced hyper-steps, judged right after a training step."""
+def _tuner_options(spec: Spec, arm: Arm) -> dict[str, Any]:
+    """Return the paper's settings for an estimator: evenly spaced hyper-steps, horizon of one step."""
     if arm.estimator == DEFAULT:
         return {}
     return {
@@ -143,17 +152,17 @@ def _policies(spec: Spec, arm: Arm) -> dict[str, Any]:
 
 
 def hyper_optimizer(spec: Spec) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
-    """What moves the hyperparameters."""
+    """Return the constructor of the optimiser that moves the hyperparameters."""
     if spec.hyper_optimizer == "adam":
         return partial(torch.optim.Adam, lr=spec.hyper_lr)
     return partial(SignSteps, lr=spec.hyper_lr, agreement=0.0)
 
 
-def space_of(spec: Spec, begin: Point) -> Space:
-    """The two hyperparameters, at `begin`."""
+def space_of(spec: Spec, start: Point) -> Space:
+    """Return the two hyperparameters with their values at `start`."""
     (l2_low, l2_high), (noise_low, noise_high) = spec.intervals()
-    # a re-run may begin on a bound, which float32 rounded outwards
-    l2, noise = (min(max(x, low), high) for x, (low, high) in zip(begin, spec.intervals(), strict=True))
+    # a re-run may start on a bound that float32 rounded outwards
+    l2, noise = (min(max(x, low), high) for x, (low, high) in zip(start, spec.intervals(), strict=True))
     return Space(
         weight_decay=Float(10**l2_low, 10**l2_high, log=True, init=10**l2),
         noise=Float(noise_low, noise_high, init=noise),
@@ -165,13 +174,13 @@ def _point(space: Space) -> Point:
 
 
 def seed_of(spec: Spec, arm: Arm) -> int:
-    """Of weights and batches: one for all arms of a start, and one for the landscape."""
+    """Return the seed of weights and batches: one per start, and one for the whole landscape."""
     index = 0 if arm.kind == "landscape" else arm.index
     return int(np.random.default_rng([spec.seed, index, 1]).integers(2**32))
 
 
-def now(spec: Spec) -> float:
-    """Seconds, once all that was asked of the device is done."""
+def device_time(spec: Spec) -> float:
+    """Wait until the device is idle; return the time in seconds."""
     if spec.device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter()

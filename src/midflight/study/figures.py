@@ -1,7 +1,7 @@
-"""The figures of the paper, each a function of stored rows.
+"""Draw the figures of the paper from stored rows.
 
-Rows of panels are networks, columns are estimators. A panel whose rows are not there yet says so in
-words. Equal rows give equal files: nothing here depends on the date, the machine or user settings.
+Each network has a row of panels, each estimator a column. A panel without data says so. Equal rows give
+equal files, whatever the date, machine or user settings.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from midflight._reporting.figures import INK, MUTED, RULE, WORSE, style
+from midflight._reporting.figures import INK, MUTED, RULE, WORSE, note, style
 from midflight.study.spec import DEFAULT, Arm, Spec
 from midflight.study.store import Row
 from midflight.study.summary import (
@@ -27,7 +27,7 @@ from midflight.study.summary import (
     epoch_seconds,
     error_of,
     estimators,
-    headliner,
+    main_estimator,
     measure,
     noise_path,
     on_diagonal,
@@ -40,7 +40,7 @@ from midflight.study.summary import (
 
 Values: TypeAlias = npt.NDArray[np.float64]
 
-COLOURS = {  # the palette of Okabe and Ito, made to be told apart by everyone
+COLOURS = {  # after Okabe and Ito's palette, safe for colour-blind readers
     DEFAULT: "#00795a",
     "one_step": "#0072b2",
     "paper": "#a5427f",
@@ -54,15 +54,15 @@ ERROR_MAP = LinearSegmentedColormap.from_list(
 
 DATASET_NAMES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "digits"}
 
-PANEL, NARROW_PANEL = 4.1, 3.4  # inches, the side of a panel, two or three of them abreast
-PANEL_POINTS = 6_000  # drawn in a panel of trajectories; the paper's hundred starts have 275,000
-MIN_POINTS, MAX_POINTS = 60, 250  # of one trajectory
-MANY = 30  # trajectories above which they are drawn thin
-WIDE_RANGE = 3.0  # max / min above which an axis of errors is logarithmic
+PANEL, NARROW_PANEL = 4.1, 3.4  # side of a panel in inches, with two or three panels in a row
+PANEL_POINTS = 6_000  # points drawn per panel of trajectories; the paper's hundred starts have 275,000
+MIN_POINTS, MAX_POINTS = 60, 250  # points drawn per trajectory
+MANY = 30  # above this number, trajectories are drawn as thin lines
+WIDE_RANGE = 3.0  # above this ratio of maximum and minimum, an error axis is logarithmic
 
 
 def all_figures(spec: Spec, rows: list[Row]) -> dict[str, Figure]:
-    """Every figure of the report by name; fig5 only if `paper` and another estimator were run."""
+    """Return the figures of the report by name; fig5 needs `paper` and another estimator."""
     draw: dict[str, Callable[[Spec, list[Row]], Figure]] = {
         "fig1": trajectories,
         "fig2": before_and_after,
@@ -75,39 +75,43 @@ def all_figures(spec: Spec, rows: list[Row]) -> dict[str, Figure]:
 
 
 def trajectories(spec: Spec, rows: list[Row]) -> Figure:
-    """Fig. 1: where tuning moves (log10 L2, noise), over the validation error of fixed runs."""
+    """Fig. 1: paths of (log10 L2, noise) over the validation error of fixed runs."""
     with style():
         figure, panels = _grid(spec, "Where tuning moves the hyperparameters")
-        (l2_low, l2_high), (noise_low, noise_high) = spec.intervals()
+        l2, noise = spec.intervals()
         for network, tuning, axis in _each(spec, rows, panels):
-            colour = _colour(tuning.estimator)
             _landscape(spec, rows, network.network, axis)
             tuned = [s.tuned for s in starts(rows, network.network, tuning.estimator) if s.tuned]
-            width = 1.3 if len(tuned) <= MANY else 0.6
-            for row in tuned:
-                path = np.array([row.result.start, *[point[1:] for point in row.result.trajectory]])
-                x, y = _thin(path, len(tuned)).T
-                if len(tuned) <= MANY:
-                    axis.plot(x, y, color="white", lw=width + 1.4, alpha=0.7, zorder=3)
-                axis.plot(x, y, color=colour, lw=width, alpha=0.75, zorder=4)
-            first = np.array([row.result.start for row in tuned])
-            last = np.array([row.result.end for row in tuned])
-            _points(axis, first, "white", ms=5, mec=colour, mew=1.2, zorder=5)
-            _points(axis, last, colour, zorder=6)
-            axis.set(xlim=(l2_low, l2_high), ylim=(noise_low, noise_high))
-            axis.set(xlabel="log₁₀ L2", ylabel="standard deviation of the input noise")
-            at_zero = f"{tuning.noise_at_low_end} of {len(tuned)} near {noise_low:g}"
+            _paths(axis, tuned, _colour(tuning.estimator))
+            axis.set(xlim=l2, ylim=noise, xlabel="log₁₀ L2", ylabel="standard deviation of the input noise")
+            at_zero = f"{tuning.noise_at_low_end} of {len(tuned)} near {noise[0]:g}"
             end = tuning.noise_end
             finding = f"median end noise {end.median:.2f}; {at_zero}" if end else ""
             _title(spec, axis, network, tuning.estimator, finding)
             if not tuned:
-                _note(axis, f"No tuned arm of {tuning.estimator} is stored yet.")
+                note(axis, f"No tuned arm of {tuning.estimator} is stored yet.")
         _legend_of_points(figure)
         return figure
 
 
+def _paths(axis: Axes, tuned: list[Row], colour: str) -> None:
+    """Draw each run from its start (hollow) to its end (filled)."""
+    few = len(tuned) <= MANY
+    width = 1.3 if few else 0.6
+    for row in tuned:
+        path = np.array([row.result.start, *[point[1:] for point in row.result.trajectory]])
+        x, y = _subsampled(path, len(tuned)).T
+        if few:
+            axis.plot(x, y, color="white", lw=width + 1.4, alpha=0.7, zorder=3)
+        axis.plot(x, y, color=colour, lw=width, alpha=0.75, zorder=4)
+    first = np.array([row.result.start for row in tuned])
+    last = np.array([row.result.end for row in tuned])
+    _points(axis, first, "white", ms=5, mec=colour, mew=1.2, zorder=5)
+    _points(axis, last, colour, zorder=6)
+
+
 def before_and_after(spec: Spec, rows: list[Row]) -> Figure:
-    """Fig. 2: test error of each start with its hyperparameters fixed, and tuned."""
+    """Fig. 2: test error of each start with fixed and with tuned hyperparameters."""
 
     def panel(axis: Axes, found: list[Start], tuning: Tuning) -> str:
         pairs = _errors(found, "initial")
@@ -128,7 +132,7 @@ def before_and_after(spec: Spec, rows: list[Row]) -> Figure:
 
 
 def end_and_rerun(spec: Spec, rows: list[Row]) -> Figure:
-    """Fig. 3: test error at the end of tuning, and of a fresh run fixed at the tuned values."""
+    """Fig. 3: test error at the end of tuning and of a re-run fixed at the tuned values."""
     images = TEST_IMAGES[spec.dataset]
 
     def panel(axis: Axes, found: list[Start], tuning: Tuning) -> str:
@@ -152,7 +156,7 @@ def end_and_rerun(spec: Spec, rows: list[Row]) -> Figure:
 
 
 def time_per_epoch(spec: Spec, rows: list[Row]) -> Figure:
-    """Fig. 4: seconds per epoch, plain and tuned, start by start, and what tuning adds."""
+    """Fig. 4: seconds per epoch without and with tuning, and the difference, start by start."""
     with style():
         networks, names = measure(spec, rows).networks, estimators(spec)
         size = (2 * PANEL + 1.2, 3.3 * len(networks) + 0.7)
@@ -163,14 +167,14 @@ def time_per_epoch(spec: Spec, rows: list[Row]) -> Figure:
             by_name = {e: starts(timed(spec, rows), network.network, e) for e in names}
             _seconds(seconds, by_name)
             medians = {t.estimator: t.overhead_percent for t in network.tunings}
-            _overheads(overhead, by_name, medians, headliner(spec))
+            _overheads(overhead, by_name, medians, main_estimator(spec))
             if len(networks) > 1:
                 seconds.set_title(f"{network.network}\n{seconds.get_title(loc='left')}", loc="left")
         return figure
 
 
 def eq6(spec: Spec, rows: list[Row]) -> Figure:
-    """Fig. 5: `paper` (Eq. 6 as printed) beside the study's other estimator, from the same starts."""
+    """Fig. 5: `paper` (Eq. 6 as printed) and the reference estimator, from the same starts."""
     with style():
         names = (reference(spec), "paper")
         networks = measure(spec, rows).networks
@@ -191,13 +195,13 @@ def eq6(spec: Spec, rows: list[Row]) -> Figure:
 
 
 def by(estimator: str) -> str:
-    """How a run was tuned, as words after "tuned" or "tuning"."""
+    """Return the words that follow "tuned" or "tuning"."""
     return "with midflight’s defaults" if estimator == DEFAULT else f"by {estimator}"  # noqa: RUF001
 
 
 def _grid(spec: Spec, title: str) -> tuple[Figure, Any]:
     rows, columns = len(dict.fromkeys(spec.networks)), len(estimators(spec))
-    panel = PANEL if columns <= 2 else NARROW_PANEL  # the page scales a wide figure down, and its text
+    panel = PANEL if columns <= 2 else NARROW_PANEL  # the page shrinks wide figures together with their text
     size = (max(panel * columns + 0.9, 6.2), (panel + 0.25) * rows + 0.8)
     figure = Figure(figsize=size, layout="constrained")
     _suptitle(spec, figure, title)
@@ -231,23 +235,8 @@ def _colour(estimator: str) -> str:
     return COLOURS.get(estimator, OTHER_COLOUR)
 
 
-def _note(axis: Axes, words: str) -> None:
-    axis.text(
-        0.5,
-        0.5,
-        words,
-        transform=axis.transAxes,
-        ha="center",
-        va="center",
-        color=MUTED,
-        in_layout=False,  # inside the panel already
-        zorder=9,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
-    )
-
-
 def _points(axis: Axes, points: Values, colour: str, mark: str = "o", **options: Any) -> None:
-    if len(points):  # a line of no points, not clipped, would claim the corner of the figure
+    if len(points):  # an empty unclipped line would extend the layout to the corner of the figure
         style: dict[str, Any] = {
             "ms": 6.5,
             "mfc": colour,
@@ -259,35 +248,30 @@ def _points(axis: Axes, points: Values, colour: str, mark: str = "o", **options:
         axis.plot(*points.T, mark, **(style | options))
 
 
-def _thin(path: Values, of: int) -> Values:
-    """At most so many points of a path that `of` of them fit into a panel; the ends are kept."""
-    most = min(max(PANEL_POINTS // max(of, 1), MIN_POINTS), MAX_POINTS)
+def _subsampled(path: Values, paths: int) -> Values:
+    """Return evenly spaced points of one of `paths` paths in a panel; keep its ends."""
+    most = min(max(PANEL_POINTS // max(paths, 1), MIN_POINTS), MAX_POINTS)
     return path if len(path) <= most else path[np.linspace(0, len(path) - 1, most).round().astype(int)]
 
 
 def _landscape(spec: Spec, rows: list[Row], network: str, axis: Axes) -> None:
-    """The validation error of the grid: contours when all of it is there, points until then."""
+    """Draw the validation error of the grid: contours of a complete grid, points of a partial one."""
     by_arm = {row.arm: 100 * row.result.valid_error for row in rows}
     arms = [Arm(network, "landscape", "", i) for i in range(spec.landscape**2)]
     points = np.array([[*spec.grid_point(a.index), by_arm[a]] for a in arms if a in by_arm])
     if not len(points):
-        what = "no run stored yet" if arms else "not run (--landscape)"
-        paper = {"facecolor": "white", "linewidth": 0, "alpha": 0.85, "pad": 1}
-        axis.text(
-            0.02, 0.98, f"landscape: {what}", transform=axis.transAxes, va="top", color=MUTED, fontsize=8,
-            bbox=paper, zorder=10,
-        )  # fmt: skip
+        _landscape_note(axis, "no run stored yet" if arms else "not run (--landscape)")
         return
     low, high = float(points[:, 2].min()), float(points[:, 2].max())
-    wide = low > 0 and high > WIDE_RANGE * low
+    log = low > 0 and high > WIDE_RANGE * low
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
-    norm: Normalize = LogNorm(low, high) if wide else Normalize(low, high)
+    norm: Normalize = LogNorm(low, high) if log else Normalize(low, high)
     drawn: Any
     if len(points) == len(arms) and spec.landscape >= 2:
         n = spec.landscape
         x, y, z = points[:n, 0], points[::n, 1], points[:, 2].reshape(n, n)
-        levels = np.geomspace(low, high, 15) if wide else np.linspace(low, high, 15)
+        levels = np.geomspace(low, high, 15) if log else np.linspace(low, high, 15)
         levels[[0, -1]] = low * (1 - 1e-9) if low > 0 else low - 1e-9, high * (1 + 1e-9)
         drawn = axis.contourf(x, y, z, levels=levels, norm=norm, cmap=ERROR_MAP, zorder=0)
     else:
@@ -295,30 +279,35 @@ def _landscape(spec: Spec, rows: list[Row], network: str, axis: Axes) -> None:
             points[:, 0], points[:, 1], c=points[:, 2], s=160, marker="s", norm=norm, cmap=ERROR_MAP
         )
         drawn.set(zorder=0, edgecolors="none", clip_on=False)
-        axis.text(
-            0.02,
-            0.98,
-            f"landscape: {len(points)} of {len(arms)} runs so far",
-            transform=axis.transAxes,
-            va="top",
-            color=MUTED,
-            fontsize=8,
-        )
+        _landscape_note(axis, f"{len(points)} of {len(arms)} runs so far")
+    _colour_bar(axis, drawn, low, high, log)
+
+
+def _landscape_note(axis: Axes, words: str) -> None:
+    axis.text(
+        0.02, 0.98, f"landscape: {words}", transform=axis.transAxes, va="top", color=MUTED, fontsize=8,
+        bbox={"facecolor": "white", "linewidth": 0, "alpha": 0.85, "pad": 1}, zorder=10,
+    )  # fmt: skip
+
+
+def _colour_bar(axis: Axes, drawn: Any, low: float, high: float, log: bool) -> None:
+    """Draw the scale of a row of panels, beside its last panel."""
+    place: Any = axis.get_subplotspec()
+    if not place.is_last_col():
+        return
     figure = axis.get_figure()
     assert figure is not None
-    if axis.get_subplotspec().is_last_col():  # type: ignore[union-attr]
-        columns = axis.get_subplotspec().get_gridspec().ncols  # type: ignore[union-attr]
-        row = axis.get_subplotspec().rowspan.start  # type: ignore[union-attr]
-        bar = figure.colorbar(drawn, ax=figure.axes[row * columns : (row + 1) * columns], pad=0.02, aspect=30)
-        bar.set_label("validation error of fixed runs (%)")
-        bar.outline.set_visible(False)
-        ticks = _nice(low, high) if wide else MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
-        bar.set_ticks([t for t in ticks if low <= t <= high])
-        bar.ax.yaxis.set_minor_locator(NullLocator())
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    row, columns = place.rowspan.start, place.get_gridspec().ncols
+    bar = figure.colorbar(drawn, ax=figure.axes[row * columns : (row + 1) * columns], pad=0.02, aspect=30)
+    bar.set_label("validation error of fixed runs (%)")
+    bar.outline.set_visible(False)
+    ticks = _log_ticks(low, high) if log else MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
+    bar.set_ticks([t for t in ticks if low <= t <= high])
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
 
-def _nice(low: float, high: float) -> list[float]:
+def _log_ticks(low: float, high: float) -> list[float]:
     steps = (1, 1.5, 2, 3, 4, 5, 7) if high < 10 * low else (1, 2, 3, 5)
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     return [float(s) * 10.0**d for d in decades for s in steps]
@@ -334,7 +323,7 @@ def _legend_of_points(figure: Figure) -> None:
 
 
 def _errors(found: list[Start], before: str) -> Values:
-    """Rows of (test error of the fixed arm, of the tuned arm) in percent, shape (n, 2)."""
+    """Return (test error of the fixed arm, of the tuned arm) in percent, shape (n, 2)."""
     both = ((error_of(getattr(s, before)), error_of(s.tuned)) for s in found)
     return np.array([(100 * a, 100 * b) for a, b in both if a is not None and b is not None]).reshape(-1, 2)
 
@@ -347,7 +336,7 @@ def _scatter(
     labels: tuple[str, str],
     panel: Callable[[Axes, list[Start], Tuning], str],
 ) -> Figure:
-    """A square panel per network and estimator; the panels of a network share their axes."""
+    """Draw a square panel per network and estimator; panels of a network share their limits."""
     with style():
         figure, panels = _grid(spec, title)
         each = _each(spec, rows, panels)
@@ -361,12 +350,12 @@ def _scatter(
             _title(spec, axis, network, tuning.estimator, panel(axis, here, tuning) if drawn else "")
             if not drawn:
                 arms = {"initial": "an initial and a tuned arm", "rerun": "a tuned and a re-run arm"}[before]
-                _note(axis, f"No start has {arms}\nof {tuning.estimator} stored yet.")
+                note(axis, f"No start has {arms}\nof {tuning.estimator} stored yet.")
         return figure
 
 
 def _square(axis: Axes, values: Values) -> None:
-    """Equal limits around the values (percent); logarithmic if their range is wide."""
+    """Set equal limits around the values (percent), on logarithmic axes if the range is wide."""
     if not values.size:
         axis.set(xticks=[], yticks=[])
         return
@@ -389,7 +378,7 @@ def _square(axis: Axes, values: Values) -> None:
 
 
 def _seconds(axis: Axes, by_name: dict[str, list[Start]]) -> None:
-    """Seconds per epoch: plain in the first column, each estimator in one of its own."""
+    """Draw seconds per epoch: initial runs in the first column, then one column per estimator."""
     columns = ["plain", *by_name]
     lists = [[epoch_seconds(s.initial) for s in next(iter(by_name.values()))]]
     lists += [[epoch_seconds(s.tuned) for s in found] for found in by_name.values()]
@@ -400,7 +389,7 @@ def _seconds(axis: Axes, by_name: dict[str, list[Start]]) -> None:
     axis.tick_params(axis="x", length=0)
     if not np.isfinite(values).any():
         axis.set_yticks([])
-        _note(axis, "No timed arm is stored yet.")
+        note(axis, "No timed arm is stored yet.")
         return
     for column, (name, seconds) in enumerate(zip(columns, values, strict=True)):
         colour = MUTED if column == 0 else _colour(name)
@@ -419,7 +408,7 @@ def _seconds(axis: Axes, by_name: dict[str, list[Start]]) -> None:
 def _overheads(
     axis: Axes, by_name: dict[str, list[Start]], medians: dict[str, Spread | None], first: str
 ) -> None:
-    """What tuning adds to an epoch, one line of points per estimator, beside the paper's figure."""
+    """Draw the time that tuning adds to an epoch, one line per estimator, beside the paper's number."""
     found = {n: [o for s in f if (o := overhead_percent(s)) is not None] for n, f in by_name.items()}
     of_first = medians[first]
     finding = f"Tuning {by(first)} adds {of_first.median:+.1f} %" if of_first else "What tuning adds"
@@ -440,7 +429,7 @@ def _overheads(
         if median is None:
             axis.text(1, y, "no start has both arms timed yet", va="center", color=MUTED, fontsize=9)
             continue
-        axis.plot(values, y + 0.3 * _apart(len(values)), "o", ms=5, mfc=colour, mec="none", alpha=0.4)
+        axis.plot(values, y + 0.3 * _jitter(len(values)), "o", ms=5, mfc=colour, mec="none", alpha=0.4)
         axis.plot([median.quartile_low, median.quartile_high], [y, y], color=colour, lw=2.5)
         axis.plot([median.median], [y], "D", ms=8, mfc=colour, mec="white", mew=1)
         axis.annotate(
@@ -464,8 +453,8 @@ def _overheads(
     axis.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
 
 
-def _apart(n: int) -> Values:
-    """n offsets in [-0.5, 0.5), evenly filled, so that equal points do not hide each other."""
+def _jitter(n: int) -> Values:
+    """Return n evenly spread offsets in [-0.5, 0.5), so that equal points do not overlap."""
     golden = (np.sqrt(5) - 1) / 2
     return np.asarray((np.arange(1, n + 1) * golden) % 1 - 0.5)
 
@@ -480,7 +469,7 @@ def _side_by_side(
     comparison = next((c for c in network.comparisons if (c.estimator, c.other) == (names[0], "paper")), None)
     if comparison is None or not len(pairs):
         axis.set_title("Test error at the end")
-        _note(axis, f"No start has tuned arms of both\n{names[0]} and paper stored yet.")
+        note(axis, f"No start has tuned arms of both\n{names[0]} and paper stored yet.")
         return
     axis.set_title(
         f"Test error at the end\n{names[0]} is lower in {comparison.lower} of {comparison.pairs} starts"
@@ -507,9 +496,9 @@ def _noise_over_steps(spec: Spec, axis: Axes, tuned: list[Row], tuning: Tuning) 
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
     if not tuned:
-        _note(axis, f"No tuned arm of {tuning.estimator} is stored yet.")
+        note(axis, f"No tuned arm of {tuning.estimator} is stored yet.")
         return
-    paths = [_thin(np.array(noise_path(row)), len(tuned)) for row in tuned]
+    paths = [_subsampled(np.array(noise_path(row)), len(tuned)) for row in tuned]
     for path in paths:
         axis.plot(*path.T, color=colour, lw=1.1, alpha=0.45, clip_on=False)
         axis.plot(*path[-1], "o", ms=4.5, mfc=colour, mec="white", mew=0.6, clip_on=False, zorder=5)

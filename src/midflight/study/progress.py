@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: arms done, where the hyperparameters are, time left."""
+"""Show a running study in the terminal: arms done, current hyperparameters, time left."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +17,13 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from midflight.study.run import Tick
+from midflight.study.run import EpochDone
 from midflight.study.spec import Arm, Spec, widths
 from midflight.study.store import Row
 
 
 class StudyProgress:
-    """Feeds a rich progress bar from the callbacks of `run_study`."""
+    """Update a rich progress bar from the callbacks of `run_study`."""
 
     def __init__(self, progress: Progress, spec: Spec, done: list[Row]) -> None:
         self._progress = progress
@@ -36,18 +36,18 @@ class StudyProgress:
         self.now = Text("starting the workers")
         self._update_work()
 
-    def on_tick(self, tick: Tick) -> None:
-        """An epoch is done."""
-        self._epochs[tick.arm] = tick.epoch
-        l2, noise = tick.point
+    def on_epoch(self, done: EpochDone) -> None:
+        """Show the epoch that was just trained."""
+        self._epochs[done.arm] = done.epoch
+        l2, noise = done.point
         self.now.plain = (
-            f"{_label(tick.arm)}, epoch {tick.epoch}: L2 10^{l2:.2f}, noise {noise:.2f}, "
-            f"T2 error {100 * tick.valid_error:.2f} %"
+            f"{_label(done.arm)}, epoch {done.epoch}: L2 10^{l2:.2f}, noise {noise:.2f}, "
+            f"T2 error {100 * done.valid_error:.2f} %"
         )
         self._update_work()
 
     def on_row(self, row: Row) -> None:
-        """An arm is stored."""
+        """Count an arm that was just stored."""
         self._progress.advance(self._arms)
 
     def _update_work(self) -> None:
@@ -61,7 +61,7 @@ class StudyProgress:
 
 @contextmanager
 def showing_progress(spec: Spec, done: list[Row], console: Console) -> Iterator[StudyProgress]:
-    """A progress bar for a study of which the arms `done` are stored already."""
+    """Show a progress bar; the arms in `done` are stored already."""
     progress = Progress(
         TextColumn("arms"),
         BarColumn(),
@@ -77,7 +77,7 @@ def showing_progress(spec: Spec, done: list[Row], console: Console) -> Iterator[
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """Counted in epochs weighted by the size of the network, of which there are more than arms."""
+    """Time left, estimated from epochs weighted by network size, which is finer than whole arms."""
 
     max_refresh = 1.0
 

@@ -1,10 +1,8 @@
-"""One page that puts each of the paper's statements beside what was measured.
+"""Write a page that compares each statement of the paper with this study's measurement.
 
-Every number comes from `summarise`; this file only words and formats. The page needs nothing but
-itself: style and figures are inside, and it holds no script.
+Every number comes from `summarise`; this file only formats. The page is one file without scripts.
 """
 
-import base64
 import html
 import json
 import re
@@ -12,53 +10,53 @@ import shlex
 from dataclasses import asdict, fields
 from math import isfinite
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
 
-from midflight._reporting.figures import replace_file, save
+from midflight._reporting.figures import save
+from midflight._reporting.page import data_uri, write_page
 from midflight.study.figures import DATASET_NAMES, all_figures, by
 from midflight.study.spec import DEFAULT, PRESETS, Spec
 from midflight.study.store import Store
-from midflight.study.summary import NEAR_LOW_END, POOR, estimators, headliner, reference, summarise
+from midflight.study.summary import NEAR_LOW_END, POOR, estimators, main_estimator, reference, summarise
 
 Numbers: TypeAlias = dict[str, Any]
 """`summarise`, or a part of it."""
 
-NONE = "–"  # noqa: RUF001 - a typographic dash stands where a number is missing
+NONE = "–"  # noqa: RUF001 - a typographic dash marks a missing number
 
 _CAPTIONS = {
     "fig1": (
         "Where tuning moves",
-        "Each line is one training run: from its random start (hollow) to the end of tuning (filled). Behind "
-        "it, the validation error of runs whose hyperparameters stayed fixed: lighter is better. Tuning that "
-        "works ends where it is light, from anywhere. All landscape runs share one seed.",
+        "Each line is one training run, from its random start (hollow) to the end of tuning (filled). The "
+        "background is the validation error of runs with fixed hyperparameters; lighter is better. Good "
+        "tuning ends in a light area from any start. All background runs share one seed.",
     ),
     "fig2": (
         "Before and after",
-        "Each mark is one start: across, its test error with the hyperparameters fixed at the start; up, its "
-        "test error when they were tuned during that same training. Below the diagonal tuning helped; "
-        "above it, marked by a cross, it did harm.",
+        "Each mark is one start. Horizontal axis: test error with the hyperparameters fixed at the start. "
+        "Vertical axis: test error with the hyperparameters tuned during training. Tuning helped below the "
+        "diagonal and harmed above it (crosses).",
     ),
     "fig3": (
         "End of tuning and re-run",
-        "Each mark is one start: up, the test error at the end of tuning; across, that of a fresh training "
-        "fixed at the tuned values. The band is one standard error of a test error; filled marks lie in it. "
-        "Above the band a fresh training would have been worth its time.",
+        "Each mark is one start. Horizontal axis: test error of a fresh training fixed at the tuned values. "
+        "Vertical axis: test error at the end of tuning. The band is one standard error of a test error; "
+        "filled marks lie inside. Above the band, a fresh training pays off.",
     ),
     "fig4": (
-        "What it costs",
-        "Left: mean seconds of training per epoch, a dot per start and a line at the median. Right: what "
-        "tuning adds, each start against its own plain run; the diamond is the median, the bar spans the "
-        "quartiles. All epochs count, on a GPU without the first, in which torch compiles.",
+        "Time per epoch",
+        "Left: mean seconds of training per epoch, one dot per start; the line is the median. Right: time "
+        "that tuning adds to the initial run of the same start; the diamond is the median, the bar spans "
+        "the quartiles. On a GPU the first epoch is excluded, because torch compiles in it.",
     ),
     "fig5": (
-        "Eq. 6 shown, not told",
-        "Left: test error at the end of tuning by either estimator, one mark per start. Middle and right: "
-        "the noise of the same starts while each estimator moves it, and their median. Where an estimate "
-        "carries a signal, lines from different starts approach each other.",
+        "Eq. 6 against the other estimator",
+        "Left: test error at the end of tuning with each estimator, one mark per start. Middle and right: "
+        "the noise of these starts during tuning, and its median. If an estimate carries a signal, lines "
+        "from different starts approach each other.",
     ),
 }
 
@@ -77,12 +75,12 @@ _TEXT_AND_NOTEBOOK = (
 
 
 def write_report(store: Store, run: str, folder: Path, checks: list[dict[str, Any]] | None = None) -> Path:
-    """Write the figures (PNG and SVG) and report.html of a run; a partial run is reported as such.
+    """Write the figures (PNG and SVG) and report.html of a run; the page says if the run is incomplete.
 
     Args:
-        run: its name in the store.
-        folder: to write to; made if it is not there.
-        checks: the table of `midflight check`, one dict per line; None leaves the section out.
+        run: name of the run in the store.
+        folder: output folder; created if missing.
+        checks: the table of `midflight check`, one dict per line; None omits the section.
 
     Returns:
         The path of report.html.
@@ -93,47 +91,35 @@ def write_report(store: Store, run: str, folder: Path, checks: list[dict[str, An
     spec, rows = store.spec(run), store.rows(run)
     svgs = [p for p in save(all_figures(spec, rows), folder) if p.suffix == ".svg"]
     summary = summarise(spec, rows)
-    page = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            run=run,
-            machine=store.machine(run),
-            spec=spec,
-            dataset=DATASET_NAMES[spec.dataset],
-            summary=summary,
-            headline=_headline(summary, headliner(spec)),
-            others=[e for e in estimators(spec) if e != DEFAULT],
-            choices=_choices(spec),
-            networks=[
-                {
-                    "name": network["network"],
-                    "arms": [_arm_line(network, arm) for arm in network["arms"]],
-                    "statements": _statements(summary, network),
-                    "comparisons": [_comparison(c) for c in network["comparisons"] if c["pairs"]],
-                    "tunings": network["tunings"],
-                }
-                for network in summary["networks"]
-            ],
-            worse=_made_worse(summary),
-            estimators=estimators(spec),
-            reference=reference(spec),
-            figures=[(svg.stem, *_CAPTIONS[svg.stem], _data_uri(svg.read_bytes())) for svg in svgs],
-            checks=_check_table(checks) if checks else None,
-            cosines=_paper_cosines(checks or []),
-            differences=_TEXT_AND_NOTEBOOK,
-            commands=_commands(spec, run),
-            poor=POOR,
-            near_low_end=f"{100 * NEAR_LOW_END:g} %",
-        )
-    )
     path = folder / "report.html"
-    replace_file(path, page.encode())
+    write_page(
+        path,
+        "midflight.study",
+        "report.html.j2",
+        {"sup": _superscripts, "typeset": _typeset},
+        run=run,
+        machine=store.machine(run),
+        spec=spec,
+        dataset=DATASET_NAMES[spec.dataset],
+        summary=summary,
+        headline=_headline(summary, main_estimator(spec)),
+        others=[e for e in estimators(spec) if e != DEFAULT],
+        choices=_choices(spec),
+        networks=[_network(summary, network) for network in summary["networks"]],
+        worse=_made_worse(summary),
+        estimators=estimators(spec),
+        reference=reference(spec),
+        figures=[(svg.stem, *_CAPTIONS[svg.stem], data_uri(svg)) for svg in svgs],
+        checks=_check_table(checks) if checks else None,
+        cosines=_paper_cosines(checks or []),
+        differences=_TEXT_AND_NOTEBOOK,
+        commands=_commands(spec, run),
+    )
     return path
 
 
 def as_json(store: Store, run: str) -> str:
-    """The spec and every number of the report, for machines; null where rows are missing.
+    """Return the spec and every number of the report as JSON; null where rows are missing.
 
     Raises:
         UnknownName: the store has no such run.
@@ -149,7 +135,7 @@ def as_json(store: Store, run: str) -> str:
 
 
 def summary_table(summary: Numbers) -> Table:
-    """The final table of a study for the terminal: a line per network and arm."""
+    """Return the table of a study for the terminal: one line per network and arm."""
     state = "" if summary["complete"] else ", incomplete"
     table = Table(title=f"{summary['arms_done']} of {summary['arms_planned']} arms{state}")
     table.add_column("network")
@@ -173,25 +159,23 @@ def summary_table(summary: Numbers) -> Table:
     return table
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("midflight.study", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["sup"], environment.filters["typeset"] = _superscripts, _typeset
-    return environment
+def _network(summary: Numbers, network: Numbers) -> Numbers:
+    return {
+        "name": network["network"],
+        "arms": [_arm_line(network, arm) for arm in network["arms"]],
+        "statements": _statements(summary, network),
+        "comparisons": [_comparison(c) for c in network["comparisons"] if c["pairs"]],
+        "tunings": network["tunings"],
+    }
 
 
 def _superscripts(text: str) -> Markup:
-    """10^−5.5 as a superscript; everything else escaped."""
+    """Turn 10^−5.5 into a superscript; escape everything else."""
     return Markup(re.sub(r"\^([−λ\d.]*[λ\d])", r"<sup>\1</sup>", html.escape(text)))  # noqa: RUF001
 
 
 def _headline(summary: Numbers, estimator: str) -> str:
-    """One sentence on one way to tune and the first network."""
+    """Return one sentence on one estimator and the first network."""
     network = summary["networks"][0]
     tuning = next(t for t in network["tunings"] if t["estimator"] == estimator)
     before, after = tuning["initial_test_error_percent"], tuning["tuned_test_error_percent"]
@@ -201,7 +185,7 @@ def _headline(summary: Numbers, estimator: str) -> str:
         f"Tuning {by(estimator)} while training took the median test error of "
         f"{_starts(tuning['pairs'])} from {before['median']:.2f} % to {after['median']:.2f} %"
     )
-    cost = _plus(tuning["overhead_percent"])
+    cost = _signed_percent(tuning["overhead_percent"])
     time = f", at {cost} time per epoch" if cost != NONE else ""
     worse = f"; it made {_starts(tuning['better'])} better and {tuning['worse']} worse"
     where = f" ({network['network']})" if len(summary["networks"]) > 1 else ""
@@ -243,32 +227,38 @@ def _arm_line(network: Numbers, arm: Numbers) -> dict[str, str]:
         else NONE,
         "rescued": f"{tuning['rescued']} of {tuning['pairs']}" if tuning and paired else "",
         "worse": f"{tuning['worse']} of {tuning['pairs']}" if tuning and paired else "",
-        "overhead": _plus(tuning["overhead_percent"]) if tuning else "",
+        "overhead": _signed_percent(tuning["overhead_percent"]) if tuning else "",
         "seconds": f"{arm['epoch_seconds']['median']:.3g}" if arm["epoch_seconds"] else NONE,
     }
 
 
-def _statements(summary: Numbers, network: Numbers) -> list[Numbers]:
-    """A line per statement of the paper: what it says, what each estimator gave, how it is defined."""
+class _Statement(NamedTuple):
+    """A statement of the paper, with (value, details) of each estimator and how the value is defined."""
+
+    statement: str
+    paper: str
+    measured: list[tuple[str, str]]
+    definition: str
+
+
+def _statements(summary: Numbers, network: Numbers) -> list[_Statement]:  # one table, so one long function
     paper, tunings = summary["paper"], network["tunings"]
     tuned = [a["test_error_percent"] for a in network["arms"] if a["kind"] == "tuned"]
     poor = network["poor_above_test_error_percent"]
     low, high = paper["good_starts_end_at_test_error_percent"]
     good = paper["good_starts_below_test_error_percent"]
-    above = f" (here {poor:.2f} %)" if poor is not None else ""
+    here = f" ({poor:.2f} % here)" if poor is not None else ""
     return [
-        {
-            "statement": "Test error after tuning",
-            "paper": f"about {paper['tuned_test_error_percent']:g} %",
-            "measured": [
-                (f"{e['median']:.2f} %", f"quartiles {_quartiles(e)}") if e else (NONE, "") for e in tuned
-            ],
-            "definition": "Median over the tuned runs.",
-        },
-        {
-            "statement": "Starts rescued",
-            "paper": f"{paper['rescued_percent_of_starts']:g} %",
-            "measured": [
+        _Statement(
+            "Test error after tuning",
+            f"about {paper['tuned_test_error_percent']:g} %",
+            [(f"{e['median']:.2f} %", f"quartiles {_quartiles(e)}") if e else (NONE, "") for e in tuned],
+            "Median over the tuned runs.",
+        ),
+        _Statement(
+            "Starts rescued",
+            f"{paper['rescued_percent_of_starts']:g} %",
+            [
                 _share(
                     t["rescued_percent_of_starts"],
                     t["rescued"],
@@ -277,62 +267,60 @@ def _statements(summary: Numbers, network: Numbers) -> list[Numbers]:
                 )
                 for t in tunings
             ],
-            "definition": f"A start is poor if, fixed, it errs by more than {POOR:g} times the lowest test "
-            f"error of all fixed runs of this network{above}, and rescued if, tuned, it does not. Share of "
-            "all starts. The threshold is ours.",
-        },
-        {
-            "statement": "Runs on the diagonal of Fig. 3",
-            "paper": f"{paper['on_diagonal_percent']:g} %",
-            "measured": [_share(t["on_diagonal_percent"], t["on_diagonal"], t["reruns"]) for t in tunings],
-            "definition": "The test errors at the end of tuning and of the re-run differ by at most one "
-            f"standard error of a test error, √(p(1−p)/{summary['test_images']:,}), p their mean. "  # noqa: RUF001
+            f"A start is poor if its initial run exceeds {POOR:g} times the lowest test error of all fixed "
+            f"runs of this network{here}. It is rescued if its tuned run does not. Share of all starts. "
             "The threshold is ours.",
-        },
-        {
-            "statement": "End of tuning against re-run",
-            "paper": "compared in Fig. 3",
-            "measured": [_difference(t["tuned_minus_rerun_points"]) for t in tunings],
-            "definition": "Test error at the end of tuning minus that of a fresh run fixed at the tuned "
-            "values, start by start, in percentage points; below 0 the end of tuning is better.",
-        },
-        {
-            "statement": "Time that tuning adds",
-            "paper": f"{paper['overhead_percent']:+.2f} %",
-            "measured": [
-                (_plus(o), _typeset(f"quartiles {o['quartile_low']:+.1f} to {o['quartile_high']:+.1f}"))
-                if (o := t["overhead_percent"])
-                else (NONE, "")
-                for t in tunings
-            ],
-            "definition": "Mean epoch of the tuned run over mean epoch of the plain run of the same start, "
-            "minus 1. Median over starts.",
-        },
-        {
-            "statement": "The noise goes to 0",
-            "paper": "every start of Fig. 1",
-            "measured": [
-                _share(
-                    t["noise_at_low_end_percent"],
-                    t["noise_at_low_end"],
-                    t["noise_end"]["count"] if t["noise_end"] else 0,
-                    f"; median {t['noise_end']['median']:.2f}" if t["noise_end"] else "",
-                )
-                for t in tunings
-            ],
-            "definition": f"Tuned runs that end within {100 * NEAR_LOW_END:g} % of the noise interval "
-            "from its lower end.",
-        },
-        {
-            "statement": "Starts that tuning made worse",
-            "paper": f"good starts, under {good:g} %, end at {low:g} to {high:g} %",
-            "measured": [
+        ),
+        _Statement(
+            "Runs on the diagonal of Fig. 3",
+            f"{paper['on_diagonal_percent']:g} %",
+            [_share(t["on_diagonal_percent"], t["on_diagonal"], t["reruns"]) for t in tunings],
+            "The test errors at the end of tuning and of the re-run differ by at most one standard error, "
+            f"√(p(1−p)/{summary['test_images']:,}), where p is their mean. The threshold is ours.",  # noqa: RUF001
+        ),
+        _Statement(
+            "End of tuning against re-run",
+            "compared in Fig. 3",
+            [_difference(t["tuned_minus_rerun_points"]) for t in tunings],
+            "Test error at the end of tuning minus that of a fresh run fixed at the tuned values, start by "
+            "start, in percentage points. Below 0, the end of tuning is better.",
+        ),
+        _Statement(
+            "Time that tuning adds",
+            f"{paper['overhead_percent']:+.2f} %",
+            [_overhead(t["overhead_percent"]) for t in tunings],
+            "Mean epoch time of the tuned run over that of the initial run of the same start, minus 1. "
+            "Median over starts.",
+        ),
+        _Statement(
+            "The noise goes to 0",
+            "every start of Fig. 1",
+            [_noise_at_low_end(t) for t in tunings],
+            f"Tuned runs whose noise ends in the lowest {100 * NEAR_LOW_END:g} % of its interval.",
+        ),
+        _Statement(
+            "Starts that tuning made worse",
+            f"good starts, under {good:g} %, end at {low:g} to {high:g} %",
+            [
                 (f"{t['worse']} of {t['pairs']}", _about_worse(t, good)) if t["pairs"] else (NONE, "")
                 for t in tunings
             ],
-            "definition": "Starts whose tuned test error is higher than their initial one.",
-        },
+            "Starts with a higher test error after tuning.",
+        ),
     ]
+
+
+def _overhead(spread: Numbers | None) -> tuple[str, str]:
+    if spread is None:
+        return NONE, ""
+    quartiles = f"quartiles {spread['quartile_low']:+.1f} to {spread['quartile_high']:+.1f}"
+    return _signed_percent(spread), _typeset(quartiles)
+
+
+def _noise_at_low_end(tuning: Numbers) -> tuple[str, str]:
+    end = tuning["noise_end"]
+    count, more = (end["count"], f"; median {end['median']:.2f}") if end else (0, "")
+    return _share(tuning["noise_at_low_end_percent"], tuning["noise_at_low_end"], count, more)
 
 
 def _about_worse(tuning: Numbers, good: float) -> str:
@@ -368,12 +356,12 @@ def _quartiles(spread: Numbers | None) -> str:
     return f"{spread['quartile_low']:.2f} to {spread['quartile_high']:.2f}" if spread else NONE
 
 
-def _plus(spread: Numbers | None) -> str:
+def _signed_percent(spread: Numbers | None) -> str:
     return _typeset(f"{spread['median']:+.1f} %") if spread else NONE
 
 
 def _typeset(text: str) -> str:
-    """Minus signs before digits; no line break between a number and its %."""
+    """Set minus signs before digits and no-break spaces before %."""
     return re.sub(r"(?<!\w)-(?=[\d.])", "−", text).replace(" %", "\N{NO-BREAK SPACE}%")  # noqa: RUF001
 
 
@@ -382,12 +370,12 @@ def _starts(count: int) -> str:
 
 
 def _choices(spec: Spec) -> list[tuple[str, str, str]]:
-    """(field, this study, the paper preset) of everything that was chosen."""
+    """Return (field, this study, preset "paper") of every setting."""
     paper = PRESETS["paper"]
-    return [(f.name, _shown(getattr(spec, f.name)), _shown(getattr(paper, f.name))) for f in fields(Spec)]
+    return [(f.name, _as_text(getattr(spec, f.name)), _as_text(getattr(paper, f.name))) for f in fields(Spec)]
 
 
-def _shown(value: object) -> str:
+def _as_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple) and all(isinstance(v, float) for v in value):
@@ -400,7 +388,7 @@ def _shown(value: object) -> str:
 
 
 def _commands(spec: Spec, run: str) -> list[str]:
-    """The command that repeats the study, from the preset that needs the fewest changes, and the next."""
+    """Return the commands that repeat the study and its report, from the closest preset."""
     name, changed = min(
         (
             (n, [f.name for f in fields(Spec) if getattr(p, f.name) != getattr(spec, f.name)])
@@ -421,7 +409,7 @@ def _commands(spec: Spec, run: str) -> list[str]:
 
 
 def _check_table(checks: list[Numbers]) -> Numbers:
-    """Lines are optimiser and hyperparameter, columns are estimators."""
+    """Return the checks with one line per optimiser and hyperparameter, one column per estimator."""
     columns = list(dict.fromkeys(str(c["estimator"]) for c in checks))
     lines: dict[tuple[str, str], dict[str, Numbers]] = {}
     for c in checks:
@@ -452,12 +440,8 @@ def _signed(value: float) -> str:
 
 
 def _scientific(value: float) -> str:
-    """3.1·10⁻⁹ of 3.1e-9; plain from a hundredth on."""
+    """Format 3.1e-9 as 3.1·10⁻⁹; numbers from 0.01 on stay plain."""
     if not isfinite(value) or value == 0 or abs(value) >= 0.01:
         return f"{value:.2g}" if isfinite(value) else NONE
     digits, exponent = f"{value:.1e}".split("e")
     return f"{digits}·10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def _data_uri(svg: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()

@@ -1,4 +1,4 @@
-"""All arms of a study, on all cores, each stored the moment it is done."""
+"""Run all arms of a study and store each one as soon as it is done."""
 
 import multiprocessing
 import queue
@@ -28,8 +28,8 @@ class WorkerDied(MidflightError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Tick:
-    """What a worker tells after each epoch of an arm."""
+class EpochDone:
+    """A worker's message after each epoch of an arm."""
 
     arm: Arm
     epoch: int
@@ -42,25 +42,24 @@ def run_study(
     store: Store,
     run: str,
     workers: int,
-    on_tick: Callable[[Tick], None] = lambda tick: None,
+    on_epoch: Callable[[EpochDone], None] = lambda done: None,
     on_row: Callable[[Row], None] = lambda row: None,
     together: bool | None = None,
 ) -> None:
     """Run every arm of `spec` that `store` does not hold yet under the name `run`.
 
-    On a CPU arms run in processes; the rows do not depend on `workers`, nor on how often the study was
-    interrupted. On a GPU they run together, see `midflight.study.cohort`, with matrix products in TF32.
+    On a CPU, each arm runs in a process. The rows depend neither on `workers` nor on interruptions.
+    On a GPU, arms run together (`midflight.study.cohort`), with matrix products in TF32.
 
     Args:
-        workers: processes, one thread each; an arm runs in one of them.
-        on_tick: called after each epoch of each arm.
+        workers: number of processes, one thread each.
+        on_epoch: called after each epoch of each arm.
         on_row: called after an arm was stored.
-        together: whether arms run together; if None, on a GPU only.
+        together: whether arms run together; None: on a GPU only.
 
     Raises:
-        DatasetUnavailable, SpecError, StoreError, StoreUnavailable: before or between arms;
-            what is stored stays.
-        WorkerDied: a worker was killed, by the system for want of memory perhaps.
+        DatasetUnavailable, SpecError, StoreError, StoreUnavailable: before or between arms. Stored arms stay.
+        WorkerDied: a worker was killed, for example because memory ran out.
     """
     data = prepare(spec)
     done = {row.arm: row for row in store.rows(run)}
@@ -72,11 +71,11 @@ def run_study(
         on_row(row)
 
     if together or (together is None and spec.device != "cpu"):
-        _run_together(spec, data, waiting, done, on_tick, finish)
+        _run_together(spec, data, waiting, done, on_epoch, finish)
         return
-    del data  # each process reads its own
+    del data  # each process loads its own
     if waiting:
-        _run_in_processes(spec, workers, waiting, done, on_tick, finish)
+        _run_in_processes(spec, workers, waiting, done, on_epoch, finish)
 
 
 def _run_together(
@@ -84,7 +83,7 @@ def _run_together(
     data: Data,
     waiting: list[Arm],
     done: dict[Arm, Row],
-    on_tick: Callable[[Tick], None],
+    on_epoch: Callable[[EpochDone], None],
     finish: Callable[[Row], None],
 ) -> None:
     before = torch.get_float32_matmul_precision()
@@ -94,10 +93,10 @@ def _run_together(
         network = ""
         for cohort in cohorts(spec, waiting, data.t1.x.shape[1]):
             if spec.device != "cpu" and cohort[0].network != network:
-                torch.compiler.reset()  # torch compiles for eight kinds of shapes, a network has two
+                torch.compiler.reset()  # torch compiles at most eight shapes; a network needs two
                 network = cohort[0].network
-            begins = [_begin(spec, arm, done) for arm in cohort]
-            for row in run_cohort(spec, cohort, begins, data, lambda *told: on_tick(Tick(*told))):
+            starts = [_start(spec, arm, done) for arm in cohort]
+            for row in run_cohort(spec, cohort, starts, data, lambda *told: on_epoch(EpochDone(*told))):
                 finish(row)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -108,50 +107,51 @@ def _run_in_processes(
     workers: int,
     waiting: list[Arm],
     done: dict[Arm, Row],
-    on_tick: Callable[[Tick], None],
+    on_epoch: Callable[[EpochDone], None],
     finish: Callable[[Row], None],
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    ticks: Any = context.Queue()
+    messages: Any = context.Queue()
     running: set[Future[Row]] = set()
     executor = ProcessPoolExecutor(
-        min(workers, len(waiting)), mp_context=context, initializer=_begin_worker, initargs=(spec, ticks)
+        min(workers, len(waiting)), mp_context=context, initializer=_begin_worker, initargs=(spec, messages)
     )
     try:
         while waiting or running:
             while len(running) < workers and (ready := _next_ready(waiting, done)) is not None:
                 waiting.remove(ready)
-                running.add(executor.submit(_work, ready, _begin(spec, ready, done)))
+                running.add(executor.submit(_work, ready, _start(spec, ready, done)))
             finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             for future in finished:
                 finish(future.result())
-            _drain(ticks, on_tick)
+            _drain(messages, on_epoch)
     except BrokenProcessPool as error:
         raise WorkerDied(
-            "a worker process ended before its arm did (killed for want of memory?); finished arms are "
-            "stored, run the same command again, with fewer --workers if it happens again."
+            "a worker process was killed before it finished its arm, perhaps because memory ran out. "
+            "Finished arms are stored: run the same command again, with fewer --workers if this recurs."
         ) from error
     finally:
         for process in list((executor._processes or {}).values()):
             process.terminate()
         executor.shutdown(wait=True, cancel_futures=True)
-        ticks.close()
+        messages.close()
 
 
 LONG = 3600.0
-"""A study that takes more seconds says so beforehand."""
+"""Seconds from which the command announces a study's duration."""
 
 
 def may_be_long(spec: Spec, workers: int) -> bool:
-    """Whether a study would take over an hour on a slow machine; if not, there is nothing to measure."""
+    """Whether a study could take over an hour on a slow machine; if so, measure it."""
     arms = len(list(spec.arms())) / len(spec.networks)
     weights = sum(m * n for network in spec.networks for m, n in pairwise([784, *widths(network), 10]))
-    slow = 1e-3 * len(spec.networks) + 3 * spec.batch * weights / 1e9  # seconds of a step of each network
+    # one step of each network: 1 ms of overhead each, and 3 passes at 10^9 multiply-adds per second
+    slow = 1e-3 * len(spec.networks) + 3 * spec.batch * weights / 1e9
     return slow * spec.steps() * arms / workers > LONG
 
 
 def estimate_seconds(spec: Spec, workers: int, steps: int = 10) -> float:
-    """How long all arms of a study would take here, from a few training steps of each network."""
+    """Estimate the seconds that all arms take on this machine, from a few training steps per network."""
     total = 0.0
     per_network = len(list(spec.arms())) / len(spec.networks)
     with torch.random.fork_rng(devices=[]):
@@ -180,42 +180,43 @@ def _seconds_per_step(spec: Spec, network: str, steps: int) -> float:
 
 
 def _next_ready(waiting: list[Arm], done: dict[Arm, Row]) -> Arm | None:
-    return next((arm for arm in waiting if arm.kind != "rerun" or _tuned_twin(arm) in done), None)
+    return next((arm for arm in waiting if arm.kind != "rerun" or _tuned(arm) in done), None)
 
 
-def _begin(spec: Spec, arm: Arm, done: dict[Arm, Row]) -> Point:
+def _start(spec: Spec, arm: Arm, done: dict[Arm, Row]) -> Point:
     if arm.kind == "rerun":
-        return done[_tuned_twin(arm)].result.end
+        return done[_tuned(arm)].result.end
     return spec.grid_point(arm.index) if arm.kind == "landscape" else spec.start(arm.index)
 
 
-def _tuned_twin(arm: Arm) -> Arm:
-    return replace(arm, kind="tuned")
+def _tuned(rerun: Arm) -> Arm:
+    """Return the tuned arm whose final values a re-run takes."""
+    return replace(rerun, kind="tuned")
 
 
-def _drain(ticks: Any, on_tick: Callable[[Tick], None]) -> None:
+def _drain(messages: Any, on_epoch: Callable[[EpochDone], None]) -> None:
     while True:
         try:
-            on_tick(ticks.get_nowait())
+            on_epoch(messages.get_nowait())
         except queue.Empty:
             return
 
 
 _worker: dict[str, Any] = {}
-"""What `_begin_worker` prepares for `_work`, in a worker process only."""
+"""Set by `_begin_worker` and read by `_work`, in worker processes only."""
 
 
-def _begin_worker(spec: Spec, ticks: Any) -> None:
+def _begin_worker(spec: Spec, messages: Any) -> None:
     begin_worker()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    _worker.update(spec=spec, ticks=ticks, data=prepare(spec))
+    _worker.update(spec=spec, messages=messages, data=prepare(spec))
 
 
-def _work(arm: Arm, begin: Point) -> Row:
+def _work(arm: Arm, start: Point) -> Row:
     data: Data = _worker["data"]
 
-    def report(epoch: int, point: Point, valid_error: float) -> None:
-        _worker["ticks"].put(Tick(arm, epoch, point, valid_error))
+    def on_epoch(epoch: int, point: Point, valid_error: float) -> None:
+        _worker["messages"].put(EpochDone(arm, epoch, point, valid_error))
 
-    return run_arm(_worker["spec"], arm, begin, data, report)
+    return run_arm(_worker["spec"], arm, start, data, on_epoch)

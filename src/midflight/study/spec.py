@@ -1,4 +1,4 @@
-"""What a study is: its presets, its arms, and the starts that they share."""
+"""Declare a study: its presets, its arms, and the starts that the arms share."""
 
 import json
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ from midflight.errors import MidflightError, UnknownName
 from midflight.hypergrad import ESTIMATORS
 
 DEFAULT = "default"
-"""Tuned as `mf.Tuner` does when it is given no policy."""
+"""Tune with `mf.Tuner` and no options of its own."""
 TUNINGS = (*ESTIMATORS, DEFAULT)
-"""Ways to tune a run: an estimator with the study's own settings, or `DEFAULT`."""
+"""Ways to tune a run: an estimator with the paper's settings, or `DEFAULT`."""
 
 Kind = Literal["initial", "tuned", "rerun", "landscape"]
 
 
 class SpecError(MidflightError, ValueError):
-    """A study that cannot be run as it is declared."""
+    """The declaration of a study is invalid."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,13 @@ class Arm:
 
     Attributes:
         network: hidden widths, such as "1000-1000-1000".
-        kind: initial (fixed at the start), tuned (while it trains), rerun (fixed at the tuned
-            values) or landscape (fixed at a grid point, for the background of Fig. 1).
-        estimator: one of `TUNINGS`, of the tuning that this arm does or follows; "" where there is none.
-        index: of the start, or of the grid point.
+        kind: how the hyperparameters behave.
+            initial: fixed at the start.
+            tuned: tuned during training.
+            rerun: fixed at the final values of the tuned arm.
+            landscape: fixed at a grid point, for the background of Fig. 1.
+        estimator: one of `TUNINGS` for tuned and rerun; "" otherwise.
+        index: number of the start or of the grid point.
     """
 
     network: str
@@ -43,29 +46,29 @@ class Arm:
 
 @dataclass(frozen=True)
 class Spec:
-    """Every choice of a study; two studies with equal specs give equal rows.
+    """All settings of a study; equal specs give equal rows.
 
     Attributes:
         dataset: mnist, fashion_mnist or digits.
-        train: images that update the weights (T1).
-        valid: images that tune (T2).
-        networks: hidden widths of the ReLU networks.
+        train: number of images that train the weights (T1).
+        valid: number of images that tune the hyperparameters (T2).
+        networks: hidden widths of the ReLU networks, such as 500-300.
         epochs: passes over T1.
-        batch: images in a training batch, and in a validation batch.
-        lr: of Adam on the weights at the start.
-        lr_end: what is left of lr at the end, as a fraction; the decay is exponential.
-        every: training steps per hyper-step; the estimator default has a schedule of its own.
-        starts: random starts, each with its own weights and order of the data.
+        batch: images per training batch and per validation batch.
+        lr: initial learning rate of Adam on the weights.
+        lr_end: final learning rate as a fraction of lr; the decay is exponential.
+        every: training steps per hyperparameter step. The estimator default has its own schedule.
+        starts: number of random starts, each with its own initial weights and data order.
         l2: interval of log10 of the weight decay, for starts and for tuning.
-        noise: interval of the input noise's standard deviation, likewise.
-        wide: the intervals of the paper's code instead of its text: l2 [-5, -1], noise [0, 0.9].
-        estimator: of the hypergradient, each run from the same starts, judged right after a training step;
-            or default, which is midflight as it comes and runs on a CPU only.
-        hyper_optimizer: what moves the hyperparameters: sign steps or Adam, annealed linearly; the estimator
-            default has its own.
-        hyper_lr: its first step, as a fraction of the interval.
-        landscape: grid points per axis of fixed runs behind Fig. 1; 0 for none.
-        seed: of everything random.
+        noise: interval of the standard deviation of the input noise, for starts and for tuning.
+        wide: use the intervals of the paper's code, l2 [-5, -1] and noise [0, 0.9], in place of its text's.
+        estimator: hypergradient estimators; each runs from the same starts with a horizon of one step.
+            default: midflight's own defaults, on a CPU only.
+        hyper_optimizer: optimiser of the hyperparameters: sign (sign steps) or adam; its step size falls
+            linearly to 0. The estimator default has its own.
+        hyper_lr: first step of the hyperparameters, as a fraction of the interval.
+        landscape: grid points per axis of the fixed runs behind Fig. 1; 0: none.
+        seed: seed of all random numbers.
         device: cpu or cuda.
     """
 
@@ -117,27 +120,27 @@ class Spec:
         if self.device != "cpu" and DEFAULT in self.estimator:
             others = " ".join(e for e in self.estimator if e != DEFAULT) or "one_step"
             raise SpecError(
-                "device: on a GPU the runs train together, which the estimator default cannot; "
-                f"use --estimator {others}, or --device cpu."
+                "device=cpu must hold for the estimator default, because a GPU trains all runs together, but "
+                f"got {self.device}; use --estimator {others}, or --device cpu."
             )
 
     def intervals(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """The intervals of (log10 L2, noise), `wide` taken into account."""
+        """Return the intervals of (log10 L2, noise); `wide` overrides `l2` and `noise`."""
         return ((-5.0, -1.0), (0.0, 0.9)) if self.wide else (self.l2, self.noise)
 
     def start(self, index: int) -> tuple[float, float]:
-        """(log10 L2, noise) of a start, uniform over the intervals; does not depend on `starts`."""
+        """Return (log10 L2, noise) of a start, uniform over the intervals; independent of `starts`."""
         rng = np.random.default_rng([self.seed, index])
         (l2_low, l2_high), (noise_low, noise_high) = self.intervals()
         return float(rng.uniform(l2_low, l2_high)), float(rng.uniform(noise_low, noise_high))
 
     def grid_point(self, index: int) -> tuple[float, float]:
-        """(log10 L2, noise) of a point of the landscape."""
+        """Return (log10 L2, noise) of a point of the landscape."""
         l2, noise = (np.linspace(*interval, self.landscape) for interval in self.intervals())
         return float(l2[index % self.landscape]), float(noise[index // self.landscape])
 
     def arms(self) -> Iterator[Arm]:
-        """Every arm, in the order in which they are run where nothing keeps them waiting."""
+        """Yield every arm in the order of running; a re-run may have to wait for its tuned arm."""
         for network in self.networks:
             for index in range(self.starts):
                 yield Arm(network, "initial", "", index)
@@ -149,16 +152,16 @@ class Spec:
                 yield Arm(network, "landscape", "", index)
 
     def steps(self) -> int:
-        """Training steps of one arm; an incomplete last batch is left out."""
+        """Return the training steps of one arm; an incomplete last batch is dropped."""
         return self.epochs * (self.train // self.batch)
 
     def to_json(self) -> str:
-        """The spec as text; equal specs give equal texts."""
+        """Return the spec as JSON; equal specs give equal texts."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Spec":
-        """The inverse of `to_json`."""
+        """Invert `to_json`."""
         data: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()
         }
@@ -166,13 +169,13 @@ class Spec:
 
 
 def widths(network: str) -> list[int]:
-    """[500, 300] of "500-300"; [] if it cannot be read."""
+    """Return [500, 300] for "500-300", and [] for a malformed text."""
     parts = network.split("-")
     return [int(p) for p in parts] if all(p.isdigit() and int(p) > 0 for p in parts) else []
 
 
 def differences(a: Spec, b: Spec) -> list[str]:
-    """The fields in which two specs differ, as "name: a -> b"."""
+    """Return the fields that differ, as "name: a -> b"."""
     return [
         f"{f.name}: {getattr(a, f.name)} -> {getattr(b, f.name)}"
         for f in fields(Spec)
@@ -181,15 +184,15 @@ def differences(a: Spec, b: Spec) -> list[str]:
 
 
 def preset(name: str, **overrides: Any) -> Spec:
-    """A preset with some fields replaced; raises `UnknownName` or `SpecError`."""
+    """Return a preset with some fields replaced; raises `UnknownName` or `SpecError`."""
     if name not in PRESETS:
         raise UnknownName("preset", name, PRESETS)
     return replace(PRESETS[name], **overrides)
 
 
-def _require(holds: bool, what: str, name: str, came: object) -> None:
+def _require(holds: bool, condition: str, name: str, value: object) -> None:
     if not holds:
-        raise SpecError(f"{name}: {what} must hold, but got {came}.")
+        raise SpecError(f"{name}: {condition} must hold, but got {value}.")
 
 
 PRESETS: dict[str, Spec] = {

@@ -1,8 +1,7 @@
-"""Every finished arm of every study, in one SQLite file.
+"""Store the finished arms of all studies in one SQLite file.
 
-An arm is written in one transaction the moment it is done, so a study can be killed at any time.
-What an arm measured is kept apart from how long it took: the first is the same on every run, the
-second never is.
+One transaction writes an arm as soon as it is done, so a study can be killed at any time. Results and
+timings are in separate tables, because results repeat exactly and timings do not.
 """
 
 import json
@@ -17,27 +16,29 @@ from midflight.study.spec import Arm, Spec, differences
 
 
 class StoreError(MidflightError, ValueError):
-    """The file is no store, or holds another study under this name."""
+    """The file is not a store, or it holds another study of the same name."""
 
 
 class StoreUnavailable(MidflightError, OSError):
-    """The disk or the file system does not let us write."""
+    """the store cannot be written, for example because the disk is full."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one arm measured; the same on every run with the same spec.
+    """The measurements of one arm; equal specs give equal results.
+
+    Errors are shares of misclassified images, in [0, 1].
 
     Attributes:
-        start: (log10 L2, noise) at the beginning.
-        end: (log10 L2, noise) at the end; `start` for a fixed arm.
-        valid_loss: cross-entropy on T2 at the end, by the weights that the run is left with.
-        valid_error: share of T2 misclassified at the end, in [0, 1].
-        test_error: share of the test set misclassified; None for the landscape, which never reads it.
-        valid_errors: share of T2 misclassified after each epoch, by the weights of then.
-        trajectory: [step, log10 L2, noise] after each hyper-step; [] for a fixed arm.
+        start: initial (log10 L2, noise).
+        end: final (log10 L2, noise); equals `start` for a fixed arm.
+        valid_loss: cross-entropy of the final weights on T2; a tuner may have replaced them at the end.
+        valid_error: error of the final weights on T2.
+        test_error: error of the final weights on the test set; None for the landscape.
+        valid_errors: error on T2 after each epoch, before a tuner replaces the weights.
+        trajectory: [step, log10 L2, noise] after each hyperparameter step; [] for a fixed arm.
     """
 
     start: tuple[float, float]
@@ -51,9 +52,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """A stored arm: which one, what it measured, and how long each epoch took.
+    """A stored arm with its result and the seconds of each epoch.
 
-    Seconds are of training with all that tuning adds, `Tuner.finish` in the last epoch; none of measuring.
+    The seconds include training and tuning, with `Tuner.finish` in the last epoch, but no evaluation.
     """
 
     arm: Arm
@@ -75,27 +76,27 @@ COMMIT;
 
 
 class Store:
-    """A SQLite file of studies; a context manager.
+    """A SQLite file of studies; a context manager that closes it.
 
     Args:
-        path: of the file; made, with its folder, if it is not there.
-        create: whether it may be made.
+        path: the file.
+        create: whether to create a missing file and its folder.
 
     Raises:
-        StoreError: it is no SQLite file of ours, or not there and may not be made.
-        StoreUnavailable: it cannot be opened or written.
+        StoreError: the file is missing and `create` is false, or it is not a store of midflight.
+        StoreUnavailable: the file cannot be opened or written.
     """
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
         self.path = path
         if not create and not path.is_file():
             raise StoreError(
-                f"the store must be a file, but {path} is not there; run `midflight study` first."
+                f"the store must be a file, but {path} does not exist; run `midflight study` first."
             )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"the store's folder {path.parent} cannot be made: {error}.") from error
+            raise StoreError(f"the folder {path.parent} of the store cannot be created: {error}.") from error
         with self._errors():
             self._db = sqlite3.connect(path, timeout=60)
             tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -104,7 +105,8 @@ class Store:
             owner = self._db.execute("PRAGMA application_id").fetchone()[0]
         if owner != _APPLICATION_ID:
             raise StoreError(
-                f"the store must be a SQLite file of midflight, but {path} is another program's."
+                f"the store must be a SQLite file of midflight, but {path} belongs to another program; "
+                "name another with --store."
             )
 
     def __enter__(self) -> "Store":
@@ -114,34 +116,34 @@ class Store:
         self._db.close()
 
     def open_run(self, name: str, spec: Spec, machine: str) -> None:
-        """Begin a study, or go on with it; raises `StoreError` if `name` is another study's."""
+        """Start or resume a study; raises `StoreError` if `name` has another spec."""
         before = self._run(name)
         if before is not None:
             changed = differences(Spec.from_json(before[0]), spec)
             if changed:
                 raise StoreError(
-                    f"the run {name!r} in {self.path} has another spec ({'; '.join(changed)}); "
-                    "give this study a name of its own with --run."
+                    f"the run {name!r} in {self.path} must have the same spec to be resumed, but it differs "
+                    f"({'; '.join(changed)}); name this study differently with --run."
                 )
             return
         with self._errors(), self._db:
             self._db.execute("INSERT INTO runs VALUES (?, ?, ?)", (name, spec.to_json(), machine))
 
     def spec(self, name: str) -> Spec:
-        """What the run `name` is; raises `UnknownName`."""
+        """Return the spec of a run; raises `UnknownName`."""
         return Spec.from_json(self._known(name)[0])
 
     def machine(self, name: str) -> str:
-        """The machine on which the run `name` began."""
+        """Return the machine on which a run started; raises `UnknownName`."""
         return self._known(name)[1]
 
     def runs(self) -> list[str]:
-        """The names of the runs."""
+        """Return the names of all runs, sorted."""
         with self._errors():
             return [name for (name,) in self._db.execute("SELECT name FROM runs ORDER BY name")]
 
     def add(self, run: str, row: Row) -> None:
-        """Keep a finished arm; an arm that is there already is left as it is."""
+        """Store a finished arm; an arm already stored stays unchanged."""
         key = (run, *astuple(row.arm))
         with self._errors(), self._db:
             result = json.dumps(asdict(row.result))
@@ -153,7 +155,7 @@ class Store:
                 )
 
     def rows(self, run: str) -> list[Row]:
-        """The finished arms of a run, in a fixed order."""
+        """Return the finished arms of a run, sorted by arm."""
         with self._errors():
             found = self._db.execute(
                 "SELECT network, kind, estimator, number, result, seconds FROM arms"
@@ -183,16 +185,16 @@ class Store:
         except sqlite3.OperationalError as error:
             if "readonly" in str(error) or "unable to open" in str(error) or "no such" in str(error):
                 raise StoreError(
-                    f"the store must be a SQLite file that can be written, but {self.path}: {error}; "
+                    f"the store must be a SQLite file that can be written, but {self.path} is not: {error}; "
                     "name another with --store."
                 ) from error
             raise StoreUnavailable(
-                f"{self.path} cannot be written now: {error}; what was stored is safe, run the same command "
-                "again when there is room."
+                f"{self.path} cannot be written now: {error}. Stored arms are safe; free some disk space and "
+                "run the same command again."
             ) from error
         except sqlite3.DatabaseError as error:
             raise StoreError(
-                f"the store must be a SQLite file, but {self.path}: {error}; name another with --store."
+                f"the store must be a SQLite file, but {self.path} is not: {error}; pass --store."
             ) from error
 
 

@@ -1,9 +1,8 @@
-"""The numbers of a study, each computed once, from stored rows only.
+"""Compute the numbers of a study from its stored rows.
 
-The table in the terminal, `--json`, the figures and the report all read what is defined here.
-Errors are in percent of the images, differences in percentage points. A start is the random draw
-that *initial*, *tuned* and *re-run* share (same weights, same order of the data), so arms are
-compared start by start. What a partial study cannot answer yet is None, never NaN.
+The terminal table, `--json`, the figures and the report all read these numbers. Errors are in percent of
+the images, differences in percentage points. The initial, tuned and re-run arms of a start share initial
+weights and data order, so arms are compared start by start. A number that needs missing rows is None.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,12 +18,11 @@ from midflight.study.store import Row
 
 TEST_IMAGES = {"mnist": 10_000, "fashion_mnist": 10_000, "digits": 360}
 
-POOR = 1.25  # an error above POOR x the lowest of all fixed runs is poor; this threshold is ours
-NEAR_LOW_END = (
-    0.05  # of the noise interval: 0.04 in the paper's, below which its Fig. 1 cannot be told from 0
-)
+POOR = 1.25  # an error above POOR x the lowest of all fixed runs is poor; our threshold
+# share of the noise interval that counts as 0: 0.04 in the paper's, invisible in its Fig. 1
+NEAR_LOW_END = 0.05
 
-PAPER_TUNED_TEST_ERROR_PERCENT = 3.0  # "about", after tuning
+PAPER_TUNED_TEST_ERROR_PERCENT = 3.0  # "about"
 PAPER_RESCUED_PERCENT = 20.0
 PAPER_ON_DIAGONAL_PERCENT = 58.0  # Fig. 3
 PAPER_OVERHEAD_PERCENT = 12.22
@@ -35,7 +33,7 @@ PAPER_GOOD_START_ENDS_PERCENT = (2.5, 4.0)  # ... end in this interval
 
 @dataclass(frozen=True)
 class Spread:
-    """Of some values: how many, median, quartiles (linear interpolation), extremes."""
+    """Count, median, quartiles (linear interpolation) and extremes of some values."""
 
     count: int
     median: float
@@ -47,9 +45,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Best:
-    """The run of an arm with the lowest validation error; ties go to the lower validation loss.
+    """The run with the lowest validation error, which a user would keep.
 
-    It is what a user would keep after all starts; its test error is read only to report it.
+    Ties go to the lower validation loss. The test error is only reported.
     """
 
     index: int
@@ -61,13 +59,13 @@ class Best:
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """All runs of one arm of one network.
+    """All runs of one kind of arm and one network.
 
     Attributes:
-        test_error_percent: over the runs; None where the test set is never read (landscape).
-        valid_error_percent: over the runs, at the end.
-        epoch_seconds: over the runs, of each run's mean epoch.
-        best: chosen by validation.
+        test_error_percent: final test error of each run; None for the landscape.
+        valid_error_percent: final validation error of each run.
+        epoch_seconds: mean seconds per epoch of each run.
+        best: the run chosen by validation error.
     """
 
     kind: Kind
@@ -82,33 +80,33 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class Tuning:
-    """One estimator on one network, start by start.
+    """One estimator on one network, compared start by start.
 
     Attributes:
-        pairs: starts whose initial and tuned arms are both done; the counts below are of these.
-        initial_test_error_percent: over `pairs`.
-        tuned_test_error_percent: over `pairs`.
-        tuned_minus_initial_points: paired difference of test errors; negative is better.
-        worse: starts whose tuned test error is higher than their initial one.
-        worse_beyond_sampling_error: ... by more than one `sampling_error`.
-        better: starts whose tuned test error is lower.
-        better_beyond_sampling_error: ... by more than one `sampling_error`.
-        poor_starts: initial test error above `Network.poor_above_test_error_percent`.
-        rescued: poor starts whose tuned test error is not above it.
-        rescued_percent_of_starts: of `pairs`.
-        rescued_percent_of_poor_starts: of `poor_starts`.
-        good_starts: initial test error under 2 %, as in the paper's remark on its Fig. 2.
-        good_starts_tuned_test_error_percent: where those end.
-        reruns: starts whose tuned and re-run arms are both done.
+        pairs: number of starts with a finished initial and tuned arm; the counts below are among these.
+        initial_test_error_percent: of the initial arms of `pairs`.
+        tuned_test_error_percent: of the tuned arms of `pairs`.
+        tuned_minus_initial_points: paired difference of test errors; negative: tuning is better.
+        worse: starts with a higher test error after tuning.
+        worse_beyond_sampling_error: starts worse by more than one `sampling_error`.
+        better: starts with a lower test error after tuning.
+        better_beyond_sampling_error: starts better by more than one `sampling_error`.
+        poor_starts: starts with an initial test error above `Network.poor_above_test_error_percent`.
+        rescued: poor starts with a tuned test error at or below that threshold.
+        rescued_percent_of_starts: `rescued` in percent of `pairs`.
+        rescued_percent_of_poor_starts: `rescued` in percent of `poor_starts`.
+        good_starts: starts with an initial test error under 2 %, as in the paper's remark on its Fig. 2.
+        good_starts_tuned_test_error_percent: tuned test errors of the good starts.
+        reruns: number of starts with a finished tuned and re-run arm.
         tuned_minus_rerun_points: paired difference of test errors; negative: end of tuning is better.
-        on_diagonal: of `reruns`, |tuned - re-run| within one `sampling_error`.
-        on_diagonal_percent: of `reruns`.
-        overhead_percent: over starts, mean epoch of tuned / mean epoch of initial - 1.
-        noise_end: over tuned arms.
-        log10_l2_end: over tuned arms.
-        noise_at_low_end: tuned arms that end within 5 % of the noise interval from its lower end.
-        noise_at_low_end_percent: of the tuned arms.
-        noise_steps_down_percent: of the hyper-steps that moved the noise, over all tuned arms.
+        on_diagonal: reruns with |tuned - re-run| at most one `sampling_error`.
+        on_diagonal_percent: `on_diagonal` in percent of `reruns`.
+        overhead_percent: mean epoch time of tuned over that of initial, minus 1, per start.
+        noise_end: final noise of the tuned arms.
+        log10_l2_end: final log10 L2 of the tuned arms.
+        noise_at_low_end: tuned arms with a final noise in the lowest 5 % of its interval.
+        noise_at_low_end_percent: `noise_at_low_end` in percent of the tuned arms.
+        noise_steps_down_percent: share of noise changes that lower it, over all tuned arms.
     """
 
     estimator: str
@@ -140,13 +138,13 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two estimators from the same starts, by the test error at the end of tuning.
+    """Final test errors of two estimators from the same starts.
 
     Attributes:
         pairs: starts that both have finished.
-        difference_points: test error of `estimator` - test error of `other`, paired.
-        lower: starts in which `estimator` ends with the lower test error.
-        higher: ... with the higher.
+        difference_points: paired difference, `estimator` minus `other`.
+        lower: starts in which `estimator` has the lower test error.
+        higher: starts in which `estimator` has the higher test error.
     """
 
     estimator: str
@@ -162,11 +160,11 @@ class Network:
     """One network of the study.
 
     Attributes:
-        lowest_fixed_test_error_percent: over all fixed runs with a test error (initial and re-run).
-        poor_above_test_error_percent: 1.25 x that; what a poor start is.
-        arms: initial, then tuned per estimator, re-run per estimator, landscape if there is one.
-        tunings: per estimator.
-        comparisons: of `headliner` with each of the others, and of `reference` with `paper`.
+        lowest_fixed_test_error_percent: lowest test error of all initial and re-run arms.
+        poor_above_test_error_percent: 1.25 times that; a start above it is poor.
+        arms: initial, then tuned per estimator, re-run per estimator, landscape if any.
+        tunings: one per estimator.
+        comparisons: `main_estimator` with each other one, and `reference` with `paper`.
     """
 
     network: str
@@ -179,7 +177,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Summary:
-    """A study in numbers; `asdict` of it is JSON."""
+    """All numbers of a study; `asdict` makes it JSON."""
 
     arms_done: int
     arms_planned: int
@@ -191,7 +189,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Start:
-    """The arms of one start under one estimator; None: not done yet."""
+    """The arms of one start and one estimator; None: not done yet."""
 
     index: int
     initial: Row | None
@@ -200,12 +198,12 @@ class Start:
 
 
 def summarise(spec: Spec, rows: list[Row]) -> dict[str, Any]:
-    """`measure` as plain dicts and lists: valid JSON, None where rows are missing."""
+    """Return `measure` as dicts and lists, ready for JSON."""
     return asdict(measure(spec, rows))
 
 
 def measure(spec: Spec, rows: list[Row]) -> Summary:
-    """Every number of a study; rows that `spec` does not plan are left out."""
+    """Compute every number of a study; ignore rows of arms that `spec` does not declare."""
     planned = set(spec.arms())
     rows = timed(spec, [row for row in rows if row.arm in planned])
     images = TEST_IMAGES[spec.dataset]
@@ -228,22 +226,22 @@ def measure(spec: Spec, rows: list[Row]) -> Summary:
 
 
 def estimators(spec: Spec) -> list[str]:
-    """The estimators of a study, each once."""
+    """Return the estimators of a study without duplicates."""
     return list(dict.fromkeys(spec.estimator))
 
 
-def headliner(spec: Spec) -> str:
-    """What a study is about: midflight's default where it was run, the first estimator otherwise."""
+def main_estimator(spec: Spec) -> str:
+    """Return the estimator of the headline: midflight's default if it was run, else the first."""
     return DEFAULT if DEFAULT in spec.estimator else spec.estimator[0]
 
 
 def reference(spec: Spec) -> str:
-    """What `paper` is compared with: the first that is another."""
+    """Return the estimator that `paper` is compared with: the first other one."""
     return next((e for e in spec.estimator if e != "paper"), spec.estimator[0])
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    """None of nothing; values that are not finite are left out."""
+    """Summarise the finite values; None if there are none."""
     finite = [v for v in values if isfinite(v)]
     if not finite:
         return None
@@ -252,7 +250,7 @@ def spread(values: Iterable[float]) -> Spread | None:
 
 
 def starts(rows: Sequence[Row], network: str, estimator: str) -> list[Start]:
-    """The starts of which any arm is done, in order."""
+    """Return the starts with at least one finished arm, in order."""
     by_arm = {row.arm: row for row in rows}
     indices = sorted({a.index for a in by_arm if a.network == network and a.kind != "landscape"})
     return [
@@ -267,12 +265,12 @@ def starts(rows: Sequence[Row], network: str, estimator: str) -> list[Start]:
 
 
 def error_of(row: Row | None) -> float | None:
-    """Share of the test set misclassified, in [0, 1]."""
+    """Return the share of the test set misclassified, in [0, 1]; None for a missing row."""
     return None if row is None else row.result.test_error
 
 
 def sampling_error(a: float, b: float, images: int) -> float:
-    """One standard error of a test error, sqrt(p (1 - p) / images) at p = (a + b) / 2; a share."""
+    """Return the standard error of a test error, sqrt(p (1 - p) / images) at p = (a + b) / 2; a share."""
     p = (a + b) / 2
     return sqrt(p * (1 - p) / images)
 
@@ -283,25 +281,25 @@ def on_diagonal(a: float, b: float, images: int) -> bool:
 
 
 def timed(spec: Spec, rows: list[Row]) -> list[Row]:
-    """The rows; on a GPU without the seconds of their first epoch, in which torch compiles."""
+    """Return the rows; on a GPU, drop the seconds of the first epoch, in which torch compiles."""
     if spec.device == "cpu":
         return rows
     return [replace(row, epoch_seconds=row.epoch_seconds[1:]) for row in rows]
 
 
 def epoch_seconds(row: Row | None) -> float | None:
-    """Mean seconds of training per epoch: tuning costs more in some epochs than in others."""
+    """Return the mean seconds per epoch; the mean, because the cost of tuning differs between epochs."""
     return float(np.mean(row.epoch_seconds)) if row is not None and row.epoch_seconds else None
 
 
 def overhead_percent(start: Start) -> float | None:
-    """What tuning adds to an epoch of this start."""
+    """Return the time that tuning adds to an epoch of this start, in percent."""
     plain, tuned = epoch_seconds(start.initial), epoch_seconds(start.tuned)
     return None if plain is None or tuned is None or plain <= 0 else 100 * (tuned / plain - 1)
 
 
 def noise_path(row: Row) -> list[tuple[float, float]]:
-    """(training step, noise) at the start and after each hyper-step."""
+    """Return (training step, noise) at the start and after each hyperparameter step."""
     return [(0.0, row.result.start[1]), *((step, noise) for step, _, noise in row.result.trajectory)]
 
 
@@ -314,8 +312,8 @@ def _network(spec: Spec, rows: list[Row], network: str, images: int) -> Network:
     ]
     poor = POOR * min(fixed) if fixed else inf
     names = estimators(spec)
-    compared = [(headliner(spec), other) for other in names if other != headliner(spec)]
-    if "paper" in names and reference(spec) not in ("paper", headliner(spec)):
+    compared = [(main_estimator(spec), other) for other in names if other != main_estimator(spec)]
+    if "paper" in names and reference(spec) not in ("paper", main_estimator(spec)):
         compared.append((reference(spec), "paper"))
     kinds: list[tuple[Kind, str, int]] = [("initial", "", spec.starts)]
     kinds += [("tuned", e, spec.starts) for e in names]
