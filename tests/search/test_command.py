@@ -112,12 +112,15 @@ def test_time_ends_a_search(call):
 
 SPACES = {
     "empty": ("search.Space()", "needs at least one hyperparameter"),
-    "twice": ("search.Space({'n': mf.Int(1, 2)}, n=mf.Int(1, 2))", "n came twice"),
+    "twice": ("search.Space({'n': mf.Int(1, 2)}, n=mf.Int(1, 2))", "n is declared twice"),
     "repeated": ("search.Space(n=mf.Int(1, 2), n=mf.Int(1, 2))", "keyword argument repeated: n"),
-    "impossible": ("search.Space(n=mf.Int(1, 2), m=mf.Int(1, 2, when={'n': 3}))", "n=3, but that is a whole"),
+    "impossible": (
+        "search.Space(n=mf.Int(1, 2), m=mf.Int(1, 2, when={'n': 3}))",
+        "n=3, but n must be a whole",
+    ),
     "cyclic": (
         "search.Space(n=mf.Int(1, 2, when={'m': 1}), m=mf.Int(1, 2, when={'n': 1}))",
-        "must not run in a circle",
+        "must not form a cycle",
     ),
     "online Int": ("search.Space(n=mf.Int(1, 2, online=True))", "'online'"),
     "not a space": ("3", "space is 3"),
@@ -144,7 +147,7 @@ def test_a_bad_space_is_one_sentence_and_exit_code_2(call, tmp_path, case):
         ),
         (["mlp", "--data", "cifar"], "dataset must be one of mnist, fashion_mnist, digits"),
         (["mpl"], r"must be mlp or FILE\.py:FUNCTION, but got 'mpl'"),
-        (["nowhere.py:f"], "must be in a Python file, but .*nowhere.py is not there"),
+        (["nowhere.py:f"], "must be in a Python file, but .*nowhere.py does not exist"),
         (["nowhere.py:f", "--data", "digits"], "--data and --train are for mlp"),
         (["mlp", "--train", "99999"], "1 <= train <= 1197 must hold for digits, but train=99999"),
         (["mlp", "--time", "soon"], "--time must be a duration such as 90s, 5m or 2h, but got 'soon'"),
@@ -152,16 +155,25 @@ def test_a_bad_space_is_one_sentence_and_exit_code_2(call, tmp_path, case):
         (["mlp", "--trials", "0"], "trials > 0 must hold"),
         (["mlp", "--workers", "0"], "workers > 0 must hold"),
         (["mlp", "--storage", "study.txt"], "must be a file that ends in .sqlite"),
-        (["mlp", "--storage", "/proc/no/s.sqlite"], "folder of the storage /proc/no/s.sqlite cannot be made"),
+        (
+            ["mlp", "--storage", "/proc/no/s.sqlite"],
+            "folder of the storage /proc/no/s.sqlite cannot be created",
+        ),
         (["mlp", "--storage", "oracle://x"], "driver of oracle://x is not installed"),
         (["mlp", "--storage", "postgresql://u:secret@127.0.0.1:1/d"], r"reached, but .*127\.0\.0\.1:1/d"),
         (["mlp", "--storage", "postgresql://u@:port/d"], "must have an address such as"),
-        (["mlp", "--engine", "ray", "--address", "127.0.0.1:1"], "at 127.0.0.1:1 is none"),
+        (["mlp", "--engine", "ray", "--address", "127.0.0.1:1"], "127.0.0.1:1 does not answer"),
         (["mlp", "--engine", "ray", "--address", "somewhere"], "must be auto or host:port"),
         (["mlp", "--engine", "ray", "--scheduler", "fair"], "scheduler of Ray must be one of asha"),
         (["mlp", "--engine", "ray", "--scheduler", "pbt", "--time", "5s"], "needs trials="),
-        (["mlp", "--engine", "bohb", "--scheduler", "pbt"], "scheduler= is no option of the engine bohb"),
-        (["mlp", "--engine", "smac", "--address", "auto"], "address= is no option of the engine smac"),
+        (
+            ["mlp", "--engine", "bohb", "--scheduler", "pbt"],
+            "options of the engine bohb are none, but got scheduler=",
+        ),
+        (
+            ["mlp", "--engine", "smac", "--address", "auto"],
+            "options of the engine smac are none, but got address=",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(call, arguments, message):
@@ -173,7 +185,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(call, arguments, message):
 
 def test_a_report_on_what_is_not_there_is_one_sentence_and_exit_code_2(call, tmp_path):
     assert_refused(
-        call("report", "s", "--storage", "no.sqlite"), "no.sqlite is not there; run the search first"
+        call("report", "s", "--storage", "no.sqlite"), "no.sqlite does not exist; run the search first"
     )
     call("search", "mlp", "--train", 200, "--study", "s", *TINY)
     assert_refused(call("report", "t", "--storage", "runs/search.sqlite"), "must be one of s; got 't'")
@@ -186,10 +198,10 @@ def test_a_report_on_what_is_not_there_is_one_sentence_and_exit_code_2(call, tmp
 def test_a_study_is_not_resumed_as_another_search(call):
     call("search", "mlp", "--train", 200, "--study", "s", *TINY)
     for change, message in (
-        (["--epochs", 4], "another epochs than this search .3, not 4."),
-        (["--seed", 1], "another seed"),
-        (["--offline"], "another space"),
-        (["--train", 201], "another objective"),
+        (["--epochs", 4], "same epochs to be resumed, but it has 3 and this search has 4"),
+        (["--seed", 1], "the same seed"),
+        (["--offline"], "the same space"),
+        (["--train", 201], "the same objective"),
     ):
         arguments = ["--train", 200, "--study", "s", *TINY, *change]
         assert_refused(call("search", "mlp", *arguments), message)
@@ -208,6 +220,6 @@ def assert_refused(found, message):
 def test_an_objective_that_always_fails_ends_the_search_with_its_message(call, objective_file):
     code, _, err = call("search", f"{objective_file}:breaks", *TINY)
     assert code == 1
-    assert "the first 3 trials all failed, the last one by KeyError: 'no such layer' (mine.py:" in " ".join(
+    assert "the first 3 trials all failed, the last with KeyError: 'no such layer' (mine.py:" in " ".join(
         err.split()
     )

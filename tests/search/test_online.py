@@ -202,7 +202,7 @@ def test_the_best_is_the_least_of_those_trained_to_the_end():
     ("arguments", "message"),
     [
         ({}, "one of trials and seconds"),
-        ({"trials": 1, "address": "auto"}, "address= is no option of the engine random; it has none"),
+        ({"trials": 1, "address": "auto"}, "options of the engine random are none, but got address="),
         ({"trials": 1, "epochs": 0}, "epochs > 0"),
         ({"trials": 1, "workers": 2}, "must be a function at the top of a module"),
     ],

@@ -154,7 +154,7 @@ def test_a_study_that_is_not_of_midflight_is_left_alone(tmp_path):
     storage = tmp_path / "s.sqlite"
     others = optuna.create_study(storage=f"sqlite:///{storage}", study_name="s")
     others.tell(others.ask(), 1.0)
-    with pytest.raises(search.SearchError, match="not one of midflight; choose another name"):
+    with pytest.raises(search.SearchError, match=r"one of midflight, but .* is not; choose another name"):
         search.run(
             lambda trial: 0.0, search.Space(x=mf.Float(0.0, 1.0)), trials=2, storage=str(storage), name="s"
         )

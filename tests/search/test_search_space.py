@@ -24,18 +24,18 @@ OPTIMIZER = mf.Categorical(["adam", "sgd"])
         ({"a": mf.Int(1, 2, when={"a": 1})}, "the condition of a must name another hyperparameter"),
         (
             {"optimizer": OPTIMIZER, "m": mf.Float(0, 1, when={"optimizer": "rmsprop"})},
-            "m waits for optimizer='rmsprop', but that is one of 'adam', 'sgd'",
+            "m requires optimizer='rmsprop', but optimizer must be one of 'adam', 'sgd'",
         ),
         (
             {"n": mf.Int(1, 4), "m": mf.Float(0, 1, when={"n": 5})},
-            r"n=5, but that is a whole number in \[1, 4\]",
+            r"n=5, but n must be a whole number in \[1, 4\]",
         ),
-        ({"n": mf.Int(1, 4), "m": mf.Float(0, 1, when={"n": ()})}, "names no value of n"),
+        ({"n": mf.Int(1, 4), "m": mf.Float(0, 1, when={"n": ()})}, "must name a value of n, but names none"),
         ({"x": mf.Float(0, 1), "m": mf.Int(1, 2, when={"x": 0.5})}, "but x is continuous"),
-        ({"x": mf.Float(0, 1, online=True), "m": mf.Int(1, 2, when={"x": 1})}, "but x is tuned while"),
+        ({"x": mf.Float(0, 1, online=True), "m": mf.Int(1, 2, when={"x": 1})}, "but x is tuned during"),
         (
             {"a": mf.Int(1, 2, when={"b": 1}), "b": mf.Int(1, 2, when={"a": 1})},
-            "must not run in a circle, but those of a, b",
+            "must not form a cycle, but those of a, b",
         ),
         (
             {"a": mf.Int(1, 2), "b": mf.Int(1, 2, when={"a": 1}), "c": mf.Int(1, 2, when={"a": 2, "b": 1})},
@@ -49,7 +49,7 @@ def test_a_space_that_cannot_be_is_refused_with_a_sentence(specs, message):
 
 
 def test_a_name_declared_twice_is_refused():
-    with pytest.raises(mf.errors.SpaceError, match="once, but x came twice"):
+    with pytest.raises(mf.errors.SpaceError, match="once, but x is declared twice"):
         search.Space({"x": mf.Int(1, 2)}, x=mf.Float(0, 1))
 
 

@@ -1,4 +1,4 @@
-"""`midflight search`: search a space, and report on the search."""
+"""`midflight search`: search a space and report the result."""
 
 import math
 import os
@@ -18,50 +18,51 @@ DEFAULT_TIME = "5m"
 
 @dataclass(frozen=True)
 class Search:
-    """Search a space for the least validation loss; what is declared online is tuned inside each trial.
+    """Search a space for the lowest validation loss; tune the online hyperparameters during each trial.
 
-    Every report of a trial is stored at once; the same command resumes where it stopped.
+    Each report of a trial is stored at once. The same command resumes an interrupted search.
     """
 
     space: tyro.conf.Positional[str]
-    """mlp, or FILE.py:FUNCTION with a `space` in the file; see docs/search.md."""
+    """mlp, or FILE.py:FUNCTION, where the file also defines `space`; see docs/search.md."""
     data: str | None = None
-    """For mlp: mnist, fashion_mnist or digits; digits if not given."""
+    """Dataset of mlp: mnist, fashion_mnist or digits; default: digits."""
     train: int | None = None
-    """For mlp: training images, fewer for a quicker search."""
+    """Number of training images of mlp; default: all."""
     engine: str = "bohb"
     """random, tpe, bohb (TPE with Hyperband), smac (random forest with Hyperband) or ray."""
     trials: int | None = None
-    """Trials in the whole study."""
+    """Number of trials in the whole search, earlier ones included."""
     time: str | None = None
-    """How long to search now, such as 90s, 5m or 2h; 5m if neither this nor --trials is given."""
+    """Duration of this call, such as 90s, 5m or 2h; default without --trials: 5m."""
     epochs: int = 9
-    """Of a whole training; Hyperband compares after 1, 3, 9, ... of them."""
+    """Epochs of a full training; Hyperband compares trials after 1, 3, 9, ... epochs."""
     workers: int | None = None
-    """Trials at once, each in a process of its own; all cores if not given."""
+    """Number of parallel trials, one process each; default: number of cores."""
     storage: str = DEFAULT_STORAGE
     """A .sqlite or .journal file, or a URL such as postgresql://user@host/database."""
     folder: Path | None = None
-    """Of the checkpoints, where several machines share a study; beside the storage if not given."""
+    """Folder of the checkpoints, shared if several machines search together; default: beside the storage."""
     study: str | None = None
-    """Its name in the storage; made of space, data and engine if not given."""
+    """Name of the search in the storage; default: made of space, data and engine."""
     seed: int = 0
-    """Of the engine and of every trial."""
+    """Seed of the engine and of every trial."""
     offline: bool = False
-    """Tune nothing inside the trials: the engine searches everything."""
+    """Let the engine search all hyperparameters; tune none during the trials."""
     warm_start: bool = True
-    """Start what is tuned inside where the nearest good configuration ended."""
+    """Start tuned hyperparameters at the final values of the nearest good trial."""
     address: str | None = None
-    """For ray: a running cluster; one is started here if not given."""
+    """Address of a running Ray cluster; default: start a local one."""
     scheduler: str | None = None
-    """For ray: asha, median, pbt or fifo; asha if not given."""
+    """Scheduler of ray: asha, median, pbt or fifo; default: asha."""
     out: Path | None = None
-    """Folder of the report; one of the study's name beside the storage if not given."""
+    """Folder of the report; default: a folder named like the search, beside the storage."""
     json: bool = False
-    """Print the trials for machines."""
+    """Print the trials as JSON."""
 
 
 def run(arguments: list[str]) -> int:
+    """Search, then report; return the exit code."""
     command = tyro.cli(Search, args=arguments, prog="midflight search")
     from midflight.search.problems import problem
     from midflight.search.progress import showing_trials
@@ -87,10 +88,10 @@ def run(arguments: list[str]) -> int:
 
 
 def report(name: str, storage: str, folder: Path | None, as_text: bool) -> int:
-    """Report on the stored trials of a search; returns the exit code."""
+    """Report on the stored trials of a search; return the exit code."""
     require_extra("optuna", "search")
     from midflight.search import report as reports
-    from midflight.search.ledger import default_folder, read_study, shown
+    from midflight.search.ledger import default_folder, read_study, without_password
 
     with read_study(storage, name) as (ledger, declaration):
         records = ledger.records()
@@ -100,7 +101,11 @@ def report(name: str, storage: str, folder: Path | None, as_text: bool) -> int:
     with err.status("drawing the report"):
         page = reports.write_report(name, declaration, records, folder or default_folder(storage, name))
     out.print(reports.summary_table(records))
-    out.print(f"Stored as {name} in {shown(storage)}. Report: {page.resolve()}", markup=False, soft_wrap=True)
+    out.print(
+        f"Stored as {name} in {without_password(storage)}. Report: {page.resolve()}",
+        markup=False,
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -113,7 +118,7 @@ def _study_name(command: Search) -> str:
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds of 90, 90s, 5m or 2h; raises `SearchError`."""
+    """Return the seconds of a text such as 90, 90s, 5m or 2h; raises `SearchError`."""
     number, unit = (text[:-1], text[-1]) if text[-1:] in tuple("smh") else (text, "s")
     try:
         seconds = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]

@@ -1,7 +1,7 @@
-"""Search what has no gradient, and tune the rest while each trial trains.
+"""Search hyperparameters that have no gradient, and tune the others during each trial.
 
-An engine that already exists (Optuna, SMAC3, Ray Tune) chooses layers, widths, activations, optimisers;
-what is declared `Float(..., online=True)` is not searched, but tuned by `midflight.Tuner` inside each trial.
+An existing engine (Optuna, SMAC3, Ray Tune) searches layers, widths, activations and optimisers.
+`midflight.Tuner` tunes every `Float(..., online=True)` during each trial.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`run`, `Result` and `Record` need Optuna, and are imported when they are first used."""
+    """Import `run`, `Result` and `Record` on first use, because they need Optuna."""
     if name not in ("run", "Result", "Record"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from midflight.errors import require_extra

@@ -1,9 +1,8 @@
-"""One file per training: where it stands, with everything that a bit-for-bit continuation needs.
+"""Save a training in one file, with all that a bit-for-bit continuation needs.
 
-Tensors and plain values only, so that a file in a shared folder cannot run code when it is read.
+A file holds tensors and plain values only, so loading one from a shared folder cannot run code.
 """
 
-import os
 import pickle
 import random
 from dataclasses import asdict, dataclass, field
@@ -13,18 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from midflight._reporting.files import replacing
 from midflight.search.errors import SearchError
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a trial reported after an epoch.
+    """A trial's report after an epoch.
 
     Attributes:
         epoch: epochs done, from 1.
-        loss: validation loss, what the search minimises.
-        online: values of the hyperparameters that are tuned inside.
-        extra: whatever else was reported, such as a test error; shown, never used.
+        loss: validation loss, which the search minimises.
+        online: values of the tuned hyperparameters.
+        extra: other numbers, such as a test error; shown, but never used.
     """
 
     epoch: int
@@ -35,25 +35,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training after an epoch; `points` are its reports so far, `state` is what the objective gave."""
+    """A training after an epoch: its reports so far, the objective's state, and the random state."""
 
     points: list[Point]
     state: Any
     random_state: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the file; a reader never sees a part of it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with replacing(path) as part:
             torch.save({**vars(self), "points": [asdict(point) for point in self.points]}, part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Checkpoint | None:
-    """The checkpoint in `path`; None if there is none.
+    """Load the checkpoint in `path`; return None if there is none.
 
     Raises:
         SearchError: the file holds more than tensors and plain values, or is damaged.
@@ -65,14 +61,14 @@ def load(path: Path) -> Checkpoint | None:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise SearchError(
             f"a checkpoint must hold tensors, strings, numbers and lists or dicts of them, but {path.name} "
-            f"does not ({str(error).splitlines()[0]}); give `trial.report` a state of those, arrays by "
-            "torch.from_numpy."
+            f"does not ({str(error).splitlines()[0]}); pass such a state to `trial.report`, and convert "
+            "arrays by torch.from_numpy."
         ) from error
     return Checkpoint([Point(**point) for point in saved["points"]], saved["state"], saved["random_state"])
 
 
 def random_state() -> dict[str, Any]:
-    """The global generators of torch, numpy and random, as tensors and plain values."""
+    """Return the state of the global generators of torch, numpy and random."""
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -83,7 +79,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the global generators back to where `random_state` found them."""
+    """Restore the state of the global generators."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

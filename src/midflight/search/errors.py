@@ -1,4 +1,4 @@
-"""What can go wrong in a search."""
+"""The exceptions of a search."""
 
 from typing import TYPE_CHECKING
 
@@ -9,26 +9,26 @@ if TYPE_CHECKING:
 
 
 class SearchError(MidflightError, ValueError):
-    """A search that cannot be as it was asked for."""
+    """An argument or the storage of a search is invalid."""
 
 
 class StorageLost(MidflightError, OSError):
-    """The storage of a search could be reached, and then no longer."""
+    """The storage failed during a search."""
 
     exit_code = 1
 
 
 class ObjectiveFailed(MidflightError, RuntimeError):
-    """The first trials all failed, so the next ones would."""
+    """The first trials all failed, so the search stopped."""
 
     exit_code = 1
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a search.
+    """Ctrl-C was pressed during a search.
 
     Attributes:
-        result: what was found until then.
+        result: the result so far.
     """
 
     def __init__(self, result: "Result") -> None:

@@ -1,8 +1,8 @@
-"""The ledger: every trial of a search, whichever engine proposed it, in one Optuna study.
+"""Store the trials of all engines in one Optuna study, the ledger.
 
-So `optuna-dashboard` opens it, and storage, resuming and reports are one piece of code. Beside Optuna's own
-columns a trial carries user attributes: where its tuned hyperparameters started and went, what it
-continues, and who runs it.
+All engines share the code for storage, resuming and reports, and `optuna-dashboard` opens the study. User
+attributes of a trial hold the path of its tuned hyperparameters, the trial it continues, and the process
+that runs it.
 """
 
 import math
@@ -27,12 +27,12 @@ from midflight.errors import MissingExtra, UnknownName
 from midflight.search.errors import SearchError, StorageLost
 from midflight.search.space import Config, Space
 
-DECLARATION = "midflight"  # the attribute of a study that says what it searches
+DECLARATION = "midflight"  # user attribute of the study that holds its Declaration
 SQLITE, JOURNAL = (".sqlite", ".sqlite3", ".db"), (".journal", ".log")
-BEAT = 30.0  # seconds between two signs of life of a searching process
-STALE = 5 * 60.0  # seconds without one after which its trials are taken over
-TRIES = 5  # to find the tables of a database as another process makes them
-PAUSE = 0.3  # seconds in which two claims to one trial meet in the storage
+HEARTBEAT = 30.0  # seconds between two heartbeats of a searching process
+HEARTBEAT_TIMEOUT = 5 * 60.0  # seconds without a heartbeat after which other processes take over its trials
+ATTEMPTS = 5  # to open a database while another process creates its tables
+PAUSE = 0.3  # seconds until two processes that claim one trial see each other's claim
 
 STATES = {
     TrialState.RUNNING: "unfinished",
@@ -45,22 +45,22 @@ STATES = {
 
 @dataclass(frozen=True)
 class Record:
-    """A trial as it is stored.
+    """A stored trial.
 
     Attributes:
-        number: in its study, from 0.
-        state: "unfinished" (running, or cut off and to be continued), "complete", "pruned" or "failed".
-        config: what the engine chose, or what population-based training made of it; active
-            hyperparameters only.
-        starts: where those that are tuned inside began.
+        number: number in its study, from 0.
+        state: "unfinished" (running or interrupted), "complete", "pruned", "failed" or "waiting".
+        config: active searched hyperparameters, as chosen by the engine or changed by population-based
+            training.
+        starts: initial values of the tuned hyperparameters.
         losses: epoch -> validation loss.
-        trajectory: [epoch, {name: value}] of what is tuned inside.
-        extra: the further numbers of its last report.
-        message: why it failed or stopped.
-        root: number of the first trial of this configuration, whose checkpoint it continues; its own if none.
-        from_epoch: epochs that it did not train itself, but found in a checkpoint of an earlier trial.
-        seconds: from its beginning to its end.
-        engine: that proposed it.
+        trajectory: (epoch, {name: value}) of the tuned hyperparameters.
+        extra: additional numbers of the last report.
+        message: reason for a failure or an early stop.
+        root: number of the first trial of this configuration, whose checkpoint it continues; else its own.
+        from_epoch: epochs taken from that checkpoint.
+        seconds: duration.
+        engine: name of the engine that proposed it.
     """
 
     number: int
@@ -78,7 +78,7 @@ class Record:
 
     @property
     def epoch(self) -> int:
-        """Epochs trained, those of the trials that it continues included."""
+        """Epochs trained, including those of continued trials."""
         return max(self.losses, default=0)
 
     @property
@@ -88,18 +88,18 @@ class Record:
 
     @property
     def online(self) -> Config:
-        """The tuned values now."""
+        """The latest values of the tuned hyperparameters."""
         return self.trajectory[-1][1] if self.trajectory else self.starts
 
     @property
     def params(self) -> Config:
-        """The whole configuration: what was searched, and what was tuned where it ended."""
+        """The whole configuration: searched values and latest tuned values."""
         return {**self.config, **self.online}
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a study searches; the same whenever it is resumed."""
+    """What a study searches; a resumed study must have the same declaration."""
 
     space: Space
     epochs: int
@@ -117,19 +117,19 @@ class Ledger:
         self.owner = uuid.uuid4().hex[:12]
 
     def records(self) -> list[Record]:
-        """All trials, by number."""
+        """Return all trials, by number."""
         return [record(trial) for trial in self.study.get_trials(deepcopy=False)]
 
     def record(self, number: int) -> Record:
-        """One trial."""
+        """Return one trial."""
         return record(self.study.get_trials(deepcopy=False)[number])
 
     def checkpoint(self, root: int) -> Path:
-        """The file of the training that trial `root` began."""
+        """Return the checkpoint file of the training that trial `root` started."""
         return self.folder / f"{root}.pt"
 
     def clear_checkpoints(self) -> None:
-        """Delete what no trial will continue, all but the best one's."""
+        """Delete the checkpoints that no trial can continue; keep the best trial's."""
         records = self.records()
         chosen = best(records)
         kept = {r.root for r in records if r.state == "unfinished"} | ({chosen.root} if chosen else set())
@@ -137,19 +137,19 @@ class Ledger:
             if path.stem.isdigit() and int(path.stem) not in kept:
                 path.unlink(missing_ok=True)
 
-    def orphans(self) -> list[FrozenTrial]:
-        """Unfinished trials whose process is gone, now claimed by this one."""
+    def claim_orphans(self) -> list[FrozenTrial]:
+        """Claim the unfinished trials whose process died; return those that this process won."""
         owners = self._owners()
-        others_live = any(_lives(beat) for name, beat in owners.items() if name != self.owner)
+        others_live = any(_is_alive(beat) for name, beat in owners.items() if name != self.owner)
         dead = [
             trial
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if not self._is_cared_for(trial, owners, others_live)
+            if not self._has_owner(trial, owners, others_live)
         ]
         for trial in dead:
             self._set(trial, "owner", self.owner)
         if dead and others_live:
-            time.sleep(PAUSE)  # of two processes that claim one trial, the last to write has it (Fischer)
+            time.sleep(PAUSE)  # the last process to write its claim wins (Fischer's mutual exclusion)
         mine = {trial.number for trial in dead}
         return [
             trial
@@ -158,16 +158,16 @@ class Ledger:
         ]
 
     @contextmanager
-    def alive(self) -> Iterator[None]:
-        """Give signs of life in the block, so that nobody else takes over the trials of this process."""
+    def heartbeats(self) -> Iterator[None]:
+        """Send heartbeats in the block, so that no other process takes over this process's trials."""
         key, ended = f"owner:{self.owner}", threading.Event()
 
         def beat() -> None:
             self.study.set_user_attr(key, {"host": platform.node(), "pid": os.getpid(), "seen": time.time()})
 
         def beats() -> None:
-            while not ended.wait(BEAT):
-                with suppress(Exception):  # the storage's trouble is told by those who need an answer from it
+            while not ended.wait(HEARTBEAT):
+                with suppress(Exception):  # a lost storage raises in the main thread
                     beat()
             self.study._storage.remove_session()
 
@@ -186,22 +186,20 @@ class Ledger:
         attrs = self.study.user_attrs.items()
         return {key.removeprefix("owner:"): value for key, value in attrs if key.startswith("owner:")}
 
-    def _is_cared_for(
-        self, trial: FrozenTrial, owners: Mapping[str, dict[str, Any]], others_live: bool
-    ) -> bool:
+    def _has_owner(self, trial: FrozenTrial, owners: Mapping[str, dict[str, Any]], others_live: bool) -> bool:
         owner = trial.user_attrs.get("owner")
         if owner is not None:
-            return owner == self.owner or _lives(owners.get(owner, {"seen": 0.0}))
-        # its process died, or is about to write its name
+            return owner == self.owner or _is_alive(owners.get(owner, {"seen": 0.0}))
+        # the process died before it wrote its name, or it is about to write it
         began = trial.datetime_start
-        return others_live and began is not None and time.time() - began.timestamp() < STALE
+        return others_live and began is not None and time.time() - began.timestamp() < HEARTBEAT_TIMEOUT
 
     def _set(self, trial: FrozenTrial, key: str, value: Any) -> None:
         self.study._storage.set_trial_user_attr(trial._trial_id, key, value)
 
 
 def record(trial: FrozenTrial) -> Record:
-    """What a stored trial says."""
+    """Convert a trial of Optuna."""
     attrs = trial.user_attrs
     duration = trial.duration
     return Record(
@@ -221,7 +219,7 @@ def record(trial: FrozenTrial) -> Record:
 
 
 def best(records: list[Record]) -> Record | None:
-    """The trial of least loss among those trained to the end; if there is none, among the longest trained."""
+    """Return the trial with the lowest loss among complete ones; if none is, among the longest trained."""
     good = [r for r in records if math.isfinite(r.loss) and r.state != "failed"]
     ended = [r for r in good if r.state == "complete"]
     if not ended:
@@ -234,20 +232,22 @@ def best(records: list[Record]) -> Record | None:
 def open_study(
     storage: str | None, name: str, declaration: Declaration, folder: Path, **engine: Any
 ) -> Iterator[Ledger]:
-    """Begin the study `name`, or go on with it; its storage is open in the block.
+    """Start or resume the study `name`; its storage is open in the block.
 
     Raises:
-        SearchError: the storage cannot be reached, or `name` is another search there.
+        SearchError: the storage cannot be reached, or `name` is another search.
     """
     with _opened(storage) as backend:
         study = optuna.create_study(
             storage=backend, study_name=name, direction="minimize", load_if_exists=True, **engine
         )
-        # looked for first: another process may declare the study, and begin trials, at any moment
+        # read before the declaration, because another process may add a declaration and then trials
         had_trials = bool(study.get_trials(deepcopy=False))
         if DECLARATION not in study.user_attrs:
             if had_trials:
-                raise SearchError(f"the study {name!r} is not one of midflight; choose another name.")
+                raise SearchError(
+                    f"the study must be one of midflight, but {name!r} is not; choose another name."
+                )
             study.set_user_attr(DECLARATION, {**vars(declaration), "space": declaration.space.to_json()})
         _check_same(name, _declaration(study), declaration)
         yield Ledger(study, folder)
@@ -255,45 +255,48 @@ def open_study(
 
 @contextmanager
 def read_study(storage: str, name: str) -> Iterator[tuple[Ledger, Declaration]]:
-    """A stored search, for a report; its storage is open in the block.
+    """Open a stored search for a report; its storage is open in the block.
 
     Raises:
-        SearchError: the storage cannot be reached, or holds no search of midflight under this name.
-        UnknownName: there is no such study.
+        SearchError: the storage cannot be reached, or the study is not a search of midflight.
+        UnknownName: no study has this name.
     """
     with _opened(storage, create=False) as backend:
         names = [summary.study_name for summary in optuna.get_all_study_summaries(backend)]
         if name not in names:
-            raise UnknownName(f"a study in {shown(storage)}", name, names or ["(none yet)"])
+            raise UnknownName(f"a study in {without_password(storage)}", name, names or ["(none yet)"])
         study = optuna.load_study(storage=backend, study_name=name)
         if DECLARATION not in study.user_attrs:
-            raise SearchError(f"the study {name!r} is not one of midflight's searches.")
+            raise SearchError(f"the study must be a search of midflight, but {name!r} is not.")
         yield Ledger(study, default_folder(storage, name)), _declaration(study)
 
 
 def open_storage(storage: str | None, create: bool = True) -> optuna.storages.BaseStorage:
-    """An Optuna storage: memory, a SQLite file, a journal file, or a database by its URL.
+    """Open an Optuna storage.
 
     Args:
-        storage: None; a path that ends in .sqlite, .sqlite3 or .db, or in .journal or .log; or a URL such as
-            postgresql://user:password@host/database.
-        create: whether a file may be made.
+        storage: one of
+            None: memory;
+            a path that ends in .sqlite, .sqlite3 or .db: a SQLite file;
+            a path that ends in .journal or .log: a journal file of Optuna;
+            a URL such as postgresql://user:password@host/database.
+        create: whether to create a missing file.
 
     Raises:
-        SearchError: it is none of these, or cannot be reached.
-        MissingExtra: the database's driver is not installed.
+        SearchError: `storage` is none of these, or it cannot be opened.
+        MissingExtra: the driver of the database is not installed.
     """
     if storage is None:
         return optuna.storages.InMemoryStorage()
     path = _path(storage)
     if path is not None:
         if not create and not path.is_file():
-            raise SearchError(f"the storage must be a file, but {path} is not there; run the search first.")
+            raise SearchError(f"the storage must be a file, but {path} does not exist; run the search first.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SearchError(
-                f"the folder of the storage {path} cannot be made: {error.strerror}."
+                f"the folder of the storage {path} cannot be created: {error.strerror}."
             ) from error
         if path.suffix in JOURNAL:
             return _journal(path)
@@ -304,19 +307,19 @@ def _check_same(name: str, before: Declaration, now: Declaration) -> None:
     for what in ("space", "epochs", "seed", "objective"):
         if getattr(before, what) != getattr(now, what):
             raise SearchError(
-                f"the study {name!r} has another {what} than this search "
-                f"({_shown(before, what)}, not {_shown(now, what)}); give this one a name of its own."
+                f"the study {name!r} must have the same {what} to be resumed, but it has "
+                f"{_as_text(before, what)} and this search has {_as_text(now, what)}; choose another name."
             )
 
 
 def default_folder(storage: str | None, name: str) -> Path:
-    """Where a study's checkpoints and report go: a folder of its name beside its file, or in runs."""
+    """Return the folder of checkpoints and report: named like the study, beside its file or in runs."""
     path = _path(storage) if storage else None
     return (path.parent if path else Path("runs")) / name
 
 
-def shown(storage: str) -> str:
-    """The address without its password."""
+def without_password(storage: str) -> str:
+    """Return the address with its password hidden."""
     if "://" not in storage:
         return storage
     with suppress(ArgumentError, ValueError):
@@ -326,14 +329,14 @@ def shown(storage: str) -> str:
 
 @contextmanager
 def _opened(storage: str | None, create: bool = True) -> Iterator[optuna.storages.BaseStorage]:
-    """An open storage; in the block, trouble with it becomes a `StorageLost`."""
+    """Open a storage; turn its errors in the block into `StorageLost`."""
     backend = open_storage(storage, create)
     try:
         yield backend
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise StorageLost(
-            f"the storage {shown(storage or 'memory')} failed: {_first_line(error)}; what was stored is "
-            "safe, run the same command again when it can be reached."
+            f"the storage {without_password(storage or 'memory')} failed: {_first_line(error)}. Stored "
+            "trials are safe; run the same command again when the storage can be reached."
         ) from error
     finally:
         database = getattr(backend, "_backend", backend)
@@ -350,7 +353,7 @@ def _path(storage: str) -> Path | None:
     path = Path(storage)
     if path.suffix not in SQLITE + JOURNAL:
         raise SearchError(
-            f"a storage must be a file that ends in {', '.join(SQLITE + JOURNAL)}, or a URL such as "
+            f"the storage must be a file that ends in {', '.join(SQLITE + JOURNAL)}, or a URL such as "
             f"postgresql://user@host/database, but got {storage!r}."
         )
     return path
@@ -362,7 +365,9 @@ def _journal(path: Path) -> optuna.storages.BaseStorage:
     try:
         return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
     except (OSError, ValueError) as error:  # ValueError: a line that is not JSON
-        raise SearchError(f"the storage must be a journal file of Optuna, but {path}: {error}.") from error
+        raise SearchError(
+            f"the storage must be a journal file of Optuna, but {path} is not: {error}."
+        ) from error
 
 
 def _database(url: str) -> optuna.storages.BaseStorage:
@@ -370,8 +375,8 @@ def _database(url: str) -> optuna.storages.BaseStorage:
         parsed = make_url(url)
     except (ArgumentError, ValueError) as error:
         raise SearchError(
-            f"a storage must have an address such as postgresql://user@host:5432/database, but {shown(url)} "
-            "is none."
+            "the storage must have an address such as postgresql://user@host:5432/database, but got "
+            f"{without_password(url)}."
         ) from error
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
@@ -382,10 +387,10 @@ def _database(url: str) -> optuna.storages.BaseStorage:
         options["connect_args"] = {"timeout": 60}
     address = parsed.render_as_string(hide_password=False)
     try:
-        for _ in range(TRIES):
+        for _ in range(ATTEMPTS):
             try:
                 return optuna.storages.get_storage(optuna.storages.RDBStorage(address, engine_kwargs=options))
-            except SQLAlchemyError as error:  # another process makes the tables in this very moment
+            except SQLAlchemyError as error:  # another process may be creating the tables
                 if not isinstance(error, IntegrityError) and "already exists" not in str(error):
                     raise
                 problem = error
@@ -393,12 +398,13 @@ def _database(url: str) -> optuna.storages.BaseStorage:
         raise problem
     except (ImportError, NoSuchModuleError) as error:
         raise MissingExtra(
-            f"the driver of {shown(url)} is not installed ({_first_line(error)}); for PostgreSQL "
+            f"the driver of {without_password(url)} is not installed ({_first_line(error)}); for PostgreSQL "
             "pip install 'midflight[postgres]'"
         ) from error
     except (SQLAlchemyError, OSError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
         raise SearchError(
-            f"the storage must be a database that can be reached, but {shown(url)}: {_first_line(error)}."
+            f"the storage must be a database that can be reached, but {without_password(url)} cannot: "
+            f"{_first_line(error)}."
         ) from error
 
 
@@ -407,8 +413,8 @@ def _first_line(error: BaseException) -> str:
     return (str(getattr(cause, "orig", cause)).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
 
 
-def _lives(beat: Mapping[str, Any]) -> bool:
-    if time.time() - beat["seen"] > STALE:
+def _is_alive(beat: Mapping[str, Any]) -> bool:
+    if time.time() - beat["seen"] > HEARTBEAT_TIMEOUT:
         return False
     if beat["host"] != platform.node():
         return True
@@ -426,6 +432,6 @@ def _declaration(study: Study) -> Declaration:
     return Declaration(**{**stored, "space": Space.from_json(stored["space"])})
 
 
-def _shown(declaration: Declaration, what: str) -> str:
+def _as_text(declaration: Declaration, what: str) -> str:
     value = getattr(declaration, what)
     return ", ".join(value) if isinstance(value, Space) else str(value)

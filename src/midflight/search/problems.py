@@ -1,4 +1,4 @@
-"""What `midflight search` searches: a multilayer perceptron on images, or an objective in a file of yours."""
+"""The objectives of `midflight search`: a multilayer perceptron on images, or a function in a user's file."""
 
 import sys
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from midflight.space import Categorical, Float, Int, default_range
 from midflight.tuner import Tuner
 
 BATCH = 128
-VALID = 1 / 6  # of the training images tune and judge, as 10,000 of MNIST's 60,000 usually do
+VALID = 1 / 6  # share of the training images used for validation, as 10,000 of MNIST's 60,000 usually are
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 MLP_SPACE = Space(
     layers=Int(1, 4),
@@ -31,7 +31,7 @@ MLP_SPACE = Space(
     activation=Categorical(list(ACTIVATIONS)),
     batch_norm=Categorical([False, True]),
     optimizer=Categorical(["adam", "adamw", "sgd"]),
-    # searched, not tuned: seen one step ahead, a smaller learning rate always looks better (Wu 2018)
+    # searched, because a short horizon favours small learning rates (Wu et al. 2018)
     lr=Float(1e-4, 0.3, log=True),
     momentum=Float(0.0, 0.98, when={"optimizer": "sgd"}),
     weight_decay=default_range("weight_decay", online=True),
@@ -42,7 +42,7 @@ MLP_SPACE = Space(
 
 @dataclass(frozen=True)
 class Problem:
-    """An objective, its space, and the name under which a study knows it."""
+    """An objective, its space, and its name in a study."""
 
     objective: Objective
     space: Space
@@ -51,15 +51,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Mlp:
-    """Trains a multilayer perceptron on a dataset of `midflight.datasets`; searched over `MLP_SPACE`.
+    """Trains a multilayer perceptron with a configuration of `MLP_SPACE`; an objective.
 
-    The validation loss is that of the weights at hand; after the last epoch, of those that
-    `Tuner.finish` chose. The test error after the last epoch is reported beside it and used for nothing.
+    It reports the validation loss of the current weights; after the last epoch, of the weights that
+    `Tuner.finish` chose. It reports the test error after the last epoch, which the search ignores.
     """
 
     data: str
+    """A dataset of `midflight.datasets`."""
     train: int | None = None
-    """Training images, fewer than there are for a quicker search."""
+    """Number of training images; None: all."""
 
     def __call__(self, trial: Trial) -> None:
         t1, t2, test = splits(self.data, self.train)
@@ -80,7 +81,8 @@ class Mlp:
             done = state["epoch"]
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            optimizer.param_groups[0].update(_options(searched))  # a clone has its own configuration
+            # population-based training copies the state of another configuration
+            optimizer.param_groups[0].update(_options(searched))
             batches.generator.set_state(state["batches"])
             if tuner:
                 tuner.load_state_dict(state["tuner"])
@@ -89,11 +91,11 @@ class Mlp:
                 optimizer.zero_grad()
                 _cross_entropy(model, batch).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
-            ends = epoch == trial.epochs
-            if tuner and ends:
+            last = epoch == trial.epochs
+            if tuner and last:
                 tuner.finish()
             valid, _ = evaluate(model, t2)
-            extra = {"test_error": evaluate(model, test)[1]} if ends else {}
+            extra = {"test_error": evaluate(model, test)[1]} if last else {}
             state = {
                 "epoch": epoch,
                 "model": model.state_dict(),
@@ -106,7 +108,7 @@ class Mlp:
 
 @dataclass(frozen=True)
 class FileObjective:
-    """A function in a Python file, found again in every worker process."""
+    """A function in a Python file, imported again in every worker process; an objective."""
 
     path: Path
     name: str
@@ -117,43 +119,43 @@ class FileObjective:
 
 
 def problem(what: str, data: str | None = None, train: int | None = None) -> Problem:
-    """What to search, by the words of the command line.
+    """Return the problem named on the command line.
 
     Args:
-        what: "mlp", or FILE.py:FUNCTION, a file that also holds a `midflight.search.Space` named `space`.
-        data: for mlp: one of `DATASETS`; digits if not given.
-        train: for mlp: how many training images.
+        what: "mlp", or FILE.py:FUNCTION, where the file also defines `space`, a `midflight.search.Space`.
+        data: dataset of mlp, one of `DATASETS`; default: digits.
+        train: number of training images of mlp; default: all.
 
     Raises:
-        SearchError: there is no such file, function or space, or it cannot be imported.
-        UnknownName: there is no such dataset.
-        SpaceError: the space in the file cannot be.
+        SearchError: the file, function or space does not exist, or the file cannot be imported.
+        UnknownName: no dataset has this name.
+        SpaceError: the space in the file is invalid.
     """
-    if what in ("mlp",):
+    if what == "mlp":
         data = data or "digits"
         split = splits(data, train)[0]
         return Problem(Mlp(data, train), MLP_SPACE, f"mlp on {data}, {len(split)} images")
     path, _, name = what.partition(":")
     if not path.endswith(".py") or not name.isidentifier():
-        raise SearchError(f"what to search must be mlp or FILE.py:FUNCTION, but got {what!r}.")
+        raise SearchError(f"the space must be mlp or FILE.py:FUNCTION, but got {what!r}.")
     if data is not None or train is not None:
-        raise SearchError(f"--data and --train are for mlp; {path} loads its own data.")
+        raise SearchError(f"--data and --train are for mlp only, because {path} loads its own data.")
     module = _module(Path(path).resolve())
     if not callable(getattr(module, name, None)):
-        raise SearchError(f"{path} must hold a function {name}(trial), but has none of this name.")
+        raise SearchError(f"{path} must define a function {name}(trial), but does not.")
     space = getattr(module, "space", None)
     if not isinstance(space, Space):
-        raise SearchError(f"{path} must hold `space = midflight.search.Space(...)`, but space is {space!r}.")
+        raise SearchError(f"{path} must define space = midflight.search.Space(...), but space is {space!r}.")
     return Problem(FileObjective(Path(path).resolve(), name), space, f"{Path(path).name}:{name}")
 
 
 @cache
 def splits(data: str, train: int | None = None) -> tuple[Split, Split, Split]:
-    """(training, validation, test) of a dataset, the same in every process.
+    """Return the (training, validation, test) data of a dataset, the same in every process.
 
     Raises:
-        UnknownName: there is no such dataset.
-        SearchError: there are not so many training images.
+        UnknownName: no dataset has this name.
+        SearchError: `train` exceeds the number of training images.
     """
     arrays = load(data)
     order = torch.randperm(len(arrays.train_y), generator=torch.Generator().manual_seed(0))
@@ -167,7 +169,7 @@ def splits(data: str, train: int | None = None) -> tuple[Split, Split, Split]:
 
 
 def network(inputs: int, classes: int, params: Config) -> nn.Sequential:
-    """Noise on the inputs, then layers of linear, batch norm, activation and dropout; logits come out."""
+    """Return a network: input noise, then linear, batch norm, activation and dropout layers; gives logits."""
     layers: list[nn.Module] = [mfnn.GaussianNoise(params["noise"])]
     for _ in range(params["layers"]):
         layers.append(nn.Linear(inputs, params["width"]))
@@ -179,7 +181,7 @@ def network(inputs: int, classes: int, params: Config) -> nn.Sequential:
 
 
 def optimizer_for(model: nn.Module, params: Config) -> torch.optim.Optimizer:
-    """The optimiser of a configuration; options that it leaves out are at torch's defaults."""
+    """Return the optimiser of a configuration; options it does not name keep torch's defaults."""
     if params["optimizer"] == "sgd":
         return torch.optim.SGD(model.parameters(), **_options(params))
     kind = torch.optim.AdamW if params["optimizer"] == "adamw" else torch.optim.Adam
@@ -199,9 +201,9 @@ def _module(path: Path) -> ModuleType:
     name = f"midflight_search_{path.stem}"
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise SearchError(f"the objective must be in a Python file, but {path} is not there.")
+        raise SearchError(f"the objective must be in a Python file, but {path} does not exist.")
     module = module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses in the file look themselves up there
+    sys.modules[name] = module  # dataclasses in the file look up their module here
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)

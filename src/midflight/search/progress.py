@@ -1,4 +1,4 @@
-"""What a person sees while a search runs: the best trials and the latest ones, as they move."""
+"""Show a running search in the terminal: the best trial, running ones and the latest."""
 
 import math
 import time
@@ -12,11 +12,11 @@ from rich.table import Table
 from midflight.search.ledger import Record, best
 from midflight.search.report import config_text, loss_text
 
-LATEST, RUNNING = 6, 8  # trials shown
+LATEST, RUNNING = 6, 8  # number of finished and of running trials shown
 
 
 class LiveTrials:
-    """A table that the callbacks of `search.run` keep up to date."""
+    """A table that a callback of `search.run` updates."""
 
     def __init__(
         self, epochs: int, trials: int | None, seconds: float | None, live: Live | None = None
@@ -27,13 +27,13 @@ class LiveTrials:
         self._live = live
 
     def on_record(self, record: Record) -> None:
-        """A trial began, reported or ended."""
+        """Show a trial that started, reported or ended."""
         self._records[record.number] = record
         if self._live is not None:
             self._live.update(self.table())
 
     def table(self) -> Table:
-        """The best trial, those in progress, and the last that ended."""
+        """Return the best trial, running trials, and the last finished ones."""
         records = list(self._records.values())
         chosen = best(records)
         running = [r for r in records if r.state == "unfinished"][-RUNNING:]
@@ -42,17 +42,17 @@ class LiveTrials:
         table = Table(title=self._title(len(ended)))
         table.add_column("trial", justify="right")
         table.add_column("configuration")
-        table.add_column("tuned inside, now")
+        table.add_column("tuned values now")
         table.add_column("epoch", justify="right")
         table.add_column("loss", justify="right")
         table.add_column("state")
         for number in sorted(shown):
             r = shown[number]
-            mine = chosen is not None and number == chosen.number
+            is_best = chosen is not None and number == chosen.number
             state = "running" if r.state == "unfinished" else r.state
             table.add_row(
                 str(number), config_text(r.config), config_text(r.online), f"{r.epoch}/{self._epochs}",
-                loss_text(r.loss), f"{state}{', best' if mine else ''}", style="bold" if mine else None,
+                loss_text(r.loss), f"{state}{', best' if is_best else ''}", style="bold" if is_best else None,
             )  # fmt: skip
         return table
 
@@ -60,14 +60,14 @@ class LiveTrials:
         of = "" if self._trials is None else f" of {self._trials}"
         left = math.inf if self._seconds is None else self._seconds - (time.monotonic() - self._began)
         time_left = "" if math.isinf(left) else f" · {max(0, left):.0f} s left"
-        return f"{ended}{of} trials done here{time_left}"
+        return f"{ended}{of} trials done in this process{time_left}"
 
 
 @contextmanager
 def showing_trials(
     console: Console, epochs: int, trials: int | None, seconds: float | None
 ) -> Iterator[LiveTrials]:
-    """A live table on a terminal; elsewhere nothing moves, and nothing is shown."""
+    """Show a live table on a terminal; show nothing elsewhere."""
     if not console.is_terminal:
         yield LiveTrials(epochs, trials, seconds)
         return

@@ -1,59 +1,56 @@
-"""One page about a search, made from its stored trials alone."""
+"""Write a page about a search from its stored trials."""
 
-import base64
 import json
 import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from rich.table import Table
 
-from midflight._reporting.figures import replace_file, save
+from midflight._reporting.figures import save
+from midflight._reporting.page import data_uri, write_page
 from midflight.search.figures import all_figures
 from midflight.search.ledger import Declaration, Record, best
 from midflight.search.space import Config
 
-MOST = 200  # trials listed on the page, the best first
+MAX_TRIALS = 200  # trials listed on the page, the best first
 CAPTIONS = {
     "history": (
-        "What the search cost, and what it found",
-        "Each mark is a trial; across, the epochs trained in it and in all before it. The line is the best "
-        "validation loss among those trained to the end.",
+        "Loss over the search",
+        "Each mark is a trial. Horizontal axis: epochs trained in it and all earlier trials. The line is the "
+        "best validation loss of the complete trials so far.",
     ),
     "importance": (
-        "What mattered",
-        "A random forest predicts the rank of a trial from its configuration and its length; the bars say "
-        "how much it loses when the values of one hyperparameter are shuffled, with the standard deviation "
-        "over shuffles. Only what was searched is here; what was tuned inside the trials is not.",
+        "Importance of the searched hyperparameters",
+        "A random forest predicts the rank of a trial from its configuration and epochs. The bars show how "
+        "much its R² drops when one hyperparameter is shuffled, with the standard deviation over shuffles. "
+        "Hyperparameters tuned during the trials are not included.",
     ),
     "configurations": (
         "Every configuration",
-        "Each line is a trial, the darker the better, the blue one the best. A hyperparameter that a "
-        "configuration does not have passes below its axis.",
+        "Each line is a trial: darker is better, blue is the best. The line passes below the axis of an "
+        "inactive hyperparameter.",
     ),
     "online": (
-        "Tuned while it trained",
-        "Each panel is a hyperparameter that no engine searched: it starts at the hollow mark and was moved "
-        "by its hypergradient during the best trial. Grey: the other trials.",
+        "Tuned during training",
+        "Each panel is a hyperparameter that was tuned by its hypergradient during the best trial, from its "
+        "start (hollow) to its end (filled). Grey: other trials.",
     ),
 }
 
 
 def write_report(name: str, declaration: Declaration, records: list[Record], folder: Path) -> Path:
-    """Write the figures (PNG and SVG) and report.html of a search; returns the path of the page."""
+    """Write the figures (PNG and SVG) and report.html of a search; return the path of the page."""
     svgs = [p for p in save(all_figures(declaration.space, records), folder) if p.suffix == ".svg"]
     numbers = summary(declaration, records)
     chosen = best(records)
-    environment = Environment(
-        loader=ChoiceLoader(
-            [PackageLoader("midflight.search", "."), PackageLoader("midflight.study", ".")]
-        ),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     order = sorted(records, key=lambda r: (r.state != "complete", -r.epoch, _key(r.loss), r.number))
-    page = environment.get_template("search.html.j2").render(
+    path = folder / "report.html"
+    write_page(
+        path,
+        "midflight.search",
+        "search.html.j2",
         name=name,
         declaration=declaration,
         numbers=numbers,
@@ -65,21 +62,17 @@ def write_report(name: str, declaration: Declaration, records: list[Record], fol
         ]
         if chosen
         else [],
-        trials=[(r, config_text(r.config), config_text(r.online), loss_text(r.loss)) for r in order[:MOST]],
-        hidden=max(0, len(records) - MOST),
-        figures=[
-            (svg.stem, *CAPTIONS[svg.stem],
-             "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode())
-            for svg in svgs
+        trials=[
+            (r, config_text(r.config), config_text(r.online), loss_text(r.loss)) for r in order[:MAX_TRIALS]
         ],
-    )  # fmt: skip
-    path = folder / "report.html"
-    replace_file(path, page.encode())
+        hidden=max(0, len(records) - MAX_TRIALS),
+        figures=[(svg.stem, *CAPTIONS[svg.stem], data_uri(svg)) for svg in svgs],
+    )
     return path
 
 
 def as_json(name: str, declaration: Declaration, records: list[Record]) -> str:
-    """The search and its trials for machines; null for a loss that is not finite."""
+    """Return the search and its trials as JSON; null for a loss that is not finite."""
     chosen = best(records)
     whole = {
         "study": name,
@@ -93,7 +86,7 @@ def as_json(name: str, declaration: Declaration, records: list[Record]) -> str:
 
 
 def summary(declaration: Declaration, records: list[Record]) -> dict[str, Any]:
-    """Counts: trials by state, epochs trained, and those that were found in checkpoints instead."""
+    """Count trials by state, trained epochs, and epochs continued from checkpoints."""
     states = ("complete", "pruned", "failed", "unfinished")
     return {
         "trials": len(records),
@@ -105,7 +98,7 @@ def summary(declaration: Declaration, records: list[Record]) -> dict[str, Any]:
 
 
 def headline(records: list[Record]) -> str:
-    """One sentence on the best trial."""
+    """Return one sentence on the best trial."""
     chosen = best(records)
     if chosen is None:
         return "No trial has reported a loss yet."
@@ -114,33 +107,33 @@ def headline(records: list[Record]) -> str:
 
 
 def summary_table(records: list[Record], most: int = 5) -> Table:
-    """The best trials for the terminal."""
+    """Return a table of the best trials for the terminal."""
     table = Table(title=f"{len(records)} trials, the best first")
-    for column in ("trial", "configuration", "tuned inside"):
+    for column in ("trial", "configuration", "tuned values"):
         table.add_column(column)
-    for column in ("epochs", "loss", "beside"):
+    for column in ("epochs", "loss", "other numbers"):
         table.add_column(column, justify="right")
     done = [r for r in records if r.state == "complete"] or [r for r in records if r.losses]
     for r in sorted(done, key=lambda r: (-r.epoch, _key(r.loss)))[:most]:
-        beside = ", ".join(f"{name} {value:.4g}" for name, value in r.extra.items())
+        extra = ", ".join(f"{name} {value:.4g}" for name, value in r.extra.items())
         table.add_row(
             str(r.number),
             config_text(r.config),
             config_text(r.online),
             str(r.epoch),
             loss_text(r.loss),
-            beside,
+            extra,
         )
     return table
 
 
 def config_text(config: Config) -> str:
-    """layers 2 · optimizer adam · lr 0.003"""
+    """Return a text such as: layers 2 · optimizer adam · lr 0.003."""
     return " · ".join(f"{name} {value_text(value)}" for name, value in config.items()) or "–"  # noqa: RUF001
 
 
 def value_text(value: Any) -> str:
-    """A number to three digits; of a list, its mean; anything else as it is."""
+    """Format a number to three digits, a list by its mean, a boolean as yes or no."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
@@ -150,7 +143,7 @@ def value_text(value: Any) -> str:
 
 
 def loss_text(loss: float) -> str:
-    """The loss to four digits; a dash if there is none."""
+    """Format a loss to four digits; a dash if there is none."""
     return f"{loss:.4g}" if math.isfinite(loss) else "–" if math.isnan(loss) else "diverged"  # noqa: RUF001
 
 

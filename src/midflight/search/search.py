@@ -1,7 +1,7 @@
-"""The search: an engine proposes configurations, each is trained with the rest tuned inside it.
+"""Run a search: an engine proposes configurations, and each trial trains one and tunes during training.
 
-One process asks and tells, in any case; trials run in it or in worker processes. When the process or the
-worker that runs a trial dies, another takes it over: same number, same checkpoint.
+One process talks to the engine. Trials run in this process or in workers. If the process or worker of a trial
+dies, another one continues the trial from its checkpoint, under the same number.
 """
 
 import math
@@ -26,7 +26,7 @@ from midflight.search.engines import Engine, Task, build
 from midflight.search.engines.optuna import suggest
 from midflight.search.errors import Interrupted, ObjectiveFailed, SearchError
 from midflight.search.ledger import (
-    BEAT,
+    HEARTBEAT,
     Declaration,
     Ledger,
     Record,
@@ -37,19 +37,20 @@ from midflight.search.ledger import (
 from midflight.search.space import Config, Space
 from midflight.search.trial import Job, Objective, Outcome, run_job
 
-DEATHS = 3  # of its worker, after which a trial is given up
-FAILURES = 3  # first trials that may fail before the search does
+MAX_DEATHS = 3  # a trial fails when its worker has died this often
+MAX_FAILURES = 3  # the search stops if this many first trials all fail
 
 Callback = Callable[[Record], None]
 
 
 @dataclass
 class Result:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         records: every trial.
-        best: the one of least validation loss; None if none has any.
+        best: the trial with the lowest validation loss; None if no trial reported a finite loss.
+        ledger: the Optuna study and the checkpoints.
     """
 
     records: list[Record]
@@ -57,7 +58,7 @@ class Result:
     ledger: Ledger
 
     def load(self) -> Any:
-        """The state with which the best trial was last reported; None if it kept none."""
+        """Return the last state that the best trial reported; None if it reported none."""
         saved = self.best and checkpoint.load(self.ledger.checkpoint(self.best.root))
         return saved.state if saved else None
 
@@ -81,58 +82,55 @@ def run(
     label: str = "",
     **options: Any,
 ) -> Result:
-    """Search `space` for the configuration of least validation loss; what is `online` is tuned inside.
+    """Search `space` for the lowest validation loss; tune its online hyperparameters during each trial.
 
     Args:
         objective: trains a `Trial` and reports its validation loss.
-        space: what is searched, and what is tuned inside each trial.
-        engine: "random"; "tpe"; "bohb", which is TPE with Hyperband; "smac", which is SMAC3's random forest
-            with Hyperband; "ray", which is Ray Tune on many machines.
-        trials: trials in the whole study, those of earlier calls included. A configuration that SMAC
-            promotes counts again. Each of several processes that share the study may add one too many.
-        seconds: time for this call; what is cut off then is continued by the next one.
-        epochs: of a whole training. Hyperband compares after 1, 3, 9, ... of them.
-        workers: trials at once, each in a process of its own; with 1 they run in this process.
-        storage: where the study is kept; None for memory, else see `open_storage`. A search of the same
-            `name` is resumed.
-        seed: of the engine and of every trial.
-        folder: of the checkpoints; beside the storage, or temporary, if not given. Processes on several
-            machines continue each other's trials if it is shared.
-        warm_start: whether what is tuned inside starts where the nearest good configuration ended.
-        first: configurations to be tried before the engine proposes any; not with Hyperband of SMAC.
-        callbacks: called with the `Record` of a trial when it begins, reports or ends.
-        label: the objective's name in the study; a study is not resumed under another.
-        options: of the engine ray: `address`, `scheduler`.
+        space: searched hyperparameters and hyperparameters tuned online.
+        engine: name of the engine:
+            "random": random search;
+            "tpe": tree-structured Parzen estimator;
+            "bohb": TPE with Hyperband;
+            "smac": SMAC3's random forest with Hyperband;
+            "ray": Ray Tune, on several machines.
+        trials: number of trials in the study, including earlier calls. A configuration that SMAC promotes
+            counts again. Each process that shares the study may exceed the number by one.
+        seconds: duration of this call. The next call continues interrupted trials.
+        epochs: epochs of a full training. Hyperband compares trials after 1, 3, 9, ... epochs.
+        workers: number of parallel trials, one process each; 1 runs them in this process.
+        storage: storage of the study, see `open_storage`; None: memory. A stored study of the same `name` is
+            resumed.
+        seed: seed of the engine and of every trial.
+        folder: folder of the checkpoints; default: beside the storage, or temporary. Machines that share it
+            continue each other's trials.
+        warm_start: whether tuned hyperparameters start at the final values of the nearest good trial.
+        first: configurations to try before the engine proposes any; unsupported for "smac" with epochs > 1.
+        callbacks: called with the `Record` of a trial when it starts, reports or ends.
+        label: name of the objective; a study cannot be resumed with another name.
+        options: options of the engine; "ray" has `address` and `scheduler`.
 
     Raises:
-        SearchError: an argument does not fit, the storage cannot be reached, or holds another search.
-        MissingExtra: what the engine stands on is not installed.
+        SearchError: an argument is invalid, the storage cannot be reached, or it holds another search.
+        MissingExtra: a package of the engine is not installed.
         ObjectiveFailed: the first trials all failed.
-        StorageLost: the storage could be reached, and then no longer.
-        Interrupted: Ctrl-C; its `result` is what was found. A `KeyboardInterrupt`.
+        StorageLost: the storage failed during the search.
+        Interrupted: Ctrl-C was pressed; `result` holds the trials so far. A `KeyboardInterrupt`.
     """
-    if trials is None and seconds is None:
-        raise SearchError("one of trials and seconds must be given, or the search would never end.")
-    for what, value in (("trials", trials), ("seconds", seconds), ("epochs", epochs), ("workers", workers)):
-        if value is not None and value <= 0:
-            raise SearchError(f"{what} > 0 must hold, but {what}={value}.")
-    if not space.searched:
-        raise SearchError(
-            "a search needs something to search, but all of the space is tuned online; use midflight.Tuner."
-        )
+    _check(space, trials, seconds, epochs, workers)
     built = build(engine, Task(space, epochs, trials, seed), options)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     temporary = folder is None and storage is None
-    where = (
-        Path(tempfile.mkdtemp()) if temporary else (folder or default_folder(storage, name) / "checkpoints")
-    )
+    if temporary:
+        folder = Path(tempfile.mkdtemp())
+    elif folder is None:
+        folder = default_folder(storage, name) / "checkpoints"
     declaration = Declaration(space, epochs, seed, label, machine())
-    with open_study(storage, name, declaration, where, sampler=built.sampler, pruner=built.pruner) as ledger:
+    with open_study(storage, name, declaration, folder, sampler=built.sampler, pruner=built.pruner) as ledger:
         if temporary:
-            weakref.finalize(ledger, shutil.rmtree, where, ignore_errors=True)
+            weakref.finalize(ledger, shutil.rmtree, folder, ignore_errors=True)
         search = Search(ledger, space, built, epochs, trials, seconds, seed, warm_start, first, callbacks)
         try:
-            with ledger.alive():
+            with ledger.heartbeats():
                 search.take_over()
                 if built.drive is not None:
                     built.drive(search, objective, workers)
@@ -147,17 +145,34 @@ def run(
         return search.result()
 
 
+def _check(space: Space, trials: int | None, seconds: float | None, epochs: int, workers: int) -> None:
+    if trials is None and seconds is None:
+        raise SearchError("one of trials and seconds must be given, because the search would never end.")
+    for argument, value in (
+        ("trials", trials),
+        ("seconds", seconds),
+        ("epochs", epochs),
+        ("workers", workers),
+    ):
+        if value is not None and value <= 0:
+            raise SearchError(f"{argument} > 0 must hold, but {argument}={value}.")
+    if not space.searched:
+        raise SearchError(
+            "a search needs a hyperparameter that is not online, but the whole space is; use midflight.Tuner."
+        )
+
+
 def _run_here(search: "Search", objective: Objective) -> None:
     before = checkpoint.random_state()
     try:
         while (job := search.next_job()) is not None:
-            search.ended(job.number, run_job(job, objective, partial(search.heard, job.number)))
+            search.on_end(job.number, run_job(job, objective, partial(search.on_report, job.number)))
     finally:
         checkpoint.set_random_state(before)
 
 
 class Search:
-    """The one who asks and tells; `run_job` runs what it hands out, here or elsewhere."""
+    """Hands out trials as jobs and stores their reports; `run_job` runs a job in any process."""
 
     def __init__(
         self,
@@ -183,10 +198,10 @@ class Search:
         self._first = deque(first)
         self._callbacks = callbacks
         self._deadline = math.inf if seconds is None else time.monotonic() + seconds
-        self._beat = time.monotonic()
+        self._last_take_over = time.monotonic()
         self._running: dict[int, _Running] = {}
         self._to_continue: deque[optuna.Trial] = deque()
-        self._failed_first = 0
+        self._first_failures: int | None = 0  # None once a trial has succeeded
 
     @property
     def is_over(self) -> bool:
@@ -195,50 +210,50 @@ class Search:
 
     @property
     def seconds_left(self) -> float:
-        """Until the time is up."""
+        """Seconds until the time is up."""
         return max(0.0, self._deadline - time.monotonic())
 
     def take_over(self) -> None:
-        """Queue the trials that another process left unfinished."""
-        self._beat = time.monotonic()
-        for orphan in self.ledger.orphans():
+        """Queue the unfinished trials of dead processes."""
+        self._last_take_over = time.monotonic()
+        for orphan in self.ledger.claim_orphans():
             self._to_continue.append(optuna.Trial(self._study, orphan._trial_id))
 
     def next_job(self) -> Job | None:
-        """A trial to be continued, or a new one; None if there is none now."""
-        if time.monotonic() - self._beat > BEAT:
+        """Return an interrupted trial or a new one; None if there is none now."""
+        if time.monotonic() - self._last_take_over > HEARTBEAT:
             self.take_over()
         if self.is_over:
             return None
         if self._to_continue:
-            return self._begin(self._to_continue.popleft())
+            return self._start(self._to_continue.popleft())
         if self.trials is not None and len(self._study.get_trials(deepcopy=False)) >= self.trials:
             return None
         if self._first:
             self._study.enqueue_trial(self._first.popleft())
         elif not self._engine.prepare(self._study):
             return None
-        return self._begin(self._study.ask())
+        return self._start(self._study.ask())
 
-    def heard(self, number: int, points: list[Point]) -> bool:
-        """Store what a trial reported; whether it shall go on."""
+    def on_report(self, number: int, points: list[Point]) -> bool:
+        """Store the reports of a trial; return whether it continues."""
         running = self._running[number]
         trial = running.trial
         try:
             self._store(running, [point for point in points if point.epoch > running.epoch])
-        except optuna.exceptions.UpdateFinishedTrialError:  # taken for dead, and finished by another process
-            running.cut = True
+        except optuna.exceptions.UpdateFinishedTrialError:  # another process took it over and finished it
+            running.interrupted = True
             return False
-        self._tell_callbacks(number)
+        self._call_callbacks(number)
         if not math.isfinite(running.loss):
-            running.stop = "the loss was not finite"
+            running.stop_reason = "the loss was not finite"
         elif running.epoch >= self.epochs:
             return True
         elif trial.should_prune():
-            running.stop = f"stopped by the engine after epoch {running.epoch}"
+            running.stop_reason = f"stopped by the engine after epoch {running.epoch}"
         elif self.is_over:
-            running.cut = True
-        return not (running.stop or running.cut)
+            running.interrupted = True
+        return not (running.stop_reason or running.interrupted)
 
     def _store(self, running: "_Running", points: list[Point]) -> None:
         for point in points:
@@ -251,64 +266,62 @@ class Search:
         if points and points[-1].extra:
             running.trial.set_user_attr("extra", points[-1].extra)
 
-    def became(self, number: int, config: Config) -> None:
-        """A trial has another configuration from here on; population-based training does that."""
+    def on_new_config(self, number: int, config: Config) -> None:
+        """Store a new configuration of a running trial; population-based training changes it."""
         self._running[number].trial.set_user_attr("config", config)
 
-    def ended(self, number: int, outcome: Outcome) -> None:
-        """A job is over."""
+    def on_end(self, number: int, outcome: Outcome) -> None:
+        """Store how a job ended."""
         running = self._running.pop(number)
         trial = running.trial
-        if running.cut or self.ledger.record(number).state != "unfinished":
+        if running.interrupted or self.ledger.record(number).state != "unfinished":
             return
-        message = running.stop or outcome.message
+        message = running.stop_reason or outcome.message
         if message:
             trial.set_user_attr("message", message)
-        if running.stop or outcome.how == "stopped":
+        if running.stop_reason or outcome.how == "stopped":
             self._study.tell(trial, state=TrialState.PRUNED)
         elif outcome.how == "failed":
             self._study.tell(trial, state=TrialState.FAIL)
         else:
             self._study.tell(trial, running.loss)
-        self._tell_callbacks(number)
-        self._judge(outcome)
+        self._call_callbacks(number)
+        self._check_first_failures(outcome)
         if not self._engine.promotes:
             self.ledger.clear_checkpoints()
 
-    def died(self, number: int, counts: bool = True) -> None:
-        """The process that ran a job is gone: the trial goes on in another one, but not forever."""
+    def on_death(self, number: int, counts: bool = True) -> None:
+        """Queue the trial of a dead process again, at most `MAX_DEATHS - 1` times."""
         trial = self._running[number].trial
         deaths = trial.user_attrs.get("deaths", 0) + counts
         trial.set_user_attr("deaths", deaths)
-        if deaths >= DEATHS:
-            self.ended(number, Outcome("failed", f"its worker process died {deaths} times"))
+        if deaths >= MAX_DEATHS:
+            self.on_end(number, Outcome("failed", f"its worker process died {deaths} times"))
         else:
             del self._running[number]
             self._to_continue.appendleft(trial)
 
     def result(self) -> Result:
-        """What was found so far."""
+        """Return the result so far."""
         records = self.ledger.records()
         return Result(records, best(records), self.ledger)
 
-    def _begin(self, trial: optuna.Trial) -> Job:
+    def _start(self, trial: optuna.Trial) -> Job:
         trial.set_user_attr("owner", self.ledger.owner)
         config = suggest(trial, self.space)
         if "starts" not in trial.user_attrs:
-            self._describe(trial, config)
+            self._initialise(trial, config)
         attrs = trial.user_attrs
-        known = self.ledger.record(trial.number)
-        self._running[trial.number] = _Running(
-            trial, known.epoch, known.loss, [(e, v) for e, v in known.trajectory]
-        )
-        self._tell_callbacks(trial.number)
+        stored = self.ledger.record(trial.number)
+        self._running[trial.number] = _Running(trial, stored.epoch, stored.loss, stored.trajectory)
+        self._call_callbacks(trial.number)
         return Job(
             number=trial.number, config=config, starts=attrs["starts"], epochs=self.epochs, seed=self._seed,
             space=self.space, checkpoint=self.ledger.checkpoint(attrs["root"]),
         )  # fmt: skip
 
-    def _describe(self, trial: optuna.Trial, config: Config) -> None:
-        """What the trial continues, or where its tuned hyperparameters start."""
+    def _initialise(self, trial: optuna.Trial, config: Config) -> None:
+        """Store which trial this one continues, and where its tuned hyperparameters start."""
         records = [r for r in self.ledger.records() if r.number < trial.number]
         earlier = [r for r in records if r.config == config] if self._engine.promotes else []
         trial.set_user_attr("engine", self._engine.name)
@@ -322,41 +335,47 @@ class Search:
             starts |= nearest_values(self.space, config, records)
         trial.set_user_attr("starts", {name: starts[name] for name in self.space.starts(config)})
 
-    def _judge(self, outcome: Outcome) -> None:
+    def _check_first_failures(self, outcome: Outcome) -> None:
         if outcome.how != "failed":
-            self._failed_first = -1
-        elif self._failed_first >= 0:
-            self._failed_first += 1
-            if self._failed_first >= FAILURES:
+            self._first_failures = None
+        elif self._first_failures is not None:
+            self._first_failures += 1
+            if self._first_failures >= MAX_FAILURES:
                 raise ObjectiveFailed(
-                    f"the first {FAILURES} trials all failed, the last one by {outcome.message}"
+                    f"the first {MAX_FAILURES} trials all failed, the last with {outcome.message}"
                 ) from outcome.error
 
-    def _tell_callbacks(self, number: int) -> None:
+    def _call_callbacks(self, number: int) -> None:
         if self._callbacks:
-            known = self.ledger.record(number)
+            stored = self.ledger.record(number)
             for callback in self._callbacks:
-                callback(known)
+                callback(stored)
 
 
 @dataclass
 class _Running:
-    """A trial in progress; `stop` says why it is to end, `cut` that the time was up."""
+    """A trial in progress.
+
+    Attributes:
+        epoch, loss: of the last report.
+        stop_reason: why the search ends it early; "" if it does not.
+        interrupted: whether it stays unfinished, because the time is up or another process has it.
+    """
 
     trial: optuna.Trial
     epoch: int
     loss: float
     trajectory: list[tuple[int, Config]]
-    stop: str = ""
-    cut: bool = False
+    stop_reason: str = ""
+    interrupted: bool = False
 
 
 def nearest_values(space: Space, config: Config, records: Sequence[Record]) -> Config:
-    """The tuned values of the nearest configuration among the better half of those trained to the end."""
+    """Return the tuned values of the nearest configuration among the better half of complete trials."""
     tuned = sorted(
         (r for r in records if r.state == "complete" and r.trajectory and math.isfinite(r.loss)),
         key=lambda r: r.loss,
     )
-    good = tuned[: len(tuned) // 2]  # of a single one nobody knows whether it is good
+    good = tuned[: len(tuned) // 2]  # empty for a single trial, which cannot be compared
     nearest = min(good, key=lambda r: (space.distance(config, r.config), r.loss), default=None)
     return dict(nearest.online) if nearest else {}

@@ -1,4 +1,4 @@
-"""One declaration of a space, for every engine: what is searched, what is tuned inside, and when."""
+"""Declare the space of a search once for all engines: searched, tuned and conditional hyperparameters."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -19,30 +19,30 @@ KINDS = {"Float": Float, "Int": Int, "Categorical": Categorical}
 
 
 class Space:
-    """Named hyperparameters of a search.
+    """The named hyperparameters of a search.
 
-    An entry with `when=` is active in a configuration only if each hyperparameter named there is active
-    and has one of the values named.
+    An entry with `when=` is active only if each hyperparameter in its condition (its parents) is active
+    and has one of the given values.
 
     Args:
-        specs: name -> `Float`, `Int` or `Categorical`, for names that are no Python identifiers.
-        named: the same as keywords.
+        specs: name -> `Float`, `Int` or `Categorical`; for names that are not Python identifiers.
+        named: the same as keyword arguments.
 
     Raises:
-        SpaceError: it is empty; a name comes twice; an entry is of another type; a condition names itself,
-            an unknown or a continuous hyperparameter, a value that it cannot have, or runs in a circle;
-            a searched `Float` is not one number.
+        SpaceError: the space is empty, a name is given twice, an entry has another type, a searched `Float`
+            has a shape, or a condition is invalid: it names itself, an unknown or a continuous
+            hyperparameter, an impossible value, or forms a cycle.
     """
 
     def __init__(self, specs: Mapping[str, Spec] | None = None, /, **named: Spec) -> None:
         specs = specs or {}
         twice = sorted(set(specs) & set(named))
         if twice:
-            raise SpaceError(f"a name can be declared once, but {', '.join(twice)} came twice.")
-        self.specs: dict[str, Spec] = _in_order_of_conditions({**specs, **named})
+            raise SpaceError(f"a name can be declared once, but {', '.join(twice)} is declared twice.")
+        self.specs: dict[str, Spec] = _parents_first({**specs, **named})
 
     def __iter__(self) -> Iterator[str]:
-        """The names, each after those that its condition reads."""
+        """Yield the names, each after its parents."""
         return iter(self.specs)
 
     def __len__(self) -> int:
@@ -60,23 +60,23 @@ class Space:
 
     @property
     def searched(self) -> dict[str, Spec]:
-        """What an engine chooses, each after those that its condition reads."""
+        """The hyperparameters that an engine chooses, each after its parents."""
         return {name: spec for name, spec in self.specs.items() if not _online(spec)}
 
     @property
     def online(self) -> dict[str, Float]:
-        """What is tuned inside each trial."""
+        """The hyperparameters that are tuned during each trial."""
         return {name: spec for name, spec in self.specs.items() if isinstance(spec, Float) and spec.online}
 
     def is_active(self, name: str, config: Mapping[str, Any]) -> bool:
-        """Whether the condition of `name` holds in `config`, the values of those declared before it."""
+        """Whether the condition of `name` holds in `config`, which must hold the values of its parents."""
         return all(
             parent in config and config[parent] in values
             for parent, values in conditions(self.specs[name]).items()
         )
 
     def active(self, config: Mapping[str, Any]) -> list[str]:
-        """The names that belong to a configuration, online ones included; other entries are ignored."""
+        """Return the names that are active in a configuration, online ones included."""
         found: Config = {}
         for name, spec in self.specs.items():
             if self.is_active(name, found):
@@ -84,7 +84,7 @@ class Space:
         return list(found)
 
     def tuned(self, starts: Mapping[str, Any]) -> TunedSpace | None:
-        """The tuner's space of the online hyperparameters in `starts`, there; None if there are none."""
+        """Return a tuner's space of the online hyperparameters in `starts`, with these values; or None."""
         specs = {name: spec for name, spec in self.online.items() if name in starts}
         return (
             TunedSpace({name: replace(spec, init=starts[name]) for name, spec in specs.items()})
@@ -93,23 +93,24 @@ class Space:
         )
 
     def starts(self, config: Mapping[str, Any]) -> Config:
-        """Where the online hyperparameters that are active in `config` begin by their declaration."""
+        """Return the declared initial values of the online hyperparameters that are active in `config`."""
         active = self.active(config)
         specs = {name: spec for name, spec in self.online.items() if name in active}
         return TunedSpace(specs).as_dict() if specs else {}
 
     def offline(self) -> "Space":
-        """The same space with nothing left to tune: an engine searches everything."""
+        """Return a copy in which an engine searches every hyperparameter."""
         return Space(
             {name: replace(spec, online=False) if isinstance(spec, Float) else spec
              for name, spec in self.specs.items()}
         )  # fmt: skip
 
     def distance(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-        """How far apart two configurations are, in [0, 1]: the mean over the searched hyperparameters.
+        """Return the distance of two configurations, in [0, 1] (Gower 1971).
 
-        Numbers differ by their unit coordinates, categories by 0 or 1, and one that is active in one
-        configuration only by 1 (Gower 1971). What is active in neither is left out.
+        It is the mean over the searched hyperparameters that are active in either configuration. A number
+        contributes the difference of its unit coordinates, a category 0 or 1, and a hyperparameter that is
+        active in one configuration only contributes 1.
         """
         terms = [
             1.0 if (name in a) != (name in b) else _difference(spec, a[name], b[name])
@@ -119,14 +120,14 @@ class Space:
         return sum(terms) / len(terms) if terms else 0.0
 
     def to_json(self) -> str:
-        """The declaration as text; see `from_json`."""
+        """Return the space as JSON; see `from_json`."""
         return json.dumps(
             {name: {"kind": type(spec).__name__, **asdict(_plain(spec))} for name, spec in self.specs.items()}
         )
 
     @staticmethod
     def from_json(text: str) -> "Space":
-        """The space that `to_json` wrote."""
+        """Invert `to_json`."""
         specs = {}
         for name, fields in json.loads(text).items():
             kind = KINDS[fields.pop("kind")]
@@ -141,7 +142,7 @@ class Space:
 
 
 def conditions(spec: Spec) -> dict[str, tuple[Choice, ...]]:
-    """Name of a parent -> the values at which `spec` is active; empty if it always is."""
+    """Return parent -> values for which `spec` is active; {} if it is always active."""
     when: When = spec.when or {}
     return {
         parent: tuple(values) if isinstance(values, tuple | list) else (values,)
@@ -150,7 +151,7 @@ def conditions(spec: Spec) -> dict[str, tuple[Choice, ...]]:
 
 
 def unit(spec: Float | Int, value: Any) -> float:
-    """The unit coordinate of a number, in [0, 1]."""
+    """Return the unit coordinate of a number, in [0, 1]."""
     scale = spec if isinstance(spec, Float) else Float(spec.low, spec.high, log=spec.log)
     return float(scale.transform.raw(torch.tensor(float(value), dtype=torch.float64)))
 
@@ -164,14 +165,14 @@ def _difference(spec: Spec, a: Any, b: Any) -> float:
 
 
 def _plain(spec: Spec) -> Spec:
-    """Without tensors, for JSON."""
+    """Replace tensors by lists, for JSON."""
     if isinstance(spec, Float) and spec.init is not None:
         return replace(spec, init=torch.as_tensor(spec.init, dtype=torch.float64).tolist())
     return spec
 
 
-def _in_order_of_conditions(specs: Mapping[str, Spec]) -> dict[str, Spec]:
-    """The entries, checked, each after its parents, otherwise as declared."""
+def _parents_first(specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Check the entries and sort each after its parents, otherwise in the declared order."""
     if not specs:
         raise SpaceError("a Space needs at least one hyperparameter, such as layers=Int(1, 4).")
     for name, spec in specs.items():
@@ -185,26 +186,26 @@ def _in_order_of_conditions(specs: Mapping[str, Spec]) -> dict[str, Spec]:
         for parent, values in conditions(spec).items():
             _check_condition(specs, name, parent, values)
     ordered: dict[str, Spec] = {}
-    needed: dict[str, dict[str, set[Choice]]] = {}
+    required: dict[str, dict[str, set[Choice]]] = {}
     waiting = dict(specs)
     while waiting:
         ready = next((n for n, spec in waiting.items() if not set(conditions(spec)) - set(ordered)), None)
         if ready is None:
             raise SpaceError(
-                f"conditions must not run in a circle, but those of {', '.join(waiting)} wait for each other."
+                f"conditions must not form a cycle, but those of {', '.join(waiting)} depend on each other."
             )
         ordered[ready] = waiting.pop(ready)
-        needed[ready] = _needed(ready, conditions(ordered[ready]), needed)
+        required[ready] = _required_values(ready, conditions(ordered[ready]), required)
     return ordered
 
 
-def _needed(
-    name: str, own: Mapping[str, tuple[Choice, ...]], needed: Mapping[str, dict[str, set[Choice]]]
+def _required_values(
+    name: str, own: Mapping[str, tuple[Choice, ...]], required: Mapping[str, dict[str, set[Choice]]]
 ) -> dict[str, set[Choice]]:
-    """Parent -> the values with which `name` can be active, the conditions of its parents included."""
+    """Return ancestor -> values for which `name` can be active, given all conditions above it."""
     found = {parent: set(values) for parent, values in own.items()}
     for parent in own:
-        for grandparent, values in needed[parent].items():
+        for grandparent, values in required[parent].items():
             both = found.get(grandparent, values) & values
             if not both:
                 raise SpaceError(
@@ -225,10 +226,9 @@ def _check_condition(specs: Mapping[str, Spec], name: str, parent: str, values: 
         )
     spec = specs[parent]
     if isinstance(spec, Float):
-        what = "is tuned while the model trains" if spec.online else "is continuous"
+        kind = "tuned during training" if spec.online else "continuous"
         raise SpaceError(
-            f"the condition of {name} must name an Int or a Categorical, but {parent} {what} and equals no "
-            "value in particular."
+            f"the condition of {name} must name an Int or a Categorical, but {parent} is {kind}."
         )
     for value in values:
         if isinstance(spec, Categorical):
@@ -237,6 +237,8 @@ def _check_condition(specs: Mapping[str, Spec], name: str, parent: str, values: 
             possible = isinstance(value, int) and spec.low <= value <= spec.high
             allowed = f"a whole number in [{spec.low}, {spec.high}]"
         if not possible:
-            raise SpaceError(f"the condition of {name} waits for {parent}={value!r}, but that is {allowed}.")
+            raise SpaceError(
+                f"the condition of {name} requires {parent}={value!r}, but {parent} must be {allowed}."
+            )
     if not values:
-        raise SpaceError(f"the condition of {name} names no value of {parent}, so it could never hold.")
+        raise SpaceError(f"the condition of {name} must name a value of {parent}, but names none.")

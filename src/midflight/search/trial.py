@@ -1,4 +1,4 @@
-"""What an objective sees of the search: a configuration, a length, and where to report."""
+"""The objective's view of the search: a configuration, a training length, and `report`."""
 
 import math
 import traceback
@@ -13,19 +13,19 @@ from midflight.search.space import Config, Space
 from midflight.space import Space as TunedSpace
 
 Objective: TypeAlias = Callable[["Trial"], float | None]
-"""Trains a trial's configuration, and reports or returns its validation loss."""
+"""Trains a trial and reports or returns its validation loss."""
 
 Send: TypeAlias = Callable[[list[Point]], bool]
-"""Tells the search what was reported; whether to go on."""
+"""Sends reports to the search; returns whether the trial continues."""
 
 
 class Stop(Exception):
-    """The search ends this trial here; let it pass through the objective."""
+    """The search ends this trial; an objective must not catch it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A trial to be run, or to be continued from its checkpoint."""
+    """A trial to start, or to continue from its checkpoint."""
 
     number: int
     config: Config
@@ -41,9 +41,9 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        how: "complete", "stopped" by the search, or "failed" by an exception.
-        message: of the exception.
-        error: the exception, in the process in which it was raised.
+        how: "complete", "stopped" (by the search) or "failed" (by an exception).
+        message: text of the exception, or reason of the stop.
+        error: the exception; None outside the process that raised it.
     """
 
     how: Literal["complete", "stopped", "failed"]
@@ -52,14 +52,13 @@ class Outcome:
 
 
 class Trial:
-    """One training of a configuration, in the hands of an objective.
+    """One training of a configuration, passed to the objective.
 
     Attributes:
-        number: of the trial in its study, from 0.
-        params: name -> value of what is active in this configuration; for what is tuned inside,
-            where it starts.
-        epochs: length of the whole training. A trial may be ended before, by `report`, and continued later.
-        seed: the same for every trial of a search; torch, numpy and random are seeded by it already.
+        number: number of the trial in its study, from 0.
+        params: name -> value of the active hyperparameters; the initial value of a tuned one.
+        epochs: epochs of a full training. `report` may end the trial earlier; it may continue later.
+        seed: seed of the search, equal for all trials; torch, numpy and random are already seeded with it.
     """
 
     def __init__(self, job: Job, send: Send) -> None:
@@ -72,68 +71,67 @@ class Trial:
         self._points: list[Point] = []
 
     def online(self) -> TunedSpace | None:
-        """The hyperparameters to be tuned inside this trial, each at its start; None if there are none."""
+        """Return the hyperparameters to tune in this trial, at their initial values, or None."""
         return self._job.space.tuned(self._job.starts)
 
     def load(self) -> Any:
-        """The state with which this configuration was last reported, None if it never was.
+        """Return the last reported state of this configuration; None if there is none.
 
-        Also puts the global random generators of torch, numpy and random where they were.
+        Also restores the global random generators of torch, numpy and random.
 
         Raises:
-            Stop: it was trained for long enough already.
+            Stop: the search needs no further epoch of this trial.
         """
         saved = checkpoint.load(self._job.checkpoint)
         if saved is None:
             return None
         self._points = saved.points
-        self._tell(saved.points)
+        self._send_points(saved.points)
         checkpoint.set_random_state(saved.random_state)
         return saved.state
 
     def report(
         self, epoch: int, loss: float, state: Any = None, space: TunedSpace | None = None, **extra: float
     ) -> None:
-        """Tell the search how the training stands.
+        """Report the training to the search.
 
         Args:
-            epoch: epochs done, from 1 to `epochs`; larger than in the last report.
-            loss: validation loss now, to be minimised; one that is not finite ends the trial.
-            state: whatever `load` shall return when the trial goes on: tensors, plain values, and lists
-                and dicts of them; or a function that returns it. None keeps nothing: then a trial that was
-                cut off begins anew.
-            space: the hyperparameters that are tuned inside, for their values now.
-            extra: further numbers to be stored beside, such as test_error=0.02; used for nothing.
+            epoch: epochs done, in [1, `epochs`]; larger than in the last report.
+            loss: validation loss, which the search minimises. A loss that is not finite ends the trial.
+            state: what `load` returns when the trial continues, or a function that returns it: tensors,
+                plain values, and lists and dicts of them. None: an interrupted trial starts again.
+            space: the tuned hyperparameters; their current values are stored.
+            extra: other numbers to store, such as test_error=0.02; the search ignores them.
 
         Raises:
-            Stop: the search ends this trial here.
-            ValueError: the epoch does not fit.
+            Stop: the search ends this trial.
+            ValueError: the epoch is out of range.
         """
         last = self._points[-1].epoch if self._points else 0
         if not last < epoch <= self.epochs:
             raise ValueError(
-                f"{last} < epoch <= {self.epochs} must hold in a report that follows one of epoch {last}, "
-                f"but epoch={epoch}; go on from the epoch after that of `trial.load()`."
+                f"{last} < epoch <= {self.epochs} must hold after a report of epoch {last}, but got "
+                f"epoch={epoch}; continue from the epoch in `trial.load()`."
             )
         online = {} if space is None else space.as_dict()
         point = Point(epoch, float(loss), online, {name: float(x) for name, x in extra.items()})
         self._points = [*self._points, point]
         if state is not None and math.isfinite(point.loss):
             self._save(state() if callable(state) else state)
-        self._tell([point])
+        self._send_points([point])
 
     def _save(self, state: Any) -> None:
         Checkpoint(self._points, state, checkpoint.random_state()).save(self._job.checkpoint)
         if len(self._points) == 1:
-            checkpoint.load(self._job.checkpoint)  # what cannot be read back is better known now than later
+            checkpoint.load(self._job.checkpoint)  # a state that cannot be loaded fails at the first report
 
-    def _tell(self, points: list[Point]) -> None:
+    def _send_points(self, points: list[Point]) -> None:
         if not self._send(points):
             raise Stop
 
 
 def run_job(job: Job, objective: Objective, send: Send) -> Outcome:
-    """Run the objective on a job; whatever it raises, but for KeyboardInterrupt, ends the trial only."""
+    """Run the objective on a job; an exception ends only this trial."""
     checkpoint.seed_all(job.seed)
     trial = Trial(job, send)
     try:
@@ -141,7 +139,7 @@ def run_job(job: Job, objective: Objective, send: Send) -> Outcome:
         if loss is not None:
             trial.report(job.epochs, float(loss))
         elif not trial._points:
-            raise ValueError("an objective must report or return a loss, but did neither.")
+            raise ValueError("the objective must report or return a loss, but it did neither.")
     except Stop:
         return Outcome("stopped")
     except Exception as error:

@@ -1,7 +1,7 @@
-"""Trials in processes of their own; one that dies is replaced, and its trial goes on in the next.
+"""Run trials in worker processes; replace a worker that dies, and continue its trial in the next.
 
-Workers stay alive from trial to trial. Each has a pipe to the process that searches: a job goes one way,
-reports come the other, and each report is answered by whether to go on.
+A worker runs many trials. It receives a job through a pipe and sends reports back. The search answers each
+report with whether the trial continues.
 """
 
 import multiprocessing
@@ -20,48 +20,47 @@ from midflight.search.errors import SearchError
 from midflight.search.search import Search
 from midflight.search.trial import Job, Objective, Outcome, run_job
 
-TICK = 1.0  # seconds after which the clock is looked at
-STILLBORN = 3  # processes in a row that may end before they are ready
+POLL = 1.0  # seconds between checks of the time limit
+MAX_FAILED_STARTS = 3  # the search stops when this many workers in a row die before they are ready
 
 
 def run_in_workers(search: Search, objective: Objective, workers: int) -> None:
-    """Run trials, `workers` at a time, until there are none left or the time is up.
+    """Run trials, `workers` at a time, until none are left or the time is up.
 
     Raises:
-        SearchError: the objective cannot be sent to a process, or processes cannot start.
+        SearchError: the objective cannot be pickled, or workers cannot start.
     """
     try:
-        parcel = pickle.dumps(objective)
+        pickled = pickle.dumps(objective)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise SearchError(
             f"with workers={workers} the objective must be a function at the top of a module, but "
-            f"{objective!r} cannot be sent to another process ({error}); move it there, or use workers=1."
+            f"{objective!r} cannot be pickled ({error}); move it there, or use workers=1."
         ) from error
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     pool: list[_Worker] = []
-    stillborn = 0
+    failed_starts = 0
     try:
         while True:
             while _has_room(pool, workers) and (job := search.next_job()) is not None:
                 worker = next((w for w in pool if w.job is None), None)
                 if worker is None:
-                    worker = _Worker(parcel, threads)
+                    worker = _Worker(pickled, threads)
                     pool.append(worker)
-                worker.begin(job)
+                worker.start(job)
             busy = [worker for worker in pool if worker.job is not None]
             if not busy or search.is_over:
                 return
-            wait([w.pipe for w in busy] + [w.process.sentinel for w in busy], min(TICK, search.seconds_left))
+            wait([w.pipe for w in busy] + [w.process.sentinel for w in busy], min(POLL, search.seconds_left))
             for worker in busy:
-                if worker.attend(search):
+                if worker.answer(search):
                     continue
                 pool.remove(worker)
-                stillborn = 0 if worker.ready else stillborn + 1
-                if stillborn >= STILLBORN:
+                failed_starts = 0 if worker.ready else failed_starts + 1
+                if failed_starts >= MAX_FAILED_STARTS:
                     raise SearchError(
-                        "worker processes must be able to start, but the last "
-                        f"{STILLBORN} ended at once; a script that calls search.run with workers needs "
-                        'its call under `if __name__ == "__main__":`.'
+                        f"worker processes must be able to start, but the last {MAX_FAILED_STARTS} ended at "
+                        'once; a script must call search.run(workers=...) under `if __name__ == "__main__":`.'
                     )
     finally:
         for worker in pool:
@@ -73,24 +72,24 @@ def _has_room(pool: list["_Worker"], workers: int) -> bool:
 
 
 class _Worker:
-    """A process and what it is doing."""
+    """A process and its current job."""
 
-    def __init__(self, parcel: bytes, threads: int) -> None:
+    def __init__(self, pickled: bytes, threads: int) -> None:
         context = _context()
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, parcel, threads))
+        self.pipe, other_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other_end, pickled, threads))
         self.process.start()
-        theirs.close()
+        other_end.close()
         self.job: Job | None = None
         self.ready = False
 
-    def begin(self, job: Job) -> None:
+    def start(self, job: Job) -> None:
         self.job = job
-        with suppress(OSError):  # it just died, which `attend` finds
+        with suppress(OSError):  # the process just died; `answer` notices
             self.pipe.send(job)
 
-    def attend(self, search: Search) -> bool:
-        """Answer what it has to say; False if it is dead."""
+    def answer(self, search: Search) -> bool:
+        """Pass the worker's messages to the search and answer them; return whether the worker is alive."""
         assert self.job is not None
         number = self.job.number
         try:
@@ -98,9 +97,9 @@ class _Worker:
                 message: str | list[Point] | Outcome = self.pipe.recv()
                 if isinstance(message, Outcome):
                     self.job = None
-                    search.ended(number, message)
+                    search.on_end(number, message)
                 elif isinstance(message, list):
-                    self.pipe.send(search.heard(number, message))
+                    self.pipe.send(search.on_report(number, message))
                 elif message == "ready":
                     self.ready = True
                 else:
@@ -110,7 +109,7 @@ class _Worker:
             alive = False
         if not alive and self.job is not None:
             self.end()
-            search.died(number, counts=self.ready)
+            search.on_death(number, counts=self.ready)
         return alive
 
     def end(self) -> None:
@@ -120,7 +119,7 @@ class _Worker:
 
 
 def _context() -> Any:
-    """Fresh processes; where the system can, forked from one that has imported torch and nothing else."""
+    """Return a context that starts fresh processes, from a fork server if the system has one."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -128,16 +127,14 @@ def _context() -> Any:
     return context
 
 
-def _serve(pipe: Connection, parcel: bytes, threads: int) -> None:
-    """A worker's life."""
+def _serve(pipe: Connection, pickled: bytes, threads: int) -> None:
+    """Run jobs from the pipe until this process is killed."""
     begin_worker()
     torch.set_num_threads(threads)
     try:
-        objective: Callable[[Any], Any] = pickle.loads(parcel)
+        objective: Callable[[Any], Any] = pickle.loads(pickled)
     except Exception as error:
-        pipe.send(
-            f"the objective must be importable in a worker process, but {type(error).__name__}: {error}"
-        )
+        pipe.send(f"the objective must be importable in a worker, but {type(error).__name__}: {error}")
         return
     pipe.send("ready")
 
@@ -147,5 +144,5 @@ def _serve(pipe: Connection, parcel: bytes, threads: int) -> None:
 
     while True:
         outcome = run_job(pipe.recv(), objective, send)
-        # an exception of another process is told in words; some cannot be pickled
+        # the exception stays here, because some cannot be pickled
         pipe.send(Outcome(outcome.how, outcome.message))

@@ -1,7 +1,7 @@
-"""The search engines that exist, and what the search needs of each: an Optuna sampler and a pruner.
+"""The search engines, each an Optuna sampler and pruner.
 
-Every engine proposes through `study.ask` and ends trials through `trial.should_prune`, so that all trials of
-all engines stand in one Optuna study. A new engine is one file and one row in `ENGINES`.
+Every engine proposes trials through `study.ask` and ends them through `trial.should_prune`, so one Optuna
+study holds them all. A new engine is one file and one row in `ENGINES`.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,12 +29,12 @@ ENGINES = {
     "smac": "smac:smac",
     "ray": "ray:ray",
 }
-"""Name -> module:function of this package; the function is (`Task`) -> `Engine`."""
+"""Name -> module:function in this package; the function maps a `Task` to an `Engine`."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What an engine is built for; `trials` is None if only time limits the search."""
+    """The search that an engine is built for; `trials` is None if only time limits it."""
 
     space: Space
     epochs: int
@@ -44,14 +44,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Engine:
-    """How configurations are proposed, and trials ended early.
+    """A search engine.
 
     Attributes:
-        promotes: whether it may propose a configuration again, to be trained for longer.
-        name: in `ENGINES`.
-        prepare: called before each proposal; False if there is nothing to propose any more.
-        drive: runs the trials elsewhere, in place of the search's own processes: (search, objective,
-            how many at once) -> None.
+        sampler: proposes configurations.
+        pruner: ends trials early.
+        promotes: whether it may propose a configuration again, for a longer training.
+        name: key in `ENGINES`.
+        prepare: called before each proposal; returns False if nothing is left to propose.
+        drive: runs the trials itself, given (search, objective, number of parallel trials); None: the
+            search's own processes run them.
     """
 
     sampler: "BaseSampler"
@@ -63,12 +65,12 @@ class Engine:
 
 
 def build(name: str, task: Task, options: Mapping[str, Any]) -> Engine:
-    """The engine of this name, with options of its own.
+    """Build the engine `name` with its options.
 
     Raises:
-        UnknownName: there is none.
-        SearchError: it has no such option, or cannot be what the options say.
-        MissingExtra: what it stands on is not installed.
+        UnknownName: no engine has this name.
+        SearchError: an option is unknown or invalid.
+        MissingExtra: a package of the engine is not installed.
     """
     if name not in ENGINES:
         raise UnknownName("engine", name, ENGINES)
@@ -80,6 +82,6 @@ def build(name: str, task: Task, options: Mapping[str, Any]) -> Engine:
     for option in options:
         if option not in known:
             raise SearchError(
-                f"{option}= is no option of the engine {name}; it has {', '.join(known) or 'none'}."
+                f"the options of the engine {name} are {', '.join(known) or 'none'}, but got {option}=."
             )
     return replace(cast(Engine, make(task, **options)), name=name)

@@ -1,4 +1,4 @@
-"""Optuna's own samplers and pruners at their documented defaults, and the translation of a space for them."""
+"""Optuna's samplers and pruners with their default options, and `suggest`, which samples a space."""
 
 import warnings
 
@@ -12,20 +12,20 @@ REDUCTION = 3  # the default of Optuna's HyperbandPruner, of SMAC3 and of the Hy
 
 
 def random(task: Task) -> Engine:
-    """Configurations at random, each trained to the end."""
+    """Random search; every trial is trained to the end."""
     return Engine(optuna.samplers.RandomSampler(seed=task.seed), optuna.pruners.NopPruner())
 
 
 def tpe(task: Task) -> Engine:
-    """The tree-structured Parzen estimator (Bergstra et al. 2011), each trial trained to the end."""
+    """The tree-structured Parzen estimator (Bergstra et al. 2011); every trial is trained to the end."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # constant_liar, before 5.0
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # for constant_liar
         sampler = optuna.samplers.TPESampler(seed=task.seed, constant_liar=True)
     return Engine(sampler, optuna.pruners.NopPruner())
 
 
 def bohb(task: Task) -> Engine:
-    """TPE with Hyperband, the pair of BOHB (Falkner et al. 2018); a trial that is not pruned just goes on."""
+    """TPE with Hyperband, as in BOHB (Falkner et al. 2018); a trial continues until it is pruned."""
     pruner = optuna.pruners.HyperbandPruner(
         min_resource=1, max_resource=task.epochs, reduction_factor=REDUCTION
     )
@@ -33,9 +33,9 @@ def bohb(task: Task) -> Engine:
 
 
 def suggest(trial: optuna.Trial, space: Space) -> Config:
-    """Have the engine choose a configuration, each condition decided by the values before it.
+    """Let the engine choose the active hyperparameters of a configuration, parents first.
 
-    A `Float` on a logit scale is searched on a linear one, which Optuna has.
+    A `Float` with a logit scale is searched on a linear scale, because Optuna has no logit scale.
     """
     config: Config = {}
     for name, spec in space.searched.items():

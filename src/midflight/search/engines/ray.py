@@ -1,12 +1,12 @@
-"""Ray Tune: trials on the machines of a cluster, ended or cloned by one of its schedulers.
+"""Ray Tune: run trials on a cluster; one of Ray's schedulers ends or clones them.
 
-Optuna proposes (TPE; at random for population-based training), Ray runs and schedules. This process keeps
-the ledger as for every engine: a searcher hands Ray the jobs, a stopper and a callback hear what becomes of
-them. A trial that Ray moves, pauses or restarts goes on from the checkpoint that Ray keeps.
+Optuna proposes trials by TPE, or at random for population-based training. Ray runs and schedules them. This
+process keeps the ledger: a searcher gives Ray the jobs; a stopper and a callback receive their reports. A
+trial that Ray moves, pauses or restarts continues from Ray's checkpoint.
 
-Population-based training (Jaderberg et al. 2017) clones a good trial over a bad one and moves its searched
-`Float`s, by Ray's default rule; whole numbers and categories are inherited, for a network cannot change them
-while it trains.
+Population-based training (Jaderberg et al. 2017) replaces a bad trial by a copy of a good one and perturbs
+its searched `Float`s by Ray's default rule. An `Int` or `Categorical` stays the same, because a network
+cannot change it during training.
 """
 
 import logging
@@ -38,11 +38,11 @@ from midflight.space import Float
 
 for _name in ("RAY_USAGE_STATS_ENABLED", "RAY_AIR_NEW_OUTPUT"):
     os.environ.setdefault(_name, "0")
-# Ray would write its own logs beside the ledger, take Ctrl-C for itself, and warn about a default to come
+# otherwise Ray writes its own logs, intercepts Ctrl-C, and warns about a future default
 for _name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# by default 15: beside other work on the same cores trials would all but stand still
+# Ray's default of 15 nearly stops trials when other work runs on the same cores
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 with warnings.catch_warnings():
@@ -53,23 +53,23 @@ with warnings.catch_warnings():
     from ray.tune.search import Searcher
 
 FILE = "training.pt"
-WORST = 1e30  # what Ray's schedulers see of a loss that is not finite
-RETRIES = 2  # as often as the workers of `midflight.search.workers` may die
-PATIENCE = 5.0  # seconds for a cluster's address to answer
+WORST = 1e30  # replaces a loss that is not finite for Ray's schedulers
+RETRIES = 2  # restarts of a trial, as `search.MAX_DEATHS - 1`
+CONNECT_TIMEOUT = 5.0  # seconds for a cluster's address to answer
 RESAMPLE, FACTORS = 0.25, (1.2, 0.8)  # Ray's defaults for population-based training
 SCHEDULERS = ("asha", "median", "pbt", "fifo")
 
 
 def ray(task: Task, address: str | None = None, scheduler: str = "asha") -> Engine:
-    """Ray Tune on the cluster at `address`, or on one that is started here for the search."""
+    """Ray Tune on the cluster at `address`, or on a local one that is started for the search."""
     if scheduler not in SCHEDULERS:
         raise UnknownName("a scheduler of Ray", scheduler, SCHEDULERS)
     if scheduler == "pbt" and task.trials is None:
-        raise SearchError("population-based training needs trials=, the size of its population.")
+        raise SearchError("population-based training needs trials=, which is its population size.")
 
     def drive(search: Search, objective: Objective, workers: int) -> None:
         with _cluster(address, workers), tempfile.TemporaryDirectory() as folder:
-            # a cluster of several machines hands checkpoints round through a folder that all of them see
+            # the machines of a cluster exchange checkpoints through a shared folder
             storage = Path(folder) if address is None else search.ledger.folder.resolve() / "ray"
             _fit(search, objective, workers, task, scheduler, storage)
 
@@ -80,12 +80,13 @@ def ray(task: Task, address: str | None = None, scheduler: str = "asha") -> Engi
 def _fit(
     search: Search, objective: Objective, workers: int, task: Task, scheduler: str, storage: Path
 ) -> None:
-    random.seed(task.seed)  # drives Ray's schedulers
-    book = Book(search)
-    how: dict[str, Any] = {"search_alg": Jobs(book), "num_samples": -1, "max_concurrent_trials": workers}
+    random.seed(task.seed)  # Ray's schedulers use it
+    trials = RayTrials(search)
+    how: dict[str, Any] = {"search_alg": JobSearcher(trials), "num_samples": -1}
+    how["max_concurrent_trials"] = workers
     space: dict[str, Any] = {}
-    if scheduler == "pbt":  # the whole population is there from the beginning
-        jobs = book.next_jobs(task.trials or 0)
+    if scheduler == "pbt":  # the whole population starts at once
+        jobs = trials.next_jobs(task.trials or 0)
         if not jobs:
             return
         how, space = {}, {"job": tune.grid_search(jobs)}
@@ -97,32 +98,32 @@ def _fit(
             trial_dirname_creator=lambda trial: str(trial.trial_id), **how,
         ),
         run_config=tune.RunConfig(
-            name=uuid.uuid4().hex, storage_path=str(storage), verbose=0, stop=Stops(book),
-            callbacks=[Watch(book)], failure_config=tune.FailureConfig(max_failures=RETRIES),
+            name=uuid.uuid4().hex, storage_path=str(storage), verbose=0, stop=ReportStopper(trials),
+            callbacks=[TrialCallback(trials)], failure_config=tune.FailureConfig(max_failures=RETRIES),
         ),
     )  # fmt: skip
     tuner.fit()
-    if book.error is not None:
-        raise book.error
+    if trials.error is not None:
+        raise trials.error
 
 
 def train(config: dict[str, Any], objective: Objective) -> None:
-    """A trial in an actor of Ray."""
+    """Run a trial in an actor of Ray."""
     job: Job = config["job"]
     with tempfile.TemporaryDirectory() as folder:
-        file, heard = Path(folder) / FILE, 0
+        file, reported = Path(folder) / FILE, 0
         given = tune.get_checkpoint()
         if given is not None:
             with given.as_directory() as of_ray:
                 shutil.copy(Path(of_ray) / FILE, file)
             saved = checkpoint.load(file)
-            heard = saved.points[-1].epoch if saved else 0
+            reported = saved.points[-1].epoch if saved else 0
         elif job.checkpoint.is_file():
             shutil.copy(job.checkpoint, file)
 
         def send(points: list[Point]) -> bool:
             for point in points:
-                if point.epoch > heard:
+                if point.epoch > reported:
                     state = tune.Checkpoint.from_directory(folder) if file.is_file() else None
                     tune.report(_metrics(point, job), checkpoint=state)
             return True
@@ -137,48 +138,48 @@ def _metrics(point: Point, job: Job) -> dict[str, Any]:
     return {"loss": loss, "epoch": point.epoch, "midflight": asdict(point), "chosen": job.config}
 
 
-class Book:
-    """Which trial of Ray's is which of the ledger's."""
+class RayTrials:
+    """Maps Ray's trials to the jobs of the search."""
 
     def __init__(self, search: Search) -> None:
         self.search = search
         self.jobs: dict[str, Job] = {}
         self.failed: dict[str, str] = {}
         self.error: Exception | None = None
-        """What went wrong in this process; Ray would only log it."""
+        """The first error in this process, which Ray would only log."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Ray writes itself down to be restored, but what is kept is the ledger."""
+        """Return nothing when Ray saves its state, because the ledger stores the trials."""
         return {}
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Keep an error of the block for later; Ray is then told to stop."""
+        """Keep an error of the block until Ray has stopped."""
         try:
             yield
         except Exception as error:
             self.error = self.error or error
 
     def next_jobs(self, most: int) -> list[Job]:
-        """Up to so many jobs at once."""
-        made = (self.search.next_job() for _ in range(most))
-        return [job for job in made if job is not None]
+        """Return up to `most` jobs."""
+        jobs = (self.search.next_job() for _ in range(most))
+        return [job for job in jobs if job is not None]
 
-    def heard(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Store a report; whether the trial shall go on."""
+    def on_report(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Store a report; return whether the trial continues."""
         job = self.jobs[trial_id]
         if "failed" in result:
             self.failed[trial_id] = result["failed"]
             return False
         point = Point(**result["midflight"])
         if result["chosen"] != job.config:  # cloned from another trial
-            self.search.became(job.number, result["chosen"])
+            self.search.on_new_config(job.number, result["chosen"])
             moved = {n: v for n, v in result["chosen"].items() if isinstance(v, float)}
             point = replace(point, online={**moved, **point.online})
-        return self.search.heard(job.number, [point])
+        return self.search.on_report(job.number, [point])
 
-    def ended(self, trial_id: str, epoch: int, error: bool) -> None:
-        """A trial of Ray's is over."""
+    def on_end(self, trial_id: str, epoch: int, error: bool) -> None:
+        """Store how a trial ended."""
         job = self.jobs.pop(trial_id)
         outcome = Outcome("complete")
         if error:
@@ -187,61 +188,61 @@ class Book:
             outcome = Outcome("failed", self.failed[trial_id])
         elif 0 < epoch < job.epochs:
             outcome = Outcome("stopped", f"stopped by Ray after epoch {epoch}")
-        self.search.ended(job.number, outcome)
+        self.search.on_end(job.number, outcome)
 
 
-class Jobs(Searcher):
-    """Hands Ray the jobs of the search, one by one."""
+class JobSearcher(Searcher):
+    """Gives Ray the jobs of the search, one by one."""
 
-    def __init__(self, book: Book) -> None:
+    def __init__(self, trials: RayTrials) -> None:
         super().__init__(metric="loss", mode="min")
-        self._book = book
+        self._trials = trials
 
     def suggest(self, trial_id: str) -> Any:
         job = None
-        with self._book.guarded():
-            job = None if self._book.error else self._book.search.next_job()
+        with self._trials.guarded():
+            job = None if self._trials.error else self._trials.search.next_job()
         return Searcher.FINISHED if job is None else {"job": job}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Nothing: `Watch` hears of it."""
+        """Do nothing; `TrialCallback` handles it."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is what is saved."""
+        """Do nothing; the ledger stores the trials."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
-class Stops(tune.Stopper):
-    """Passes on each report; ends a trial, or when the time is up all of them."""
+class ReportStopper(tune.Stopper):
+    """Passes each report to the search; ends single trials, and all of them when the time is up."""
 
-    def __init__(self, book: Book) -> None:
-        self._book = book
+    def __init__(self, trials: RayTrials) -> None:
+        self._trials = trials
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        goes_on = False
-        with self._book.guarded():
-            goes_on = self._book.heard(trial_id, result)
-        return not goes_on
+        continues = False
+        with self._trials.guarded():
+            continues = self._trials.on_report(trial_id, result)
+        return not continues
 
     def stop_all(self) -> bool:
-        return self._book.error is not None or self._book.search.is_over
+        return self._trials.error is not None or self._trials.search.is_over
 
 
-class Watch(tune.Callback):
-    """Follows the trials, and keeps their checkpoints where those of every engine are."""
+class TrialCallback(tune.Callback):
+    """Records starts and ends of trials, and copies their checkpoints to the search's folder."""
 
-    def __init__(self, book: Book) -> None:
-        self._book = book
+    def __init__(self, trials: RayTrials) -> None:
+        self._trials = trials
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._book.jobs.setdefault(trial.trial_id, trial.config["job"])
+        self._trials.jobs.setdefault(trial.trial_id, trial.config["job"])
 
     def on_checkpoint(self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **_: Any) -> None:
-        job = self._book.jobs.get(trial.trial_id)
+        job = self._trials.jobs.get(trial.trial_id)
         if job is not None:
             job.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             part = job.checkpoint.with_suffix(".part")
@@ -250,12 +251,12 @@ class Watch(tune.Callback):
             part.replace(job.checkpoint)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        with self._book.guarded():
-            self._book.ended(trial.trial_id, (trial.last_result or {}).get("epoch", 0), error=False)
+        with self._trials.guarded():
+            self._trials.on_end(trial.trial_id, (trial.last_result or {}).get("epoch", 0), error=False)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        with self._book.guarded():
-            self._book.ended(trial.trial_id, 0, error=True)
+        with self._trials.guarded():
+            self._trials.on_end(trial.trial_id, 0, error=True)
 
 
 def _scheduler(name: str, task: Task) -> Any:
@@ -266,25 +267,27 @@ def _scheduler(name: str, task: Task) -> Any:
         return schedulers.MedianStoppingRule(grace_period=1, **common)
     if name == "pbt":
         return schedulers.PopulationBasedTraining(
-            perturbation_interval=max(1, task.epochs // 5), custom_explore_fn=_explore(task.space), **common
+            perturbation_interval=max(1, task.epochs // 5),
+            custom_explore_fn=_perturbation(task.space),
+            **common,
         )
     return schedulers.FIFOScheduler()  # type: ignore[no-untyped-call]
 
 
-def _explore(space: Space) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _perturbation(space: Space) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def explore(config: dict[str, Any]) -> dict[str, Any]:
         job: Job = config["job"]
         moved: Config = dict(job.config)
         for name, value in job.config.items():
             spec = space[name]
             if isinstance(spec, Float):
-                moved[name] = _moved(spec, value)
+                moved[name] = _perturbed(spec, value)
         return {**config, "job": replace(job, config=moved)}
 
     return explore
 
 
-def _moved(spec: Float, value: float) -> float:
+def _perturbed(spec: Float, value: float) -> float:
     import torch
 
     if random.random() < RESAMPLE:
@@ -298,7 +301,7 @@ def _cluster(address: str | None, workers: int) -> Iterator[None]:
         yield
         return
     if address is not None:
-        _answers(address)
+        _check_address(address)
     try:
         ray_core.init(
             address=address or "local", num_cpus=workers if address is None else None,
@@ -308,8 +311,9 @@ def _cluster(address: str | None, workers: int) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         refused = "token authentication" in str(error.__cause__)
         raise SearchError(
-            f"the address must be that of a running Ray cluster, but {address}: {str(error).splitlines()[0]}."
-            + " It asks for a token: set RAY_AUTH_MODE=token, and have the token in ~/.ray/auth_token."
+            f"the address must be that of a running Ray cluster, but {address} is not: "
+            + f"{str(error).splitlines()[0]}."
+            + " It requires a token: set RAY_AUTH_MODE=token and write the token to ~/.ray/auth_token."
             * refused
         ) from error
     try:
@@ -318,15 +322,15 @@ def _cluster(address: str | None, workers: int) -> Iterator[None]:
         ray_core.shutdown()
 
 
-def _answers(address: str) -> None:
-    """Raise `SearchError` unless somebody listens at host:port; Ray itself would wait for minutes."""
+def _check_address(address: str) -> None:
+    """Raise `SearchError` unless a server listens at host:port; Ray itself would wait for minutes."""
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), PATIENCE):
+        with socket.create_connection((host, int(port)), CONNECT_TIMEOUT):
             return
     except (OSError, ValueError) as error:
         raise SearchError(
-            f"the address of a Ray cluster must be auto or host:port, but at {address} is none: {error}."
+            f"the address of a Ray cluster must be auto or host:port, but {address} does not answer: {error}."
         ) from error

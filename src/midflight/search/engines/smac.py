@@ -1,9 +1,8 @@
-"""SMAC3: a random forest proposes, Hyperband promotes; a promoted configuration goes on from its checkpoint.
+"""SMAC3: a random forest proposes, Hyperband promotes; a promoted configuration continues its checkpoint.
 
-SMAC is asked and told in this process. What it proposes becomes a trial of the Optuna study through a
-sampler that returns the proposal, and a pruner that ends the trial at SMAC's budget. Before each proposal
-SMAC is told what the study holds and it does not know yet: its own trials, and after a restart those of an
-earlier process.
+SMAC's ask-and-tell interface runs in this process. A sampler turns its proposal into a trial of the Optuna
+study, and a pruner ends the trial at SMAC's budget. Before each proposal, SMAC learns of all finished trials
+that are new to it; after a restart, these include the trials of earlier processes.
 """
 
 import math
@@ -30,18 +29,18 @@ from midflight.search.space import Config, Space, Spec, conditions
 from midflight.space import Categorical, Int
 
 UNTIL = "smac:until"
-"""System attribute of a trial: the epoch at which SMAC wants to hear of it."""
-UNLIMITED = 10_000  # trials SMAC plans for if only time limits a search
+"""System attribute of a trial: the epoch at which it ends, SMAC's budget."""
+UNLIMITED = 10_000  # number of trials given to SMAC if only time limits the search
 
 
 def smac(task: Task) -> Engine:
-    """SMAC3's multi-fidelity facade at its defaults; with a single epoch, its random-forest facade."""
+    """SMAC3's multi-fidelity facade with default options; for a single epoch, its random-forest facade."""
     sampler = SmacSampler(task)
     return Engine(sampler, UntilPruner(), promotes=True, prepare=sampler.prepare)
 
 
 class SmacSampler(BaseSampler):
-    """Hands SMAC's proposals to Optuna."""
+    """Gives SMAC's proposals to Optuna."""
 
     def __init__(self, task: Task) -> None:
         self._space, self._epochs = task.space, task.epochs
@@ -52,11 +51,11 @@ class SmacSampler(BaseSampler):
         self._told: set[int] = set()
 
     def prepare(self, study: Study) -> bool:
-        """Tell SMAC the news and have it propose; False if it has seen every configuration."""
+        """Tell SMAC the new results and ask for a proposal; False if all configurations are known."""
         self._tell(study.get_trials(deepcopy=False))
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of scikit-learn's and SMAC's own making
+                warnings.simplefilter("ignore")  # inside SMAC and scikit-learn; users cannot act on them
                 info = self._facade.ask()
         except (ConfigurationSpaceExhaustedException, StopIteration):
             return False
@@ -65,7 +64,7 @@ class SmacSampler(BaseSampler):
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         if UNTIL in trial.system_attrs or "fixed_params" in trial.system_attrs:
-            return  # a trial of another process, to be continued; or one of the user's own
+            return  # an interrupted trial of another process, or a trial in `first`
         if self._proposal is None:
             self.prepare(study)
         assert self._proposal is not None
@@ -94,10 +93,10 @@ class SmacSampler(BaseSampler):
             if trial.number in self._told:
                 continue
             self._told.add(trial.number)
-            good = trial.value is not None and math.isfinite(trial.value)
-            # a forest cannot learn from infinity: what failed counts as the worst that did not
-            cost = float(trial.value or 0.0) if good else max(losses, default=1.0)
-            status = StatusType.SUCCESS if good else StatusType.CRASHED
+            finite = trial.value is not None and math.isfinite(trial.value)
+            # a forest cannot learn from infinity, so a failure gets the worst finite loss
+            cost = float(trial.value or 0.0) if finite else max(losses, default=1.0)
+            status = StatusType.SUCCESS if finite else StatusType.CRASHED
             self._facade.tell(self._info(trial), TrialValue(cost=cost, status=status), save=False)
 
     def _info(self, trial: FrozenTrial) -> TrialInfo:
@@ -108,7 +107,7 @@ class SmacSampler(BaseSampler):
 
 
 class UntilPruner(BasePruner):
-    """Ends a trial at the epoch that SMAC asked for."""
+    """Ends a trial at SMAC's budget."""
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         until = trial.system_attrs.get(UNTIL)
@@ -116,13 +115,15 @@ class UntilPruner(BasePruner):
 
 
 def configuration_space(space: Space, seed: int) -> ConfigSpace.ConfigurationSpace:
-    """The searched part of a space in ConfigSpace's words; a category is its place among the choices."""
+    """Convert the searched part of a space to ConfigSpace; a category becomes its index."""
     found = ConfigSpace.ConfigurationSpace(seed=seed)
     made = {name: _hyperparameter(name, spec) for name, spec in space.searched.items()}
     found.add(*made.values())
     for name, spec in space.searched.items():
         terms = [
-            ConfigSpace.InCondition(made[name], made[parent], [_inside(space[parent], v) for v in values])
+            ConfigSpace.InCondition(
+                made[name], made[parent], [_to_configspace(space[parent], v) for v in values]
+            )
             for parent, values in conditions(spec).items()
         ]
         if terms:
@@ -131,9 +132,9 @@ def configuration_space(space: Space, seed: int) -> ConfigSpace.ConfigurationSpa
 
 
 def to_config(space: Space, configuration: ConfigSpace.Configuration) -> Config:
-    """What a ConfigSpace configuration says, active hyperparameters only."""
+    """Convert a ConfigSpace configuration; keep the active hyperparameters only."""
     return {
-        name: _outside(spec, configuration[name])
+        name: _from_configspace(spec, configuration[name])
         for name, spec in space.searched.items()
         if name in configuration
     }
@@ -142,9 +143,9 @@ def to_config(space: Space, configuration: ConfigSpace.Configuration) -> Config:
 def from_config(
     space: Space, configs: ConfigSpace.ConfigurationSpace, config: Config
 ) -> ConfigSpace.Configuration:
-    """The other way round."""
+    """Invert `to_config`."""
     return ConfigSpace.Configuration(
-        configs, values={name: _inside(space[name], value) for name, value in config.items()}
+        configs, values={name: _to_configspace(space[name], value) for name, value in config.items()}
     )
 
 
@@ -156,16 +157,16 @@ def _hyperparameter(name: str, spec: Spec) -> Any:
     return ConfigSpace.UniformFloatHyperparameter(name, spec.low, spec.high, log=spec.log)
 
 
-def _inside(spec: Spec, value: Any) -> Any:
+def _to_configspace(spec: Spec, value: Any) -> Any:
     return spec.choices.index(value) if isinstance(spec, Categorical) else value
 
 
-def _outside(spec: Spec, value: Any) -> Any:
+def _from_configspace(spec: Spec, value: Any) -> Any:
     if isinstance(spec, Categorical):
         return spec.choices[int(value)]
     if isinstance(spec, Int):
         return int(value)
-    return min(max(float(value), spec.low), spec.high)  # exp and log may round over a bound
+    return min(max(float(value), spec.low), spec.high)  # exp and log may round past a bound
 
 
 def _facade(configs: ConfigSpace.ConfigurationSpace, task: Task) -> Any:
@@ -176,10 +177,10 @@ def _facade(configs: ConfigSpace.ConfigurationSpace, task: Task) -> Any:
         configs, deterministic=True, n_trials=trials, seed=task.seed, output_directory=folder, **budgets
     )
     kind = MultiFidelityFacade if task.epochs > 1 else HyperparameterOptimizationFacade
-    facade = kind(scenario, _asked_and_told, logging_level=False, overwrite=True)
+    facade = kind(scenario, _never_called, logging_level=False, overwrite=True)
     weakref.finalize(facade, shutil.rmtree, folder, ignore_errors=True)
     return facade
 
 
-def _asked_and_told(config: ConfigSpace.Configuration, seed: int, budget: float) -> float:
-    raise AssertionError("SMAC is asked and told, it never calls a function.")
+def _never_called(config: ConfigSpace.Configuration, seed: int, budget: float) -> float:
+    raise AssertionError("SMAC runs by ask and tell, so it must never call the objective.")
