@@ -1,10 +1,10 @@
-"""Choose the algorithm and its configuration together, and look at what was found.
+"""Compare a default random forest, a network that tunes itself, and a search over families of learners.
 
-    python examples/automl.py             # about half a minute; needs scikit-learn and Optuna
+    python examples/automl.py             # about half a minute; needs midflight[automl]
     python examples/automl.py --quick
 
-Wine: 178 rows of 13 chemical measurements, three growers. A fixed learner first, then a network that tunes
-its own weight decay, noise and dropout while it trains, then a search over eight families of learners.
+Data: scikit-learn's wine table, 178 rows of 13 measurements, three classes. The network tunes its weight
+decay, noise and dropout during training. The search covers eight families.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main(quick: bool = False) -> dict[str, Any]:
 
     forest = RandomForestClassifier(random_state=0).fit(X, y)
     network = mf.OnlineMLPClassifier(random_state=0).fit(X, y)
-    print("tuned while it trained:", {name: f"{value:.3g}" for name, value in network.values_.items()})
+    print("tuned during training:", {name: f"{value:.3g}" for name, value in network.values_.items()})
 
     auto = mf.AutoClassifier(seconds=5 if quick else 30, random_state=0).fit(X, y)
     for row in auto.leaderboard_[:8]:
@@ -42,5 +42,5 @@ def main(quick: bool = False) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a shortened run")
-    torch.set_num_threads(1)  # more would only get into each other's way on tables this small
+    torch.set_num_threads(1)  # faster for small tables
     main(**vars(parser.parse_args()))

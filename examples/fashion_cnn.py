@@ -1,11 +1,11 @@
-"""How much to augment: six magnitudes and weight decay of a CNN on 1,000 Fashion-MNIST images, tuned.
+"""Tune six augmentation magnitudes and weight decay of a CNN on 1,000 Fashion-MNIST images.
 
-    python examples/fashion_cnn.py            # a minute or two; needs kornia: pip install midflight[augment]
+    python examples/fashion_cnn.py            # one to two minutes; needs pip install 'midflight[augment]'
     python examples/fashion_cnn.py --quick
 
-Rotation, translation, scale, shear, brightness and contrast all begin at 0: no augmentation. Each magnitude
-is in the units of its kind (degrees, shares of the width, ...) and has a default range. Few images and many
-epochs: the regime in which a one-step hypergradient is right about regularisation.
+Rotation, translation, scale, shear, brightness and contrast all start at 0, which is no augmentation. Each
+magnitude has its own unit (degrees, share of the width, ...) and a default range. One-step hypergradients
+suit this task of few images and many epochs, where regularisation matters.
 """
 
 import argparse
@@ -24,7 +24,7 @@ Split = tuple[Tensor, Tensor]
 
 
 def data() -> tuple[Split, Split, Split]:
-    """1,000 images to train on, 2,000 that tune, 10,000 to report on."""
+    """Return 1,000 training, 2,000 validation and 10,000 test images with labels."""
     arrays = load("fashion_mnist")
     images, labels = torch.from_numpy(arrays.train_x).view(-1, 1, 28, 28), torch.from_numpy(arrays.train_y)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -38,7 +38,7 @@ def cross_entropy(model: nn.Module, batch: Split) -> Tensor:
 
 
 def train(space: mf.Space, train: Split, valid: Split, epochs: int, tune: bool) -> nn.Module:
-    """A network trained from seed 0 with the values of `space`, which move if `tune`."""
+    """Train a network from seed 0 with the values of `space`; tune them if `tune`."""
     torch.manual_seed(0)
     loader = DataLoader(TensorDataset(*train), batch_size=50, shuffle=True)
     model = nn.Sequential(
@@ -53,7 +53,7 @@ def train(space: mf.Space, train: Split, valid: Split, epochs: int, tune: bool) 
         schedule=5, total_steps=epochs * len(loader),
     )  # fmt: skip
     if not tune:
-        tuner.detach()  # the optimiser keeps the values of the space
+        tuner.detach()  # the optimiser keeps the initial values
 
     for _ in range(epochs):
         for batch in loader:
@@ -91,7 +91,7 @@ def main(quick: bool = False) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a shortened run")
-    torch.set_num_threads(1)  # more would only get into each other's way on networks this small
+    torch.set_num_threads(1)  # faster for small networks
     try:
         main(**vars(parser.parse_args()))
     except mf.errors.MissingExtra as error:

@@ -1,12 +1,12 @@
-"""A small Transformer reads Python's documentation: dropout, weight decay, label smoothing, all tuned.
+"""Tune dropout, weight decay and label smoothing of a small Transformer on Python's documentation.
 
-    python examples/language_model.py            # a minute or two
+    python examples/language_model.py            # one to two minutes
     python examples/language_model.py --quick
 
-The text is what `help()` shows, from the standard library; a letter is predicted from the 64 before it. The
-start is a recipe for larger data: dropout 0.3, label smoothing 0.1, weight decay as AdamW has it by default.
-Here 10,000 letters are read some 60 times. The tuned run can beat the re-run: its values change as it learns,
-and it ends with the best of its last and its averaged weights on the validation data.
+The text is that of `help()`. The model predicts a letter from the previous 64. The initial values suit larger
+data: dropout 0.3, label smoothing 0.1, AdamW's default weight decay. Here, 10,000 letters are read about 60
+times. The tuned run can beat the re-run for two reasons: its values change during training, and it keeps its
+last or averaged weights, whichever has the lower validation loss.
 """
 
 import argparse
@@ -25,9 +25,9 @@ CONTEXT, WIDTH, HEADS = 64, 64, 4
 
 
 def data() -> tuple[Tensor, Tensor, Tensor, int]:
-    """Windows of 10,000 letters to train on, 20,000 that tune, 20,000 to report on; size of the alphabet."""
+    """Return windows of 10,000 training, 20,000 validation, 20,000 test letters, and the alphabet's size."""
     paragraphs = "\n".join(pydoc_data.topics.topics.values()).split("\n\n")
-    text = "\n\n".join(dict.fromkeys(paragraphs))  # topics repeat each other; validation text must be new
+    text = "\n\n".join(dict.fromkeys(paragraphs))  # no duplicates, so that validation text is new
     alphabet = sorted(set(text))
     code = torch.tensor([alphabet.index(letter) for letter in text[:50_000]])
     train, valid, test = code.split([10_000, 20_000, 20_000])
@@ -60,7 +60,7 @@ class Transformer(nn.Module):
 
     def forward(self, code: Tensor) -> Tensor:
         x = self.letter(code) + self.place.weight[: code.shape[1]]
-        return self.head(self.blocks(x)).transpose(1, 2)  # (N, letters, CONTEXT), as F.cross_entropy wants it
+        return self.head(self.blocks(x)).transpose(1, 2)  # (N, letters, CONTEXT), as F.cross_entropy expects
 
 
 def cross_entropy(model: nn.Module, batch: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def cross_entropy(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def train(space: mf.Space, texts: Tensor, valid: Tensor, letters: int, steps: int, tune: bool) -> nn.Module:
-    """A network trained from seed 0 with the values of `space`, which move if `tune`."""
+    """Train a network from seed 0 with the values of `space`; tune them if `tune`."""
     torch.manual_seed(0)
     model = Transformer(letters, space["dropout"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -83,7 +83,7 @@ def train(space: mf.Space, texts: Tensor, valid: Tensor, letters: int, steps: in
         schedule=5, total_steps=steps,
     )  # fmt: skip
     if not tune:
-        tuner.detach()  # the optimiser keeps the values of the space
+        tuner.detach()  # the optimiser keeps the initial values
 
     for batch in islice(loader, steps):
         optimizer.zero_grad()
@@ -119,5 +119,5 @@ def main(quick: bool = False) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a shortened run")
-    torch.set_num_threads(1)  # more would only get into each other's way on networks this small
+    torch.set_num_threads(1)  # faster for small networks
     main(**vars(parser.parse_args()))

@@ -1,11 +1,11 @@
-"""An LSTM forecasts a noisy chaotic series: weight decay and the noise on its inputs and states, tuned.
+"""Tune weight decay and the noise on inputs and states of an LSTM that forecasts a noisy chaotic series.
 
-    python examples/lstm.py            # a minute or two
+    python examples/lstm.py            # one to two minutes
     python examples/lstm.py --quick
 
-The next value of a Mackey-Glass series, seen through noise, from the 30 before it. 250 values train, many
-times over. The start has next to no regularisation, so the network learns the noise by heart. The tuned run
-ends with the best of its last and its averaged weights on the validation data; the other two with their last.
+The LSTM predicts a noisy Mackey-Glass series from its last 30 values, trained on 250 values for many epochs.
+Initially there is almost no regularisation, so the network overfits the noise. The tuned run keeps its last
+or averaged weights, whichever has the lower validation loss; the other two keep their last.
 """
 
 import argparse
@@ -22,8 +22,8 @@ PAST = 30
 
 
 def data() -> tuple[Tensor, ...]:
-    """Windows of 30 values and the next: of 250 values to train on, 1,000 that tune, 1,000 to report on."""
-    x = [1.2] * 18  # Euler's steps of x' = 0.2 x(t - 17) / (1 + x(t - 17)^10) - 0.1 x
+    """Return windows of 31 values from 250 training, 1,000 validation and 1,000 test values."""
+    x = [1.2] * 18  # Euler steps of x' = 0.2 x(t - 17) / (1 + x(t - 17)^10) - 0.1 x
     while len(x) < 2850:
         x.append(0.9 * x[-1] + 0.2 * x[-18] / (1 + x[-18] ** 10))
     series = torch.tensor(x[600:])
@@ -50,7 +50,7 @@ def squared_error(model: nn.Module, windows: Tensor) -> Tensor:
 
 
 def train(space: mf.Space, windows: Tensor, valid: Tensor, epochs: int, tune: bool) -> nn.Module:
-    """A network trained from seed 0 with the values of `space`, which move if `tune`."""
+    """Train a network from seed 0 with the values of `space`; tune them if `tune`."""
     torch.manual_seed(0)
     model = Forecaster(space)
     optimizer = torch.optim.Adam(model.parameters(), lr=6e-3)
@@ -60,7 +60,7 @@ def train(space: mf.Space, windows: Tensor, valid: Tensor, epochs: int, tune: bo
         schedule=5, total_steps=epochs * len(loader),
     )  # fmt: skip
     if not tune:
-        tuner.detach()  # the optimiser keeps the values of the space
+        tuner.detach()  # the optimiser keeps the initial values
 
     for _ in range(epochs):
         for batch in loader:
@@ -97,5 +97,5 @@ def main(quick: bool = False) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a shortened run")
-    torch.set_num_threads(1)  # more would only get into each other's way on networks this small
+    torch.set_num_threads(1)  # faster for small networks
     main(**vars(parser.parse_args()))

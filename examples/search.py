@@ -1,13 +1,13 @@
-"""Search layers, optimiser and learning rate; tune weight decay, noise and dropout inside each trial.
+"""Search layers, optimiser and learning rate; tune weight decay, noise and dropout during each trial.
 
-    python examples/search.py             # about a minute; needs the extra `search`
+    python examples/search.py             # about a minute; needs midflight[search]
     python examples/search.py --quick
-    midflight search examples/search.py:objective --engine smac --trials 60 --epochs 27    # the same, stored
+    midflight search examples/search.py:objective --engine smac --trials 60 --epochs 27    # stores the trials
 
-The loop is yours. What the search needs of it: go on from `trial.load()`, and `trial.report` after each
-epoch with everything that a continuation needs. Optuna's TPE with Hyperband ends most trials early; a trial
-that is cut off goes on from its last report, the tuner and its hyperparameters included. The comparison is
-with the best of three random configurations in which nothing is tuned.
+The objective contains the training loop. It starts from `trial.load()` and calls `trial.report` after each
+epoch with all the state that a continuation needs. Optuna's TPE with Hyperband ends most trials early. An
+interrupted trial continues from its last report, with its tuner. The baseline is the best of three random
+configurations without tuning.
 """
 
 import argparse
@@ -27,7 +27,7 @@ space = search.Space(
     width=mf.Int(16, 256, log=True),
     activation=mf.Categorical(["relu", "tanh"]),
     optimizer=mf.Categorical(["adam", "sgd"]),
-    lr=mf.Float(1e-4, 0.3, log=True),  # searched: a one-step gradient would only ever make it smaller
+    lr=mf.Float(1e-4, 0.3, log=True),  # searched, because a one-step hypergradient favours small rates
     momentum=mf.Float(0.0, 0.98, when={"optimizer": "sgd"}),
     weight_decay=mf.Float(1e-6, 1e-1, log=True, init=1e-4, online=True),
     noise=mf.Float(0.0, 0.8, init=0.2, online=True),
@@ -36,7 +36,7 @@ space = search.Space(
 
 
 def data() -> tuple[TensorDataset, TensorDataset]:
-    """1,000 images that train, 437 that tune and judge; the other 360 are left for a test."""
+    """Return 1,000 training and 437 validation images; the other 360 are left for a test."""
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     x, y = torch.tensor(images / 16, dtype=torch.float32)[order], torch.tensor(labels)[order]
@@ -44,7 +44,7 @@ def data() -> tuple[TensorDataset, TensorDataset]:
 
 
 def network(params: dict[str, Any]) -> nn.Sequential:
-    """Read the tuned hyperparameters where the model uses them, the searched ones where it is built."""
+    """Build a network; tuned hyperparameters in `params` are read during training, the others here."""
     layers: list[nn.Module] = [mf.nn.GaussianNoise(params["noise"])]
     inputs = 64
     for _ in range(params["layers"]):
@@ -59,14 +59,14 @@ def cross_entropy(model: nn.Module, batch: list[Tensor]) -> Tensor:
 
 
 def objective(trial: search.Trial) -> None:
-    """Train one configuration, tuning what is declared online."""
+    """Train one configuration and tune its online hyperparameters."""
     train, valid = data()
     order = torch.Generator().manual_seed(trial.seed)
     loader = DataLoader(train, batch_size=50, shuffle=True, generator=order)
     params, tuned = trial.params, trial.online()
     model = network({**params, **({name: tuned[name] for name in tuned} if tuned else {})})
     names = {"lr", "momentum", "weight_decay"} & (params.keys() - set(tuned or ()))
-    options = {name: params[name] for name in names}  # the tuner sets what is tuned
+    options = {name: params[name] for name in names}  # the tuner sets the tuned ones
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[params["optimizer"]]
     optimizer = kind(model.parameters(), **options)
     tuner = tuned and mf.Tuner(
@@ -78,7 +78,7 @@ def objective(trial: search.Trial) -> None:
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0].update(options)  # its own, also where the state is another trial's
+        optimizer.param_groups[0].update(options)  # population-based training loads another trial's state
         order.set_state(state["order"])
         if tuner:
             tuner.load_state_dict(state["tuner"])
@@ -116,5 +116,5 @@ def main(quick: bool = False) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a shortened run")
-    torch.set_num_threads(1)  # more would only get into each other's way on networks this small
+    torch.set_num_threads(1)  # faster for small networks
     main(**vars(parser.parse_args()))

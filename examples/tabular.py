@@ -1,14 +1,13 @@
-"""Eight hyperparameters of five kinds at once: an MLP on scikit-learn's breast cancer table.
+"""Tune eight hyperparameters of five kinds at once: an MLP on scikit-learn's breast cancer table.
 
     python examples/tabular.py            # about 20 seconds; needs scikit-learn
     python examples/tabular.py --quick
 
-Weight decay, learning rate and beta1 of Adam; noise on the inputs and on the hidden units; dropout; label
-smoothing; an L1 penalty. All are tuned on 200 validation rows while the network trains on 100 others.
-The tuned run ends with the best of its last and its averaged weights there; the other two with their last.
+Kinds: options of Adam (weight decay, learning rate, beta1), noise on inputs and hidden units, dropout, label
+smoothing, and an L1 penalty. The network trains on 100 rows and tunes on 200 others. The tuned run keeps its
+last or averaged weights, whichever has the lower validation loss; the other two keep their last.
 
-A learning rate is judged by the next step only, which tends to shrink it: give `lr` a range in which each
-value trains.
+A one-step hypergradient favours small learning rates, so give `lr` a range in which every value works.
 """
 
 import argparse
@@ -27,7 +26,7 @@ Split = tuple[Tensor, Tensor]
 
 
 def data() -> tuple[Split, Split, Split]:
-    """100 rows to train on, 200 that tune, 269 to report on; standardised by the training rows."""
+    """Return 100 training, 200 validation and 269 test rows, standardised by the training rows."""
     x, y = load_breast_cancer(return_X_y=True)
     train_x, x, train_y, y = train_test_split(x, y, train_size=100, stratify=y, random_state=0)
     valid_x, test_x, valid_y, test_y = train_test_split(x, y, train_size=200, stratify=y, random_state=0)
@@ -40,7 +39,7 @@ def data() -> tuple[Split, Split, Split]:
 
 
 def search_space() -> mf.Space:
-    """A start as one might leave it untouched: Adam's defaults and next to no regularisation."""
+    """Return untuned initial values: near Adam's defaults, with almost no regularisation."""
     return mf.Space(
         weight_decay=mf.Float(1e-6, 1e-1, log=True, init=1e-5),
         lr=mf.Float(3e-4, 1e-2, log=True, init=3e-3),
@@ -58,7 +57,7 @@ def cross_entropy(model: nn.Module, batch: Split) -> Tensor:
 
 
 def train(space: mf.Space, epochs: int, tune: bool) -> nn.Module:
-    """A network trained from seed 0 with the values of `space`, which move if `tune`."""
+    """Train a network from seed 0 with the values of `space`; tune them if `tune`."""
     torch.manual_seed(0)
     rows, valid, _ = data()
     loader = DataLoader(TensorDataset(*rows), batch_size=25, shuffle=True)
@@ -78,7 +77,7 @@ def train(space: mf.Space, epochs: int, tune: bool) -> nn.Module:
         schedule=4, total_steps=epochs * len(loader),
     )  # fmt: skip
     if not tune:
-        tuner.detach()  # the optimiser keeps the values of the space
+        tuner.detach()  # the optimiser keeps the initial values
 
     for _ in range(epochs):
         for batch in loader:
@@ -110,5 +109,5 @@ def main(quick: bool = False) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a shortened run")
-    torch.set_num_threads(1)  # more would only get into each other's way on networks this small
+    torch.set_num_threads(1)  # faster for small networks
     main(**vars(parser.parse_args()))

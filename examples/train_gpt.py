@@ -1,12 +1,12 @@
-"""An ordinary training script, whose loop needs no change to be tuned.
+"""Tune an ordinary training script without a change to its loop.
 
-    python examples/train_gpt.py                 train without tuning
-    python examples/train_gpt.py --tune          with weight decay, dropout and learning rate tuned
+    python examples/train_gpt.py                 # train without tuning
+    python examples/train_gpt.py --tune          # tune weight decay, dropout and learning rate
 
-Trains a small GPT on the source code of Python's standard library, with flash attention, torch.compile,
-autocast, gradient accumulation and clipping. AdamW has a param group with weight decay, for matrices, and one
-without. The loop writes the learning rate into the groups at each step. Comments mark what tuning adds: two
-parts before the loop, and `tuner.finish()` after it.
+The script trains a small GPT on source code of Python's standard library, with flash attention,
+torch.compile, autocast, gradient accumulation and clipping. AdamW has two parameter groups: matrices with
+weight decay, other parameters without. The loop sets the learning rate of the groups at each step. Comments
+mark what tuning adds: two parts before the loop, and `tuner.finish()` after it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import midflight as mf
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--tune", action="store_true", help="tune while training")
 parser.add_argument("--steps", type=int, default=300)
-parser.add_argument("--backend", default="inductor", help="of torch.compile; 'none' does not compile")
+parser.add_argument("--backend", default="inductor", help="backend of torch.compile, or none")
 parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
 args = parser.parse_args()
 
@@ -93,7 +93,7 @@ def get_lr(it: int) -> float:
     return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
 
 
-# --- tuning adds: the space, and dropout that reads it ---
+# --- tuning adds: the space, and a dropout layer that reads it ---
 space = mf.Space(
     weight_decay=mf.Float(1e-3, 10.0, log=True, init=weight_decay),
     dropout=mf.Float(0.0, 0.6, init=0.1),
