@@ -244,7 +244,7 @@ def test_a_learner_that_fails_is_a_row_with_its_message(monkeypatch):
     [
         ({"seconds": None}, "one of seconds and trials must be given"),
         ({"families": ["svn"]}, "a family must be one of linear, tree, .*; got 'svn'"),
-        ({"families": []}, "families must name one of linear"),
+        ({"families": []}, "families must name at least one of linear"),
         ({"engine": "smack"}, "engine must be one of .*smac.*; got 'smack'"),
         ({"ensemble": 0}, "ensemble >= 1 must hold"),
         ({"seconds": 0}, "seconds > 0 must hold"),

@@ -114,7 +114,7 @@ def test_time_runs_out_in_the_middle_of_a_loop_and_the_alarm_is_given_back():
 
 
 def test_the_alarm_rings_again_if_it_was_not_heard(monkeypatch):
-    monkeypatch.setattr(module, "AGAIN", 0.1)
+    monkeypatch.setattr(module, "REPEAT", 0.1)
     began = time.monotonic()
 
     def deaf():

@@ -1,4 +1,4 @@
-"""Choose the algorithm and its configuration together, and tune what is continuous while it trains."""
+"""scikit-learn estimators that choose a learner and its hyperparameters together."""
 
 from midflight.automl.auto import AutoClassifier, AutoRegressor
 from midflight.automl.families import FAMILIES, Family

@@ -1,8 +1,8 @@
-"""Choose the algorithm and its configuration together (Thornton et al. 2013), within a time.
+"""Choose a learner and its hyperparameters together (Thornton et al. 2013), within a time limit.
 
-An engine of `midflight.search` proposes a family of learners and what belongs to it; what is continuous
-in a network is tuned by `midflight.Tuner` while it trains. The best configuration is then fitted on all
-rows, and a few others with it where they are better together.
+An engine of `midflight.search` proposes a family of learners and its hyperparameters. `midflight.Tuner`
+tunes the regularisation of networks during training. The best configuration is then fitted on all rows, with
+other members of an ensemble if that is better.
 """
 
 import math
@@ -19,21 +19,20 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from midflight.automl.columns import columns_of, is_frame
-from midflight.automl.ensemble import together
+from midflight.automl.ensemble import choose_members
 from midflight.automl.families import FAMILIES, Task, default_of, space_of
-from midflight.automl.judge import Enough, Judge, Problem
+from midflight.automl.judge import Judge, Problem, TimeIsUp
 from midflight.automl.network import warm_up
 from midflight.automl.validation import Array, folds_of, loss_of, predictions_of
 from midflight.errors import UnknownName
 from midflight.search.errors import SearchError
 from midflight.search.search import run
 
-FEWEST = 4
-"""Rows without which there is nothing to compare."""
+MIN_ROWS = 4
 
 
 class _Auto(BaseEstimator):
-    """What the two have in common: all but the target."""
+    """The common part of classifier and regressor."""
 
     def __init__(
         self,
@@ -59,10 +58,10 @@ class _Auto(BaseEstimator):
         return tags
 
     def _search(self, X: Any, y: Array, task: Task, classes: Array | None, began: float) -> None:
-        """Find the members; `began` is when `fit` was called."""
+        """Search and fit the ensemble; `began` is the time when `fit` was called."""
         names = self._names()
-        if len(y) < FEWEST:
-            raise ValueError(f"X must have at least {FEWEST} rows, but n_samples = {len(y)}.")
+        if len(y) < MIN_ROWS:
+            raise ValueError(f"X must have at least {MIN_ROWS} rows, but n_samples = {len(y)}.")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         seconds = math.inf if self.seconds is None else self.seconds
         problem = Problem(
@@ -77,7 +76,7 @@ class _Auto(BaseEstimator):
                 judge, space_of(names), engine=self.engine, trials=self.trials, seconds=self.seconds,
                 epochs=1, seed=seed, first=[default_of(name) for name in names],
             )  # fmt: skip
-        except Enough:
+        except TimeIsUp:
             pass
         except KeyboardInterrupt:
             if judge.best is None:
@@ -88,43 +87,43 @@ class _Auto(BaseEstimator):
                 stacklevel=3,
             )
         if judge.best is None:
-            said = judge.rows[-1].message if judge.rows else "there was no trial"
-            raise SearchError(f"at least one configuration must train, but none did; the last: {said}.")
+            reason = judge.rows[-1].message if judge.rows else "there was no trial"
+            raise SearchError(f"at least one configuration must train, but none did; the last: {reason}.")
         self._finish(judge, alone=interrupted)
 
     def _names(self) -> list[str]:
-        """The families to be searched; raises for arguments that do not fit."""
+        """Check the arguments and return the families to search."""
         if self.seconds is None and self.trials is None:
-            raise SearchError("one of seconds and trials must be given, or the search would never end.")
+            raise SearchError("one of seconds and trials must be given, because the search would never end.")
         if self.ensemble < 1:
-            raise SearchError(f"ensemble >= 1 must hold, but ensemble={self.ensemble}; 1 is one model alone.")
+            raise SearchError(f"ensemble >= 1 must hold, but ensemble={self.ensemble}; pass 1 for one model.")
         names = list(FAMILIES) if self.families is None else list(self.families)
         for name in names:
             if name not in FAMILIES:
                 raise UnknownName("a family", name, FAMILIES)
         if not names:
-            raise SearchError(f"families must name one of {', '.join(FAMILIES)} at least, but is empty.")
+            raise SearchError(f"families must name at least one of {', '.join(FAMILIES)}, but is empty.")
         return names
 
     def _finish(self, judge: Judge, alone: bool) -> None:
-        """Fit the best configuration on all rows, and others that help it while the time allows."""
+        """Fit the best configuration on all rows, then the other members while time is left."""
         assert judge.best is not None
-        chosen = [judge.best] if alone else together(judge, self.ensemble)
+        chosen = [judge.best] if alone else choose_members(judge, self.ensemble)
         self.best_params_ = judge.best.config
-        self.best_estimator_ = judge.last_fit(judge.best)
+        self.best_estimator_ = judge.refit(judge.best)
         self.members_ = []
         weights = Counter(map(id, chosen))
         for row in {id(row): row for row in chosen}.values():
             if row is judge.best:
                 self.members_.append((weights[id(row)], self.best_estimator_))
-            elif judge.refit_seconds(row) <= judge.seconds_left_in_all:
-                self.members_.append((weights[id(row)], judge.last_fit(row)))
+            elif judge.refit_seconds(row) <= judge.seconds_to_deadline:
+                self.members_.append((weights[id(row)], judge.refit(row)))
             else:
                 del weights[id(row)]
-        self.leaderboard_ = [{**row.shown(), "weight": weights[id(row)]} for row in judge.ranked()]
+        self.leaderboard_ = [{**row.as_dict(), "weight": weights[id(row)]} for row in judge.ranked()]
 
     def _predictions(self, X: Any) -> Array:
-        """Of the members, on average; as of `predictions_of`."""
+        """Return the weighted mean of the members' predictions, see `predictions_of`."""
         check_is_fitted(self)
         X = self._table(X)
         weights, models = zip(*self.members_, strict=True)
@@ -133,7 +132,7 @@ class _Auto(BaseEstimator):
         return mean
 
     def _checked(self, X: Any, y: Any) -> tuple[Any, Array]:
-        """X as `_table` gives it, and y, shape (n,), without gaps."""
+        """Validate X as in `_table`, and y, shape (n,), without missing values."""
         self._columns = columns_of(X) if is_frame(X) else None
         if not self._has_categories:
             X, y = validate_data(self, X, y, dtype=np.float64, ensure_all_finite="allow-nan")
@@ -145,12 +144,12 @@ class _Auto(BaseEstimator):
         return self._with_floats(X), y
 
     def _table(self, X: Any) -> Any:
-        """Floats that may have gaps; or, where `fit` saw categories, a frame."""
+        """Return X as floats that may be NaN, or as a frame if `fit` saw categories."""
         if not self._has_categories:
             return validate_data(self, X, dtype=np.float64, ensure_all_finite="allow-nan", reset=False)
         if not is_frame(X):
             raise TypeError(
-                f"X must be a pandas frame with the columns seen in fit, but is a {type(X).__name__}."
+                f"X must be a pandas frame with the columns seen in fit, but got a {type(X).__name__}."
             )
         validate_data(self, X, skip_check_array=True, reset=False)
         return self._with_floats(X)
@@ -160,51 +159,51 @@ class _Auto(BaseEstimator):
         return self._columns is not None and bool(self._columns.categories)
 
     def _with_floats(self, X: Any) -> Any:
-        """The frame, its numbers as floats, finite or NaN."""
+        """Return the frame with its numbers as floats, finite or NaN."""
         numbers = list(self._columns.numbers) if self._columns else []
         X = X.copy()
         if numbers:
             values = check_array(X.iloc[:, numbers], dtype=np.float64, ensure_all_finite="allow-nan")
-            for column, of_column in zip(numbers, values.T, strict=True):
-                X.isetitem(column, of_column)
+            for column, floats in zip(numbers, values.T, strict=True):
+                X.isetitem(column, floats)
         return X
 
 
 class AutoClassifier(ClassifierMixin, _Auto):
-    """Finds a classifier for a table: which family, and how it is configured, within a time.
+    """Find a classifier for a table: its family and its hyperparameters, within a time limit.
 
-    Families are tried at their defaults first, then an engine searches them all together. Each configuration
-    is judged by five stratified folds if there are fewer than 5,000 rows, else by a fifth that is held out.
-    Ctrl-C in `fit` ends the search and fits the best one so far.
+    Each family is tried with its defaults, then an engine searches all families together. Validation uses
+    five stratified folds below 5,000 rows (the limit is lower for a short search), else one held-out fifth.
+    Ctrl-C during `fit` ends the search and fits the best configuration so far.
 
     Args:
-        seconds: for `fit`, the last fits included; None if only trials limit it. Only the first trial and
-            the fit of the best configuration take what they take; see docs/automl.md for what was measured.
-        trials: configurations at most. With `seconds=None` and an int as `random_state` two fits are equal.
-        families: names from `midflight.automl.FAMILIES`; all of them if None.
-        engine: of `midflight.search`: "tpe", "smac" or "random".
-        scoring: a score of scikit-learn to be made large, by name or as a scorer; log loss if None.
-        ensemble: members at most, chosen greedily with repetition and averaged, and used only if they are
-            better on validation data that did not choose them. 1 is the best configuration alone.
-        random_state: seed of the folds, the engine and the learners.
+        seconds: time limit of `fit`, including the final fits; None: only `trials` limits it. The first trial
+            and the final fit of the best configuration may exceed it; docs/automl.md shows measured times.
+        trials: maximal number of configurations. `seconds=None` with an int `random_state` makes fits repeat.
+        families: names from `midflight.automl.FAMILIES`; None: all.
+        engine: engine of `midflight.search`: "tpe", "smac" or "random".
+        scoring: scikit-learn score to maximise, as a name or scorer; None: negative log loss.
+        ensemble: maximal number of members, which are chosen greedily with repetition and averaged. The
+            ensemble is used only if it is better on validation data that did not choose it. 1: no ensemble.
+        random_state: seed of folds, engine and learners.
 
-    X may be an array of numbers or a pandas frame with categories (strings, categoricals); both may have
-    gaps. y holds two classes or more.
+    X is an array of numbers, or a pandas frame with numbers and categories (strings, categoricals). Both may
+    have missing values. y has at least two classes.
 
     Attributes:
-        classes_: shape (classes,).
-        best_estimator_: the pipeline of the best configuration, fitted on all rows.
-        best_params_: the configuration.
+        classes_: the classes, sorted, shape (classes,).
+        best_estimator_: fitted pipeline of the best configuration.
+        best_params_: the best configuration.
         members_: (weight, fitted pipeline) of each member, the best configuration first.
-        leaderboard_: a dict for each configuration tried, the best first, as `pandas.DataFrame` takes them.
+        leaderboard_: one dict per configuration, the best first; `pandas.DataFrame` accepts the list.
 
     Raises:
         SearchError: neither seconds nor trials is given, or no configuration could be trained.
-        UnknownName: there is no such family or engine.
+        UnknownName: a family or the engine does not exist.
     """
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Search, then fit the best on X, shape (n, features), and y, shape (n,)."""
+        """Search, then fit on all rows: X, shape (n, features), and y, shape (n,)."""
         began = time.monotonic()
         X, y = self._checked(X, y)
         check_classification_targets(y)
@@ -215,21 +214,20 @@ class AutoClassifier(ClassifierMixin, _Auto):
         return self
 
     def predict_proba(self, X: Any) -> Array:
-        """Probability of each class, shape (n, classes)."""
+        """Return the probability of each class, shape (n, classes)."""
         return self._predictions(X)
 
     def predict(self, X: Any) -> Array:
-        """The most probable class, shape (n,)."""
+        """Return the most probable class, shape (n,)."""
         most_probable = self._predictions(X).argmax(1)
         predicted: Array = self.classes_[most_probable]
         return predicted
 
 
 class AutoRegressor(RegressorMixin, _Auto):
-    """Finds a regressor for a table: which family, and how it is configured, within a time.
+    """Find a regressor for a table: its family and its hyperparameters, within a time limit.
 
-    As `AutoClassifier`, with the squared error in place of the log loss, and folds spread evenly over the
-    sorted target.
+    Like `AutoClassifier`, with squared error in place of log loss, and folds stratified by the sorted target.
 
     Args:
         seconds, trials, families, engine, scoring, ensemble, random_state: as for `AutoClassifier`.
@@ -243,7 +241,7 @@ class AutoRegressor(RegressorMixin, _Auto):
     """
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Search, then fit the best on X, shape (n, features), and y, shape (n,)."""
+        """Search, then fit on all rows: X, shape (n, features), and y, shape (n,)."""
         began = time.monotonic()
         X, y = self._checked(X, y)
         try:
@@ -256,5 +254,5 @@ class AutoRegressor(RegressorMixin, _Auto):
         return self
 
     def predict(self, X: Any) -> Array:
-        """The expected target, shape (n,)."""
+        """Return the expected target, shape (n,)."""
         return self._predictions(X)

@@ -1,4 +1,4 @@
-"""Tables made into what a learner can read: numbers without gaps and on one scale, or as they are."""
+"""Convert tables for learners: scaled numbers without missing values, or numbers and codes as they are."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,25 +16,25 @@ from sklearn.preprocessing import (
     StandardScaler,
 )
 
-MOST_ONE_HOT = 30
-"""Columns that a category becomes at most; the rarest values share the last."""
-MOST_CODES = 254
-"""What scikit-learn's histograms can tell apart."""
+MAX_ONE_HOT = 30
+"""Maximal number of one-hot columns per category; the rarest values share the last."""
+MAX_CODES = 254
+"""Maximal number of codes in scikit-learn's histogram gradient boosting."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Positions of the columns of each kind."""
+    """Positions of the numeric and the categorical columns."""
 
     numbers: tuple[int, ...]
     categories: tuple[int, ...]
 
 
 def columns_of(X: Any) -> Columns:
-    """The kinds of the columns of an array or a pandas frame; all of an array are numbers.
+    """Return the kinds of the columns of a pandas frame or an array, which has numbers only.
 
     Raises:
-        ValueError: a column is a date or a duration.
+        ValueError: a column holds dates or durations.
     """
     if not is_frame(X):
         return Columns(tuple(range(X.shape[1])), ())
@@ -44,7 +44,7 @@ def columns_of(X: Any) -> Columns:
         if getattr(dtype, "kind", "") in "mM":
             raise ValueError(
                 f"columns must be numbers or categories, but {name!r} is {dtype}; "
-                "turn it into numbers such as days."
+                "convert it to numbers, such as days."
             )
     numbers = [is_numeric_dtype(dtype) for dtype in X.dtypes]
     return Columns(
@@ -59,28 +59,28 @@ def is_frame(X: Any) -> bool:
 
 
 def scaled(columns: Columns, scaling: str) -> ColumnTransformer:
-    """Gaps filled by the median and marked by a further column, numbers scaled, categories one-hot.
+    """Return a transformer that imputes and scales numbers and one-hot encodes categories.
+
+    A missing number becomes the median, marked in an additional column.
 
     Args:
-        scaling: "standard", to mean 0 and variance 1; or "normal", by quantiles to a normal distribution.
+        scaling: "standard" (mean 0, variance 1) or "normal" (quantiles to a normal distribution).
     """
     scaler = (
         StandardScaler()
         if scaling == "standard"
         else QuantileTransformer(n_quantiles=100, output_distribution="normal")
     )
-    filler = SimpleImputer(strategy="median", add_indicator=True, keep_empty_features=True)
+    imputer = SimpleImputer(strategy="median", add_indicator=True, keep_empty_features=True)
     one_hot = OneHotEncoder(
-        handle_unknown="infrequent_if_exist", max_categories=MOST_ONE_HOT, sparse_output=False
+        handle_unknown="infrequent_if_exist", max_categories=MAX_ONE_HOT, sparse_output=False
     )
-    return _by_kind(columns, make_pipeline(filler, scaler), one_hot)
+    return _by_kind(columns, make_pipeline(imputer, scaler), one_hot)
 
 
 def coded(columns: Columns) -> ColumnTransformer:
-    """Numbers as they are, with their gaps; categories as codes from 0. First the numbers, then the codes."""
-    codes = OrdinalEncoder(
-        handle_unknown="use_encoded_value", unknown_value=np.nan, max_categories=MOST_CODES
-    )
+    """Return a transformer that keeps numbers, then appends categories as codes from 0."""
+    codes = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=np.nan, max_categories=MAX_CODES)
     return _by_kind(columns, NoEmptyColumns(), codes)
 
 
@@ -93,7 +93,7 @@ def _by_kind(columns: Columns, numbers: Any, categories: Any) -> ColumnTransform
 
 
 class NoEmptyColumns(TransformerMixin, BaseEstimator):
-    """Columns that held nothing but gaps become 0: scikit-learn's histograms stumble over them."""
+    """Sets columns that were empty in `fit` to 0, because scikit-learn's gradient boosting fails on them."""
 
     def fit(self, X: Any, y: Any = None) -> Self:
         self.empty_ = np.isnan(np.asarray(X, dtype=float)).all(0)
@@ -104,7 +104,7 @@ class NoEmptyColumns(TransformerMixin, BaseEstimator):
 
 
 def as_text(X: Any) -> np.ndarray[Any, Any]:
-    """Categories as strings, so that they can be sorted; a gap is a category of its own, the empty string."""
+    """Return categories as strings, which can be sorted; a missing value becomes the category ""."""
     columns = [X.iloc[:, i] for i in range(X.shape[1])]
     text = [["" if gap else str(v) for v, gap in zip(c, c.isna(), strict=True)] for c in columns]
     return np.array(text, dtype=object).T.reshape(X.shape)

@@ -1,4 +1,4 @@
-"""A few good models together: greedy selection with replacement (Caruana et al. 2004)."""
+"""Choose an ensemble by greedy selection with replacement (Caruana et al. 2004)."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -10,29 +10,29 @@ from midflight.automl.judge import Judge, Row
 from midflight.automl.validation import Array, Loss, Parts
 
 ROUNDING = 1e-6
-"""Relative gains below this are none."""
+"""Relative gain that counts as an improvement; smaller ones may be rounding errors."""
 
 
-def together(judge: Judge, size: int) -> list[Row]:
-    """The members, the best configuration first, each as often as it counts; it alone if none helps."""
+def choose_members(judge: Judge, size: int) -> list[Row]:
+    """Return the members, the best configuration first, repeated by weight; it alone if no ensemble helps."""
     assert judge.best is not None
-    leaders, predictions = judge.leaders(), [row.predictions for row in judge.leaders()]
-    found = [p for p in predictions if p is not None]
+    leaders = judge.leaders()
+    predictions = [row.predictions for row in leaders if row.predictions is not None]
     parts, loss = judge.problem.parts, judge.problem.loss
-    if size == 1 or len(found) == 1 or not helps(found, parts, loss, size):
+    if size == 1 or len(predictions) == 1 or not helps(predictions, parts, loss, size):
         return [judge.best]
-    return [leaders[i] for i in greedy(found, parts, loss, size)]
+    return [leaders[i] for i in greedy(predictions, parts, loss, size)]
 
 
 def greedy(predictions: Sequence[Array], parts: Parts, loss: Loss, size: int) -> list[int]:
-    """Members one after the other, each time the one that lowers the loss of the mean most, while one does.
+    """Add the candidate that lowers the loss of the mean prediction most, until none lowers it.
 
     Args:
-        predictions: of each candidate, shape (rows, ...).
-        size: members at most, repetitions included.
+        predictions: predictions of each candidate, shape (rows, ...).
+        size: maximal number of members, repetitions included.
 
     Returns:
-        indices of candidates, in the order chosen; at least one.
+        Indices of candidates in the order chosen; at least one.
     """
     chosen: list[int] = []
     total: Any = 0.0
@@ -47,17 +47,17 @@ def greedy(predictions: Sequence[Array], parts: Parts, loss: Loss, size: int) ->
 
 
 def helps(predictions: Sequence[Array], parts: Parts, loss: Loss, size: int) -> bool:
-    """Whether members chosen on all parts but one are better on that one than the model chosen alone."""
+    """Whether ensembles beat single models in cross-validation: choose on all parts but one, test on that."""
     gains = []
     for k, part in enumerate(parts):
         others = [p for i, p in enumerate(parts) if i != k]
-        alone, joint = (
+        single, ensemble = (
             np.mean([predictions[i] for i in greedy(predictions, others, loss, n)], axis=0) for n in (1, size)
         )
-        gains.append(mean_loss(alone, [part], loss) - mean_loss(joint, [part], loss))
+        gains.append(mean_loss(single, [part], loss) - mean_loss(ensemble, [part], loss))
     return fmean(gains) > 0
 
 
 def mean_loss(predictions: Array, parts: Parts, loss: Loss) -> float:
-    """Over the parts."""
-    return fmean(loss(predictions[places], target) for places, target in parts)
+    """Return the mean loss over the parts."""
+    return fmean(loss(predictions[rows], target) for rows, target in parts)

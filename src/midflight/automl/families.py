@@ -1,6 +1,6 @@
-"""The families of learners that can be chosen, each with its space, its default and how it is built.
+"""The families of learners, each with its space, its default configuration and its constructors.
 
-A new family is one row in `FAMILIES`; the row gives it a place in the search and every test.
+A new family is one row in `FAMILIES`; searches and tests read the table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,26 +32,25 @@ from midflight.space import Categorical, Float, Int
 Params = dict[str, Any]
 Task = Literal["classification", "regression"]
 Build = Callable[[Params, int], Any]
-"""(the family's own hyperparameters, seed) -> scikit-learn estimator"""
+"""(hyperparameters of the family, seed) -> scikit-learn estimator"""
 
 SCALING = Categorical(["standard", "normal"])
-"""How numbers are scaled for the families that need it; see `columns.scaled`."""
+"""Scaling of numbers for the families that need it; see `columns.scaled`."""
 LIBSVM = {"max_iter": 50_000}
-"""A machine that has not converged by then is taken as it is: libsvm cannot be interrupted."""
+"""Limits the iterations, because libsvm cannot be interrupted; the model is used unconverged."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of learner.
+    """A kind of learner.
 
     Attributes:
-        space: name -> what is searched; what is tuned while it trains is not among it.
-        default: where the search begins.
-        classifier: builds one with `predict_proba`.
-        regressor: builds one.
-        needs_scale: whether it reads scaled numbers without gaps and one-hot categories, or the table as
-            it is.
-        growth: time grows about as the number of rows to this power; measured from 1,000 to 16,000.
+        space: name -> searched hyperparameter; hyperparameters tuned during training are not included.
+        default: first configuration of the search.
+        classifier: builds a classifier with `predict_proba`.
+        regressor: builds a regressor.
+        needs_scale: whether it needs `columns.scaled`; otherwise it reads `columns.coded`.
+        growth: exponent g of the fit time, about rows^g; measured from 1,000 to 16,000 rows.
     """
 
     space: Mapping[str, Spec]
@@ -63,7 +62,7 @@ class Family:
 
 
 def _calibrated(classifier: Any) -> Any:
-    """Probabilities from a logistic curve (Platt 1999): margins are none, shares of neighbours may be 0."""
+    """Calibrate probabilities (Platt 1999): an SVM gives margins, and shares of neighbours may be 0."""
     return CalibratedClassifierCV(classifier, cv=3, ensemble=False)
 
 
@@ -169,16 +168,16 @@ FAMILIES: dict[str, Family] = {
         lambda params, seed: LogisticRegression(
             C=1 / params["strength"], l1_ratio=params["l1_ratio"], solver="saga", random_state=seed
         ),
-        # it divides the loss by the number of rows, where the others sum: as for a hundred rows
+        # ElasticNet divides the loss by the number of rows, the others do not; they agree at 100 rows
         lambda params, seed: ElasticNet(alpha=params["strength"] / 100, l1_ratio=params["l1_ratio"]),
         needs_scale=True,
     ),
 }  # fmt: skip
-"""Name -> family, in the order in which the defaults are tried: the quick ones first."""
+"""Name -> family, in the order in which the defaults are tried, fast ones first."""
 
 
 def space_of(families: Sequence[str]) -> Space:
-    """The conditional space over some families: `family`, and `family.name` for what is each one's own."""
+    """Return the conditional space of some families, with the names `family` and FAMILY.HYPERPARAMETER."""
     specs: dict[str, Spec] = {"family": Categorical(list(families))}
     for name in families:
         own = dict(FAMILIES[name].space) | ({"scaling": SCALING} if FAMILIES[name].needs_scale else {})
@@ -187,13 +186,13 @@ def space_of(families: Sequence[str]) -> Space:
 
 
 def default_of(family: str) -> Params:
-    """The configuration with which a family is first tried, in the names of `space_of`."""
+    """Return a family's default configuration, with the names of `space_of`."""
     own = FAMILIES[family].default | ({"scaling": "standard"} if FAMILIES[family].needs_scale else {})
     return {"family": family, **{f"{family}.{key}": value for key, value in own.items()}}
 
 
 def pipeline(task: Task, config: Params, columns: Columns, seed: int) -> Pipeline:
-    """The unfitted pipeline of a configuration, from the raw table to predictions."""
+    """Return the unfitted pipeline of a configuration, from the raw table to predictions."""
     name = config["family"]
     family = FAMILIES[name]
     params = {key.removeprefix(f"{name}."): value for key, value in config.items() if key != "family"}

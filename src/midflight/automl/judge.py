@@ -1,7 +1,7 @@
-"""The judge of a search over pipelines: fits each configuration on the folds, and keeps to the time.
+"""Evaluate pipelines on the folds within the time limit; the objective of the search.
 
-A configuration that falls behind the best one is given up early, as SMAC's intensification does
-(Hutter et al. 2011). Its loss is then the best one's plus the mean difference on the folds that both saw.
+A configuration that is behind the best one stops early, as in SMAC's intensification (Hutter et al. 2011).
+Its estimated loss is the best one's plus the mean difference on the folds that both have.
 """
 
 import math
@@ -31,32 +31,32 @@ from midflight.automl.validation import (
 from midflight.search.trial import Trial
 
 PILOT = 1000
-"""Rows on which a family is timed before its first fold, if a fold has more than twice as many."""
-MARGIN = 0.1
-"""Share of the time that is kept for the last fits if there are several."""
-MOST_LAST = 0.3
-"""The same for that of the best one, if it takes so long."""
-KEPT = 5
-"""So many of the best configurations, and the best of each family, keep their predictions for an ensemble."""
+"""Rows of a first timing fit of a family, used if a fold has more than twice as many."""
+REFIT_SHARE = 0.1
+"""Share of the time reserved for the final fits of all leaders."""
+BEST_REFIT_SHARE = 0.3
+"""Maximal share of the time reserved for the final fit of the best configuration."""
+LEADERS = 5
+"""Best configurations that keep their predictions for an ensemble, besides the best of each family."""
 
 
-class Enough(BaseException):
-    """The time is up; passes through a search as Ctrl-C does."""
+class TimeIsUp(BaseException):
+    """The time is up; a BaseException, so that it passes through the search like Ctrl-C."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be learned.
+    """A learning problem.
 
     Attributes:
-        X: an array or a frame of n rows.
-        y: shape (n,).
+        X: array or frame with n rows.
+        y: target, shape (n,).
         task: "classification" or "regression".
-        classes: sorted; None for a regression.
-        columns: which of X are numbers, which categories.
-        folds: rows that train and rows that validate.
-        loss: (predictions, targets) -> what is to be made small.
-        seed: of the learners.
+        classes: sorted classes; None for regression.
+        columns: kinds of the columns of X.
+        folds: training and validation rows of each fold.
+        loss: (predictions, targets) -> loss to minimise.
+        seed: seed of the learners.
     """
 
     X: Any
@@ -69,40 +69,40 @@ class Problem:
     seed: int
 
     def pipeline(self, config: Params) -> Any:
-        """The unfitted pipeline of a configuration."""
+        """Return the unfitted pipeline of a configuration."""
         return pipeline(self.task, config, self.columns, self.seed)
 
     def fit(self, config: Params, rows: Array) -> Any:
-        """The pipeline of a configuration, fitted on these rows."""
+        """Return the pipeline of a configuration, fitted on `rows`."""
         return fitted(self.pipeline(config), rows_of(self.X, rows), self.y[rows])
 
     @property
     def parts(self) -> Parts:
-        """The folds as they lie one after the other in `Row.predictions`; a single one is cut in five."""
+        """The folds, or fifths of a single fold, as indices into `Row.predictions` with their targets."""
         sizes = [len(validating) for _, validating in self.folds]
         count = sum(sizes)
         if len(sizes) == 1:
-            places = [np.arange(k, count, FOLDS) for k in range(FOLDS)]
+            parts = [np.arange(k, count, FOLDS) for k in range(FOLDS)]
         else:
-            places = np.split(np.arange(count), np.cumsum(sizes)[:-1])
+            parts = np.split(np.arange(count), np.cumsum(sizes)[:-1])
         target = self.y[np.concatenate([validating for _, validating in self.folds])]
-        return [(place, target[place]) for place in places]
+        return [(part, target[part]) for part in parts]
 
 
 @dataclass
 class Row:
-    """What is known of one configuration.
+    """The evaluation of one configuration.
 
     Attributes:
-        number: from 0, in the order of time.
-        config: `family`, and `family.name` for each hyperparameter.
-        state: "complete", "behind" if it was given up, "skipped" for want of time, or "failed".
-        loss: mean over the folds; estimated if it was given up; infinite without any.
-        fold_losses: on the folds it saw.
-        fit_seconds: of one fold, on average.
-        seconds: in all.
+        number: number in order of evaluation, from 0.
+        config: `family`, and FAMILY.HYPERPARAMETER for each hyperparameter.
+        state: "complete", "behind" (stopped early), "skipped" (too slow) or "failed".
+        loss: mean over the folds; estimated if behind; infinite if skipped or failed.
+        fold_losses: loss of each evaluated fold.
+        fit_seconds: mean seconds per fold.
+        seconds: total seconds.
         message: why it was skipped or failed.
-        predictions: of the rows of all folds, in their order; None if not complete, or no longer kept.
+        predictions: predictions for the validation rows of all folds; None if not complete or not kept.
     """
 
     number: int
@@ -119,8 +119,8 @@ class Row:
     def family(self) -> str:
         return str(self.config["family"])
 
-    def shown(self) -> dict[str, Any]:
-        """As plain values, for a leaderboard."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return the values for a leaderboard."""
         names = ("number", "family", "loss", "state", "config", "fold_losses", "seconds", "message")
         return {name: getattr(self, name) for name in names}
 
@@ -129,12 +129,13 @@ class Judge:
     """An objective for `midflight.search.run`.
 
     Args:
-        problem: what is to be learned.
-        deadline: on the clock, last fits included; infinite if only trials limit the search.
+        problem: the learning problem.
+        deadline: time of `clock` at which the final fits must be done; infinite: no time limit.
+        clock: returns the time in seconds.
 
     Attributes:
-        rows: one for each configuration, in the order of time.
-        best: the complete one of least loss; None before the first.
+        rows: one row per configuration, in order of evaluation.
+        best: the complete row with the lowest loss; None before the first.
     """
 
     def __init__(
@@ -149,54 +150,54 @@ class Judge:
         self._fold_seconds: dict[str, list[float]] = {}
 
     def __call__(self, trial: Trial) -> float:
-        """The validation loss of a configuration; infinite if it has none. Raises `Enough`."""
+        """Return the validation loss of a configuration; infinity if it has none. Raises `TimeIsUp`."""
         known = next((row for row in self.rows if row.config == trial.params), None)
         if known is not None:
             return known.loss
         if self.best is not None and self.seconds_left <= 0:
-            raise Enough
+            raise TimeIsUp
         row, began = Row(len(self.rows), dict(trial.params)), self._clock()
         try:
-            self._judge(row)
+            self._evaluate(row)
         except OutOfTime as error:
             row.state, row.message = "skipped", str(error)
-        except Exception as error:  # whatever a learner raises is its own loss, not the search's end
+        except Exception as error:  # a learner may raise anything; the search continues
             row.state, row.message = "failed", f"{type(error).__name__}: {error}"
         if math.isnan(row.loss):
             row.loss = math.inf
         row.seconds = self._clock() - began
         self.rows.append(row)
-        self._forget()
+        self._drop_predictions()
         return row.loss
 
     @property
     def seconds_left(self) -> float:
-        """For the search; time for the last fits is put aside."""
-        return self._deadline - self._last_fits() - self._clock()
+        """Seconds left for the search, without the time reserved for the final fits."""
+        return self.seconds_to_deadline - self._reserved_seconds()
 
     @property
-    def seconds_left_in_all(self) -> float:
-        """Until the deadline."""
+    def seconds_to_deadline(self) -> float:
+        """Seconds left for the search and the final fits."""
         return self._deadline - self._clock()
 
     def refit_seconds(self, row: Row) -> float:
-        """What fitting on all rows will take, about."""
+        """Estimate the seconds of a fit on all rows."""
         return self._on_all_rows(row.fit_seconds, row.family)
 
-    def _on_all_rows(self, seconds: float, family: str) -> float:
-        """What a fit of so many seconds in the search takes on all rows, about."""
-        more = len(self.problem.y) / len(self.problem.folds[0][0])
-        longer: float = seconds * more ** FAMILIES[family].growth
-        return longer
+    def _on_all_rows(self, fold_seconds: float, family: str) -> float:
+        """Extrapolate the seconds of a fit on a fold to all rows."""
+        ratio = len(self.problem.y) / len(self.problem.folds[0][0])
+        seconds: float = fold_seconds * ratio ** FAMILIES[family].growth
+        return seconds
 
-    def last_fit(self, row: Row) -> Any:
-        """The pipeline of a row, fitted on all rows; on fewer if the time left is not enough for them.
+    def refit(self, row: Row) -> Any:
+        """Return the pipeline of a row, fitted on all rows.
 
-        They are never fewer than in the search.
+        If the time is too short, fit on fewer rows, but at least on as many as in the search.
         """
         p = self.problem
         rows, searched = np.arange(len(p.y)), len(p.folds[0][0])
-        left, needed = self._deadline - self._clock(), self.refit_seconds(row)
+        left, needed = self.seconds_to_deadline, self.refit_seconds(row)
         if needed > left:
             share = max(left, 0.0) / needed
             most = max(searched, len(rows) * share ** (1 / FAMILIES[row.family].growth))
@@ -204,51 +205,42 @@ class Judge:
         return p.fit(row.config, rows)
 
     def leaders(self) -> list[Row]:
-        """Complete rows whose predictions are kept, the best first."""
+        """Return the rows that keep their predictions, the best first."""
         complete = sorted((r for r in self.rows if r.predictions is not None), key=lambda r: r.loss)
         best_of_each = {row.family: id(row) for row in reversed(complete)}.values()
-        return [row for n, row in enumerate(complete) if n < KEPT or id(row) in best_of_each]
+        return [row for n, row in enumerate(complete) if n < LEADERS or id(row) in best_of_each]
 
     def ranked(self) -> list[Row]:
-        """All rows: the complete ones, those given up, and the others; each by loss."""
+        """Return all rows sorted by state (complete, behind, skipped, failed), then by loss."""
         order = ["complete", "behind", "skipped", "failed"]
         return sorted(self.rows, key=lambda row: (order.index(row.state), row.loss))
 
-    def _last_fits(self) -> float:
-        """Seconds for the best configuration, and for others as far as the margin goes."""
+    def _reserved_seconds(self) -> float:
+        """Return the seconds reserved for the final fits."""
         if self.best is None:
             return 0.0
-        of_all = sum(map(self.refit_seconds, self.leaders()))
-        of_best = self.refit_seconds(self.best)
-        return max(min(of_best, MOST_LAST * self._seconds), min(of_all, MARGIN * self._seconds))
+        all_refits = sum(map(self.refit_seconds, self.leaders()))
+        best_refit = self.refit_seconds(self.best)
+        return max(
+            min(best_refit, BEST_REFIT_SHARE * self._seconds), min(all_refits, REFIT_SHARE * self._seconds)
+        )
 
-    def _forget(self) -> None:
-        """Drop the predictions of all but the leaders."""
+    def _drop_predictions(self) -> None:
+        """Drop the predictions of all rows but the leaders."""
         leaders = {id(row) for row in self.leaders()}
         for row in self.rows:
             if id(row) not in leaders:
                 row.predictions = None
 
-    def _judge(self, row: Row) -> None:
-        seen = self._fold_seconds.setdefault(row.family, [])
-        first = not seen
-        if self.best is None:
-            allowed = math.inf  # a model there must be
-        else:
-            needed = self._expected(row, first)
-            # it may become the best one, and be fitted on all rows
-            last_fit = min(self._on_all_rows(needed, row.family), MOST_LAST * self._seconds)
-            left = min(self.seconds_left, self.seconds_left_in_all - last_fit)
-            # no single trial may eat up the search, but the last one may have what is left
-            allowed = max(left / 2, min(left, 2 * needed))
-            if needed > allowed:
-                if all(fmean(s) > self.seconds_left for s in self._fold_seconds.values() if s):
-                    raise Enough
-                raise OutOfTime(f"a fold would take about {needed:.3g} s, of {allowed:.3g} s left for it")
+    def _evaluate(self, row: Row) -> None:
+        seconds = self._fold_seconds.setdefault(row.family, [])
+        first = not seconds
+        # the first model gets any time, because there must be one
+        allowed = math.inf if self.best is None else self._allowed_seconds(row, first)
         predictions = []
         until = self._clock() + allowed
         for fold in self.problem.folds:
-            predictions.append(self._fold(row, fold, until - self._clock(), seen))
+            predictions.append(self._fold(row, fold, until - self._clock(), seconds))
             if not math.isfinite(row.loss):
                 raise ValueError("the loss was not finite")
             if not first and self._is_behind(row):
@@ -258,25 +250,46 @@ class Judge:
         if self.best is None or row.loss < self.best.loss:
             self.best = row
 
-    def _fold(self, row: Row, fold: Fold, allowed: float, seen: list[float]) -> Array:
-        """Predictions of what a fold validates by a model of what it trains; their loss joins the row."""
+    def _allowed_seconds(self, row: Row, first: bool) -> float:
+        """Return the time limit of a configuration.
+
+        Raises:
+            OutOfTime: a fold would take longer.
+            TimeIsUp: a fold of every timed family would take longer than the search has left.
+        """
+        needed = self._expected_seconds(row, first)
+        # it may become the best one and need a final fit
+        refit = min(self._on_all_rows(needed, row.family), BEST_REFIT_SHARE * self._seconds)
+        left = min(self.seconds_left, self.seconds_to_deadline - refit)
+        # half the time left, so that one trial cannot use up the search; all of it for a last trial
+        allowed = max(left / 2, min(left, 2 * needed))
+        if needed > allowed:
+            if all(fmean(s) > self.seconds_left for s in self._fold_seconds.values() if s):
+                raise TimeIsUp
+            raise OutOfTime(
+                f"a fold would take about {needed:.3g} s, but only {allowed:.3g} s are left for it"
+            )
+        return allowed
+
+    def _fold(self, row: Row, fold: Fold, allowed: float, seconds: list[float]) -> Array:
+        """Fit and validate a fold; add its loss to the row and its time to `seconds`."""
         p, began = self.problem, self._clock()
         training, validating = fold
         try:
             with limit(allowed):
                 predictions = predictions_of(p.fit(row.config, training), rows_of(p.X, validating), p.classes)
         finally:
-            seen.append(self._clock() - began)
+            seconds.append(self._clock() - began)
         row.fold_losses.append(p.loss(predictions, p.y[validating]))
         n = len(row.fold_losses)
-        row.fit_seconds = fmean(seen[-n:])
+        row.fit_seconds = fmean(seconds[-n:])
         row.loss = fmean(row.fold_losses)
         if self.best is not None and n < len(p.folds):
             row.loss += self.best.loss - fmean(self.best.fold_losses[:n])
         return predictions
 
     def _is_behind(self, row: Row) -> bool:
-        """Worse on its first fold than the best one on any, or worse on each of two folds or more."""
+        """Whether its only fold is worse than all of the best row's, or each of several folds is worse."""
         n = len(row.fold_losses)
         if self.best is None or n == len(self.problem.folds):
             return False
@@ -284,8 +297,8 @@ class Judge:
             return row.fold_losses[0] > max(self.best.fold_losses)
         return all(own > best for own, best in zip(row.fold_losses, self.best.fold_losses, strict=False))
 
-    def _expected(self, row: Row, first: bool) -> float:
-        """Seconds of a fold: as before, or from a fit on fewer rows if there are many; 0 if not known."""
+    def _expected_seconds(self, row: Row, first: bool) -> float:
+        """Estimate the seconds of a fold from earlier folds, or from a fit on `PILOT` rows; 0: unknown."""
         if not first:
             return fmean(self._fold_seconds[row.family])
         p = self.problem

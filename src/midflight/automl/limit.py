@@ -1,4 +1,4 @@
-"""A time limit on a block of code that was not written to be stopped."""
+"""A time limit for code that has no time limit of its own."""
 
 import math
 import signal
@@ -9,30 +9,29 @@ from typing import Any
 
 import torch
 
-AGAIN = 2.0
-"""Seconds after which the alarm rings once more: Python drops what is raised in a destructor, for one."""
+REPEAT = 2.0
+"""Seconds until the alarm repeats; Python drops an exception that is raised in a destructor, for example."""
 
 
 class OutOfTime(Exception):
-    """The block took too long."""
+    """The block exceeded its time limit."""
 
 
 @contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTime` in the block once so many seconds are over, where a signal can; infinity is no limit.
+    """Raise `OutOfTime` in the block after `seconds`, by a signal; infinity: no limit.
 
-    A signal reaches the main thread of a Unix process between two steps of Python code, so a long call into
-    compiled code ends first. In other threads, on Windows, or where somebody else has set the alarm, there
-    is no limit.
+    Python handles a signal between two bytecode instructions, so a call into compiled code ends first. There
+    is no limit outside the main thread, on Windows, or if other code has already set the alarm.
     """
     if seconds <= 0:
-        raise OutOfTime("no time was left")
+        raise OutOfTime("no time is left")
     if math.isinf(seconds) or not _can_alarm():
         yield
         return
 
     def ring(*_: Any) -> None:
-        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        signal.setitimer(signal.ITIMER_REAL, REPEAT)
         raise OutOfTime(f"not done within {seconds:.3g} s")
 
     grad = torch.is_grad_enabled()
@@ -43,7 +42,7 @@ def limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        torch.set_grad_enabled(grad)  # an alarm while torch.no_grad() is entered would leave it off for good
+        torch.set_grad_enabled(grad)  # an alarm inside torch.no_grad().__enter__ would leave it off
 
 
 def _can_alarm() -> bool:

@@ -1,8 +1,8 @@
-"""A network whose weight decay, input noise and dropout are tuned while it trains.
+"""Train a network and tune its weight decay, input noise and dropout during training.
 
-The rows are split in two. T1 updates the weights; T2 tunes, says how long to train, and chooses the
-weights to keep. A second network may then follow the tuned values on all rows, for as many passes as
-were best (Luketina et al. 2016, section 4).
+T1 trains the weights. T2 tunes, stops the training early, and chooses the weights to keep. A second network
+may then train on all rows with the tuned values, for the best number of passes (Luketina et al. 2016,
+section 4).
 """
 
 import math
@@ -20,27 +20,26 @@ from midflight.tuner import Averaged, Replay, Trajectory, Tuner
 from midflight.tuner.live import evaluating, weights_at
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-LOOKS = 50
-"""So often in a run the loss on all of T2 is looked at."""
+EVALUATIONS = 50
+"""Number of evaluations on all of T2 in a run."""
 VALID_BATCH = 256
-"""Rows of T2 in a hyper-step, at most."""
-EXAMPLES = 32
-"""Rows of T1 in a hyper-step, at least. Otherwise as many as in a step of the loop, which the tuner takes for
-granted: it counts its examples for their share of that step's gradient."""
+"""Maximal number of rows of T2 in a hyperparameter step."""
+MIN_EXAMPLES = 32
+"""Minimal number of rows of T1 in a hyperparameter step; default: the batch size of the training loop."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the network is and how it is trained.
+    """The network and its training.
 
     Attributes:
         hidden: units of each hidden layer.
         lr: learning rate of Adam.
-        batch: rows of a step, at most.
-        steps: of the tuned run, at most.
-        patience: share of the steps that T2's loss may go without a new best before the run ends.
-        starts: weight_decay, noise and dropout, from which they are tuned.
-        seed: of weights, batches and noise.
+        batch: maximal number of rows per batch.
+        steps: maximal number of steps of the tuned run.
+        patience: share of `steps` without a new lowest loss on T2 after which the run ends.
+        starts: initial values of weight_decay, noise and dropout.
+        seed: seed of weights, batches and noise.
     """
 
     hidden: tuple[int, ...]
@@ -53,17 +52,17 @@ class Recipe:
 
 
 def space_at(starts: dict[str, float]) -> Space:
-    """weight_decay, noise and dropout in their default ranges, each at its start."""
+    """Return weight_decay, noise and dropout in their default ranges, with these initial values."""
     return Space({name: default_range(name, init=start) for name, start in starts.items()})
 
 
 def warm_up() -> None:
-    """Have torch import what it leaves until its first optimiser: an alarm in the middle would break it."""
+    """Create an optimiser, so that torch's delayed imports cannot be interrupted by an alarm later."""
     torch.optim.Adam([torch.zeros(1)])
 
 
 class Training:
-    """One training of the network on some rows, a step at a time; draws from torch's global generator."""
+    """A training of the network on some rows, step by step; uses torch's global generator."""
 
     def __init__(self, rows: Split, outputs: int, loss: Loss, recipe: Recipe) -> None:
         torch.manual_seed(recipe.seed)
@@ -81,32 +80,32 @@ class Training:
         self._batches = chain.from_iterable(repeat(Shuffled(rows, batch, recipe.seed + 1)))
 
     def step(self) -> None:
-        """One optimiser step."""
+        """Take one optimiser step."""
         self.optimizer.zero_grad()
         self.loss_on(self.model, next(self._batches)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
     def loss_on(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The loss of `model` on a batch."""
+        """Return the loss of `model` on a batch."""
         return self.loss(model(batch[0]), batch[1])
 
     def plain(self) -> nn.Sequential:
-        """The trained network without what only training needs."""
-        kept = (m for m in self.model if isinstance(m, nn.Linear | nn.ReLU))
-        return nn.Sequential(*kept).requires_grad_(False).eval()
+        """Return the trained network without noise and dropout."""
+        layers = (m for m in self.model if isinstance(m, nn.Linear | nn.ReLU))
+        return nn.Sequential(*layers).requires_grad_(False).eval()
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a tuned run leaves.
+    """The result of a tuned run.
 
     Attributes:
-        network: with the weights that T2 chose, in eval mode.
-        trajectory: of weight decay, noise and dropout.
-        values: where they ended.
-        losses: on T2, the best first; see `Tuner.finish`.
-        passes: through T1 in the whole run.
-        best_passes: after which the loss on T2 was least.
+        network: the network with the weights that T2 chose, in eval mode.
+        trajectory: trajectory of weight decay, noise and dropout.
+        values: their final values.
+        losses: losses on T2, the lowest first; see `Tuner.finish`.
+        passes: passes through T1.
+        best_passes: passes through T1 until the loss on T2 was lowest.
     """
 
     network: nn.Sequential
@@ -118,25 +117,25 @@ class Tuned:
 
 
 def tuned(t1: Split, t2: Split, outputs: int, loss: Loss, recipe: Recipe) -> Tuned:
-    """Train on T1 while T2 tunes, until T2's loss at the averaged weights has had no new best for a while."""
+    """Train on T1 and tune on T2, until the loss of the averaged weights on T2 stops falling."""
     run = Training(t1, outputs, loss, recipe)
     tuner = Tuner(
         run.model, run.optimizer, run.space, run.loss_on,
-        Shuffled(t1, min(max(recipe.batch, EXAMPLES), len(t1)), recipe.seed + 3),
+        Shuffled(t1, min(max(recipe.batch, MIN_EXAMPLES), len(t1)), recipe.seed + 3),
         Shuffled(t2, min(VALID_BATCH, len(t2)), recipe.seed + 2),
         total_steps=recipe.steps,
     )  # fmt: skip
     params = dict(run.model.named_parameters())
-    between = max(1, recipe.steps // LOOKS)
+    between = max(1, recipe.steps // EVALUATIONS)
     best, best_step, step = math.inf, 0, 0
     while step < recipe.steps and step - best_step <= recipe.patience * recipe.steps:
         run.step()
         step += 1
         if step % between == 0:
             with torch.no_grad(), evaluating(run.model), weights_at(params, tuner.horizon.average()):
-                now = float(run.loss_on(run.model, (t2.x, t2.y)))
-            if now < best:
-                best, best_step = now, step
+                valid_loss = float(run.loss_on(run.model, (t2.x, t2.y)))
+            if valid_loss < best:
+                best, best_step = valid_loss, step
     losses = tuner.finish()
     return Tuned(
         run.plain(), tuner.trajectory, run.space.as_dict(), losses,
@@ -147,7 +146,7 @@ def tuned(t1: Split, t2: Split, outputs: int, loss: Loss, recipe: Recipe) -> Tun
 def followed(
     rows: Split, outputs: int, loss: Loss, recipe: Recipe, trajectory: Trajectory, passes: float, stop: float
 ) -> nn.Sequential:
-    """A network trained along a trajectory of `passes` passes, for `stop` of them; its averaged weights."""
+    """Train for `stop` passes along a trajectory of `passes` passes; return the averaged network."""
     run = Training(rows, outputs, loss, recipe)
     steps = max(1, round(stop * run.pass_steps))
     total = max(steps, round(passes * run.pass_steps))

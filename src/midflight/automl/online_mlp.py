@@ -1,4 +1,4 @@
-"""Multilayer perceptrons for scikit-learn that tune their own regularisation while they train."""
+"""Multilayer perceptrons for scikit-learn that tune their regularisation during training."""
 
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 
 
 class _OnlineMLP(BaseEstimator):
-    """What the two have in common: all but the target."""
+    """The common part of classifier and regressor."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class _OnlineMLP(BaseEstimator):
         self.random_state = random_state
 
     def _train(self, x: Array, target: Array, outputs: int, loss: Loss, classes: bool) -> None:
-        self._refuse()
+        self._check_arguments()
         x = self._standardised(x, fit=True)
         recipe = self._recipe(len(x))
         rows = Split(torch.from_numpy(x).float(), torch.from_numpy(target))
@@ -67,14 +67,16 @@ class _OnlineMLP(BaseEstimator):
                 passes = stop = float(recipe.steps)  # a pass is one batch
             if self.refit or not t2.any():
                 self.network_ = followed(rows, outputs, loss, recipe, self.trajectory_, passes, stop)
-        # in float32 a row's prediction would depend on which rows are predicted with it
+        # in float32, the prediction of a row would depend on the other rows of the batch
         self.network_.double()
 
-    def _refuse(self) -> None:
+    def _check_arguments(self) -> None:
         if not 0 < self.validation_fraction <= 0.5:
             raise ValueError(f"0 < validation_fraction <= 0.5 must hold, but got {self.validation_fraction}.")
         if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden must name the units of each layer, at least 1, but is {self.hidden}.")
+            raise ValueError(
+                f"hidden must give the units of each layer, each at least 1, but got {self.hidden}."
+            )
 
     def _recipe(self, n: int) -> Recipe:
         batch = self.batch_size or min(256, max(16, n // 50))
@@ -84,7 +86,7 @@ class _OnlineMLP(BaseEstimator):
         return Recipe(tuple(self.hidden), self.lr, batch, steps, self.patience, starts, seed)
 
     def _standardised(self, x: Array, fit: bool = False) -> Array:
-        """By the mean and standard deviation of the columns."""
+        """Scale each column to mean 0 and standard deviation 1."""
         if fit:
             self.mean_, deviation = x.mean(0), x.std(0)
             self.scale_ = np.where(deviation > 0, deviation, 1.0)
@@ -92,7 +94,7 @@ class _OnlineMLP(BaseEstimator):
         return standardised
 
     def _outputs(self, x: Any) -> torch.Tensor:
-        """Of the network, shape (n, outputs)."""
+        """Return the outputs of the network, shape (n, outputs)."""
         check_is_fitted(self)
         x = validate_data(self, x, dtype=np.float64, reset=False)
         with torch.no_grad():
@@ -101,39 +103,39 @@ class _OnlineMLP(BaseEstimator):
 
 
 class OnlineMLPClassifier(ClassifierMixin, _OnlineMLP):
-    """A multilayer perceptron that tunes its weight decay, input noise and dropout while it trains.
+    """A multilayer perceptron that tunes its weight decay, input noise and dropout during training.
 
-    One training finds them: part of the rows is held out (T2), evenly over the classes, and
-    `midflight.Tuner` moves the three along the gradient of its log loss. T2 also ends the training early and
-    chooses the weights. Then a second training follows the trajectory of the three on all rows. Columns
-    are standardised, training is in float32, and torch's global random state is left as it was.
+    The rows are split into T1 and a stratified T2. A first training on T1 tunes the three hyperparameters by
+    the gradient of the log loss on T2. T2 also stops the training early and chooses the weights. A second
+    training on all rows follows the trajectory of the hyperparameters. Columns are standardised, training is
+    in float32, and torch's global random state is unchanged.
 
     Args:
         hidden: units of each hidden layer, with ReLU.
         lr: learning rate of Adam.
-        batch_size: rows of a step; a fiftieth of all, between 16 and 256, if None.
-        max_steps: of the first training; 2,000, or 20 passes if that is more, if None.
-        patience: share of `max_steps` after which a training without a new best on T2 ends.
-        validation_fraction: share of the rows that tunes, in (0, 0.5]. With fewer than 10 rows nothing is
-            held out, and the three stay at their starts.
-        weight_decay: start of the L2 penalty, in [1e-6, 0.1].
-        noise: start of the standard deviation of the noise on the standardised inputs, in [0, 0.8].
-        dropout: start of the dropout rate of the hidden layers, in [0.01, 0.8].
-        refit: train again on all rows, which takes as long as the first training at most. Without
-            it the network is the one trained on T1.
+        batch_size: rows per batch; None: n / 50, between 16 and 256.
+        max_steps: maximal number of steps of the first training; None: the larger of 2,000 and 20 passes.
+        patience: share of `max_steps` without a new lowest loss on T2 after which the training ends.
+        validation_fraction: share of T2, in (0, 0.5]. With fewer than 10 rows, T2 is empty and nothing is
+            tuned.
+        weight_decay: initial L2 penalty, in [1e-6, 0.1].
+        noise: initial standard deviation of the noise on the standardised inputs, in [0, 0.8].
+        dropout: initial dropout rate of the hidden layers, in [0.01, 0.8].
+        refit: whether to train again on all rows, which takes at most as long as the first training. If
+            false, the network of the first training is kept.
         random_state: seed; the same int gives the same network on the same machine.
 
     Attributes:
-        classes_: shape (classes,).
-        network_: the trained `torch.nn.Sequential`, of standardised inputs to logits.
-        values_: weight_decay, noise and dropout where tuning ended.
-        trajectory_: their way there, a `midflight.Trajectory`.
-        valid_losses_: log loss on T2 of the last, the averaged and the earlier weights of the first training,
-            the best first; empty if nothing was held out.
+        classes_: the classes, sorted, shape (classes,).
+        network_: the trained `torch.nn.Sequential`, which maps standardised inputs to logits.
+        values_: final values of weight_decay, noise and dropout.
+        trajectory_: their `midflight.Trajectory`.
+        valid_losses_: log losses on T2 of the last, averaged and earlier weights of the first training, the
+            lowest first; empty if T2 is.
     """
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Tune and train on X, shape (n, features), finite, and y, shape (n,), of two classes or more."""
+        """Tune and train on finite X, shape (n, features), and y, shape (n,), with at least two classes."""
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         self.classes_, target = np.unique(y, return_inverse=True)
@@ -143,35 +145,35 @@ class OnlineMLPClassifier(ClassifierMixin, _OnlineMLP):
         return self
 
     def predict_proba(self, X: Any) -> Array:
-        """Probability of each class, shape (n, classes)."""
+        """Return the probability of each class, shape (n, classes)."""
         probabilities: Array = self._outputs(X).softmax(1).numpy()
         return probabilities
 
     def predict(self, X: Any) -> Array:
-        """The most probable class, shape (n,)."""
+        """Return the most probable class, shape (n,)."""
         most_probable = self._outputs(X).argmax(1).numpy()
         predicted: Array = self.classes_[most_probable]
         return predicted
 
 
 class OnlineMLPRegressor(RegressorMixin, _OnlineMLP):
-    """A multilayer perceptron that tunes its weight decay, input noise and dropout while it trains.
+    """A multilayer perceptron that tunes its weight decay, input noise and dropout during training.
 
-    As `OnlineMLPClassifier`, with the squared error in place of the log loss. The target is standardised,
-    too, and T2 is spread evenly over it.
+    Like `OnlineMLPClassifier`, with squared error in place of log loss. The target is standardised, and T2 is
+    stratified by the sorted target.
 
     Args:
         hidden, lr, batch_size, max_steps, patience, validation_fraction, weight_decay, noise, dropout, refit,
             random_state: as for `OnlineMLPClassifier`.
 
     Attributes:
-        network_: the trained `torch.nn.Sequential`, of standardised inputs to the standardised target.
+        network_: the trained `torch.nn.Sequential`, from standardised inputs to the standardised target.
         values_, trajectory_: as for `OnlineMLPClassifier`.
-        valid_losses_: squared error on T2, in units of the target's variance.
+        valid_losses_: as for `OnlineMLPClassifier`, squared errors in units of the target's variance.
     """
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Tune and train on X, shape (n, features), finite numbers, and y, shape (n,)."""
+        """Tune and train on finite X, shape (n, features), and y, shape (n,)."""
         X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
         self.target_mean_, deviation = y.mean(), y.std()
         self.target_scale_ = deviation if deviation > 0 else 1.0
@@ -180,7 +182,7 @@ class OnlineMLPRegressor(RegressorMixin, _OnlineMLP):
         return self
 
     def predict(self, X: Any) -> Array:
-        """Expected target, shape (n,)."""
+        """Return the expected target, shape (n,)."""
         standardised = self._outputs(X)[:, 0].numpy()
         predicted: Array = self.target_mean_ + self.target_scale_ * standardised
         return predicted
