@@ -1,17 +1,17 @@
-"""Is it worth training on T2 as well, once tuned? Luketina et al. 2016 retrain with it.
+"""Measure whether retraining on T1 + T2 after tuning helps, as in Luketina et al. 2016.
 
-    python benchmarks/all_data.py             three tasks, 10 starts; takes up where it stopped
-    python benchmarks/all_data.py --table     the table from the stored rows alone
+    python benchmarks/all_data.py             # three tasks, 10 starts; resumes
+    python benchmarks/all_data.py --table     # print the table of the stored rows
 
-Test error, paired by start, of
+The table compares test errors start by start.
 
-    tuned        the tuned run on T1 itself
-    trajectory   a new training on T1 + T2 that follows the trajectory of the tuned run (mf.Replay)
-    last         a new training on T1 + T2 at the values the tuned run ended with
-    t1 only      a new training on T1 that follows the trajectory: what re-training alone changes
+    tuned        the tuned run on T1
+    trajectory   a new training on T1 + T2 along the trajectory of the tuned run (mf.Replay)
+    last         a new training on T1 + T2 at the final values of the tuned run
+    t1 only      a new training on T1 along the trajectory, which shows the effect of retraining alone
     rotated      one tuned run in which T1 and T2 change roles at each pass (mf.Rotation)
 
-A training on T1 + T2 takes as many epochs, thus more steps. Rows: docs/results/all_data_seam.jsonl.
+A training on T1 + T2 has the same number of epochs, hence more steps. Rows: docs/results/all_data_seam.jsonl.
 """
 
 import argparse
@@ -33,7 +33,7 @@ STARTS = 10
 
 
 class Drawn:
-    """Batches of a split by a sampler."""
+    """Batches of a split in the order of a sampler."""
 
     def __init__(self, data: Split, sampler: torch.utils.data.Sampler, size: int) -> None:
         self.data, self.batches = data, BatchSampler(sampler, size, drop_last=False)
@@ -44,7 +44,7 @@ class Drawn:
 
 
 def train(job: tuple[str, int]) -> Row:
-    """All arms from one start."""
+    """Run all five variants from one start."""
     name, index = job
     start = point("tuned", index)
     tuned = Training(name, start)
@@ -90,7 +90,7 @@ def rotated(name: str, start: Point) -> float:
 
 
 def table(found: list[Row]) -> str:
-    """Median test error, and for how many starts it is below that of the tuned run."""
+    """Print the median test error and the number of starts with a lower one than the tuned run."""
     lines = [f"| task | {' | '.join(ARMS)} |", "|---|" + "---|" * len(ARMS)]
     for task in TASKS:
         errors = [row["errors"] for row in found if row["task"] == task]

@@ -1,25 +1,29 @@
-"""From any start: 40 starts in a space far wider than the paper's, five tasks, one default setting.
+"""Tune from 40 starts in a space much wider than the paper's, on five tasks, with default settings.
 
-    python benchmarks/any_start.py                       all tasks; takes up where it stopped
-    python benchmarks/any_start.py --tasks digits        some of them
-    python benchmarks/any_start.py --figure              table and figure from the stored rows alone
-    python benchmarks/any_start.py --pair                tuned runs against the first edition's, by start
-    python benchmarks/any_start.py --four                dropout and learning rate tuned as well; three tasks
-    python benchmarks/any_start.py --seed 21             a seed that no constant was chosen on
+    python benchmarks/any_start.py                       # all tasks; resumes
+    python benchmarks/any_start.py --tasks digits        # some tasks
+    python benchmarks/any_start.py --figure              # table and figure of the stored rows
+    python benchmarks/any_start.py --pair                # compare with the first edition, start by start
+    python benchmarks/any_start.py --four                # also tune dropout and learning rate; three tasks
+    python benchmarks/any_start.py --seed 21             # a seed on which no constant was chosen
     python benchmarks/any_start.py --seed 41 --device cuda --workers 8
 
-log10 L2 in [-7, -0.5] and input noise in [0, 1.2] are tuned. Per task: a 10 x 10 grid of fixed runs; from
-each start (the four corners and 36 Sobol points) a fixed run, a tuned one, and a tuned one with the horizon
-"step". All runs of a task share seed, data and batches; the learning rate is constant.
-A tuned run ends with `tuner.finish`; its last weights are compared as well, and so are fixed runs finished
-alike (the best, by validation, of last weights, their average, and 27 checkpoints). The best of the grid
-is the smallest of 100 validation losses, so it is a lucky one among equals. Test errors are used for
-nothing. Rows: docs/results/any_start_seam.jsonl. Grid and fixed runs have no tuner: their rows come from
-docs/results/any_start.jsonl, the first edition's.
+==========  ========================================  ========================================================
+            default                                   --four
+==========  ========================================  ========================================================
+tuned       log10 L2 in [-7, -0.5],                   also dropout in [0, 0.8],
+            input noise in [0, 1.2]                   log10 learning rate in [-5, -1]
+fixed runs  a 10 x 10 grid                            100 Sobol points
+starts      4 corners, 36 Sobol points                16 corners, 24 Sobol points
+rows        docs/results/any_start_seam.jsonl         docs/results/any_start_seam_four.jsonl
+==========  ========================================  ========================================================
 
-With --four the space is log10 L2, noise, dropout in [0, 0.8] and log10 learning rate in [-5, -1]; the 100
-fixed runs are Sobol points, and the starts are the 16 corners and 24 Sobol points. Rows:
-docs/results/any_start_seam_four.jsonl.
+Each start has a fixed run, a tuned run, and a tuned run with the horizon "step". All runs of a task share
+seed, data and batches. A learning rate that is not tuned is constant. A tuned run ends with `tuner.finish`;
+the table also shows its last weights. A finished fixed run is the best, by validation, of its last weights,
+their average and 27 checkpoints. The best of the fixed runs is the minimum of 100 validation losses, hence
+biased downwards. Test errors are only reported. Fixed runs use no tuner, so the rows of the first edition
+(git tag first-edition) are reused: docs/results/any_start.jsonl.
 """
 
 import argparse
@@ -38,28 +42,28 @@ from midflight.tuner.live import weights_at
 from midflight.tuner.optimizers import trained_parameters
 
 FIRST, ROWS = RESULTS / "any_start.jsonl", RESULTS / "any_start_seam.jsonl"
-"""Rows of the first edition, and of this one."""
+"""Rows of the first edition and of the current version."""
 ARMS = {"grid": 100, "fixed": 40, "tuned": 40, "one_step": 40}
 UNTUNED = ("grid", "fixed")
 TASKS_OF_FOUR = ["digits", "tabular", "mnist_5k"]
 
 
 def point(arm: str, index: int) -> Point:
-    """Where this run begins."""
+    """Return the initial point of a run."""
     if arm == "grid":
         return scaled([index // 10 / 9, index % 10 / 9])
     return scaled(start(index, 2))
 
 
 def point_of_four(arm: str, index: int) -> Point:
-    """The same with dropout and learning rate."""
+    """Return the initial point of a run of --four."""
     if arm == "grid":
         return scaled(sobol(4, seed=2)[index])
     return scaled(start(index, 4))
 
 
 def start(index: int, dimensions: int) -> list[float]:
-    """The corners of the unit cube, then Sobol points."""
+    """Return a start in the unit cube: the corners, then Sobol points."""
     if index < 2**dimensions:
         return [float(index >> d & 1) for d in reversed(range(dimensions))]
     return sobol(dimensions, seed=1)[index - 2**dimensions]
@@ -75,7 +79,7 @@ def scaled(unit: list[float]) -> Point:
 
 
 def train(job: tuple[str, str, int, int, bool, str]) -> Row:
-    """One run, as a row; the job is task, arm, index, seed, whether the space is that of four, device."""
+    """Run a job (task, kind of run, index, seed, whether --four, device); return its row."""
     name, arm, index, seed, four, device = job
     start = (point_of_four if four else point)(arm, index)
     run = Training(name, start, seed, device=device)
@@ -105,10 +109,7 @@ def train(job: tuple[str, str, int, int, bool, str]) -> Row:
 
 
 class Candidates:
-    """What a fixed run could end with if it were finished as a tuned one.
-
-    The last weights, their average, or the best of 27 checkpoints.
-    """
+    """Weights that a finished fixed run chooses from: the last, their average, and 27 checkpoints."""
 
     def __init__(self, run: Training) -> None:
         self.run, self.average = run, mf.Averaged()
@@ -117,31 +118,31 @@ class Candidates:
         self.found: list[tuple[float, float]] = []
 
     def follow(self, steps: int) -> None:
-        """After each step."""
+        """Update the average and the checkpoints; call after each step."""
         self.average.follow(self.params, steps, steps / self.run.steps)
         if steps in self.checkpoints:
             self.found.append(self.run.losses())
 
     def losses(self) -> list[tuple[float, float]]:
-        """(validation loss, test error) of each; a diverged one counts as infinite."""
+        """Return (validation loss, test error) of each candidate; infinite if it diverged."""
         with weights_at(self.params, self.average.average()):
             found = [*self.found, self.run.losses()]
         return [(valid if valid == valid else float("inf"), test) for valid, test in found]
 
 
 def files(seed: int, four: bool, device: str = "cpu") -> tuple[Path, Path]:
-    """Where the rows of the first edition are, and those of this one."""
+    """Return the files with the rows of the first edition and of the current version."""
     suffix = "_four" * four + f"_seed{seed}" * bool(seed) + f"_{device}" * (device != "cpu")
     return FIRST.with_stem(FIRST.stem + suffix), ROWS.with_stem(ROWS.stem + suffix)
 
 
 def stored(first: Path, ours: Path) -> list[Row]:
-    """The rows of this edition, and the untuned ones of the first."""
+    """Return the current rows and the first edition's rows of fixed runs."""
     return [row for row in rows(first) if row["arm"] in UNTUNED] + rows(ours)
 
 
 def losses(found: list[Row], task: str, arm: str, finished: bool = False) -> list[float]:
-    """Validation losses by index, with the last weights or finished; infinite for a run that diverged."""
+    """Return index -> validation loss of the last or the finished weights; infinite if the run diverged."""
     chosen = sorted((r for r in found if (r["task"], r["arm"]) == (task, arm)), key=lambda r: r["index"])
     return [finite(r["finish"][0] if finished else r["valid_loss"]) for r in chosen]
 
@@ -157,11 +158,11 @@ COMPARED = {
     "tuned, finished": ("tuned", True, False),
     "all finished": ("tuned", True, True),
 }
-"""What is compared -> arm, whether it is finished, whether the fixed runs beside it are."""
+"""Comparison -> kind of run, whether it is finished, whether its fixed runs are finished."""
 
 
 def table(found: list[Row]) -> str:
-    """Per task: how near the starts end to the best of the grid, and how many got worse than fixed."""
+    """Print per task how close the runs end to the best fixed run, and how many are worse than fixed."""
     lines = [
         "| task | compared | best of 100 fixed | median | worst | within 10 % | within 25 % | "
         "worse than fixed | by over 5 % |",
@@ -184,7 +185,7 @@ def table(found: list[Row]) -> str:
 
 
 def pairs(first: list[Row], ours: list[Row]) -> str:
-    """Per task: finished loss of tuned runs over that of the first edition's from the same start."""
+    """Print per task the ratio of the finished loss to the first edition's, start by start."""
     lines = [
         "| task | starts | new over first, geometric mean | within 10 % of best of 100: new | first |",
         "|---|---|---|---|---|",
@@ -205,13 +206,13 @@ def pairs(first: list[Row], ours: list[Row]) -> str:
 
 
 def ratio_of(logs: list[float]) -> str:
-    """Geometric mean of ratios, ± two standard errors of their mean logarithm."""
+    """Return the geometric mean of ratios, ± two standard errors of the mean logarithm."""
     found = torch.tensor(logs, dtype=torch.float64)
     return f"{found.mean().exp():.3f} ± {2 * found.std() / len(found) ** 0.5:.3f}"
 
 
 def figure(found: list[Row], path: Path) -> None:
-    """Per whole task: validation loss of the 40 starts, sorted, by arm."""
+    """Draw the sorted validation losses of the 40 starts, for each complete task and kind of run."""
     whole = [t for t in TASKS if all(len(losses(found, t, a)) == n for a, n in ARMS.items())]
     if not whole:
         return
@@ -240,14 +241,14 @@ def figure(found: list[Row], path: Path) -> None:
 def main() -> None:
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="all if left out")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="tasks to run; default: all")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--figure", action="store_true", help="compute nothing")
-    parser.add_argument("--pair", action="store_true", help="compute nothing, compare with the first edition")
-    parser.add_argument("--four", action="store_true", help="tune dropout and the learning rate as well")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches; rows of their own")
-    parser.add_argument("--device", default="cpu", help="rows of its own")
+    parser.add_argument("--figure", action="store_true", help="run nothing; table and figure of stored rows")
+    parser.add_argument("--pair", action="store_true", help="run nothing; compare with the first edition")
+    parser.add_argument("--four", action="store_true", help="also tune dropout and learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     first, ours = files(options.seed, options.four, options.device)
     if options.pair:

@@ -1,11 +1,11 @@
-"""Is a budget kept? The same training with and without a tuner, in turns of 10 steps, 2,000 steps each.
+"""Measure whether a time budget is kept: a training with and without a tuner, alternating every 10 steps.
 
-    python benchmarks/budget.py            quiet, as the machine is
-    python benchmarks/budget.py --load     with two busy processes beside it
+    python benchmarks/budget.py            # on an idle machine
+    python benchmarks/budget.py --load     # beside two busy processes
 
-MLP 784-300-300-10, batch 128, Adam; L2 and input noise tuned. Denormal floats are flushed:
-otherwise strong L2, once tuned, slows every step, which is no cost of tuning. Prints the time of the tuned
-training over the plain one and stores both settings in docs/results/budget.json.
+MLP 784-300-300-10, batch 128, Adam, 2,000 steps; L2 and input noise are tuned. Denormal floats are flushed,
+because a strong tuned L2 would otherwise slow every step. Prints the time ratio of the tuned to the plain
+training and stores it in docs/results/budget.json.
 """
 
 import argparse
@@ -27,7 +27,7 @@ X, Y = torch.rand(4096, 784), torch.randint(0, 10, (4096,))
 
 
 class Training:
-    """One training; `budget` None for the plain one."""
+    """A training; with a tuner unless `budget` is None."""
 
     def __init__(self, budget: float | None) -> None:
         torch.manual_seed(0)
@@ -43,7 +43,7 @@ class Training:
         space.requires_grad_(False)
 
     def run(self, steps: int) -> float:
-        """Seconds for some steps."""
+        """Take some steps; return their seconds."""
         began = time.perf_counter()
         for _ in range(steps):
             rows = torch.randint(len(Y), (128,))
@@ -65,7 +65,7 @@ def busy() -> None:
 def main() -> None:
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
-    parser.add_argument("--load", action="store_true", help="two busy processes beside it")
+    parser.add_argument("--load", action="store_true", help="run two busy processes in parallel")
     load = parser.parse_args().load
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

@@ -1,17 +1,17 @@
-"""Which learner, how configured, in a given time: midflight.AutoClassifier and AutoRegressor against peers.
+"""Compare midflight.AutoClassifier and AutoRegressor with other AutoML on small tables.
 
-    python benchmarks/cash.py                     all datasets and arms; takes up where it stopped
+    python benchmarks/cash.py                     # all datasets and methods; resumes
     python benchmarks/cash.py --datasets wine iris --arms midflight
-    python benchmarks/cash.py --table             the tables from the stored rows alone
-    python benchmarks/cash.py --figure            and the figure
-    python benchmarks/cash.py --time              whether the time is kept, by rows and seconds; four minutes
+    python benchmarks/cash.py --table             # tables of the stored rows
+    python benchmarks/cash.py --figure            # also the figure
+    python benchmarks/cash.py --time              # measure whether the time limit is kept; four minutes
 
-Eight tables that come with scikit-learn (friedman1 and moons are synthetic, from its generators), five random
-splits each: 70 % to learn from, 30 % to test, read once. One process, one thread, 28 minutes. midflight
-and FLAML have 20 seconds each; two learners of scikit-learn at their defaults take what they take.
-Loss: log loss, or the squared error over the variance of the test target. "midflight, best alone" is the best
-configuration of the same search, without the ensemble. An arm that cannot be run leaves a row with its error.
-FLAML is not a dependency of midflight: pip install 'flaml[automl]'. Rows: docs/results/cash.jsonl.
+Data: eight tables of scikit-learn (friedman1 and moons are synthetic), five random splits each, 70 % for
+training and 30 % for testing. One process, one thread, 28 minutes. midflight and FLAML have 20 seconds each.
+Two scikit-learn learners with default options have no time limit. Loss: log loss, or squared error over the
+variance of the test target. "midflight, best alone" is the best configuration of the same search without the
+ensemble. A method that fails leaves a row with its error. FLAML needs pip install 'flaml[automl]'. Rows:
+docs/results/cash.jsonl.
 """
 
 import argparse
@@ -44,14 +44,14 @@ ROWS = RESULTS / "cash.jsonl"
 SECONDS = 20.0
 SEEDS = 5
 TIMES = [(500, 10.0), (5000, 10.0), (50_000, 10.0), (500_000, 10.0), (5000, 60.0), (50_000, 60.0)]
-"""(rows, seconds) at which it is measured whether the time is kept."""
+"""(rows, seconds) for --time."""
 Arrays = tuple[np.ndarray, np.ndarray]
 Models = dict[str, Any]
-"""Name of an arm -> its fitted model."""
+"""Name of a method -> function that fits it."""
 
 
 def linnerud() -> Arrays:
-    """20 men; their weight, the first target, by three exercises."""
+    """Return the data of 20 men: three exercises, and the weight as target."""
     x, y = datasets.load_linnerud(return_X_y=True)
     return x, y[:, 0]
 
@@ -105,7 +105,7 @@ SHOWN = ["midflight", "midflight, best alone", "FLAML", "random forest", "boosti
 
 
 def run(name: str, arm: str, seed: int) -> list[Row]:
-    """The rows of one arm on one split."""
+    """Return the rows of one method on one split."""
     x, y = DATASETS[name]()
     classes = name in CLASSIFICATIONS
     x, test_x, y, test_y = train_test_split(
@@ -118,7 +118,7 @@ def run(name: str, arm: str, seed: int) -> list[Row]:
             models = ARMS[arm](x, y, classes, seed)
             seconds = time.perf_counter() - began
             losses = {label: loss(model, test_x, test_y, classes) for label, model in models.items()}
-    except Exception as error:  # a peer that cannot be run is a row, too
+    except Exception as error:  # a failure is a result, too
         said = f"{type(error).__name__}: {error}"
         return [{"task": name, "arm": arm, "index": seed, "error": said}]
     return [
@@ -129,14 +129,14 @@ def run(name: str, arm: str, seed: int) -> list[Row]:
 
 
 def loss(model: Any, x: np.ndarray, y: np.ndarray, classes: bool) -> float:
-    """Log loss, or squared error over the variance of the target."""
+    """Return the log loss, or the squared error over the variance of the target."""
     if classes:
         return float(log_loss(y, model.predict_proba(x)))
     return float(np.mean((model.predict(x) - y) ** 2) / np.var(y))
 
 
 def chosen(model: Any) -> str:
-    """The kind of learner."""
+    """Return the kind of the chosen learner."""
     if hasattr(model, "best_estimator"):
         return str(model.best_estimator)
     if hasattr(model, "leaderboard_"):
@@ -145,7 +145,7 @@ def chosen(model: Any) -> str:
 
 
 def time_kept(n: int, seconds: float) -> Row:
-    """A fit on a synthetic table of n rows and 30 columns, 3 classes."""
+    """Time a fit on a synthetic table of n rows, 30 columns and 3 classes."""
     x, y = datasets.make_classification(n, 30, n_informative=15, n_classes=3, flip_y=0.05, random_state=0)
     began = time.perf_counter()
     model = mf.AutoClassifier(seconds=seconds, random_state=0).fit(x, y)
@@ -167,7 +167,7 @@ def time_table(found: Sequence[Row]) -> str:
 
 
 def by_seed(found: Sequence[Row], name: str) -> dict[str, list[float]]:
-    """Arm -> losses of the seeds that all arms have, in the order of the seeds."""
+    """Return method -> losses, sorted by seed, of the seeds that all methods have."""
     losses = {
         arm: {r["index"]: r["loss"] for r in found if (r["task"], r["arm"]) == (name, arm) and "loss" in r}
         for arm in SHOWN
@@ -178,14 +178,14 @@ def by_seed(found: Sequence[Row], name: str) -> dict[str, list[float]]:
 
 
 def ranks(losses: dict[str, list[float]]) -> dict[str, float]:
-    """Arm -> mean rank over the seeds, 1 being the best; ensemble and best alone do not both take part."""
+    """Return method -> mean rank over the seeds, 1 is best; ensemble and best alone are ranked separately."""
     arms = [arm for arm in SHOWN if arm in losses and arm != "midflight, best alone"]
     of_seed = np.array([rankdata([losses[arm][s] for arm in arms]) for s in range(len(losses[arms[0]]))])
     return dict(zip(arms, of_seed.mean(0).tolist(), strict=True))
 
 
 def table(found: Sequence[Row]) -> str:
-    """Mean test loss [least, greatest] per dataset, mean ranks, wins and losses of midflight, and seconds."""
+    """Print mean test loss [minimum, maximum], mean ranks, wins and losses of midflight, and seconds."""
     lines = [f"| dataset | {' | '.join(SHOWN)} |", "|---|" + "---|" * len(SHOWN)]
     all_ranks: dict[str, list[float]] = {arm: [] for arm in SHOWN}
     for name in DATASETS:
@@ -215,7 +215,7 @@ def table(found: Sequence[Row]) -> str:
 
 
 def duels(found: Sequence[Row]) -> list[str]:
-    """Against each other arm: on how many splits midflight has the lower loss, and where it is behind."""
+    """Print on how many splits midflight beats each other method, and the datasets where it loses."""
     lines = []
     for other in SHOWN[1:]:
         won, splits, behind = 0, 0, []
@@ -240,7 +240,7 @@ def errors(found: Sequence[Row]) -> list[str]:
 
 
 def figure(found: Sequence[Row]) -> None:
-    """Test loss of each split over that of the default random forest."""
+    """Draw the ratio of each split's test loss to the default random forest's."""
     arms = [arm for arm in SHOWN if arm != "random forest"]
     fig = Figure(figsize=(9, 3.6), layout="constrained")
     ax = fig.subplots()
@@ -268,9 +268,9 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
-    parser.add_argument("--table", action="store_true", help="compute nothing")
-    parser.add_argument("--figure", action="store_true", help="compute nothing, draw the figure as well")
-    parser.add_argument("--time", action="store_true", help="measure whether the time is kept, nothing else")
+    parser.add_argument("--table", action="store_true", help="run nothing; print the tables")
+    parser.add_argument("--figure", action="store_true", help="run nothing; also draw the figure")
+    parser.add_argument("--time", action="store_true", help="only measure whether the time limit is kept")
     options = parser.parse_args()
     if options.time:
         one_thread()
@@ -295,7 +295,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # one thread for all, before anything loads a numeric library
+    # limit the threads before a numeric library is loaded
     if os.environ.get("OMP_NUM_THREADS") != "1":
         os.environ["OMP_NUM_THREADS"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.argv])

@@ -1,21 +1,21 @@
-r"""Which derivative with respect to a dropout rate? Bias and spread against the truth, by enumeration.
+r"""Measure bias and spread of estimators of the derivative with respect to a dropout rate.
 
-    python benchmarks/dropout_gradient.py        a few minutes on one core
+    python benchmarks/dropout_gradient.py        # a few minutes on one core
 
-A network 4-8-3 with tanh has 2^8 masks of its hidden layer, so that for any f(mask)
+A 4-8-3 tanh network has 2^8 masks of its hidden layer. For any f(mask), enumeration gives the exact
 
-    d/dp E f = d/dp sum_m p^(dropped) (1 - p)^(kept) f(m / (1 - p))
+    d/dp E f = d/dp sum_m p^(dropped) (1 - p)^(kept) f(m / (1 - p)).
 
-is known exactly. f is the training loss, and <w, dloss/dtheta>, the form in which a hypergradient
-meets the rate. Estimators, each giving f'(mask) d mask/dp for one drawn mask:
+f is the training loss, or <w, dloss/dtheta>, which a hypergradient differentiates. Each estimator returns
+f'(mask) d mask/dp for one drawn mask:
 
-* trapezoid: exact Bernoulli masks, d mask/dp = (mask - 1) / (2 p (1 - p)); `midflight.nn.Dropout`;
-* concrete: a relaxed mask everywhere (Gal et al. 2017, Eq. 5) at a temperature;
-* concrete, straight through: exact Bernoulli masks with the relaxed mask's derivative.
+* trapezoid: exact Bernoulli masks, d mask/dp = (mask - 1) / (2 p (1 - p)); used by `midflight.nn.Dropout`;
+* concrete: a relaxed mask (Gal et al. 2017, Eq. 5) at a temperature;
+* concrete, straight through: exact Bernoulli masks with the derivative of the relaxed mask.
 
-bias: |mean - truth| / |truth|; spread: standard deviation of one draw / |truth|. Both over the
-enumerated masks for the trapezoid, over 50,000 draws for the others (the standard error of their
-bias is spread / 220). Medians over networks.
+The bias is |mean - truth| / |truth|. The spread is the standard deviation of one draw / |truth|. The
+trapezoid is enumerated; the others use 50,000 draws (the standard error of their bias is spread / 220). The
+table shows medians over networks.
 """
 
 import itertools
@@ -31,7 +31,7 @@ Objective = Callable[[Tensor], Tensor]
 
 
 def objectives(examples: int, gain: float) -> dict[str, Objective]:
-    """f: masks (n, UNITS), scaled by 1 / (1 - p), the same for every example -> f of each, shape (n,)."""
+    """Return functions f: masks, shape (n, UNITS), scaled by 1 / (1 - p) -> values, shape (n,)."""
     x = torch.randn(examples, 4, dtype=torch.float64)
     y = torch.randint(0, 3, (examples,))
     w1, w2 = (gain * torch.randn(s, dtype=torch.float64) / s[1] ** 0.5 for s in ((UNITS, 4), (3, UNITS)))
@@ -51,7 +51,7 @@ def objectives(examples: int, gain: float) -> dict[str, Objective]:
 
 
 def weights(p: Tensor) -> Tensor:
-    """The probability of each row of MASKS."""
+    """Return the probability of each row of MASKS."""
     return torch.where(MASKS > 0, 1 - p, p).prod(1)
 
 
@@ -62,7 +62,7 @@ def truth(f: Objective, rate: float) -> float:
 
 
 def slopes(f: Objective, masks: Tensor, tangents: Tensor) -> Tensor:
-    """f'(mask) . tangent for each row."""
+    """Return f'(mask) . tangent for each row."""
     slope: Tensor = torch.func.jvp(f, (masks,), (tangents,))[1]
     return slope
 

@@ -1,8 +1,8 @@
-"""Search engines over a table of trainings, each at its documented defaults and counted in the same way.
+"""Run search engines with default options on a table of trainings, with equal cost accounting.
 
-An engine asks for a configuration and sees its validation loss at one of 27 checkpoints. It pays for the part
-of the training that is new: a training goes on from its last checkpoint and is never paid for twice. This
-favours the engines, SMAC most of all, whose documented use trains again from the start.
+An engine asks for a configuration and gets its validation loss at one of 27 checkpoints. It pays only for the
+part of a training that is new, because a training continues from its last checkpoint. This favours the
+engines, most of all SMAC, whose documented use trains again from the start.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ import numpy as np
 from lattice import CHECKPOINTS, L2, NOISE, table
 
 Found = tuple[float, float, float]
-"""Trainings paid for so far, validation loss of the best model among them, its test error."""
+"""(trainings paid for so far, validation loss of the best model, its test error)"""
 
 
 class Spent(Exception):
-    """The budget is used up."""
+    """The budget is spent."""
 
 
 class Purse:
-    """What an engine has paid and seen; the best model has the least validation loss at any checkpoint."""
+    """The cost and the best model of an engine: lowest validation loss at any checkpoint."""
 
     def __init__(self, task: str, budget: float) -> None:
         self.table, self.budget = table(task), budget * CHECKPOINTS
@@ -31,7 +31,7 @@ class Purse:
         self.best, self.trace = (float("inf"), float("nan")), []
 
     def look(self, point: tuple[int, int], checkpoint: int) -> float:
-        """Validation loss of the configuration after `checkpoint` parts of 27; raises `Spent`."""
+        """Return the validation loss of a configuration after `checkpoint` of 27 parts; raises `Spent`."""
         for n in range(self.reached.get(point, 0) + 1, checkpoint + 1):
             if self.paid >= self.budget:
                 raise Spent
@@ -83,7 +83,7 @@ def smac(purse: Purse, seed: int) -> None:
     space.add(Integer("l2", (0, len(L2) - 1)), Integer("noise", (0, len(NOISE) - 1)))
 
     def in_turn(config, seed: int, budget: float) -> float:
-        raise NotImplementedError  # ask and tell is used instead
+        raise NotImplementedError  # ask and tell replaces it
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -94,7 +94,7 @@ def smac(purse: Purse, seed: int) -> None:
             try:
                 info = engine.ask()
             except ConfigurationSpaceExhaustedException:
-                raise Spent from None  # it has seen every configuration
+                raise Spent from None  # all configurations are known
             point = info.config["l2"], info.config["noise"]
             engine.tell(info, TrialValue(cost=purse.look(point, max(1, round(info.budget)))))
 
@@ -109,7 +109,7 @@ ENGINES: dict[str, Callable[[Purse, int], None]] = {
 
 
 def search(engine: str, task: str, seed: int, budgets: list[int]) -> list[Found]:
-    """The best model when each of the budgets, in trainings, is spent; an engine that ends keeps its best."""
+    """Return the best model at each budget, in trainings; an engine that ends early keeps its best."""
     purse = Purse(task, max(budgets))
     with contextlib.suppress(Spent):
         ENGINES[engine](purse, seed)

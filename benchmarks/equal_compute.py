@@ -1,19 +1,20 @@
-"""Test error against compute, from 1 to 32 trainings: one run of midflight, and search engines.
+"""Compare test errors of midflight and search engines at equal compute, from 1 to 32 trainings.
 
-    python benchmarks/equal_compute.py                    all engines and tasks; takes up where it stopped
+    python benchmarks/equal_compute.py                    # all engines and tasks; resumes
     python benchmarks/equal_compute.py --engines random TPE --tasks digits
-    python benchmarks/equal_compute.py --figure           table and figure from the stored rows alone
+    python benchmarks/equal_compute.py --figure           # table and figure of the stored rows
 
-Engines search the table that benchmarks/lattice.py trained, 10 seeds each; Ray's population-based training
-trains its members for real. Engines report the best model at any of 27 checkpoints.
-midflight reports what `tuner.finish` gives: from 20 starts with `TimeBudget(0.08)`, which is within 1.1
-trainings, and from the 40 starts of any_start.py without a budget, alone and as the best of n. A run of
-midflight counts for the time it takes over that of a fixed run, measured here in turns on one thread. Passes
-through T2 that choose the model are free for all: 27 in a training of an engine, 3 in `finish`, whose share
-is stored. The last row of a task is the best of the 100 fixed runs of any_start.py, each finished as the
-tuned ones are: what averaging and checkpoints alone would give an engine. Needs the extra `bench`. Rows:
-docs/results/equal_compute_seam.jsonl. Engines have no tuner: their rows come from
-docs/results/equal_compute.jsonl, the first edition's.
+Engines (10 seeds each) search the table of benchmarks/lattice.py and report the best model at any of 27
+checkpoints. Only Ray's population-based training really trains. midflight reports the model of
+`tuner.finish`: from 20 starts with `TimeBudget(0.08)`, which costs at most 1.1 trainings; and from the 40
+starts of any_start.py without a budget, as single runs and as the best of n.
+
+A run of midflight costs its time over that of a fixed run, measured here with alternating turns on one
+thread. Validation passes that choose the model are free: 27 per training of an engine, 3 in `finish`, whose
+share is stored. The last row of a task is the best of the 100 finished fixed runs of any_start.py; it shows
+what averaging and checkpoints alone give. Needs midflight[bench]. Rows:
+docs/results/equal_compute_seam.jsonl. Engines use no tuner, so the first edition's rows (git tag
+first-edition) are reused: docs/results/equal_compute.jsonl.
 """
 
 import argparse
@@ -33,20 +34,20 @@ from tasks import HIGH, LOW, RESULTS, TASKS, Row, Training, append, compute, one
 import midflight as mf
 
 FIRST, ROWS = RESULTS / "equal_compute.jsonl", RESULTS / "equal_compute_seam.jsonl"
-"""Rows of the first edition, and of this one."""
+"""Rows of the first edition and of the current version."""
 BUDGETS = [1, 2, 4, 8, 16, 32]
 SEEDS = 10
 PBT = "Ray PBT"
 POPULATIONS = [4, 8, 16]
 LABEL = "midflight"
 BUDGET, STARTS = 0.08, 20
-"""One run of midflight with this budget; from so many starts."""
+"""Budget of a single run of midflight, and its number of starts."""
 ALIKE = "100 fixed, finished alike"
 COST = "cost of tuning"
 
 
 def known() -> list[Row]:
-    """The rows of this edition, and those of the engines of the first."""
+    """Return the current rows and the first edition's rows of engines."""
     return [row for row in rows(FIRST) if row["arm"] not in (LABEL, COST)] + rows(ROWS)
 
 
@@ -67,14 +68,14 @@ def compute_pbt(tasks: list[str], done: set[Any], workers: int) -> None:
 
 
 def compute_cost(task: str) -> None:
-    """What a tuned training from the middle of the space costs."""
+    """Measure the cost of a tuned training from the middle of the space."""
     run = Training(task, ((LOW[0] + HIGH[0]) / 2, (LOW[1] + HIGH[1]) / 2))
     ratio, finish = beside_a_fixed_one(run, run.tune())
     append(ROWS, {"task": task, "arm": COST, "index": 0, "ratio": ratio, "finish": finish})
 
 
 def beside_a_fixed_one(run: Training, tuner: mf.Tuner) -> tuple[float, float]:
-    """Train and finish, both as times over that of the same training fixed, which has turns of 10 steps."""
+    """Return the times of training and `finish` over that of a fixed training, alternating every 10 steps."""
     one_thread()
     fixed = Training(run.name, run.point)
     tuned_seconds = fixed_seconds = 0.0
@@ -92,7 +93,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def within_a_budget(job: tuple[str, int]) -> Row:
-    """A tuned run that is told what it may cost."""
+    """Run with a time budget; return the row."""
     task, index = job
     run = Training(task, any_start.point("tuned", index))
     ratio, _ = beside_a_fixed_one(run, run.tune(schedule=mf.TimeBudget(BUDGET)))
@@ -101,7 +102,7 @@ def within_a_budget(job: tuple[str, int]) -> Row:
 
 @cache
 def stored(task: str, arm: str) -> list[tuple[float, float]]:
-    """(validation loss, test error) of the finished runs of any_start.py."""
+    """Return (validation loss, test error) of the finished runs of any_start.py."""
     return [
         tuple(r["finish"])
         for r in any_start.stored(*any_start.files(0, False))
@@ -110,9 +111,10 @@ def stored(task: str, arm: str) -> list[tuple[float, float]]:
 
 
 def best_of(task: str, budget: float, cost: float, draws: int = 200) -> tuple[float, list[float]]:
-    """Compute spent, and test errors of the best run, by validation, of as many random starts as fit.
+    """Return the compute spent and the test errors of the best run, by validation, of as many starts as fit.
 
-    `cost`: of a tuned run, in trainings.
+    Args:
+        cost: cost of a tuned run, in trainings.
     """
     runs = stored(task, "tuned")
     n = max(1, int(budget / cost))
@@ -123,7 +125,7 @@ def best_of(task: str, budget: float, cost: float, draws: int = 200) -> tuple[fl
 
 
 def errors(found: list[Row], task: str, arm: str, budget: int) -> tuple[float, list[float]]:
-    """Compute spent (median) and test errors, one per seed; empty if there are no rows for the budget."""
+    """Return the median compute spent and the test errors by seed; [] if the budget has no rows."""
     if arm == ALIKE:
         return 100, [min(stored(task, "grid"))[1]] if budget == max(BUDGETS) else []
     if arm == LABEL and budget > 1:
@@ -137,7 +139,7 @@ def errors(found: list[Row], task: str, arm: str, budget: int) -> tuple[float, l
 
 
 def table(found: list[Row]) -> str:
-    """Median test error [quartiles] per task, engine and budget."""
+    """Print the median test error [quartiles] per task, engine and budget."""
     lines = [
         f"| task | engine | {' | '.join(f'{b} trainings' for b in BUDGETS)} |",
         "|---|---|" + "---|" * len(BUDGETS),
@@ -188,8 +190,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--engines", nargs="+", choices=[*ENGINES, PBT], default=[*ENGINES, PBT])
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--cost", action="store_true", help="measure again what tuning costs, nothing else")
-    parser.add_argument("--figure", action="store_true", help="compute nothing")
+    parser.add_argument("--cost", action="store_true", help="only measure the cost of tuning again")
+    parser.add_argument("--figure", action="store_true", help="run nothing; table and figure of stored rows")
     options = parser.parse_args()
     paid = {row["task"] for row in rows(ROWS) if row["arm"] == COST}
     for task in TASKS if options.cost else [t for t in options.tasks if t not in paid and not options.figure]:

@@ -1,19 +1,23 @@
-"""Do the cheap settings end where the expensive one does?
+"""Compare the final losses of cheap settings with those of an expensive one.
 
-    python benchmarks/equal_quality.py             all tasks; takes up where it stopped
-    python benchmarks/equal_quality.py --table     from the stored rows alone
-    python benchmarks/equal_quality.py --pair      the default against the first edition's, by start and seed
+    python benchmarks/equal_quality.py             # all tasks; resumes
+    python benchmarks/equal_quality.py --table     # table of the stored rows
+    python benchmarks/equal_quality.py --pair      # compare the default with the first edition
     python benchmarks/equal_quality.py --tasks mnist_55k --examples 8 16 64
     python benchmarks/equal_quality.py --tasks digits mnist_5k --settings default --seeds 31 32 33 34
 
-The five tasks of any_start.py from three of its starts, with six seeds. The expensive setting has hyper-steps
-at each tenth optimiser step. Printed is the finished validation loss over that of the expensive run of the
-same seed and start: geometric mean, and two standard errors (of the logarithm) over the seeds, for starts of
-one seed share its first weights and batches; and the time over a fixed run, measured in turns from one start.
-Budgets are kept by a clock that sees the other worker. --examples adds the default with other numbers of
-examples for the mixed partial. Rows: docs/results/equal_quality_seam.jsonl; the first edition's:
-docs/results/equal_quality.jsonl. Constants were chosen on some of those six seeds. On 31 to 38 nothing was
-chosen: the first edition's rows of these are its own `train` at its tag, with other seeds.
+Runs: the five tasks of any_start.py, three of its starts, six seeds. The expensive setting has a
+hyperparameter step every tenth optimiser step. The table shows two ratios:
+
+    loss    finished validation loss over that of the expensive run of the same seed and start: geometric
+            mean, and two standard errors of the logarithm over seeds, because starts of a seed share initial
+            weights and batches
+    time    time over that of a fixed run, with alternating turns from one start
+
+Time budgets are measured beside another worker. --examples adds the default with other numbers of examples
+for the mixed partial derivative. Constants were chosen on some of the six seeds, and none on seeds 31 to
+38. Rows: docs/results/equal_quality_seam.jsonl; of the first edition (git tag first-edition, its own
+`train`): docs/results/equal_quality.jsonl.
 """
 
 import argparse
@@ -31,7 +35,7 @@ from tasks import HIGH, LOW, RESULTS, TASKS, Row, Training, append, compute, row
 import midflight as mf
 
 FIRST, ROWS = RESULTS / "equal_quality.jsonl", RESULTS / "equal_quality_seam.jsonl"
-"""Rows of the first edition, and of this one."""
+"""Rows of the first edition and of the current version."""
 STARTS = [0, 5, 14]
 SEEDS = [0, 1, 2, 5, 7, 21]
 EXPENSIVE = "one_step, every=10"
@@ -82,7 +86,7 @@ def table(found: list[Row]) -> str:
 
 
 Losses = dict[tuple[str, int, int], float]
-"""Finished validation losses by setting, seed and start."""
+"""Setting, seed, start -> finished validation loss."""
 
 
 def losses_of(found: list[Row], task: str) -> Losses:
@@ -90,7 +94,7 @@ def losses_of(found: list[Row], task: str) -> Losses:
 
 
 def ratio_of(above: Losses, below: Losses, settings: tuple[str, str], seeds: list[int]) -> str:
-    """Geometric mean of one setting's losses over another's, with two standard errors over the seeds."""
+    """Return the geometric mean of loss ratios of two settings, ± two standard errors over seeds."""
     a, b = settings
     return any_start.ratio_of(
         [fmean(math.log(above[a, s, i] / below[b, s, i]) for i in STARTS) for s in seeds]
@@ -98,7 +102,7 @@ def ratio_of(above: Losses, below: Losses, settings: tuple[str, str], seeds: lis
 
 
 def pairs(first: list[Row], ours: list[Row]) -> str:
-    """Per task: loss at the default over that of the first edition, of the seeds that both have whole."""
+    """Print per task the ratio of the default's loss to the first edition's, on seeds that both completed."""
     lines = ["| task | seeds | new over first, geometric mean |", "|---|---|---|"]
     for task in TASKS:
         new, old = losses_of(ours, task), losses_of(first, task)
@@ -118,11 +122,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--examples", nargs="+", type=int, default=[], help="the default with these as well")
+    parser.add_argument("--examples", nargs="+", type=int, default=[], help="also run the default with these")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--table", action="store_true", help="compute nothing")
-    parser.add_argument("--pair", action="store_true", help="compute nothing, compare with the first edition")
+    parser.add_argument("--table", action="store_true", help="run nothing; print the table")
+    parser.add_argument("--pair", action="store_true", help="run nothing; compare with the first edition")
     options = parser.parse_args()
     if options.pair:
         print(pairs(rows(FIRST), rows(ROWS)))

@@ -1,14 +1,16 @@
-"""What each estimator costs and how far it is from the one-step derivative.
+"""Measure cost and error of each hypergradient estimator.
 
-    python benchmarks/estimators.py            table, and docs/results/estimators.json
-    python benchmarks/estimators.py --json     the numbers only, nothing written
+    python benchmarks/estimators.py            # table, and docs/results/estimators.json
+    python benchmarks/estimators.py --json     # print the numbers, write nothing
 
-Work: MLP 784-1000-1000-1000-10 with tanh, batch 100, Adam, L2 in the optimiser and input noise in the
-loss; one hyper-step with the horizon "step", and all examples of the batch for the mixed partial (by default
-it takes fewer). Passes are multiply-adds in units of one training step (forward and backward), as counted
-by torch's FlopCounterMode: the same on every machine. Time is the median ratio to a plain
-training step, the two in turn, one thread. Memory is the peak of a fresh process over that of plain
-training, in units of the weights. Errors are relative to `one_step`, float32, at step 50.
+Workload: MLP 784-1000-1000-1000-10 with tanh, batch 100, Adam; L2 in the optimiser, input noise in the
+loss. One hyperparameter step has the horizon "step" and uses all examples of the batch for the mixed
+partial derivative (the default uses fewer).
+
+    passes   multiply-adds in units of one training step, counted by torch's FlopCounterMode
+    time     median ratio to a plain training step, alternating, one thread
+    memory   peak of a fresh process minus that of plain training, in units of the weights
+    errors   relative to `one_step`, float32, at step 50
 """
 
 import json
@@ -34,10 +36,10 @@ WIDTH, BATCH, WARM_UP, ROUNDS = 1000, 100, 50, 7
 
 
 class Work:
-    """The paper's network with a smooth activation, in the middle of training."""
+    """The paper's network with a smooth activation, during training."""
 
     def __init__(self, estimator: str | None) -> None:
-        """`estimator`: of a hyper-step at each step from now on; None for plain training."""
+        """Use `estimator` in a hyperparameter step after each training step; None: train only."""
         torch.manual_seed(0)
         space = mf.Space(
             weight_decay=mf.Float(10**-5.5, 10**-2.5, log=True, init=1e-4),
@@ -72,7 +74,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Keep(torch.optim.Optimizer):
-    """Moves nothing and keeps the hypergradients."""
+    """An optimiser that stores the hypergradients and takes no step."""
 
     def __init__(self, raws: list[Tensor], seen: list[Tensor]) -> None:
         super().__init__(raws, {"lr": 1.0})
@@ -83,9 +85,9 @@ class Keep(torch.optim.Optimizer):
 
 
 def passes(estimator: str) -> float:
-    """Multiply-adds of a hyper-step over those of a training step; the training step itself included."""
+    """Return the multiply-adds of a training step with a hyperparameter step over those of a plain one."""
     tuned = Work(estimator)
-    tuned.step()  # the first one also finds out the structure
+    tuned.step()  # the first step also analyses the loss
     counts = []
     for work in (Work(None), tuned):
         with FlopCounterMode(display=False) as counter:
@@ -95,7 +97,7 @@ def passes(estimator: str) -> float:
 
 
 def time_ratio(estimator: str) -> float:
-    """Median over rounds of a hyper-step's time over a plain step's, the two in turn."""
+    """Return the median ratio of the times of a tuned and a plain step, alternating."""
     plain, tuned = Work(None), Work(estimator)
     tuned.step()
     ratios = []
@@ -110,14 +112,14 @@ def time_ratio(estimator: str) -> float:
 
 
 def hypergradient(estimator: str) -> Tensor:
-    """(weight_decay, noise) of one hyper-step; the same state and random numbers for every estimator."""
+    """Return the hypergradients of (weight_decay, noise), for equal state and random numbers."""
     work = Work(estimator)
     work.step()
     return work.seen[-1]
 
 
 def peak(estimator: str) -> float:
-    """Peak resident memory in MB of a fresh process that only does this."""
+    """Return the peak resident memory of a fresh process, in MB."""
     command = [sys.executable, __file__, "--alone", estimator]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -127,12 +129,12 @@ def alone(estimator: str) -> None:
     work = Work(None if estimator == "plain" else estimator)
     for _ in range(3):
         work.step()
-    status = Path("/proc/self/status").read_text()  # ru_maxrss would be that of the parent at the fork
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would include the parent's memory at the fork
     print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
 def measure() -> dict[str, Any]:
-    """All estimators, and the machine."""
+    """Measure all estimators; include the machine."""
     weights = sum(p.numel() * 4 for p in Work(None).model.parameters()) / 2**20
     plain, exact = peak("plain"), hypergradient("one_step")
     rows: list[dict[str, Any]] = []
@@ -157,7 +159,7 @@ def measure() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print and keep."""
+    """Measure, print and store."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     if "--alone" in sys.argv:

@@ -1,9 +1,9 @@
-"""A table of real trainings over a lattice of configurations, for engines to search without training again.
+"""Train a grid of configurations once, so that search engines can look up the results.
 
-    python benchmarks/lattice.py                   all tasks; takes up where it stopped
+    python benchmarks/lattice.py                   # all tasks; resumes
 
-14 levels of log10 L2 in [-7, -0.5] times 13 of noise in [0, 1.2], each trained once (tasks.py). A row holds
-validation loss and test error at 27 equal fractions of the training. Rows: docs/results/lattice.jsonl.
+Grid: 14 values of log10 L2 in [-7, -0.5] times 13 of noise in [0, 1.2], tasks of tasks.py. A row has the
+validation loss and the test error at 27 equally spaced checkpoints. Rows: docs/results/lattice.jsonl.
 """
 
 import argparse
@@ -34,10 +34,10 @@ def train(job: tuple[str, int]) -> Row:
 
 @cache
 def table(name: str) -> np.ndarray:
-    """Curves of a task, shape (14, 13, 27, 2); infinite where a run diverged.
+    """Return (validation loss, test error) curves, shape (14, 13, 27, 2); infinite if a run diverged.
 
     Raises:
-        SystemExit: some rows are not there yet.
+        SystemExit: rows are missing.
     """
     found = {row["index"]: row["curve"] for row in rows(ROWS) if row["task"] == name}
     if len(found) < len(POINTS):

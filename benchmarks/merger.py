@@ -1,19 +1,22 @@
-"""Search and tuning merged: tune inside the trials what has a gradient, or search it with the rest?
+"""Compare tuning during the trials of a search with searching all hyperparameters.
 
-    python benchmarks/merger.py                       all tasks, arms and seeds; takes up where it stopped
+    python benchmarks/merger.py                       # all tasks, methods and seeds; resumes
     python benchmarks/merger.py --tasks digits --seeds 3
-    python benchmarks/merger.py --figure              table and figure from the stored rows alone
+    python benchmarks/merger.py --figure              # table and figure of the stored rows
 
-A small network with discrete choices (layers, width, activation, optimiser) and a searched learning rate.
-Weight decay, input noise and dropout are tuned inside each trial, starting where the nearest good
-configuration ended (`merged`) or at their defaults (`merged, cold`), or searched by the same engine like
-everything else (`searched`). Each search has 16 whole trainings to spend; an epoch of a tuned trial counts
-for as many plain ones as it takes, measured here in turns on one thread. Validation passes are free for all,
-and so is the engine's own time. A searched trial is finished as a tuned one: the best, by validation, of its
-last weights, their average, and the best earlier average. Best so far is the model of least validation loss
-at any epoch of any trial; its test error is reported and used for nothing. Needs the extra `search`. Rows:
-docs/results/merger_seam.jsonl; those of `searched`, which no tuner has touched, are taken from
-docs/results/merger.jsonl, the rows of the first edition.
+The search chooses layers, width, activation, optimiser and learning rate of a small network. Weight decay,
+input noise and dropout depend on the method:
+
+    merged        tuned during each trial, starting at the final values of the nearest good trial
+    merged, cold  tuned during each trial, starting at their defaults
+    searched      searched by the same engine
+
+Each search has a budget of 16 full trainings. An epoch of a tuned trial costs its time over that of a plain
+epoch, measured here with alternating turns on one thread. Validation passes and the engine's own time are
+free. Both kinds of trial finish alike: with the best, by validation, of last weights, their average, and
+the best earlier average. The best model so far has the lowest validation loss at any epoch of any trial;
+its test error is only reported. Needs midflight[search]. Rows: docs/results/merger_seam.jsonl. `searched`
+uses no tuner, so the first edition's rows (git tag first-edition) are reused: docs/results/merger.jsonl.
 """
 
 import argparse
@@ -40,7 +43,7 @@ from midflight.tuner.live import evaluating, weights_at
 from midflight.tuner.optimizers import trained_parameters
 
 FIRST, ROWS = RESULTS / "merger.jsonl", RESULTS / "merger_seam.jsonl"
-"""Rows of the first edition, and of this one."""
+"""Rows of the first edition and of the current version."""
 SEEDS, EPOCHS, TRAININGS = 10, 27, 16
 BUDGETS = [1, 2, 4, 8, 16]
 ENGINES = ["bohb", "smac"]
@@ -54,7 +57,7 @@ SPACE = search.Space(
 
 @dataclass(frozen=True)
 class Task:
-    """Data, batch size, width of the output, loss, and error of outputs against targets."""
+    """Data, batch size, number of outputs, loss and error."""
 
     data: Callable[[], Splits]
     batch: int
@@ -66,7 +69,7 @@ class Task:
         return self.loss(model(x), y)
 
     def error(self, outputs: Tensor, y: Tensor) -> float:
-        """A share of wrong classes, or the squared error."""
+        """Return the share of misclassified examples, or the mean squared error."""
         if self.loss is F.mse_loss:
             return float(F.mse_loss(outputs, y))
         return float((outputs.argmax(1) != y).float().mean())
@@ -81,12 +84,12 @@ TASKS = {
 
 @cache
 def splits(name: str) -> Splits:
-    """The data of a task, read once per process."""
+    """Load the data of a task, once per process."""
     return TASKS[name].data()
 
 
 class Training:
-    """One training of a configuration: tuned by a tuner at its defaults, or fixed and averaged alike."""
+    """A training of a configuration, tuned with default options, or fixed with the same weight averaging."""
 
     def __init__(self, name: str, params: dict[str, Any], online: mf.Space | None, seed: int) -> None:
         self.task, self.seed = TASKS[name], seed
@@ -116,18 +119,18 @@ class Training:
 
     @torch.no_grad()
     def valid(self, weights: Tensors) -> float:
-        """Validation loss at these weights; at those of the model if there are none."""
+        """Return the validation loss at some weights; None: the model's."""
         with evaluating(self.model), weights_at({n: self.params[n] for n in weights}, weights):
             return float(self.task.loss_of(self.model, (self.t2.x, self.t2.y)))
 
     @torch.no_grad()
     def test_error(self, weights: Tensors) -> float:
-        """The same on the test set."""
+        """Return the test error at some weights; None: the model's."""
         with evaluating(self.model), weights_at({n: self.params[n] for n in weights}, weights):
             return self.task.error(self.model(self.test.x), self.test.y)
 
     def report(self) -> tuple[float, Tensors]:
-        """What the search hears after an epoch: of the last weights, in the end of the best there are."""
+        """Return the report of an epoch: of the last weights; after the last epoch, of the best weights."""
         ends = self.steps == self.total
         if self.tuner:
             if ends:
@@ -159,7 +162,7 @@ class Training:
 
 @dataclass
 class Purse:
-    """Trains trials until the budget is spent, and remembers the best so far."""
+    """Trains trials until the budget is spent; records the best model so far."""
 
     task: str
     price: float
@@ -186,12 +189,12 @@ class Purse:
 
 
 def known() -> list[Row]:
-    """The rows of this edition, and the searched ones of the first."""
+    """Return the current rows and the first edition's rows of `searched`."""
     return [row for row in rows(FIRST) if row["arm"] == "searched"] + rows(ROWS)
 
 
 def searched(job: tuple[str, str, str, int]) -> Row:
-    """One search, as a row; its trace is [trainings spent, validation loss, test error] of the best."""
+    """Return a search as a row; its trace has [trainings spent, validation loss, test error] of the best."""
     task, engine, arm, seed = job
     purse = Purse(task, 1.0 if arm == "searched" else cost(task))
     space = SPACE.offline() if arm == "searched" else SPACE
@@ -209,7 +212,7 @@ def searched(job: tuple[str, str, str, int]) -> Row:
 
 
 def compute_cost(task: str, pairs: int = 12) -> None:
-    """What a tuned epoch takes over a plain one, in whole trainings of each, an epoch of either in turn."""
+    """Measure the time ratio of tuned and plain epochs over full trainings that alternate by epoch."""
     one_thread()
     seconds = np.zeros(2)
     rng = np.random.default_rng(0)
@@ -232,24 +235,24 @@ def compute_cost(task: str, pairs: int = 12) -> None:
 
 
 def cost(task: str) -> float:
-    """What an epoch of a tuned trial costs in plain ones."""
+    """Return the cost of a tuned epoch in plain epochs."""
     return next(r["ratio"] for r in reversed(rows(ROWS)) if (r["task"], r["arm"]) == (task, COST))
 
 
 def at(trace: list[list[float]], budget: float) -> float:
-    """Test error of the best so far when so many trainings were spent; NaN before the first report."""
+    """Return the test error of the best model at a budget in trainings; NaN before the first report."""
     seen = [test for spent, _, test in trace if spent <= budget + 1e-9]
     return seen[-1] if seen else float("nan")
 
 
 def errors(found: list[Row], task: str, engine: str, arm: str, budget: float) -> list[float]:
-    """Test errors by seed."""
+    """Return the test errors by seed."""
     mine = {r["index"]: r for r in found if (r["task"], r.get("engine"), r["arm"]) == (task, engine, arm)}
     return [at(mine[seed]["trace"], budget) for seed in sorted(mine)]
 
 
 def table(found: list[Row]) -> str:
-    """Median test error [quartiles] by budget; in how many seeds an arm beats `searched`, and loses."""
+    """Print the median test error [quartiles] by budget, and wins and losses against `searched`, in seeds."""
     heads = [f"{b} trainings" for b in BUDGETS]
     lines = [
         f"| task | engine | arm | {' | '.join(heads)} | better / worse at {BUDGETS[-1]} |",
@@ -307,7 +310,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--figure", action="store_true", help="compute nothing")
+    parser.add_argument("--figure", action="store_true", help="run nothing; table and figure of stored rows")
     options = parser.parse_args()
     if not options.figure:
         paid = {row["task"] for row in rows(ROWS) if row["arm"] == COST}

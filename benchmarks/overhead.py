@@ -1,19 +1,22 @@
-"""What tuning costs over the same training untuned: time and memory, the paper's networks, peers beside it.
+"""Measure time and memory of tuning over the same training without it, for midflight and other libraries.
 
-    python benchmarks/overhead.py              tables; stores docs/results/overhead_seam.json part by part
-    python benchmarks/overhead.py --json       the numbers only, nothing written
-    python benchmarks/overhead.py --sizes 1000-1000-1000 --k 10    replaces these rows only
+    python benchmarks/overhead.py              # tables; stores docs/results/overhead_seam.json part by part
+    python benchmarks/overhead.py --json       # print the numbers, write nothing
+    python benchmarks/overhead.py --sizes 1000-1000-1000 --k 10    # replace these rows only
     python benchmarks/overhead.py --k 10 --no-memory --json --variants one_step "one_step, L2 alone"
 
-One thread, denormals flushed. All variants of a size and a k take turns of 10 steps in one process; a ratio
-is a variant's turn over plain training's turn of the same round: median and quartiles over rounds, for a
-budget the sum of all turns after the first 200 steps. Both sides have the same settings of Adam: its default
-(foreach), or fused. At a fixed k midflight has the horizon "step", as the peers do. k "auto" is its default:
-the horizon "run" and one hyper-step for 20, evenly spaced here; or a budget. Memory: peak resident memory of
-a fresh process over that at its start (data and network in place), median of 5, and that over plain's. The
-numbers of the first edition: docs/results/overhead.json.
+The networks are the paper's. One thread; denormals are flushed. k is the number of optimiser steps per
+hyperparameter step.
 
-Peers, where they are installed: `make peers`.
+    k fixed   horizon "step", as in the other libraries
+    k auto    midflight's default: horizon "run", one hyperparameter step per 20, evenly spaced; or a budget
+    time      turns of 10 steps that alternate in one process; a variant's turn over the plain turn of the
+              same round: median and quartiles; for a budget, the sum of all turns after 200 steps
+    memory    peak resident memory of a fresh process minus that after loading data and network, median of 5;
+              and its ratio to the plain training's
+
+Both sides use the same Adam, default (foreach) or fused. `make peers` installs the other libraries. Results
+of the first edition (git tag first-edition): docs/results/overhead.json.
 """
 
 import argparse
@@ -61,7 +64,7 @@ def seconds(training: Training, steps: int) -> float:
 
 
 def timed(size: str, k: str, fused: bool, rounds: int, only: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Rows of all variants of a size, k and setting of Adam, or of some of them."""
+    """Return the time rows of all or some variants for a size, k and kind of Adam."""
     widths, steps = [int(w) for w in size.split("-")], 10
     every = 0 if k == "auto" else int(k)
     made: dict[str, Training] = {}
@@ -73,7 +76,7 @@ def timed(size: str, k: str, fused: bool, rounds: int, only: Sequence[str] = ())
         try:
             made[name] = make(widths, every, fused or None)
             seconds(made[name], 2 * steps)
-        except Exception as error:  # a peer that fails is part of the result
+        except Exception as error:  # a failure is a result, too
             made.pop(name, None)
             rows.append({**row, "error": f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"})
     times: dict[str, list[float]] = {name: [] for name in made}
@@ -93,13 +96,13 @@ def timed(size: str, k: str, fused: bool, rounds: int, only: Sequence[str] = ())
 
 
 def memory(size: str, only: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Peak memory in MB of each variant, or of some of them, and over plain's."""
+    """Return the peak memory of all or some variants, in MB and over the plain training's."""
     rows: list[dict[str, Any]] = []
     for name in [name for name in ALL if not only or name in ("plain", *only)]:
         command = [sys.executable, __file__, "--alone", name, "--sizes", size]
         runs = [subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(5)]
         if any(run.returncode for run in runs):
-            continue  # its error stands with the times
+            continue  # the time rows hold its error
         mb = float(np.median([float(run.stdout) for run in runs]))
         plain = rows[0]["mb"] if rows else mb
         rows.append({"size": size, "variant": name, "mb": round(mb, 1), "ratio": round(mb / plain, 2)})
@@ -107,7 +110,7 @@ def memory(size: str, only: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def alone(name: str, widths: Sequence[int]) -> None:
-    """Print what three turns need at their peak beyond the start, in MB."""
+    """Print the peak memory of three turns minus that at the start, in MB."""
     warm = torch.rand(100, 100, requires_grad=True)
     (warm @ warm).sum().backward()
     training = ALL[name](list(widths), 10)
@@ -119,7 +122,7 @@ def alone(name: str, widths: Sequence[int]) -> None:
 
 
 def status(field: str) -> float:
-    """A field of this process's memory, in MB."""
+    """Return a memory field of this process, in MB."""
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
 
@@ -145,11 +148,11 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=SIZES)
     parser.add_argument("--k", nargs="+", choices=["1", "10", "auto"], default=["1", "10", "auto"])
     parser.add_argument(
-        "--rounds", type=int, default=11, help="turns of each variant; six times as many for auto"
+        "--rounds", type=int, default=11, help="turns per variant; six times as many for auto"
     )
-    parser.add_argument("--variants", nargs="+", choices=list(ALL), default=(), help="all if left out")
+    parser.add_argument("--variants", nargs="+", choices=list(ALL), default=(), help="default: all")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--json", action="store_true", help="print the numbers, write nothing")
+    parser.add_argument("--json", action="store_true", help="print the numbers; write nothing")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variants and not options.json:
@@ -169,7 +172,7 @@ def main() -> None:
                 rows = timed(size, k, fused, options.rounds, options.variants)
                 put(found["times"], rows, {"size": size, "k": k, "fused": fused}, options.json)
                 store(found, options.json)
-    for size in [] if options.no_memory else options.sizes:  # last: other processes do not disturb it
+    for size in [] if options.no_memory else options.sizes:  # last, because other processes do not affect it
         print(f"{size} memory", file=sys.stderr)
         put(found["memory"], memory(size, options.variants), {"size": size}, options.json)
         store(found, options.json)
@@ -180,7 +183,7 @@ def main() -> None:
 
 
 def put(stored: list[dict[str, Any]], rows: list[dict[str, Any]], part: dict[str, Any], keep: bool) -> None:
-    """Add the rows of a part of the table; what was stored of that part goes, unless it is to be kept."""
+    """Replace the stored rows of a part of the table, or add to them."""
     if not keep:
         stored[:] = [row for row in stored if any(row[key] != value for key, value in part.items())]
     stored += rows

@@ -1,12 +1,13 @@
-"""What tuning costs a GPT on a GPU: time and memory over the same training untuned.
+"""Measure time and memory of tuning a GPT on a GPU over the same training without tuning.
 
-    python benchmarks/overhead_gpu.py            table; stores docs/results/overhead_gpu.json
+    python benchmarks/overhead_gpu.py            # table; stores docs/results/overhead_gpu.json
 
-bfloat16 autocast, flash attention, torch.compile, fused AdamW with two groups, gradient accumulation over 4
-micro-batches of 16 x 512 random tokens, clipping. Weight decay and dropout are tuned, with the defaults of
-`mf.Tuner`, or with `central_difference`. The trainings take turns of 20 optimiser steps; a turn has one
-hyper-step. The ratio is the median over turns, with quartiles. Memory is the peak of allocated bytes of one
-training alone.
+Training: bfloat16 autocast, flash attention, torch.compile, fused AdamW with two groups, gradient
+accumulation over 4 micro-batches of 16 x 512 random tokens, clipping. `mf.Tuner` tunes weight decay and
+dropout, with its defaults or with `central_difference`.
+
+    time     turns of 20 optimiser steps alternate, each with one hyperparameter step; median ratio, quartiles
+    memory   peak of allocated bytes of one training alone
 """
 
 import gc
@@ -66,7 +67,7 @@ def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class Training:
-    """A training, tuned or not."""
+    """A training, with a tuner or without."""
 
     def __init__(self, width: int, layers: int, estimator: str | None) -> None:
         tuned = estimator is not None
@@ -94,7 +95,7 @@ class Training:
             )  # fmt: skip
 
     def turn(self) -> float:
-        """Seconds of one turn."""
+        """Run one turn; return its seconds."""
         torch.cuda.synchronize()
         began = time.perf_counter()
         for _ in range(TURN):
@@ -118,7 +119,7 @@ def peak(size: str, estimator: str | None) -> int:
 
 
 def measured(size: str) -> Iterator[dict[str, Any]]:
-    """A row for each estimator."""
+    """Return one row per estimator."""
     memory = {}
     for estimator in (None, *ESTIMATORS):
         memory[estimator] = peak(size, estimator)

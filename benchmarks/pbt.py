@@ -1,6 +1,6 @@
-"""Population-based training by Ray Tune, trained for real: a table of fixed trainings cannot serve it.
+"""Run Ray Tune's population-based training, which trains for real, because no table of fixed runs fits it.
 
-As in Ray's own guide members are compared every 5 reports, here of 27 per training; the rest are defaults.
+As in Ray's guide, members are compared every 5 reports, of 27 per training. Other options are defaults.
 """
 
 import os
@@ -19,19 +19,19 @@ NAMES = ("l2", "noise")
 
 
 def pbt(task: str, seed: int, population: int, workers: int) -> tuple[float, float, float]:
-    """[trainings paid for, validation loss, test error] of the best model that any member passed through."""
+    """Return [trainings paid for, validation loss, test error] of the best model of any member so far."""
     warnings.simplefilter("ignore")
     for name in ("RAY_AIR_NEW_OUTPUT", "RAY_USAGE_STATS_ENABLED"):
         os.environ[name] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    # by default 15: beside other work on the same cores members would all but stand still
+    # Ray's default of 15 nearly stops members when other work runs on the same cores
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     import ray
     from ray import tune
     from ray.tune.schedulers import PopulationBasedTraining
 
     if not ray.is_initialized():
-        os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the members' processes inherit it
+        os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # inherited by the members' processes
         ray.init(
             "local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
         )
@@ -53,7 +53,7 @@ def pbt(task: str, seed: int, population: int, workers: int) -> tuple[float, flo
             self.done += 1
             valid = self.run.valid_loss()
             if valid < self.best[0]:
-                self.best = valid, self.run.test_error()  # asked of no other weights
+                self.best = valid, self.run.test_error()  # read for the best weights only
             return {"valid": min(valid, 1e6) if valid == valid else 1e6, "test": self.best[1]}
 
         def save_checkpoint(self, folder: str) -> None:
@@ -77,7 +77,7 @@ def pbt(task: str, seed: int, population: int, workers: int) -> tuple[float, flo
             self.best = min(self.best, (result["valid"], result["test"]))
 
     random.seed(seed)
-    np.random.seed(seed)  # both drive the scheduler
+    np.random.seed(seed)  # Ray's scheduler uses both generators
     watch = Watch()
     ranges = {name: tune.uniform(low, high) for name, low, high in zip(NAMES, LOW, HIGH, strict=True)}
     with tempfile.TemporaryDirectory() as folder:

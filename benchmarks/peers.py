@@ -1,8 +1,8 @@
-"""The paper's workload as each library has it: one training step at a time, a hyper-step at every k-th.
+"""Implement the paper's workload in each library: training steps, and a hyperparameter step every k-th.
 
-MLP of ReLU layers, batch 100, Adam 1e-3; L2 (log10; in the optimiser where the library can differentiate
-that, else in the loss) and input noise are tuned on validation batches of 100. Each class does what its
-library's own examples do; `PEERS` names them. betty-ml, TorchOpt and higher are optional.
+ReLU MLP, batch 100, Adam with rate 1e-3. L2 (log10) and input noise are tuned on validation batches of 100.
+L2 is in the optimiser if the library can differentiate it, else in the loss. Each class follows its
+library's examples; `PEERS` lists them. betty-ml, TorchOpt and higher are optional.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ def mlp(widths: Sequence[int]) -> nn.Sequential:
 
 
 def batches() -> Iterator[tuple[Tensor, Tensor]]:
-    """Random images; drawn beforehand, for their drawing is not what is measured."""
+    """Draw random images in advance, because drawing must not be timed."""
     generator = torch.Generator().manual_seed(1)
     drawn = [
         (torch.rand(BATCH, 784, generator=generator), torch.randint(0, 10, (BATCH,), generator=generator))
@@ -41,7 +41,7 @@ def l2(params: Any, log10: Tensor | float) -> Tensor:
 
 
 class Training:
-    """Without a tuner; the others count its steps the same way."""
+    """A training without tuning; base class of the others."""
 
     def __init__(self, widths: Sequence[int], k: int, fused: bool | None = None) -> None:
         torch.manual_seed(0)
@@ -54,7 +54,7 @@ class Training:
         self.set_up()
 
     def set_up(self) -> None:
-        """What a subclass needs besides."""
+        """Prepare a subclass."""
 
     def step(self) -> None:
         self.n += 1
@@ -76,9 +76,9 @@ class Training:
 
 
 class Midflight(Training):
-    """Variants: the horizon, the estimator, L2 alone, a budget.
+    """midflight, with variants of horizon, estimator, tuned hyperparameters and budget.
 
-    The length of the run is not told, so that nothing is spent ahead; k = 0 means one for 20.
+    The tuner does not know the run's length, so hyperparameter steps are evenly spaced; k = 0: one per 20.
     """
 
     def __init__(
@@ -113,14 +113,14 @@ class Midflight(Training):
 
 
 class Endless:
-    """A loader without an end."""
+    """An endless loader."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return batches()
 
 
 class Higher(Training):
-    """higher 0.2.1: a differentiable copy of model and Adam for one step; then the plain step."""
+    """higher 0.2.1: one step with a differentiable copy of model and Adam, then the plain step."""
 
     def set_up(self) -> None:
         import higher
@@ -140,7 +140,7 @@ class Higher(Training):
 
 
 class TorchOpt(Training):
-    """TorchOpt 0.7.3, functional Adam: in place on plain steps, with a graph on hyper-steps."""
+    """TorchOpt 0.7.3: functional Adam, in place for plain steps, with a graph for hyperparameter steps."""
 
     def set_up(self) -> None:
         import torchopt
@@ -180,7 +180,7 @@ class TorchOpt(Training):
 
 
 class Betty(Training):
-    """betty-ml 0.2.1: two problems and an engine; L2 stands in the loss."""
+    """betty-ml 0.2.1: two problems and an engine; L2 is in the loss."""
 
     kind = "darts"
 

@@ -1,11 +1,11 @@
-"""A population against the loop over its members: time by their number and the network's size.
+"""Compare the time of a population with that of a loop over its members, by number and network size.
 
-    python benchmarks/population.py                  one thread; numbers to docs/results/population.json
-    python benchmarks/population.py --device cuda    to population_cuda.json
+    python benchmarks/population.py                  # one thread; writes docs/results/population.json
+    python benchmarks/population.py --device cuda    # writes population_cuda.json
 
-Adam (the loop's fused), batch 100, L2 and input noise tuned at every 10th step with the horizon "step", the
-population with `compile=True`. Loop and population take turns of 10 steps; printed is the time of a step per
-member, median over turns.
+Adam (fused in the loop), batch 100. L2 and input noise are tuned at every 10th step with the horizon
+"step". The population uses `compile=True`. Loop and population alternate in turns of 10 steps. The table
+shows the median time of a step per member.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def population(sizes: list[int], n: int, device: str) -> Callable[[], object]:
-    """A function that takes one step of all members together."""
+    """Return a function that takes one step of all members together."""
     batch = torch.rand(n, BATCH, sizes[0], device=device), torch.randint(0, 10, (n, BATCH), device=device)
     pop = mf.Population(
         n, lambda s: build(sizes, s).to(device), space(), torch.optim.Adam, loss_fn=loss,
@@ -53,7 +53,7 @@ def population(sizes: list[int], n: int, device: str) -> Callable[[], object]:
 
 
 def loop(sizes: list[int], device: str) -> Callable[[], None]:
-    """A function that takes one step of one training."""
+    """Return a function that takes one step of one training."""
     own = space()
     batch = torch.rand(BATCH, sizes[0], device=device), torch.randint(0, 10, (BATCH,), device=device)
     model = build(sizes, own).to(device)
@@ -89,7 +89,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, sizes in NETWORKS.items():
         for n in MEMBERS:
-            torch.compiler.reset()  # torch compiles for eight kinds of shapes, then no more
+            torch.compiler.reset()  # torch compiles at most eight shapes
             steps = loop(sizes, device), population(sizes, n, device)
             times = np.array([[seconds(s, device) for s in steps] for _ in range(TURNS + 1)][1:]) * 1000
             alone, together = np.median(times, 0) / [1, n]

@@ -1,12 +1,16 @@
-"""How the cost of tuning grows: with the weights, with the hyperparameters, with the members of a population.
+"""Measure how the cost of tuning grows with weights, hyperparameters and members of a population.
 
-    python benchmarks/scaling.py            measures, and writes docs/results/scaling.json and .png
-    python benchmarks/scaling.py --figure   the figure alone, from the stored numbers
+    python benchmarks/scaling.py            # writes docs/results/scaling.json and .png
+    python benchmarks/scaling.py --figure   # only the figure, from the stored numbers
 
-One thread, Adam, batches of 100 random images, horizon "step". Weights: an MLP with two equal hidden layers,
-10^5 to 10^8 weights; L2 and input noise. Hyperparameters: one weight of the loss for each of n training
-examples, from 2 to 10^6, on a network of 10^5 weights. Members: a `Population` of networks of 10^4 weights.
-Each measurement has a fresh process: median time of a plain step and of one with a hyper-step, peak memory.
+One thread, Adam, batches of 100 random images, horizon "step".
+
+    weights          MLP with two equal hidden layers, 10^5 to 10^8 weights; L2 and input noise
+    hyperparameters  one loss weight per training example, 2 to 10^6 examples; a network of 10^5 weights
+    members          a `Population` of networks of 10^4 weights
+
+A fresh process measures the median time of a plain step and of one with a hyperparameter step, and peak
+memory.
 """
 
 import argparse
@@ -44,7 +48,7 @@ def images(*shape: int) -> tuple[Tensor, Tensor]:
 
 
 def mlp(weights: float) -> nn.Sequential:
-    """784-n-n-10 with about so many weights."""
+    """Return a network 784-n-n-10 with about `weights` weights."""
     n = round((-794 + (794**2 + 4 * weights) ** 0.5) / 2)
     return nn.Sequential(
         nn.Linear(784, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 10)
@@ -85,7 +89,7 @@ def by_hyperparameters(n: int, every: int) -> Callable[[], None]:
 
 
 class Numbered:
-    """Endless batches of the same images, numbered anew each time as if they were from n examples."""
+    """Endless batches of the same images with new indices, as if drawn from n examples."""
 
     def __init__(self, n: int) -> None:
         self.n, self.images = n, images(BATCH)
@@ -116,7 +120,7 @@ MAKE = {"weights": by_weights, "hyperparameters": by_hyperparameters, "members":
 
 
 def measure(what: str, n: int) -> dict[str, Any]:
-    """In this process: milliseconds of both kinds of step, and MB over the start."""
+    """Measure in this process: milliseconds of both kinds of step, and MB above the start."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
@@ -137,7 +141,7 @@ def measure(what: str, n: int) -> dict[str, Any]:
 
 
 def slope(rows: list[dict[str, Any]], key: str) -> float:
-    """d log(key) / d log(n), least squares over the larger half, where the fixed cost no longer counts."""
+    """Return d log(key) / d log(n) by least squares over the larger half, where fixed costs are small."""
     upper = rows[len(rows) // 2 :] if len(rows) > 3 else rows
     return float(np.polyfit(np.log([r["n"] for r in upper]), np.log([r[key] for r in upper]), 1)[0])
 
@@ -174,7 +178,7 @@ def table(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
-    parser.add_argument("--figure", action="store_true", help="compute nothing")
+    parser.add_argument("--figure", action="store_true", help="run nothing; draw the stored numbers")
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:

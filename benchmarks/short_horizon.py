@@ -1,16 +1,17 @@
-"""A one-step objective prefers small learning rates: the closed form, our tuner, and what repairs it.
+"""Measure how strongly a one-step objective favours small learning rates, and compare remedies.
 
-    python benchmarks/short_horizon.py         table, docs/results/short_horizon.json and .png
+    python benchmarks/short_horizon.py         # table, docs/results/short_horizon.json and .png
 
-Noisy quadratic (Wu et al. 2018): loss 1/2 sum_i h_i (theta_i - c_i)^2, c ~ N(0, 1) drawn afresh at each
-step, so that with A_i = E theta_i^2 and a learning rate lr
+Noisy quadratic (Wu et al. 2018): loss 1/2 sum_i h_i (theta_i - c_i)^2 with a new c ~ N(0, 1) at each step.
+With A_i = E theta_i^2 and learning rate lr
 
     A_i' = (1 - lr h_i)^2 A_i + lr^2 h_i^2,     E loss = 1/2 sum_i h_i (A_i + 1).
 
-The best lr for the next step alone is sum h_i^2 A_i / sum h_i^3 (A_i + 1); the best schedule for the whole
-run is found by gradient descent through the recursion. Both are compared with `mf.Tuner` on simulated
-weights (many copies as one tensor, so that the validation loss is the expectation), and with the best
-constant rate. Real task: digits, MLP 64-64, SGD with momentum, 30 epochs, three starts of the learning rate.
+The best lr for one step is sum h_i^2 A_i / sum h_i^3 (A_i + 1). Gradient descent through the recursion finds
+the best schedule for the whole run. Both are compared with the best constant rate and with `mf.Tuner` on
+simulated weights (many copies in one tensor, so that the validation loss is close to its expectation).
+
+Real task: digits, MLP 64-64, SGD with momentum, 30 epochs, three initial learning rates.
 """
 
 import itertools
@@ -42,7 +43,7 @@ ESTIMATORS: dict[str, mf.hypergrad.Estimator] = {
 
 
 def final_loss(rates: Tensor, moments: Tensor | None = None) -> Tensor:
-    """Expected loss after the schedule, in closed form; differentiable in the rates."""
+    """Return the expected loss after the schedule, in closed form; differentiable in the rates."""
     h = CURVATURES
     a = torch.full_like(h, 100.0) if moments is None else moments
     for lr in rates:
@@ -51,7 +52,7 @@ def final_loss(rates: Tensor, moments: Tensor | None = None) -> Tensor:
 
 
 def greedy() -> Tensor:
-    """The schedule that is best for the next step, at each step."""
+    """Return the schedule that is best for one step ahead at each step."""
     h, rates = CURVATURES, []
     a = torch.full_like(h, 100.0)
     for _ in range(STEPS):
@@ -62,14 +63,14 @@ def greedy() -> Tensor:
 
 
 def best_constant() -> Tensor:
-    """The best learning rate that is kept throughout."""
+    """Return the best constant learning rate."""
     grid = torch.logspace(-3, 0, 200)
     losses = torch.stack([final_loss(lr.expand(STEPS)) for lr in grid])
     return grid[losses.argmin()].expand(STEPS)
 
 
 def best_schedule() -> Tensor:
-    """The schedule with the lowest final loss, by Adam through the recursion."""
+    """Return the schedule with the lowest final loss, found by Adam through the recursion."""
     raw = best_constant().log().clone().requires_grad_()
     optimizer = torch.optim.Adam([raw], lr=0.03)
     for _ in range(400):
@@ -88,7 +89,7 @@ class Targets:
 
 
 def tuned(estimator: mf.hypergrad.Estimator) -> tuple[Tensor, float]:
-    """(schedule, final expected loss) of SGD whose learning rate is tuned, from a start of 0.3."""
+    """Return (schedule, final expected loss) of SGD with a tuned learning rate that starts at 0.3."""
     torch.manual_seed(0)
     weights = nn.Parameter(10 * torch.randn(COPIES, len(CURVATURES)))
     space = mf.Space(lr=mf.Float(LOW, HIGH, log=True, init=0.3))
@@ -100,7 +101,7 @@ def tuned(estimator: mf.hypergrad.Estimator) -> tuple[Tensor, float]:
         return 0.5 * (CURVATURES * (model.weights - target) ** 2).sum(1).mean()
 
     def loss_fn(model: nn.Module, target: Tensor) -> Tensor:
-        # the gradient of a mean over copies is 1/COPIES of each copy's: every copy takes its own step
+        # a mean over copies would scale each copy's gradient by 1/COPIES
         return COPIES * loss(model, target)
 
     mf.Tuner(
@@ -117,7 +118,7 @@ def tuned(estimator: mf.hypergrad.Estimator) -> tuple[Tensor, float]:
 
 
 def digits(start: float, estimator: mf.hypergrad.Estimator | None) -> dict[str, float]:
-    """Validation loss of an MLP whose learning rate starts at `start` and is tuned, or fixed if None."""
+    """Return the validation loss of an MLP with a learning rate that starts at `start`, tuned or fixed."""
     torch.manual_seed(0)
     data = load("digits")
     x, y = torch.from_numpy(data.train_x), torch.from_numpy(data.train_y)
@@ -146,7 +147,7 @@ def digits(start: float, estimator: mf.hypergrad.Estimator | None) -> dict[str, 
 
 
 def main() -> None:
-    """Measure, print and keep."""
+    """Measure, print and store."""
     torch.set_num_threads(1)
     schedules = {
         "best schedule": best_schedule(),
@@ -180,7 +181,7 @@ def main() -> None:
 
 
 def draw(schedules: dict[str, Tensor], losses: dict[str, float]) -> Figure:
-    """Learning rate against step, each curve named with its final loss."""
+    """Draw the learning rates over the steps; the labels show the final losses."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for (name, rates), colour in zip(schedules.items(), plot_colours(), strict=False):
@@ -194,7 +195,7 @@ def draw(schedules: dict[str, Tensor], losses: dict[str, float]) -> Figure:
 
 
 def plot_colours() -> list[str]:
-    """Okabe and Ito's palette, safe for colour-blind eyes."""
+    """Return Okabe and Ito's palette, safe for colour-blind readers."""
     return ["#000000", "#7f7f7f", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7"]
 
 

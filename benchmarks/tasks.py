@@ -1,9 +1,8 @@
-"""Five tasks, from few data trained long to many data trained briefly; and resumable rows.
+"""Define five tasks, from long training on few data to short training on many, and store rows.
 
-log10 L2 in [-7, -0.5] and input noise in [0, 1.2] are the hyperparameters; in a second variant
-also dropout after each ReLU in [0, 0.8] and log10 of the learning rate in [-5, -1]. All runs of a
-task share seed, data and batches; a learning rate that is not tuned is constant. Test errors are
-reported and used for nothing.
+The hyperparameters are log10 L2 in [-7, -0.5] and input noise in [0, 1.2]; in a second variant also dropout
+after each ReLU in [0, 0.8] and log10 of the learning rate in [-5, -1]. All runs of a task share seed, data
+and batches. A learning rate that is not tuned is constant. Test errors are only reported.
 """
 
 import json
@@ -39,7 +38,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: T1, T2 and test, a network, and for how long; validation batches as for the tuner."""
+    """A task: data (T1, T2, test), network, training length, and the tuner's validation batches."""
 
     data: Callable[[], Splits]
     network: Callable[[], nn.Sequential]
@@ -62,7 +61,7 @@ def images(name: str, train: int, valid: int) -> Splits:
 
 
 def diabetes() -> Splits:
-    """scikit-learn's diabetes table: 200 rows to train on, 121 each for T2 and test; all standardised."""
+    """Load scikit-learn's diabetes table: 200 training rows, 121 each for T2 and test; standardised."""
     from sklearn.datasets import load_diabetes
 
     x, y = (torch.tensor(a, dtype=torch.float32) for a in load_diabetes(return_X_y=True))
@@ -83,7 +82,7 @@ def cnn() -> nn.Sequential:
 
 
 def with_dropout(network: nn.Sequential, rate: mf.Hyperparameter) -> nn.Sequential:
-    """The network with dropout after each ReLU."""
+    """Return the network with dropout after each ReLU."""
     layers = ([m, mf.nn.Dropout(rate)] if isinstance(m, nn.ReLU) else [m] for m in network)
     return nn.Sequential(*(m for pair in layers for m in pair))
 
@@ -99,17 +98,17 @@ TASKS = {
 
 @cache
 def splits(name: str, device: str = "cpu") -> Splits:
-    """The data of a task, read once per process."""
+    """Load the data of a task, once per process."""
     t1, t2, test = (Split(part.x.to(device), part.y.to(device)) for part in TASKS[name].data())
     return t1, t2, test
 
 
 class Training:
-    """One training of a task from a point, a step at a time, on T1 or on T1 and T2.
+    """A training of a task from a point, step by step, on T1 or on T1 and T2.
 
     Attributes:
-        space: the hyperparameters, as many as the start has.
-        steps: the length of the whole training.
+        space: the hyperparameters of the point.
+        steps: number of steps of the whole training.
     """
 
     def __init__(
@@ -130,7 +129,7 @@ class Training:
                 for name, low, high, init in zip(NAMES, LOW_OF_FOUR, HIGH_OF_FOUR, start, strict=False)
             }
         )
-        self.space.requires_grad_(False)  # fixed runs compute no gradient that nobody uses
+        self.space.requires_grad_(False)  # a fixed run needs no hypergradients
         network = self.task.network()
         if "dropout" in names:
             network = with_dropout(network, self.space["dropout"])
@@ -143,7 +142,7 @@ class Training:
         self.steps = self.task.epochs * (len(self.t1) // self.task.batch)
 
     def tune(self, **options: Any) -> mf.Tuner:
-        """A tuner at its defaults but for these options; from now on `step` moves the hyperparameters."""
+        """Attach a tuner with these options, others default; then `step` also tunes."""
         self.noise.floor = default_floor(self.space["noise"])
         size = self.task.valid_batch
         return mf.Tuner(
@@ -159,7 +158,7 @@ class Training:
         self.optimizer.step()
 
     def state_dict(self) -> Row:
-        """Weights and optimiser; the hyperparameters and the place in the data are not part of it."""
+        """Return the state of weights and optimiser, without hyperparameters and data position."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: Row) -> None:
@@ -170,12 +169,12 @@ class Training:
 
     @property
     def point(self) -> list[float]:
-        """The values now, in the coordinates of the start."""
+        """Return the current values in the coordinates of `Point`."""
         values = self.space.as_dict()
         return [math.log10(v) if name in LOG else v for name, v in values.items()]
 
     def losses(self) -> tuple[float, float]:
-        """Validation loss and test error now."""
+        """Return (validation loss, test error)."""
         return self.valid_loss(), self.test_error()
 
     @torch.no_grad()
@@ -185,7 +184,7 @@ class Training:
 
     @torch.no_grad()
     def test_error(self) -> float:
-        """A share of wrong classes, or the squared error."""
+        """Return the share of misclassified examples, or the mean squared error."""
         with evaluating(self.model):
             outputs = self.model(self.test.x)
         if self.task.loss is F.mse_loss:
@@ -194,7 +193,7 @@ class Training:
 
 
 def endless(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Pass after pass."""
+    """Yield the batches of endless passes."""
     while True:
         yield from batches
 
@@ -204,7 +203,7 @@ def _natural(name: str, value: float) -> float:
 
 
 def rows(path: Path) -> list[Row]:
-    """The stored rows; a line cut off by a crash is left out."""
+    """Return the stored rows; skip a line that a crash left incomplete."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -221,7 +220,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def compute(path: Path, jobs: Sequence[Any], work: Callable[[Any], Row], workers: int) -> None:
-    """Append `work(job)` for each job, in processes of one thread; the machine is noted before."""
+    """Append the machine, then `work(job)` for each job, in processes of one thread."""
     if not jobs:
         return
     append(path, {"machine": machine()})
