@@ -83,23 +83,16 @@ def run_cohort(
     ends = [(l2, noise) for l2, noise in _points(population).tolist()] if tuned else starts
     losses = _mean(population, _loss, data.t2)
     test_errors = [None] * n if first.kind == "landscape" else _mean(population, _error, data.test)
-    trajectory = [(at, points.tolist()) for at, points in paths]
-    return [
-        Row(
-            arm,
-            Result(
-                start=starts[i],
-                end=ends[i],
-                valid_loss=losses[i],
-                valid_error=valid_errors[-1][i],
-                test_error=test_errors[i],
-                valid_errors=[errors[i] for errors in valid_errors],
-                trajectory=[[at, *points[i]] for at, points in trajectory],
-            ),
-            seconds,
+    results = [
+        Result(start, end, loss, errors[-1], test_error, list(errors), [])
+        for start, end, loss, test_error, *errors in zip(
+            starts, ends, losses, test_errors, *valid_errors, strict=True
         )
-        for i, arm in enumerate(arms)
     ]
+    for step, points in paths:
+        for result, point in zip(results, points.tolist(), strict=True):
+            result.trajectory.append([step, *point])
+    return [Row(arm, result, seconds) for arm, result in zip(arms, results, strict=True)]
 
 
 def _population(

@@ -441,15 +441,18 @@ def _overheads(
             fontweight="bold",
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )
-    axis.set_ylim(len(found) - 0.4, -1.0)
-    axis.set_yticks(range(len(found)), list(found), color=INK)
+    _overhead_scale(axis, list(found), [v for values in found.values() for v in values])
+
+
+def _overhead_scale(axis: Axes, names: list[str], values: list[float]) -> None:
+    axis.set_ylim(len(names) - 0.4, -1.0)
+    axis.set_yticks(range(len(names)), names, color=INK)
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
     axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+g} %" if v else "0"))
     axis.set_xlabel("added to the time of an epoch")
-    low = min([0.0, *(v for values in found.values() for v in values)])
-    high = max([1.6 * PAPER_OVERHEAD_PERCENT, *(v for values in found.values() for v in values)])
+    low, high = min([0.0, *values]), max([1.6 * PAPER_OVERHEAD_PERCENT, *values])
     axis.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
 
 
