@@ -201,7 +201,7 @@ def test_the_best_is_the_least_of_those_trained_to_the_end():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "one of trials and seconds"),
+        ({}, "one of seconds and trials"),
         ({"trials": 1, "address": "auto"}, "options of the engine random are none, but got address="),
         ({"trials": 1, "epochs": 0}, "epochs > 0"),
         ({"trials": 1, "workers": 2}, "must be a function at the top of a module"),

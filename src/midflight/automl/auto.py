@@ -93,8 +93,6 @@ class _Auto(BaseEstimator):
 
     def _names(self) -> list[str]:
         """Check the arguments and return the families to search."""
-        if self.seconds is None and self.trials is None:
-            raise SearchError("one of seconds and trials must be given, because the search would never end.")
         if self.ensemble < 1:
             raise SearchError(f"ensemble >= 1 must hold, but ensemble={self.ensemble}; pass 1 for one model.")
         names = list(FAMILIES) if self.families is None else list(self.families)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import midflight.nn as mfnn
-from midflight.datasets import DATASETS, Shuffled, Split, evaluate, load
+from midflight.datasets import Shuffled, Split, evaluate, load
 from midflight.errors import MidflightError
 from midflight.search.errors import SearchError
 from midflight.search.space import Config, Space
@@ -123,7 +123,7 @@ def problem(what: str, data: str | None = None, train: int | None = None) -> Pro
 
     Args:
         what: "mlp", or FILE.py:FUNCTION, where the file also defines `space`, a `midflight.search.Space`.
-        data: dataset of mlp, one of `DATASETS`; default: digits.
+        data: dataset of mlp, a name in `midflight.datasets`; default: digits.
         train: number of training images of mlp; default: all.
 
     Raises:
@@ -214,6 +214,3 @@ def _module(path: Path) -> ModuleType:
     finally:
         sys.path.remove(str(path.parent))
     return module
-
-
-__all__ = ["DATASETS", "FileObjective", "Mlp", "Problem", "problem"]

@@ -147,7 +147,7 @@ def run(
 
 def _check(space: Space, trials: int | None, seconds: float | None, epochs: int, workers: int) -> None:
     if trials is None and seconds is None:
-        raise SearchError("one of trials and seconds must be given, because the search would never end.")
+        raise SearchError("one of seconds and trials must be given, because the search would never end.")
     for argument, value in (
         ("trials", trials),
         ("seconds", seconds),

@@ -252,7 +252,7 @@ def _statements(summary: Numbers, network: Numbers) -> list[_Statement]:  # one 
         _Statement(
             "Test error after tuning",
             f"about {paper['tuned_test_error_percent']:g} %",
-            [(f"{e['median']:.2f} %", f"quartiles {_quartiles(e)}") if e else (NONE, "") for e in tuned],
+            [_median(e, ".2f", " %") for e in tuned],
             "Median over the tuned runs.",
         ),
         _Statement(
@@ -281,14 +281,14 @@ def _statements(summary: Numbers, network: Numbers) -> list[_Statement]:  # one 
         _Statement(
             "End of tuning against re-run",
             "compared in Fig. 3",
-            [_difference(t["tuned_minus_rerun_points"]) for t in tunings],
+            [_median(t["tuned_minus_rerun_points"], "+.2f") for t in tunings],
             "Test error at the end of tuning minus that of a fresh run fixed at the tuned values, start by "
             "start, in percentage points. Below 0, the end of tuning is better.",
         ),
         _Statement(
             "Time that tuning adds",
             f"{paper['overhead_percent']:+.2f} %",
-            [_overhead(t["overhead_percent"]) for t in tunings],
+            [_median(t["overhead_percent"], "+.1f", " %") for t in tunings],
             "Mean epoch time of the tuned run over that of the initial run of the same start, minus 1. "
             "Median over starts.",
         ),
@@ -308,13 +308,6 @@ def _statements(summary: Numbers, network: Numbers) -> list[_Statement]:  # one 
             "Starts with a higher test error after tuning.",
         ),
     ]
-
-
-def _overhead(spread: Numbers | None) -> tuple[str, str]:
-    if spread is None:
-        return NONE, ""
-    quartiles = f"quartiles {spread['quartile_low']:+.1f} to {spread['quartile_high']:+.1f}"
-    return _signed_percent(spread), _typeset(quartiles)
 
 
 def _noise_at_low_end(tuning: Numbers) -> tuple[str, str]:
@@ -345,19 +338,20 @@ def _share(percent: float | None, part: int, whole: int, more: str = "") -> tupl
     return (NONE, "") if percent is None else (f"{percent:.0f} %", f"{part} of {whole}{more}")
 
 
-def _difference(spread: Numbers | None) -> tuple[str, str]:
+def _median(spread: Numbers | None, form: str, unit: str = "") -> tuple[str, str]:
     if spread is None:
         return NONE, ""
-    quartiles = f"quartiles {spread['quartile_low']:+.2f} to {spread['quartile_high']:+.2f}"
-    return _typeset(f"{spread['median']:+.2f}"), _typeset(quartiles)
+    return _typeset(f"{spread['median']:{form}}{unit}"), f"quartiles {_quartiles(spread, form)}"
 
 
-def _quartiles(spread: Numbers | None) -> str:
-    return f"{spread['quartile_low']:.2f} to {spread['quartile_high']:.2f}" if spread else NONE
+def _quartiles(spread: Numbers | None, form: str = ".2f") -> str:
+    if spread is None:
+        return NONE
+    return _typeset(f"{spread['quartile_low']:{form}} to {spread['quartile_high']:{form}}")
 
 
 def _signed_percent(spread: Numbers | None) -> str:
-    return _typeset(f"{spread['median']:+.1f} %") if spread else NONE
+    return _median(spread, "+.1f", " %")[0]
 
 
 def _typeset(text: str) -> str:
