@@ -12,7 +12,7 @@ import torch
 from loops import EXACT, KnownNoise, Loop, data, found, network, noisy_loss, take_step, truth
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parameters_to_vector, parametrizations
+from torch.nn.utils import parameters_to_vector, parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import midflight as mf
@@ -546,3 +546,40 @@ def test_the_mean_of_a_random_branch_is_the_mean_hypergradient():
     # 150 coins: the standard error of the mean is 0.08 of it
     assert sum(looks) / len(looks) == pytest.approx(0.5 * whole, rel=0.35)
     assert not math.isclose(looks[0], sum(looks) / len(looks))
+
+
+def pruned(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    prune.l1_unstructured(model[0], "weight", 0.5)
+
+
+def grown(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A wider hidden layer under the same names."""
+    for i, layer in ((0, nn.Linear(4, 9)), (2, nn.Linear(9, 3))):
+        model[i] = layer
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer.state.clear()
+
+
+@pytest.mark.parametrize("change", [pruned, grown])
+@pytest.mark.parametrize("end", ["at once", "later"])
+def test_weights_that_get_other_names_or_shapes_end_no_run(change, end):
+    torch.manual_seed(0)
+    space = mf.Space(weight_decay=mf.Float(1e-4, 1e-1, log=True))
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = torch.randn(16, 4), torch.randint(0, 3, (16,))
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    tuner = mf.Tuner(model, optimizer, space, loss_fn, [batch], [batch], schedule=1, total_steps=40)
+    for n in range(10 if end == "at once" else 40):
+        if n == 9:
+            change(model, optimizer)
+        optimizer.zero_grad()
+        loss_fn(model, batch).backward()
+        optimizer.step()
+    last = float(loss_fn(model.eval(), batch).detach())
+    losses = tuner.finish()
+    assert losses["last"] == pytest.approx(last)
+    assert float(loss_fn(model, batch).detach()) == pytest.approx(min(losses.values()))

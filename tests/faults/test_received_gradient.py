@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import EXACT, Loop, found, noisy_loop, nothing, take_step, truth
+from loops import EXACT, Loop, data, found, noisy_loop, nothing, take_step, truth
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -428,11 +428,107 @@ def decay_by_hand(loop: Loop) -> None:
         p.mul_(0.99)
 
 
-@pytest.mark.parametrize(("between", "step"), [(nothing, sharpness_aware), (decay_by_hand, take_step)])
+def decay_by_data(loop: Loop) -> None:
+    """`.data` leaves no trace in the version of a tensor."""
+    for p in weights(loop):
+        p.data.mul_(0.99)
+
+
+def sharpness_aware_by_data(loop: Loop, batch: Any) -> None:
+    loop.optimizer.zero_grad()
+    loop.loss_fn(loop.model, batch).backward()
+    before = [p.data.clone() for p in weights(loop)]
+    for p in weights(loop):
+        p.data.add_(0.3 * p.grad / p.grad.norm())
+    loop.optimizer.zero_grad()
+    loop.loss_fn(loop.model, batch).backward()
+    for p, old in zip(weights(loop), before, strict=True):
+        p.data = old
+    loop.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("between", "step"),
+    [(nothing, sharpness_aware), (decay_by_hand, take_step), (nothing, sharpness_aware_by_data),
+     (decay_by_data, take_step)],
+)  # fmt: skip
 def test_weights_that_move_between_backward_and_step_are_refused_in_a_sentence(between, step):
     loop = noisy_loop(between=between, step=step).attach()
     with pytest.raises(mf.errors.UnknownGradient, match="weights must stand still between backward and step"):
         loop.run(12)
+    assert not loop.tuner.hyper_optimizer.given
+
+
+def in_each_pass(do: Callable[[Loop], Any], loop: Loop, batch: Any) -> None:
+    loop.optimizer.zero_grad()
+    for part in halves(batch):
+        (loop.loss_fn(loop.model, part) / 2).backward()
+        do(loop)
+    loop.optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.05}])
+@pytest.mark.parametrize("do", [clip, cut_off])
+def test_gradients_that_change_between_two_passes_are_refused_in_a_sentence(do, options):
+    loop = noisy_loop(step=partial(in_each_pass, do)).attach(**options)
+    with pytest.raises(mf.errors.UnknownGradient, match="between the passes that are accumulated"):
+        loop.run(20)
+    assert not loop.tuner.hyper_optimizer.given
+
+
+def accumulate_after_a_step_left_out(loop: Loop, batch: Any) -> None:
+    """The passes of a bad batch do not count."""
+    loop.optimizer.zero_grad()
+    for part in halves(batch):
+        loop.loss_fn(loop.model, part).backward()
+    clip_now_and_then(loop, batch)
+
+
+def test_the_passes_of_a_step_that_was_left_out_do_not_count():
+    build = partial(noisy_loop, step=accumulate_after_a_step_left_out, **WEIGHT_DECAY)
+    assert found(build, steps=5) == pytest.approx(truth(build, steps=5), rel=EXACT)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.trunk(x).tanh()
+        return self.first(hidden), self.second(hidden)
+
+
+def two_tasks() -> Loop:
+    """The second task has weight 0, so that its head has the gradient 0, and is clipped with the others."""
+    space = mf.Space(a=mf.Float(0, 1, init=0.0))
+
+    def loss(a: Any, model: nn.Module, batch: Any) -> Tensor:
+        first, second = model(batch[0])
+        return nn.functional.cross_entropy(first, batch[1]) + a * nn.functional.cross_entropy(
+            second, (batch[1] + 1) % 3
+        )
+
+    model = TwoHeads().double()
+    return Loop(
+        model, space, torch.optim.SGD(model.parameters(), lr=0.1), partial(loss, space["a"]), [data(12, 1)],
+        [data(20, 2)], clip, valid_loss_fn=partial(loss, 1.0),
+    )  # fmt: skip
+
+
+def test_weights_whose_gradient_is_zero_are_clipped_with_the_others():
+    assert found(two_tasks) == pytest.approx(truth(two_tasks), rel=EXACT)
+
+
+def clip_by_sum(loop: Loop) -> None:
+    nn.utils.clip_grad_norm_(weights(loop), 0.05, norm_type=1)
+
+
+def test_clipping_by_another_norm_is_not_taken_for_the_2_norm():
+    """In steady training the 2-norm of what is clipped by the sum of sizes hardly changes."""
+    loop = noisy_loop(between=clip_by_sum).attach()
+    with pytest.raises(mf.errors.UnknownGradient):
+        loop.run(30)
     assert not loop.tuner.hyper_optimizer.given
 
 
@@ -722,3 +818,14 @@ def test_muon_is_refused_for_what_the_loss_reads():
     loop.optimizer = torch.optim.Muon(matrices, lr=0.02)
     with pytest.raises(mf.errors.UnsupportedOptimizer, match="bfloat16"):
         loop.attach()
+
+
+def test_what_was_learned_of_a_clipping_loop_is_saved_and_loaded_by_torch(tmp_path):
+    """`torch.load` takes plain containers only."""
+    first = noisy_loop(between=clip).attach().run(4)
+    torch.save(first.tuner.state_dict(), tmp_path / "tuner.pt")
+    again = noisy_loop(between=clip).attach()
+    again.model.load_state_dict(first.model.state_dict())
+    again.tuner.load_state_dict(torch.load(tmp_path / "tuner.pt"))
+    again.run(1)
+    assert len(again.tuner.hyper_optimizer.given) == 1  # it knows the norm at once

@@ -183,6 +183,27 @@ def test_code_that_is_differentiable_once_only_is_differenced():
         hyper_step(smooth, middle=Fused, estimator=OneStep(mixed="double backward"))
 
 
+@pytest.mark.parametrize("how", ["no_grad", "detach"])
+def test_tangents_stop_where_gradients_do(how):
+    """A target that the model makes without gradients, as in self-distillation; the loss is linear."""
+
+    def distilled(space):
+        def loss(model, batch):
+            with torch.no_grad() if how == "no_grad" else nullcontext():
+                target = model(batch[0]).softmax(1)
+            student = model(1.3 * batch[0]).log_softmax(1)
+            distance = F.kl_div(student, target.detach(), reduction="batchmean")
+            likelihood = F.cross_entropy(model(batch[0]), batch[1])
+            return space["scale"].value * likelihood + space["penalty"].value * distance
+
+        return loss
+
+    found, t = hyper_step(distilled)
+    truth, _ = hyper_step(distilled, estimator=OneStep(mixed="double backward"))
+    assert t.mixed_partial == "forward mode"
+    torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-15)
+
+
 @pytest.mark.parametrize("half", ["first", "second"])
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_double_backward_that_runs_out_of_memory_becomes_a_difference(half, at, monkeypatch):

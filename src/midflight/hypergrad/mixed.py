@@ -11,11 +11,13 @@ the second term. For the first term, the mixed partial, there are three methods:
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from midflight._tensors import Tensors, add_scaled, leaves, norm
@@ -191,6 +193,15 @@ def knows_forward_mode(train_loss: TrainLoss, params: Tensors, values: Tensors) 
     return True
 
 
+class _NoTangentsUnderNoGrad(TorchFunctionMode):
+    """Makes `torch.no_grad` stop tangents as well; torch lets them through, unlike gradients."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        stopped = nullcontext() if torch.is_grad_enabled() else forward_ad._set_fwd_grad_enabled(False)
+        with stopped:
+            return func(*args, **(kwargs or {}))
+
+
 def _dual_value_grads(train_loss: TrainLoss, params: Tensors, tangents: Tensors, values: Tensors) -> Tensors:
     """Return dC1~/dlambda as dual numbers, for weights with the given tangents."""
     duals = {
@@ -198,7 +209,8 @@ def _dual_value_grads(train_loss: TrainLoss, params: Tensors, tangents: Tensors,
         for name, p in params.items()
     }
     try:
-        return value_grads(train_loss(duals, values), values)
+        with _NoTangentsUnderNoGrad():
+            return value_grads(train_loss(duals, values), values)
     except NotImplementedError as error:
         raise NoForwardMode(
             "each operation of the training loss must have a forward-mode derivative for this estimator, but "

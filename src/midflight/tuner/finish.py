@@ -27,6 +27,7 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
         name -> validation loss, the best first.
     """
     live = hyperstep.live
+    candidates = {name: at for name, at in candidates.items() if _fits(at, hyperstep.params())}
     tensors = {**dict(live.model.named_buffers()), **hyperstep.params()}
     found: dict[str, list[tuple[float, int]]] = {}
     batches = None if hyperstep.t2.repeats else list(hyperstep.t2.whole_pass())
@@ -47,6 +48,11 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
         for name, value in candidates.get(best, {}).items():
             tensors[name].copy_(value)
     return ranked
+
+
+def _fits(candidate: Tensors, params: Tensors) -> bool:
+    """Whether a candidate has all present weights; layers may have been pruned or replaced since."""
+    return all(name in candidate and candidate[name].shape == p.shape for name, p in params.items())
 
 
 def _means(found: Mapping[str, list[tuple[float, int]]]) -> dict[str, float]:

@@ -117,6 +117,10 @@ class ReceivedGradient:
         """Whether the loop sums gradients over several passes and then divides them by their number."""
         self._watched: list[str] = []
         self._weights: dict[str, tuple[Tensor, int]] = {}
+        self._samples: Tensors = {}
+        """Some entries of the weights at the last pass: a write by `.data` leaves no other trace."""
+        self._touched: Tensors = {}
+        """Whether a gradient was changed between two passes."""
         self._norms: dict[frozenset[str], float] = {}
         self._factors: dict[frozenset[str], list[tuple[float, float]]] = {}
 
@@ -130,7 +134,7 @@ class ReceivedGradient:
         for name, p in params.items():
             if p.requires_grad:
                 theirs = list((p._post_accumulate_grad_hooks or {}).items())
-                self._hooks.append(p.register_hook(self._note_part(name)))  # type: ignore[no-untyped-call]
+                self._hooks.append(p.register_hook(self._note_part(name, p)))  # type: ignore[no-untyped-call]
                 self._hooks.append(p.register_post_accumulate_grad_hook(self._note(name)))  # type: ignore[no-untyped-call]
                 for key, hook in theirs:  # the user's hooks, such as clipping, must run after ours
                     del p._post_accumulate_grad_hooks[key]
@@ -145,9 +149,17 @@ class ReceivedGradient:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._seen, self._passes, self._first, self._weights = [], {}, {}, {}, {}
+        self._samples, self._touched = {}, {}
 
-    def _note_part(self, name: str) -> Callable[[Tensor], None]:
+    def _note_part(self, name: str, p: Tensor) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
+            if p.grad is None:  # a new beginning: a skipped step may have left something
+                for found in (self._seen, self._passes, self._touched):
+                    found.pop(name, None)
+            elif name in self._seen and not p.grad.is_sparse:
+                now = _sample(p.grad.detach())
+                changed = (now != self._seen[name][:-2]).any() & now.any()
+                self._touched[name] = changed | self._touched.get(name, torch.zeros_like(changed))
             if name not in self._seen and not grad.is_sparse:
                 self._first[name] = _sample(grad).clone()
 
@@ -162,6 +174,7 @@ class ReceivedGradient:
                 self._seen[name] = _look(grad)
                 self._passes[name] = self._passes.get(name, 0) + 1
                 self._weights[name] = p, p._version
+                self._samples[name] = _sample(p.detach()).clone()
 
         return hook
 
@@ -179,8 +192,20 @@ class ReceivedGradient:
         self.examples = self._counter.count
         self.carried = any(bool(left.any()) for left in _fetched(self._first).values())
         passes = self.passes = max(self._passes.values(), default=1)
-        moved = [name for name, (p, version) in self._weights.items() if p._version != version]
+        standing = _fetched(self._samples)
+        after = _fetched({name: _sample(p.detach()) for name, (p, _) in self._weights.items()})
+        moved = [
+            name
+            for name, (p, version) in self._weights.items()
+            if p._version != version or not torch.equal(standing[name], after[name])
+        ]
+        touched = [name for name, flag in self._touched.items() if bool(flag)]
         self.rest()
+        if touched:
+            raise UnknownGradient(
+                f"gradients must be left alone between the passes that are accumulated, but {len(touched)} "
+                f"were changed there, such as that of {touched[0]}; clip and scale after the last pass."
+            )
         if moved:
             raise UnknownGradient(
                 f"weights must stand still between backward and step, but {len(moved)} were changed, such as "
@@ -203,6 +228,8 @@ class ReceivedGradient:
         ):
             return Clipped(limit=limit, grads=grads)
         groups = _together(ratios, tolerance)
+        if len(groups) == 1:  # weights whose gradient is 0 were clipped with the others
+            groups[0][1].extend(name for name in seen if name not in ratios)
         return self._of_groups(groups, grads, passes)
 
     def _require_untouched(self, grads: Tensors) -> None:
@@ -235,7 +262,8 @@ class ReceivedGradient:
             together = {name: grads[name] for name in names}
             size = _norm(together)
             try:
-                clipped = self._is_clipped(frozenset(names), ratio, size, passes)
+                rounding = max(1e-6, *(_tolerance(grads[name]) for name in names))
+                clipped = self._is_clipped(frozenset(names), ratio, size, passes, rounding)
             except UnknownGradient as error:  # go on: the factors of the other groups are needed next time
                 unknown = error
                 continue
@@ -252,7 +280,9 @@ class ReceivedGradient:
             raise unknown
         return Clipped(norms=norms, factors=factors) if norms or factors else None
 
-    def _is_clipped(self, names: frozenset[str], ratio: float, size: float, passes: int) -> bool:
+    def _is_clipped(
+        self, names: frozenset[str], ratio: float, size: float, passes: int, rounding: float
+    ) -> bool:
         """Whether the common factor of these weights came from clipping, not from a constant factor."""
         if any(abs(size / norm - 1) < SAME_NORM for norm in (self._max_norm, self._norms.get(names)) if norm):
             return True
@@ -266,7 +296,8 @@ class ReceivedGradient:
                 "constant factor; the next hyper-step will tell, or pass max_grad_norm=."
             )
         same_ratio = all(abs(r / ratio - 1) < SAME for r, _ in known)
-        same_size = all(abs(s / size - 1) < SAME for _, s in known)
+        limit = size + EPSILON * ratio  # clipping by another norm than the 2-norm keeps nearly the same size
+        same_size = all(abs((s + EPSILON * r) / limit - 1) < rounding for r, s in known)
         if same_size and not same_ratio:
             self._norms[names] = size
             return True
@@ -286,13 +317,17 @@ class ReceivedGradient:
 
     def state_dict(self) -> dict[str, Any]:
         """The norms and factors learned so far about the loop."""
-        factors = {k: list(v) for k, v in self._factors.items()}
-        return {"norms": dict(self._norms), "factors": factors, "divides": self._divides}
+        return {
+            "norms": [(sorted(names), norm) for names, norm in self._norms.items()],
+            "factors": [(sorted(names), list(seen)) for names, seen in self._factors.items()],
+            "divides": self._divides,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict`."""
-        self._norms, self._divides = dict(state["norms"]), state["divides"]
-        self._factors = {k: list(v) for k, v in state["factors"].items()}
+        self._divides = state["divides"]
+        self._norms = {frozenset(names): norm for names, norm in state["norms"]}
+        self._factors = {frozenset(names): [tuple(s) for s in seen] for names, seen in state["factors"]}
 
 
 def calling_scaler() -> torch.amp.GradScaler | None:

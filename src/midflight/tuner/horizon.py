@@ -214,6 +214,9 @@ class Averaged:
         # in half precision the small changes of an average would be rounded away
         now = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for n, p in params.items()}
         self._dtypes = {name: p.dtype for name, p in params.items()}
+        if any(name not in now or now[name].shape != a.shape for name, a in self._average.items()):
+            self._average, self.best, self._best_loss = {}, {}, math.inf  # of other weights: pruned, grown
+            self._mean, self._weight = {}, 0.0
         known = [name for name in now if name in self._average]
         if known:
             torch._foreach_lerp_(
@@ -291,7 +294,7 @@ class Averaged:
         return params | {
             name: self._average[name].lerp(p.to(self._average[name]), self.extrapolation).to(p)
             for name, p in params.items()
-            if name in self._average
+            if name in self._average and self._average[name].shape == p.shape
         }
 
     @torch.no_grad()
@@ -305,7 +308,7 @@ class Averaged:
         share = 1 / self._weight
         for name, now in v.items():
             mean = self._mean.get(name)
-            if mean is None:
+            if mean is None or mean.shape != now.shape:
                 self._mean[name] = now.to(KEPT_MEAN.get(now.dtype, now.dtype), copy=True)
             else:
                 mean.copy_(now.mul_(share).add_(mean, alpha=1 - share))

@@ -182,8 +182,10 @@ def weights_at(params: Mapping[str, Tensor], at: Tensors) -> Iterator[None]:
     """The parameters hold other values, then their own storage again, bit for bit.
 
     The swap goes through `.data`: graphs recorded before stay valid, tied weights stay tied, and
-    a weight need not belong to the model.
+    a weight need not belong to the model. Values of weights that are gone, or have another shape, are left
+    out.
     """
+    at = {name: value for name, value in at.items() if name in params and params[name].shape == value.shape}
     before = {name: params[name].data for name in at}
     try:
         for name, value in at.items():
