@@ -158,7 +158,8 @@ class ReceivedGradient:
                     found.pop(name, None)
             elif name in self._seen and not p.grad.is_sparse:
                 now = _sample(p.grad.detach())
-                changed = (now != self._seen[name][:-2]).any() & now.any()
+                before = self._seen[name][:-2]
+                changed = ((now != before) & ~(now.isnan() & before.isnan())).any() & now.any()
                 self._touched[name] = changed | self._touched.get(name, torch.zeros_like(changed))
             if name not in self._seen and not grad.is_sparse:
                 self._first[name] = _sample(grad).clone()
@@ -197,7 +198,7 @@ class ReceivedGradient:
         moved = [
             name
             for name, (p, version) in self._weights.items()
-            if p._version != version or not torch.equal(standing[name], after[name])
+            if p._version != version or not _equal(standing[name], after[name])
         ]
         touched = [name for name, flag in self._touched.items() if bool(flag)]
         self.rest()
@@ -215,7 +216,7 @@ class ReceivedGradient:
         if any(bool(g.any()) for g in unseen.values()):
             self._require_untouched(unseen)
         before, after = _fetched(seen), _fetched({name: _look(grads[name]) for name in seen})
-        if all(torch.equal(before[name], after[name]) for name in seen):
+        if all(_equal(before[name], after[name]) for name in seen):
             return None
         scale = loss_scale()
         ratios = _ratios(before, after, scale)
@@ -373,11 +374,17 @@ def _look(grad: Tensor) -> Tensor:
 def _fetched(vectors: Tensors) -> Tensors:
     """The vectors in float64 on the CPU; one transfer from each device, for each waits for it."""
     found: Tensors = {}
-    for device in {v.device for v in vectors.values()}:
-        there = {name: v for name, v in vectors.items() if v.device == device}
-        parts = torch.cat([v.double() for v in there.values()]).cpu().split([len(v) for v in there.values()])  # type: ignore[no-untyped-call]
+    for kind in {(v.device, v.dtype) for v in vectors.values()}:
+        there = {name: v for name, v in vectors.items() if (v.device, v.dtype) == kind}
+        whole = torch.cat(list(there.values())).double().cpu()
+        parts = whole.split([len(v) for v in there.values()])  # type: ignore[no-untyped-call]
         found |= dict(zip(there, parts, strict=True))
     return {name: found[name] for name in vectors}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two vectors on the CPU are equal, NaN to NaN."""
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _ratios(before: Tensors, after: Tensors, scale: float) -> dict[str, tuple[float, float, float, float]]:
