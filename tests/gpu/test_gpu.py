@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import midflight as mf
 from midflight.gradcheck.oracles import derivative
+from once_only import Fused
 
 pytestmark = pytest.mark.gpu
 SCRIPT = Path(__file__).parents[2] / "examples/train_gpt.py"
@@ -174,25 +175,6 @@ def test_a_kernel_on_which_the_model_insists_is_replaced(kernel):
     print(kernel, method, relative_error(found, truth))
     assert method == "double backward"
     assert relative_error(found, truth) < 0.1
-
-
-class OnceOnly(torch.autograd.Function):
-    """tanh that is differentiable once only."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return g / ctx.saved_tensors[0].cosh() ** 2
-
-
-class Fused(nn.Module):
-    def forward(self, x):
-        return OnceOnly.apply(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

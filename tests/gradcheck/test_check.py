@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import midflight as mf
+from once_only import Fused
 
 X, Y = torch.randn(40, 8), torch.randint(0, 3, (40,))
 
@@ -207,21 +208,6 @@ def test_an_in_place_operation_is_explained():
 
 
 def test_an_operation_that_is_differentiable_once_only_is_explained():
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x.tanh()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, g):
-            return g / ctx.saved_tensors[0].cosh() ** 2
-
-    class Fused(nn.Module):
-        def forward(self, x):
-            return Once.apply(x)
-
     s = space()
     report = checked(network(s, Fused()), s)
     assert any("differentiable once only" in hint for hint in report.hints)

@@ -22,9 +22,7 @@ SPEC = preset(
 NETWORK = SPEC.networks[0]
 
 
-on_gpu = pytest.param(
-    "adam", "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-)
+on_gpu = pytest.param("adam", "cuda", marks=pytest.mark.gpu)
 
 
 def without_draws(self, x):

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from midflight.hypergrad.one_step import OneStep
 from midflight.tuner import mixed_partial
 from midflight.tuner.live import with_tensors
 from midflight.updates import read_options, rule_for
+from once_only import Fused
 
 _DATA = torch.Generator().manual_seed(0)
 X = torch.randn(32, 6, dtype=torch.float64, generator=_DATA)
@@ -58,11 +60,15 @@ def sgd(params):
     return torch.optim.SGD(params, lr=0.5, momentum=0.9)
 
 
-def hyper_step(make_loss, part=WHOLE, middle=nn.Tanh, make=adam, **options):
-    """(hypergradients, the tuner) of one hyper-step in the middle of a training on the whole batch."""
+def hyper_step(make_loss, part=WHOLE, middle=nn.Tanh, make=adam, build=None, **options):
+    """(hypergradients, the tuner) of one hyper-step in the middle of a training on the whole batch.
+
+    The model is a perceptron with this middle layer, or what `build` gives.
+    """
     torch.manual_seed(0)
     s = space()
-    model = nn.Sequential(nn.Linear(6, 8), middle(), nn.Linear(8, 3)).double()
+    perceptron = partial(nn.Sequential, nn.Linear(6, 8), middle(), nn.Linear(8, 3))
+    model = (build or perceptron)().double()
     optimizer, loss = make(model.parameters()), make_loss(s)
     t = tuner(
         model, optimizer, s, loss, train_loader=[part], valid_loader=[(X.flip(0), Y)],
@@ -156,25 +162,6 @@ def test_the_three_ways_agree(loss, way, tolerance):
     torch.testing.assert_close(asked, chosen, rtol=tolerance, atol=0)
 
 
-class OnceOnly(torch.autograd.Function):
-    """tanh whose derivative cannot be differentiated again, as in fused kernels."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return g / ctx.saved_tensors[0].cosh() ** 2
-
-
-class Fused(nn.Module):
-    def forward(self, x):
-        return OnceOnly.apply(x)
-
-
 def test_code_that_is_differentiable_once_only_is_differenced():
     found, t = hyper_step(smooth, middle=Fused)
     assert t.mixed_partial == "difference"
@@ -191,8 +178,10 @@ def test_tangents_stop_where_gradients_do(how):
         def loss(model, batch):
             with torch.no_grad() if how == "no_grad" else nullcontext():
                 target = model(batch[0]).softmax(1)
+            if how == "detach":
+                target = target.detach()
             student = model(1.3 * batch[0]).log_softmax(1)
-            distance = F.kl_div(student, target.detach(), reduction="batchmean")
+            distance = F.kl_div(student, target, reduction="batchmean")
             likelihood = F.cross_entropy(model(batch[0]), batch[1])
             return space["scale"].value * likelihood + space["penalty"].value * distance
 
@@ -308,17 +297,9 @@ def test_a_kernel_on_which_the_model_insists_is_replaced():
                 with sdpa_kernel(kernel):
                     return self.last(F.scaled_dot_product_attention(q, k, v).flatten(1))
 
-        torch.manual_seed(0)
-        s = space()
-        model = Insists().double()
-        optimizer, loss = torch.optim.Adam(model.parameters(), lr=0.05), smooth(s)
-        t = tuner(
-            model, optimizer, s, loss, train_loader=[WHOLE], valid_loader=[(X.flip(0), Y)],
-            valid_loss_fn=cross_entropy, schedule=4, hyper_optimizer=Recorder,
-        )  # fmt: skip
-        train(model, optimizer, 4, WHOLE, loss)
+        hypergradients, t = hyper_step(smooth, build=Insists)
         assert t.mixed_partial == "double backward"
-        found.append(torch.stack(t.hyper_optimizer.seen[0]))
+        found.append(hypergradients)
     torch.testing.assert_close(found[1], found[0], rtol=1e-7, atol=0)
 
 
@@ -328,18 +309,10 @@ def test_a_checkpoint_changes_nothing(reentrant):
         def forward(self, x):
             return self[4](checkpoint(nn.Sequential(*self[1:4]), self[0](x), use_reentrant=reentrant))
 
-    found = []
-    for kind in (nn.Sequential, Checkpointed):
-        torch.manual_seed(0)
-        s = space()
-        model = kind(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-        t = tuner(
-            model, optimizer, s, smooth(s), train_loader=[WHOLE], valid_loader=[(X.flip(0), Y)],
-            valid_loss_fn=cross_entropy, schedule=4, hyper_optimizer=Recorder,
-        )  # fmt: skip
-        train(model, optimizer, 4, WHOLE, smooth(s))
-        found.append(torch.stack(t.hyper_optimizer.seen[0]))
+    def build(kind):
+        return kind(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    found = [hyper_step(smooth, build=partial(build, kind))[0] for kind in (nn.Sequential, Checkpointed)]
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)
 
 
@@ -357,20 +330,9 @@ def test_attention_whose_fused_kernels_are_differentiable_once_only_needs_no_dif
                 return self.last(((q @ k.mT / 3**0.5).softmax(-1) @ v).flatten(1))
             return self.last(F.scaled_dot_product_attention(q, k, v).flatten(1))
 
-    found = []
-    for by_hand in (True, False):
-        torch.manual_seed(0)
-        s = space()
-        model = Attention(by_hand).double()
-        optimizer, loss = torch.optim.Adam(model.parameters(), lr=0.05), smooth(s)
-        t = tuner(
-            model, optimizer, s, loss, train_loader=[WHOLE], valid_loader=[(X.flip(0), Y)],
-            valid_loss_fn=cross_entropy, schedule=4, hyper_optimizer=Recorder,
-        )  # fmt: skip
-        train(model, optimizer, 4, WHOLE, loss)
-        found.append(torch.stack(t.hyper_optimizer.seen[0]))
+    (written_out, _), (fused, t) = (hyper_step(smooth, build=partial(Attention, by)) for by in (True, False))
     assert t.mixed_partial == "double backward"
-    torch.testing.assert_close(found[1], found[0], rtol=1e-7, atol=0)
+    torch.testing.assert_close(fused, written_out, rtol=1e-7, atol=0)
 
 
 def test_linear_losses_with_batch_norm_and_many_weights_need_no_double_backward():

@@ -12,7 +12,6 @@ import midflight as mf
 from midflight.updates import RULES
 
 N, STEPS = 3, 24
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STARTS = {"weight_decay": [1e-4, 1e-3, 3e-2], "noise": [0.1, 0.4, 0.9], "smoothing": [[0.0], [0.1], [0.2]]}
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
@@ -117,7 +116,7 @@ def test_each_member_trains_and_tunes_as_it_would_alone(optimizer, bind, estimat
     members_equal_loops(optimizer, bind, estimator)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     ("optimizer", "bind", "estimator"),
     [
@@ -169,7 +168,7 @@ class Copied(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_so_it_does_on_a_gpu():
     members_equal_loops("adam", ["weight_decay"], "one_step", "cuda")
 

@@ -27,6 +27,11 @@ from midflight.updates import pull_back
 
 METHODS = ("double backward", "forward mode", "difference")
 
+_TF32 = 2.0**-10
+"""The rounding unit of TF32, which torch has no type for."""
+_HALF = 1e-5
+"""A larger rounding unit is that of half precision or TF32."""
+
 
 def pullback(step: Step, v: Tensors) -> Tensors:
     """Return the hypergradient for v = dC2/dtheta'.
@@ -143,10 +148,6 @@ def rounding_of(loss: Callable[[], object], params: Tensors) -> float:
         if torch.get_float32_matmul_precision() != "highest":
             units.append(torch.finfo(torch.bfloat16).eps)
     return max(units)
-
-
-_TF32 = 2.0**-10
-_HALF = 1e-5  # what lies above is half precision, or TF32
 
 
 class _Dtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]

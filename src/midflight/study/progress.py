@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,7 +17,7 @@ from rich.progress import (
 from rich.text import Text
 
 from midflight.study.run import EpochDone
-from midflight.study.spec import Arm, Spec, widths
+from midflight.study.spec import Arm, Spec, products
 from midflight.study.store import Row
 
 
@@ -55,8 +54,7 @@ class StudyProgress:
         self._progress.update(self._work, completed=done)
 
     def _cost(self, arm: Arm) -> float:
-        sizes = [784, *widths(arm.network), 10]
-        return sum(a * b for a, b in pairwise(sizes)) / 1e6
+        return products(arm.network) / 1e6
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from midflight._processes import begin_worker
 from midflight.errors import MidflightError
 from midflight.study.arm import Data, Point, mlp, prepare, run_arm
 from midflight.study.cohort import cohorts, run_cohort
-from midflight.study.spec import Arm, Spec, widths
+from midflight.study.spec import Arm, Spec, products, widths
 from midflight.study.store import Row, Store
 
 
@@ -144,9 +143,8 @@ LONG = 3600.0
 def may_be_long(spec: Spec, workers: int) -> bool:
     """Whether a study could take over an hour on a slow machine; if so, measure it."""
     arms = len(list(spec.arms())) / len(spec.networks)
-    weights = sum(m * n for network in spec.networks for m, n in pairwise([784, *widths(network), 10]))
     # one step of each network: 1 ms of overhead each, and 3 passes at 10^9 multiply-adds per second
-    slow = 1e-3 * len(spec.networks) + 3 * spec.batch * weights / 1e9
+    slow = 1e-3 * len(spec.networks) + 3 * spec.batch * sum(map(products, spec.networks)) / 1e9
     return slow * spec.steps() * arms / workers > LONG
 
 

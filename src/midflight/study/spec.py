@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -172,6 +173,11 @@ def widths(network: str) -> list[int]:
     """Return [500, 300] for "500-300", and [] for a malformed text."""
     parts = network.split("-")
     return [int(p) for p in parts] if all(p.isdigit() and int(p) > 0 for p in parts) else []
+
+
+def products(network: str) -> int:
+    """Return the multiply-adds of a forward pass on one image of 784 pixels; biases are left out."""
+    return sum(m * n for m, n in pairwise([784, *widths(network), 10]))
 
 
 def differences(a: Spec, b: Spec) -> list[str]:

@@ -165,11 +165,11 @@ class MixedPartial:
 
         def mixed_partial(w: Tensors) -> Tensors:
             nonlocal along
-            try:
-                return along(w) if along else self._difference(batch, params, w)
-            except failures:
-                pass  # the graph must be gone before the difference needs memory
-            along, self.method = None, DIFFERENCE
+            if along is not None:
+                try:
+                    return along(w)
+                except failures:  # the graph goes with `along`, before the difference needs memory
+                    along, self.method = None, DIFFERENCE
             self._randomness.rewind(states)
             return self._difference(batch, params, w)
 
