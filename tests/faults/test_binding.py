@@ -457,3 +457,48 @@ def test_known_wrappers_are_seen_through(package):
     loop.attach()
     loop.optimizer = held
     assert used(loop, 2) == pytest.approx([0.05] * 2)
+
+
+# --- what an option is written as ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", [1e-3, 3e-2, 0.1])
+def test_an_option_that_has_not_moved_is_what_the_user_wrote_to_the_last_digit(init):
+    loop = loop_of(mf.Space(lr=mf.Float(1e-4, 1, log=True, init=init), dtype=torch.float32))
+    seen = []
+    loop.attach()
+    loop.optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
+    loop.run(1)
+    assert seen == [init]
+    assert float(loop.space["lr"]) == init
+    loop.space.set(lr=0.07)
+    assert loop.space.as_dict() == {"lr": 0.07}
+    loop.space["lr"].raw.add_(0.1)
+    assert 0.07 < float(loop.space["lr"]) < 0.5
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.99), [0.9, 0.99], (torch.tensor(0.9), torch.tensor(0.99))])
+def test_betas_stay_of_the_type_that_the_user_gave(betas):
+    loop = loop_of(mf.Space(beta1=mf.Float(0.5, 0.99, init=0.8)), torch.optim.Adam)
+    loop.optimizer.param_groups[0]["betas"] = betas
+    seen = []
+    loop.attach()
+    loop.optimizer.register_step_pre_hook(lambda o, *_: seen.append(float(o.param_groups[0]["betas"][0])))
+    loop.run(1)  # later, the tuner's hook is the last
+    assert seen[-1] == pytest.approx(0.8)
+    now = loop.optimizer.param_groups[0]["betas"]
+    assert type(now) is type(betas)
+    assert [type(b) for b in now] == [type(b) for b in betas]
+    assert [float(b) for b in now] == pytest.approx([0.9, 0.99])
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_momentum_of_one_cycle_counts_from_its_maximum_in_either_order(before):
+    loop = loop_of(mf.Space(momentum=mf.Float(0.1, 0.99, init=0.8)), torch.optim.SGD, momentum=0.9)
+    loop = loop if before else loop.attach()
+    torch.optim.lr_scheduler.OneCycleLR(loop.optimizer, max_lr=0.1, total_steps=20, max_momentum=0.95)
+    loop = loop.attach() if before else loop
+    seen = []
+    loop.optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["momentum"]))
+    loop.run(1)  # later, the tuner's hook is the last
+    assert seen[-1] == pytest.approx(0.8)

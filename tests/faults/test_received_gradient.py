@@ -467,6 +467,39 @@ def in_each_pass(do: Callable[[Loop], Any], loop: Loop, batch: Any) -> None:
     loop.optimizer.step()
 
 
+@torch.no_grad()
+def clamp_weights(loop: Loop) -> None:
+    for p in weights(loop):
+        p.clamp_(-0.05, 0.05)
+
+
+def normalise_rows(loop: Loop) -> None:
+    first = weights(loop)[0]
+    first.data /= first.data.norm(dim=1, keepdim=True)
+
+
+def look_at_an_average(loop: Loop) -> None:
+    for p in weights(loop):
+        own, p.data = p.data, p.data.lerp(torch.zeros_like(p), 0.5)
+        p.data = own.clone()
+
+
+def and_then(after: Callable[[Loop], None], loop: Loop, batch: Any) -> None:
+    take_step(loop, batch)
+    after(loop)
+
+
+@pytest.mark.parametrize("after", [clamp_weights, normalise_rows])
+def test_weights_that_are_changed_after_a_step_are_said_once(after):
+    with pytest.warns(UserWarning, match="changed between two optimiser steps") as said:
+        found(partial(noisy_loop, step=partial(and_then, after)), steps=6)
+    assert len(said) == 1
+
+
+def test_weights_that_are_exchanged_and_put_back_are_no_change():
+    found(partial(noisy_loop, step=partial(and_then, look_at_an_average)), steps=6)
+
+
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.05}])
 @pytest.mark.parametrize("do", [clip, cut_off])
 def test_gradients_that_change_between_two_passes_are_refused_in_a_sentence(do, options):
@@ -593,8 +626,7 @@ def own_scale(loop: Loop, batch: Any, scale: float = 1024.0, norm: float = 0.0) 
 SCALED: dict[str, tuple[Callable[[Loop, Any], None], float]] = {
     "accumulated as a sum": (partial(accumulate, each=1.0), 2),
     "accumulated as a sum and clipped": (partial(accumulate, each=1.0, norm=0.1), 2),
-    "loss scaled by hand": (own_scale, 1024),
-    "loss scaled by hand, and clipped": (partial(own_scale, norm=0.1), 1024),
+    "loss scaled by hand": (own_scale, 1),
 }
 
 
@@ -604,6 +636,47 @@ def test_where_loop_and_loss_fn_differ_by_a_factor_the_hypergradient_does_too(ki
     build = partial(noisy_loop, step=step, **WEIGHT_DECAY)
     right = truth(build)
     assert found(build) == pytest.approx({**right, "noise": right["noise"] / factor}, rel=EXACT)
+
+
+def test_a_hook_of_the_user_that_clips_may_come_after_the_tuner():
+    def build() -> Loop:
+        loop = noisy_loop(**WEIGHT_DECAY)
+        loop.arguments = {"max_grad_norm": 0.1}
+        return loop
+
+    torch.manual_seed(0)
+    loop = build().attach()
+    loop.optimizer.register_step_pre_hook(lambda *_: clip(loop))
+    loop.run(1)
+    assert loop.tuner.hyper_optimizer.given == []  # what the clipping will do is not known yet
+    loop.run(3)
+
+    def clipping() -> Loop:
+        other = build()
+        other.between = clip
+        return other
+
+    assert loop.hypergradients() == pytest.approx(truth(clipping, steps=3), rel=0.05)
+
+
+def test_a_loss_scaled_by_hand_and_clipped_is_refused_in_a_sentence():
+    with pytest.raises(mf.errors.UnknownGradient, match="[0-9]+ times as long as that of loss_fn"):
+        found(partial(noisy_loop, step=partial(own_scale, norm=0.1)), steps=30)
+
+
+def test_a_gradient_unscaled_by_a_scaler_that_does_not_call_the_optimiser_is_right():
+    """Adam and its weight decay mix both gradients: one of them at the scale of the other would be seen."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+
+    def step(loop: Loop, batch: Any) -> None:
+        loop.optimizer.zero_grad()
+        scaler.scale(loop.loss_fn(loop.model, batch)).backward()
+        scaler.unscale_(loop.optimizer)
+        scaler._per_optimizer_states.clear()
+        loop.optimizer.step()
+
+    build = partial(noisy_loop, torch.optim.Adam, step=step, **WEIGHT_DECAY)
+    assert found(build) == pytest.approx(truth(build), rel=EXACT)
 
 
 def test_a_sum_over_accumulated_batches_is_right_if_loss_fn_says_so():

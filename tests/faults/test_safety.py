@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -537,3 +538,59 @@ def test_a_hyperstep_that_leaves_a_trace_is_found_out(twin, monkeypatch):
     finally:
         monkeypatch.undo()
         torch.set_autocast_cache_enabled(True)
+
+
+class MomentumEncoder(nn.Module):
+    """Keeps more than weights and buffers: each training pass writes to all of it."""
+
+    def __init__(self, level: mf.Hyperparameter) -> None:
+        super().__init__()
+        self.level = level
+        self.words = nn.Embedding(10, 5, max_norm=1.0)
+        self.head = nn.Linear(5, 3)
+        self.key = nn.Linear(5, 3).requires_grad_(False)
+        self.queue = deque(maxlen=3)
+        self.history: list[Tensor] = []
+        self.counts: dict[str, int] = {}
+        self.tables = {"sum": torch.zeros(3)}
+        self.mean = torch.zeros(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.words(x).mean(1)
+        out = self.head(h + self.level * torch.ones(5))
+        with torch.no_grad():
+            for mine, theirs in zip(self.key.parameters(), self.head.parameters(), strict=True):
+                mine.lerp_(theirs, 0.1)
+            target = self.key(h)
+            self.mean.lerp_(target.mean(0), 0.5)
+            self.tables["sum"].add_(target.sum(0))
+            self.queue.append(target.mean())
+            self.history.append(target.sum())
+            self.counts["passes"] = self.counts.get("passes", 0) + 1
+            past = sum(self.queue) + sum(self.history) + self.counts["passes"] + self.tables["sum"]
+        return out + 0.01 * (target + self.mean + past)
+
+
+def encoded(steps: int, tuned: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    space = mf.Space(level=mf.Float(0, 1, init=0.3))
+    model = MomentumEncoder(space["level"])
+    batches = [(torch.randint(10, (8, 4)), torch.randint(3, (8,))) for _ in range(3)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    if tuned:
+        mf.Tuner(model, optimizer, space, loss_fn, batches, batches, schedule=1, hyper_optimizer=Still)
+    for i in range(steps):
+        optimizer.zero_grad()
+        loss_fn(model, batches[i % 3]).backward()
+        optimizer.step()
+    kept = {"queue": list(model.queue), "history": model.history, "mean": model.mean, "counts": model.counts}
+    return {**model.state_dict(), **kept, "sum": model.tables["sum"]}
+
+
+@pytest.mark.filterwarnings("ignore:1 weights, such as words.weight, were changed")  # by max_norm
+def test_whatever_a_forward_pass_writes_to_its_modules_is_put_back():
+    torch.testing.assert_close(encoded(6, tuned=True), encoded(6, tuned=False), rtol=0, atol=0)

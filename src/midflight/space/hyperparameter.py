@@ -66,6 +66,7 @@ class Hyperparameter:
             )
         self.raw = torch.full(spec.shape, 0.5, dtype=dtype)
         self._seen: Tensor | None = None
+        self._given: tuple[Tensor, Tensor] | None = None
         if spec.init is not None:
             self.set(spec.init)
 
@@ -75,11 +76,22 @@ class Hyperparameter:
 
     def set(self, value: Value) -> None:
         """Set the value; raise `SpaceError` outside [low, high] or for another shape."""
+        given = self.spec.check(value)
         with torch.no_grad():
-            self.raw.copy_(self.transform.raw(self.spec.check(value)).clamp(0, 1))
+            self.raw.copy_(self.transform.raw(given).clamp(0, 1))
+        self._given = self.raw.detach().clone(), given
+
+    def tolist(self) -> Any:
+        """Return the current value as a number or nested lists; as it was set, to the last digit, until it
+        moves."""
+        if self._seen is None and self._given is not None:
+            raw, given = self._given
+            if raw.dtype == self.raw.dtype and torch.equal(raw, self.raw.detach().to(raw.device)):
+                return given.tolist()
+        return self.value.detach().tolist()
 
     def __float__(self) -> float:
-        return float(self.value.detach())
+        return float(self.tolist()) if self.value.ndim == 0 else float(self.value.detach())
 
     def __int__(self) -> int:
         return int(float(self))
@@ -89,10 +101,10 @@ class Hyperparameter:
         return float(self)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        return np.array(self.value.detach().tolist(), dtype=dtype)
+        return np.array(self.tolist(), dtype=dtype)
 
     def __format__(self, spec: str) -> str:
-        return format(self.value.detach().tolist(), spec) if spec else repr(self)
+        return format(self.tolist(), spec) if spec else repr(self)
 
     def __round__(self, digits: int | None = None) -> float:
         return round(float(self), digits)

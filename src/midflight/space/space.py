@@ -68,7 +68,7 @@ class Space:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the current values as numbers, or as nested lists for a hyperparameter with a shape."""
-        return {name: entry.value.detach().tolist() for name, entry in self._entries.items()}
+        return {name: entry.tolist() for name, entry in self._entries.items()}
 
     def set(self, **values: Value) -> None:
         """Set the named hyperparameters to these values; raise `SpaceError` outside their bounds."""

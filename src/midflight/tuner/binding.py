@@ -253,7 +253,7 @@ class Binding:
             version = id(raw), raw._version
             if self._versions.get(name) != version:
                 self._versions[name] = version
-                self._known[name] = self._space[name].value.detach().tolist()
+                self._known[name] = self._space[name].tolist()
         return self._known
 
     def _catch_up(self) -> None:
@@ -267,11 +267,10 @@ class Binding:
             for option in self._bound_options():
                 if (key, option) in self._left:
                     self._take_back(group, option, *self._left[key, option])
-            scheduled = _scheduled(group)
-            if scheduled and key in self._schedules and scheduled != self._schedules[key]:
+            if key in self._schedules and (scheduled := _scheduled(group)) != self._schedules[key]:
                 for (_, option), known in self._references.items():
-                    if option == "lr" and key in known:
-                        known[key] = scheduled.get("max_lr", scheduled.get("initial_lr", known[key]))
+                    if key in known:
+                        known[key] = _at_factor_one(scheduled, option, known[key])
         self._left = {}
 
     def _require_known(self) -> None:
@@ -340,9 +339,16 @@ class Binding:
             for option in _parts(bound):
                 now = self._settings(option)
                 left = self._left_references(option, now)
-                found[name, option] = (
-                    self._of_schedule(name, now, say) if option == "lr" and not left else {**now, **left}
-                )
+                if left:
+                    found[name, option] = {**now, **left}
+                elif option == "lr":
+                    found[name, option] = self._of_schedule(name, now, say)
+                else:
+                    groups = {key: group for key, group in self._groups() if now[key]}
+                    found[name, option] = now | {
+                        key: _at_factor_one(_scheduled(group), option, now[key])
+                        for key, group in groups.items()
+                    }
         return found
 
     def _settings(self, option: str) -> dict[Key, float]:
@@ -369,9 +375,8 @@ class Binding:
         """
         known = dict(now)
         for key, group in self._groups():
-            scheduled = _scheduled(group)
             if "lr" in self.rules[key[0]].tunable:
-                known[key] = scheduled.get("max_lr", scheduled.get("initial_lr", now[key]))
+                known[key] = _at_factor_one(_scheduled(group), "lr", now[key])
         stepped = any(getattr(self._optimizers[o], "_opt_called", False) for o, _ in now)
         if not stepped or known == now:
             return known
@@ -442,13 +447,20 @@ def _parts(option: str) -> tuple[str, ...]:
 
 def _rounded(group: Mapping[str, Any], option: str, value: float) -> float:
     """What a group says once this value is written into it."""
-    now = group.get(option)
+    betas = group.get("betas", ())
+    now = betas[option == "beta2"] if option in ("beta1", "beta2") else group.get(option)
     return float(torch.tensor(value, dtype=now.dtype)) if isinstance(now, Tensor) else float(value)
 
 
+_SCHEDULED = {"lr": ("max_lr", "initial_lr"), "momentum": ("max_momentum",), "beta1": ("max_momentum",)}
+"""Option -> where torch's schedulers note in a group what it is at factor 1."""
+
+
 def _scheduled(group: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        key: float(group[key])
-        for key in ("initial_lr", "max_lr")
-        if isinstance(group.get(key), float | int | Tensor)
-    }
+    """What torch's schedulers noted in a group."""
+    keys = {key for noted in _SCHEDULED.values() for key in noted}
+    return {key: float(group[key]) for key in keys if isinstance(group.get(key), float | int | Tensor)}
+
+
+def _at_factor_one(scheduled: Mapping[str, float], option: str, otherwise: float) -> float:
+    return next((scheduled[key] for key in _SCHEDULED.get(option, ()) if key in scheduled), otherwise)

@@ -14,6 +14,7 @@ from midflight._tensors import all_finite
 from midflight.errors import UnknownGradient
 from midflight.space import Space
 from midflight.tuner.diagnostics import PATIENCE, Bounds, Reach
+from midflight.tuner.gradient import StandingWeights
 from midflight.tuner.horizon import Horizon
 from midflight.tuner.hyper_optimizer import MakeOptimizer, Move, SignSteps
 from midflight.tuner.hyperstep import HyperStep, HyperStepResult
@@ -58,6 +59,7 @@ class Controller:
         """Whether the coming optimiser step has a hyper-step."""
         self._result: HyperStepResult | None = None
         self._versions: list[tuple[Tensor, int]] = []
+        self._standing = StandingWeights()
         self._schedule.begin(total_steps)
         self.trajectory.record(0, space)
 
@@ -84,6 +86,7 @@ class Controller:
             UnknownGradient: it could not be told what happened to the gradient, again and again.
             UnreachedHyperparameter: a hyperparameter never reaches the loss or the optimiser.
         """
+        self._standing.compare()
         if self.due and first:
             try:
                 with signals_wait():
@@ -119,6 +122,9 @@ class Controller:
                 busy = self.horizon.follow(self._hyperstep.params(), self.steps, self.progress())
             if result is not None:
                 self._apply(result)
+                if self.hypersteps.bit_count() == 1:  # at 1, 2, 4, 8, ...: it costs a look at all weights
+                    params = self._hyperstep.params().items()
+                    self._standing.note({name: p for name, p in params if p.grad is not None})
         finally:
             self._plan(hyper, busy)
         return result is not None
@@ -141,6 +147,7 @@ class Controller:
             self.trajectory = Trajectory()
             self.trajectory.record(self.steps, self._space)
         self._result = None
+        self._standing.forget()
         self._plan(hyper=False)
 
     def require_fitting(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from itertools import islice
 from types import FunctionType, MethodType, ModuleType
@@ -266,6 +267,8 @@ def _arrays(batch: Any) -> Iterator[Any]:
     elif isinstance(batch, list | tuple):
         for value in batch:
             yield from _arrays(value)
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        yield from _arrays([getattr(batch, part.name) for part in fields(batch) if part.init])
 
 
 def _cut(batch: Any, size: int, count: int) -> Any:
@@ -279,6 +282,9 @@ def _cut(batch: Any, size: int, count: int) -> Any:
             return batch[:count]
         parts = [_cut(value, size, count) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        values = {part.name: getattr(batch, part.name) for part in fields(batch) if part.init}
+        return replace(batch, **{name: _cut(value, size, count) for name, value in values.items()})
     return batch
 
 

@@ -7,6 +7,7 @@ norm:
     observation                 meaning                 J
     g = r                       nothing happened        1
     g = a r, a stays            a constant factor       a, or 1 if a = 1 / (number of passes accumulated)
+                                                        or if the loop scales its loss by 1/a
     g = a r, |g| stays          clipped by norm         (c / |r|) (1 - u u^T),  u = r / |r|
     |g| cut off at a number     clipped by value        1 where |g| is below it, else 0
 
@@ -17,6 +18,7 @@ raised if gradients did not come from `backward`, unless `max_grad_norm` shows t
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +37,11 @@ SAME, SAME_NORM = 1e-4, 1e-3
 """Up to this relative difference, factors and norms count as equal, apart from rounding in half precision."""
 SAMPLED = 16
 """Entries of a weight that are compared, besides its largest."""
+FAR = 16
+"""A gradient that is so many times longer than another is not of the same loss."""
+
+OwnNorm = Callable[[frozenset[str]], float]
+"""Weights -> the norm of the gradient of `loss_fn` at them."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,8 @@ class ReceivedGradient:
         """Whether a gradient was changed between two passes."""
         self._norms: dict[frozenset[str], float] = {}
         self._factors: dict[frozenset[str], list[tuple[float, float]]] = {}
+        self._lengths: dict[frozenset[str], float] = {}
+        """How many times longer the gradient of `backward` was than that of `loss_fn`, where that was asked."""
 
     def watch(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
         """Start to record what `backward` leaves in `.grad`, and how many examples the model sees."""
@@ -180,11 +189,12 @@ class ReceivedGradient:
         return hook
 
     @torch.no_grad()
-    def jacobian(self, grads: Tensors) -> Clipped | None:
+    def jacobian(self, grads: Tensors, own_norm: OwnNorm) -> Clipped | None:
         """What happened to the gradient since `backward`, as a map w -> J^T w; None if nothing did.
 
         Args:
             grads: the gradients that the optimisers get, without loss scale, by weight.
+            own_norm: asked where the gradient became far shorter or longer.
 
         Raises:
             UnknownGradient: what happened fits no known case, or another hyper-step is needed to tell.
@@ -231,7 +241,7 @@ class ReceivedGradient:
         groups = _together(ratios, tolerance)
         if len(groups) == 1:  # weights whose gradient is 0 were clipped with the others
             groups[0][1].extend(name for name in seen if name not in ratios)
-        return self._of_groups(groups, grads, passes)
+        return self._of_groups(groups, grads, passes, own_norm)
 
     def _require_untouched(self, grads: Tensors) -> None:
         """Raise `UnknownGradient` unless `max_grad_norm` shows that these gradients were not clipped.
@@ -249,7 +259,7 @@ class ReceivedGradient:
             )
 
     def _of_groups(
-        self, groups: list[tuple[float, list[str]]], grads: Tensors, passes: int
+        self, groups: list[tuple[float, list[str]]], grads: Tensors, passes: int, own_norm: OwnNorm
     ) -> Clipped | None:
         norms: list[tuple[Tensors, float, float]] = []
         factors: dict[str, float] = {}
@@ -268,18 +278,40 @@ class ReceivedGradient:
             except UnknownGradient as error:  # go on: the factors of the other groups are needed next time
                 unknown = error
                 continue
+            longer = self._longer(frozenset(names), size, ratio, own_norm)
             if clipped:
+                if longer > FAR:
+                    raise UnknownGradient(
+                        f"the loss must be scaled by a GradScaler that calls the optimiser, where the gradient "
+                        f"is clipped, but that of backward is {longer:.0f} times as long as that of loss_fn; "
+                        "use scaler.step(optimizer), or scale loss_fn alike."
+                    )
                 if self._divides:  # the sum was divided by the passes before it was clipped
                     ratio *= passes
                 unit = {name: g / size for name, g in together.items()}
                 norms.append((unit, ratio, size / (size + EPSILON * ratio)))
             elif abs(ratio * passes - 1) < SAME:
                 self._divides = True
-            else:
+            elif abs(math.log(longer)) <= abs(math.log(longer * abs(ratio))):  # not a loss scaled by 1/ratio
                 factors |= dict.fromkeys(names, ratio)
         if unknown is not None:
             raise unknown
         return Clipped(norms=norms, factors=factors) if norms or factors else None
+
+    def _longer(self, names: frozenset[str], size: float, ratio: float, own_norm: OwnNorm) -> float:
+        """How many times longer the gradient of `backward` is than that of `loss_fn`; 1 if nothing hints at it.
+
+        Args:
+            size: norm of the gradient that the optimiser gets.
+            ratio: what it was multiplied by.
+        """
+        if 1 / FAR < abs(ratio) < FAR:
+            return 1.0
+        if names not in self._lengths:
+            own = own_norm(names)
+            longer = size / abs(ratio) / own if own else math.nan
+            self._lengths[names] = longer if 0 < longer < math.inf else 1.0
+        return self._lengths[names]
 
     def _is_clipped(
         self, names: frozenset[str], ratio: float, size: float, passes: int, rounding: float
@@ -329,6 +361,41 @@ class ReceivedGradient:
         self._divides = state["divides"]
         self._norms = {frozenset(names): norm for names, norm in state["norms"]}
         self._factors = {frozenset(names): [tuple(s) for s in seen] for names, seen in state["factors"]}
+
+
+class StandingWeights:
+    """Notices weights that the loop changes after the optimiser's step, as by clamping or normalising them."""
+
+    def __init__(self) -> None:
+        self._weights: Tensors = {}
+        self._noted: Tensors = {}
+        self._said = False
+
+    def note(self, params: Mapping[str, Tensor]) -> None:
+        """The weights as the optimiser left them."""
+        if not self._said:
+            self._weights = dict(params)
+            self._noted = {name: _sample(p).clone() for name, p in params.items() if p.numel()}
+
+    def forget(self) -> None:
+        """Compare nothing: the weights were loaded, say."""
+        self._noted = {}
+
+    def compare(self) -> None:
+        """Warn, once in a run, if they are others before the next step."""
+        if not self._noted:
+            return
+        before = _fetched(self._noted)
+        now = _fetched({name: _sample(self._weights[name]) for name in before})
+        changed = [n for n in before if before[n].shape != now[n].shape or not _close(before[n], now[n])]
+        self._weights, self._noted = {}, {}
+        if changed:
+            self._said = True
+            warnings.warn(
+                f"{len(changed)} weights, such as {changed[0]}, were changed between two optimiser steps, by "
+                "clamping or normalising them, say; hypergradients are those of the optimiser's step alone.",
+                stacklevel=2,
+            )
 
 
 def calling_scaler() -> torch.amp.GradScaler | None:
@@ -385,6 +452,11 @@ def _fetched(vectors: Tensors) -> Tensors:
 def _equal(one: Tensor, other: Tensor) -> bool:
     """Whether two vectors on the CPU are equal, NaN to NaN."""
     return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Whether two vectors are equal up to the rounding of weights that were exchanged and put back."""
+    return torch.allclose(one, other, rtol=SAME, atol=SAME * float(one.abs().max()), equal_nan=True)
 
 
 def _ratios(before: Tensors, after: Tensors, scale: float) -> dict[str, tuple[float, float, float, float]]:

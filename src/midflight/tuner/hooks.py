@@ -76,7 +76,8 @@ class StepHooks:
         args = args[1:] if args and args[0] is optimizer else args
         closure = kwargs.get("closure", args[0] if args else None)
         if closure is None:
-            self._begin(optimizer)
+            hooks = cast(OrderedDict[int, Any], optimizer._optimizer_step_pre_hooks)
+            self._begin(optimizer, final=next(reversed(hooks)) == self._pre[id(optimizer)].id)
             return None
 
         def with_gradient() -> Any:
@@ -86,13 +87,18 @@ class StepHooks:
 
         return (optimizer,), {**kwargs, "closure": with_gradient}
 
-    def _begin(self, optimizer: torch.optim.Optimizer) -> None:
+    def _begin(self, optimizer: torch.optim.Optimizer, final: bool = True) -> None:
+        """A step begins.
+
+        Args:
+            final: whether no hook of the user's, which may clip, is still to come in this step.
+        """
         if id(optimizer) in self._stepped:  # again, before the others: a new training step
             self._stepped.clear()
         scaler = calling_scaler() if len(self._optimizers) > 1 else None
         if scaler is not None:  # whose step it left out, for infinite gradients, counts as taken
             self._stepped |= {id(o) for o in self._optimizers if scaler_stage(scaler, o) == "STEPPED"}
-        self._before(optimizer, not self._stepped)
+        self._before(optimizer, not self._stepped and final)
 
     def _on_just_stepped(self, *_: Any) -> None:
         if not self._removed:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midflight._tensors import Tensors, all_finite, detach
+from midflight._tensors import Tensors, all_finite, detach, norm
 from midflight.errors import UnsupportedOptimizer, UnsupportedParameter
 from midflight.hypergrad import Estimator
 from midflight.hypergrad.graph import graph_leaves
@@ -133,6 +133,7 @@ class HyperStep:
         """A hyper-step comes with the next step: note the gradient that `backward` leaves."""
         if self._loss_reads is not False:
             self._buffers.begin()
+            self.live.watch()
             self.received.watch(self._model, {**dict(self._model.named_parameters()), **self.params()})
 
     def close(self) -> None:
@@ -158,7 +159,7 @@ class HyperStep:
             batch, read = self._reads()
             self._binding.require_unread(read)
             self._guessed, self._loss_reads = False, self._loss_reads or bool(read)
-        clipped = self.received.jacobian(everywhere) if self._loss_reads else None
+        clipped = self.received.jacobian(everywhere, self._own_norm) if self._loss_reads else None
         live = {**dict(self._model.named_parameters()), **params}
         with self.live.borrowed():
             try:
@@ -182,6 +183,15 @@ class HyperStep:
                 return batch, {names[id(leaf)] for leaf in graph_leaves(loss) if id(leaf) in names}
             finally:
                 self._space.requires_grad_(False)
+
+    def _own_norm(self, names: frozenset[str]) -> float:
+        """The norm of the gradient of the training loss at these weights, on a batch of T1."""
+        live = {**dict(self._model.named_parameters()), **self.params()}
+        at = {name: p for name, p in live.items() if name in names}
+        with self.live.borrowed():
+            few = self.mixed.try_subsample(next(self.t1))
+            found = self.live.gradients(lambda: self.live.train_loss(self.train_loss, few), at)[1]
+        return float(norm(found)) if found else 0.0
 
     def _result(
         self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors, batch: Any
@@ -260,8 +270,10 @@ class HyperStep:
 
     def _share(self, few: Any, batch: Any) -> float:
         """How many of a step's examples the few are."""
-        of_step = self.received.examples or (examples_of(batch) or 1) * self.received.passes
-        return min(1.0, (examples_of(few) or 1) / of_step)
+        count, passes = examples_of(few), self.received.passes
+        if count is None:  # they cannot be counted: a whole batch, as each pass of the step had
+            return 1 / passes
+        return min(1.0, count / (self.received.examples or (examples_of(batch) or count) * passes))
 
     def _valid_gradient(
         self, params: Tensors, at: Tensors, grads: Tensors, layers: Layers

@@ -5,9 +5,12 @@ there, in the user's functions or by Ctrl-C, weights, buffers, modes, gradients 
 were.
 """
 
+import copy
+import operator
 import signal
 import sys
 import threading
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import FrameType
@@ -24,6 +27,8 @@ from midflight.tuner.randomness import Randomness
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar."""
+MOST_ENTRIES = 100_000
+"""A container of a module with more entries is not put back: it would take too long."""
 
 
 class LiveModel:
@@ -51,16 +56,22 @@ class LiveModel:
                 known.update(module.modules())
         self._others = list(others)
         self._randomness = randomness
+        self._versions: list[tuple[Tensor, int]] = []
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._all.modules())
+
+    def watch(self) -> None:
+        """Note which parameters the loop writes from here to the next hyper-step."""
+        self._versions = [(p, p._version) for p in self._all.parameters()]
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """For the length of a hyper-step: the model and the modules beside it may be changed, and are put
         back."""
+        written = [p for p, version in self._versions if p._version != version]
         with ExitStack() as stack:
             stack.enter_context(signals_wait())
             stack.enter_context(self._randomness.borrowed())
-            stack.enter_context(preserved(self._all, self._others))
+            stack.enter_context(preserved(self._all, self._others, written))
             stack.enter_context(_uncompiled())
             stack.enter_context(_no_autocast_cache())
             stack.enter_context(torch.enable_grad())
@@ -197,37 +208,63 @@ def weights_at(params: Mapping[str, Tensor], at: Tensors) -> Iterator[None]:
 
 
 @contextmanager
-def preserved(model: nn.Module, others: Iterable[Tensor] = ()) -> Iterator[None]:
+def preserved(
+    model: nn.Module, others: Iterable[Tensor] = (), written: Iterable[Tensor] = ()
+) -> Iterator[None]:
     """Attributes, buffers, gradients and `requires_grad` are put back, whatever happens.
 
-    Forward passes change copies of the buffers. Gradients begin at None, so that nothing is added to the
-    user's.
+    Forward passes change copies of the buffers, and of other tensors that modules keep. Containers that a
+    module keeps, such as a queue, get their entries back. Gradients begin at None, so that nothing is added
+    to the user's.
+
+    Args:
+        model: with all its modules.
+        others: weights that are not the model's.
+        written: parameters that forward passes write, such as those of a momentum encoder.
     """
-    tables = [(t, dict(t)) for m in model.modules() for t in (m.__dict__, m._buffers, m._parameters)]
-    buffers = [(b, b.data) for b in model.buffers()]
+    tables = [m.__dict__ for m in model.modules()]
+    containers = [*tables, *(c for table in tables for c in table.values() if _is_container(c))]
+    entries = [(c, copy.copy(c)) for c in containers]
+    plain = (t for c, _ in entries for t in (c.values() if isinstance(c, dict) else c) if _is_plain(t))
+    tensors = [(t, t.data) for t in {id(t): t for t in [*model.buffers(), *plain, *written]}.values()]
     weights = {id(p): p for p in [*model.parameters(), *others]}.values()
     params = [(p, p.grad, p.requires_grad) for p in weights]
     try:
-        for b, data in buffers:
-            b.data = data.clone()
+        for t, data in tensors:
+            t.data = data.clone()
         for p, *_ in params:
             p.grad = None
         yield
     finally:
-        for table, entries in tables:
-            _put_back(table, entries)
-        for b, data in buffers:
-            b.data = data
+        for container, before in entries:
+            _put_back(container, before)
+        for t, data in tensors:
+            t.data = data
         for p, grad, requires_grad in params:
             if p.requires_grad is not requires_grad:
                 p.requires_grad_(requires_grad)
             p.grad = grad
 
 
-def _put_back(table: dict[str, Any], entries: dict[str, Any]) -> None:
-    if len(table) != len(entries) or any(table.get(key) is not value for key, value in entries.items()):
-        table.clear()
-        table.update(entries)
+def _is_container(thing: Any) -> bool:
+    kinds = (dict, OrderedDict, defaultdict, list, set, deque)
+    return type(thing) in kinds and len(thing) <= MOST_ENTRIES
+
+
+def _is_plain(thing: Any) -> bool:
+    """Whether it is a tensor that a forward pass may write to and that is no weight."""
+    return isinstance(thing, Tensor) and not (thing.requires_grad or thing.is_inference())
+
+
+def _put_back(container: Any, before: Any) -> None:
+    """Give a container the entries that it had."""
+    if isinstance(container, dict):
+        same = len(container) == len(before) and all(container.get(k) is v for k, v in before.items())
+    else:
+        same = len(container) == len(before) and all(map(operator.is_, container, before))
+    if not same:
+        container.clear()
+        (container.extend if isinstance(container, list | deque) else container.update)(before)
 
 
 def _uncompiled() -> Any:

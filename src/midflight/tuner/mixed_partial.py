@@ -8,10 +8,13 @@ There are three methods. The first one that works for the user's code is chosen 
     double backward     with plain attention kernels, because fused ones are differentiable only once
     difference          of first derivatives at theta + e w and theta - e w, for any code; also if a double
                         backward runs out of memory
+
+Values that the loss takes out of the graph are differenced in the hyperparameter; see `stop_gradient`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +40,7 @@ from midflight.space import Space
 from midflight.tuner.data import first_examples
 from midflight.tuner.live import LiveModel, Loss, reenters, weights_at, with_tensors
 from midflight.tuner.randomness import Randomness
+from midflight.tuner.stop_gradient import ByDifference, StoppedReads
 
 _Failures = type[Exception] | tuple[type[Exception], ...]
 _FAILURES = (RuntimeError, NotTwiceDifferentiable, CheckpointError, NotImplementedError)
@@ -89,6 +93,7 @@ class MixedPartial:
         self._examples = examples or 0
         self._checked = False
         self._rounding = 0.0
+        self._stopped: ByDifference | None = None
         self.method = method
         self.whole_batches = examples is None or _is_time_first(live.model)
 
@@ -129,6 +134,30 @@ class MixedPartial:
             w -> d/draw <w, g>, which returns name -> tensor shaped like the raw coordinate, for the
             hyperparameters that g depends on.
         """
+        states = self._randomness.snapshot()
+        with StoppedReads(self._space) if self._stopped is None else nullcontext() as reads:
+            grads, along = self._by_autograd(batch, params)
+        if reads is not None:
+            self._stopped = ByDifference(self._space, reads.names)
+
+        def gradient() -> Tensors:
+            self._randomness.rewind(states)
+            loss = partial(self._live.train_loss, self._loss_fn, batch)
+            return self._live.gradients(loss, dict(params), hooks=True)[1]
+
+        def mixed_partial(w: Tensors) -> Tensors:
+            assert self._stopped is not None
+            found = along(w)
+            after = self._randomness.snapshot()
+            found = self._stopped(found, gradient, w, lambda: self._rounding_of(batch, params))
+            self._randomness.rewind(after)
+            return found
+
+        return grads, mixed_partial
+
+    def _by_autograd(
+        self, batch: Any, params: Mapping[str, Tensor]
+    ) -> tuple[Tensors, Callable[[Tensors], Tensors]]:
         first = self.method is None
         if first:
             self.method = self._choose(batch, params)
@@ -209,9 +238,7 @@ class MixedPartial:
             self._randomness.rewind(states)
             return self._live.train_loss(self._loss_fn, batch)
 
-        if not self._rounding:
-            self._rounding = rounding_of(loss, at)
-        e = relative_epsilon(self._rounding) * norm(at) / torch.where(length > 0, length, 1)
+        e = relative_epsilon(self._rounding_of(batch, params)) * norm(at) / torch.where(length > 0, length, 1)
         sides = []
         for sign in (1.0, -1.0):
             moved = {name: p + (sign * e).to(p) * w[name].to(p) for name, p in at.items()}
@@ -219,6 +246,13 @@ class MixedPartial:
                 sides.append(self._live.gradients(loss, raws)[1])
         up, down = sides
         return {name: (up[name] - down[name]) / (2 * e).to(up[name]) for name in up if name in down}
+
+    def _rounding_of(self, batch: Any, params: Mapping[str, Tensor]) -> float:
+        """The relative rounding of the training loss, found once."""
+        if not self._rounding:
+            loss = partial(self._live.train_loss, self._loss_fn, batch)
+            self._rounding = rounding_of(loss, detach(params))
+        return self._rounding
 
     def _forward_mode(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
         values = {name: self._space[name].value for name in self._space}

@@ -247,6 +247,11 @@ def _require_arguments(model: Any, space: Any, loss_fn: Any, valid_loss_fn: Any)
                 f"{name} must be a {kind.__name__}, but got a {type(value).__name__}; the order is "
                 "Tuner(model, optimizer, space, loss_fn, train_loader, valid_loader)."
             )
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise UnsupportedSetting(
+            "the model must be a plain module, but a part of it is TorchScript, which has no second "
+            "derivatives here; build the tuner on the model that was scripted or traced."
+        )
     if len(space) > MOST_ENTRIES:
         raise SpaceError(
             f"a space must have at most {MOST_ENTRIES} separate hyperparameters, but has {len(space)}; "

@@ -103,8 +103,13 @@ def read_option(group: Mapping[str, Any], option: str) -> float:
 def write_option(group: dict[str, Any], option: str, value: float) -> None:
     """Set one option of a `param_group`; the inverse of `read_option`."""
     if option in ("beta1", "beta2"):
-        beta1, beta2 = group["betas"]
-        group["betas"] = (value, beta2) if option == "beta1" else (beta1, value)
+        betas = list(group["betas"])
+        index = int(option == "beta2")
+        if isinstance(betas[index], Tensor):
+            betas[index].fill_(value)
+        else:
+            betas[index] = value
+            group["betas"] = type(group["betas"])(betas)
     elif isinstance(group[option], Tensor):
         group[option].fill_(value)
     else:

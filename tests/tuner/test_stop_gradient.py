@@ -1,0 +1,95 @@
+"""Hyperparameters whose values the training loss takes out of the graph."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import midflight as mf
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Still(torch.optim.SGD):
+    """Moves nothing, and keeps the hypergradients."""
+
+    def __init__(self, raws):
+        super().__init__(list(raws), lr=1.0)
+        self.given = {}
+
+    def step(self, closure=None):
+        self.given = {i: p.grad.clone() for i, p in enumerate(self.param_groups[0]["params"]) if p.grad is not None}
+
+
+def teacher(space, model, x, z):
+    """Consistency with a target of the model itself, which sees noise as well."""
+    with torch.no_grad():
+        target = model(x - space["a"] * z).softmax(-1)
+    return F.cross_entropy(model(x + space["a"] * z), target)
+
+
+def detached_weight(space, model, x, z):
+    return space["a"].value.detach() ** 2 * model(x).square().mean() + space["a"] * model(x).abs().mean()
+
+
+def number(space, model, x, z):
+    return float(space["a"]) * model(x).square().mean() + 0.1 * space["a"] * model(x).sum(1).mean()
+
+
+def data_attribute(space, model, x, z):
+    return (space["a"] * z).data.square().mean() * model(x).square().mean() + space["a"] * model(z).abs().mean()
+
+
+def nothing(space, model, x, z):
+    return model(x + space["a"] * z).square().mean()
+
+
+LOSSES = [teacher, detached_weight, number, data_attribute, nothing]
+
+
+def built(loss):
+    torch.manual_seed(0)
+    space = mf.Space(a=mf.Float(0, 1, init=0.4))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, z, y = torch.randn(16, 4), torch.randn(16, 4), torch.randint(3, (16,))
+
+    def loss_fn(model, batch):
+        return loss(space, model, batch[0], batch[1]) + F.cross_entropy(model(batch[0]), batch[2])
+
+    def valid(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[2])
+
+    return space, model, torch.optim.SGD(model.parameters(), 0.5), loss_fn, valid, (x, z, y)
+
+
+def after_step(loss, shift):
+    space, model, optimizer, loss_fn, valid, batch = built(loss)
+    space["a"].raw.add_(shift)
+    loss_fn(model, batch).backward()
+    optimizer.step()
+    return valid(model, batch).item()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_hypergradient_is_that_of_the_step_though_the_loss_stops_gradients(loss):
+    space, model, optimizer, loss_fn, valid, batch = built(loss)
+    tuner = mf.Tuner(
+        model, optimizer, space, loss_fn, [batch], [batch], valid_loss_fn=valid, schedule=1, horizon="step",
+        hyper_optimizer=Still,
+    )  # fmt: skip
+    loss_fn(model, batch).backward()
+    optimizer.step()
+    h = 1e-4
+    right = (after_step(loss, h) - after_step(loss, -h)) / (2 * h)
+    tolerance = 1e-6 if loss is nothing else 1e-3  # of a difference in steps of .01
+    assert float(tuner.hyper_optimizer.given[0]) == pytest.approx(right, rel=tolerance)
