@@ -1,7 +1,7 @@
-"""Estimators of the hypergradient, dC2(theta')/d(lambda, phi), one file each, and the function to apply them.
+"""Estimate the hypergradient, dC2(theta')/d(lambda, phi); each estimator has its own file.
 
-`problem` defines the symbols, `base` the interface of an estimator. To add an estimator, write one file and
-add one row to `ESTIMATORS`; every test and `midflight check` then cover it.
+`problem` defines the symbols and `base` the interface. To add an estimator, write one file and add one row to
+`ESTIMATORS`. Every test and `midflight check` then cover it.
 """
 
 from collections.abc import Mapping
@@ -35,20 +35,20 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 class Claim(NamedTuple):
-    """A claim that an estimator is the derivative of C2 after `steps` steps, within a relative tolerance."""
+    """Claim that an estimator equals the derivative of C2 after `steps` steps, to a relative tolerance."""
 
     steps: int
     tolerance: float
 
 
-# 1e-6: the reference, a central difference, is itself accurate to 1e-7 where the derivative is smallest
+# 1e-6: the central difference to compare with is accurate to 1e-7 where the derivative is smallest
 CLAIMS: dict[str, Claim] = {
     "one_step": Claim(1, 1e-6),
     "forward_over_reverse": Claim(1, 1e-6),
     "central_difference": Claim(1, 1e-4),
     "unrolled": Claim(5, 1e-6),
 }
-"""The estimators that claim to be a derivative; the docstrings of the others say how far they are from it."""
+"""Estimators that claim to equal a derivative. The docstrings of the others state their errors."""
 
 
 def estimator_for(choice: str | Estimator) -> Estimator:
@@ -72,7 +72,7 @@ def hypergradient(
     Args:
         problem: the training step and the validation loss.
         params: weights, name -> tensor; not modified.
-        hparams: the tuned hyperparameters, name -> tensor; for example the raw coordinates of a `Space`.
+        hparams: the tuned hyperparameters, name -> tensor, such as the raw coordinates of a `Space`.
         state: optimiser state before the step, weight name -> state ({} before the first).
         estimator: a name from `ESTIMATORS` or an `Estimator`.
 
@@ -82,7 +82,8 @@ def hypergradient(
     Raises:
         UnknownName: there is no such estimator.
         UnreachedHyperparameter: an entry influences neither the training gradient nor the update.
-        NotTwiceDifferentiable: the training loss contains an operation that is differentiable once only.
+        NotTwiceDifferentiable: an operation of the training loss is differentiable only once.
+        NoForwardMode: the estimator needs forward mode, but an operation of the training loss lacks it.
     """
     estimate = estimator_for(estimator)
     params, hparams = leaves(params), leaves(hparams)

@@ -1,6 +1,6 @@
-"""The interface of an estimator of the hypergradient.
+"""Define the interface of an estimator of the hypergradient.
 
-The caller asks the estimator where it needs v = dC2/dtheta (`at`), computes v there, and passes it in.
+The caller asks `at` for the weights, computes v = dC2/dtheta at these weights and passes v in.
 """
 
 from typing import Protocol, runtime_checkable
@@ -11,11 +11,10 @@ from midflight.hypergrad.problem import Step
 
 @runtime_checkable
 class Estimator(Protocol):
-    """A method to compute the hypergradient of one optimiser step.
+    """Compute the hypergradient of one optimiser step.
 
     Attributes:
-        mixed: how the mixed partial must be computed: "double backward", "forward mode" or "difference"; None
-            leaves the choice to the caller.
+        mixed: required method for the mixed partial, a name in `mixed.METHODS`; None: the caller chooses.
         needs_train_loss: whether the estimator evaluates `Step.train_loss`.
     """
 

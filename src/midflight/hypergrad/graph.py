@@ -8,7 +8,7 @@ from torch.autograd.graph import Node
 from midflight.errors import NotTwiceDifferentiable
 
 Pairs = list[tuple[Tensor, Tensor]]
-"""(a tensor computed from the hyperparameters, the cotangent to pull back through it)"""
+"""Pairs of (tensor computed from the hyperparameters, cotangent to pull back through it)."""
 
 
 def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
@@ -33,10 +33,10 @@ _DEAD_ENDS = {f"torch::autograd::{name}" for name in ("Error", "DelayedError", "
 
 
 def require_twice_differentiable(grads: Iterable[Tensor]) -> None:
-    """Raise `NotTwiceDifferentiable` if a part of these gradients was recorded as a constant.
+    """Raise `NotTwiceDifferentiable` if torch recorded a part of these gradients as a constant.
 
-    For such a part torch records a node that raises when it runs. But no path leads from this node to the
-    hyperparameters, so torch would never run it and the missing part would go unnoticed.
+    For such a part torch records a node that raises when it runs. No path leads from this node to the
+    hyperparameters. So torch would never run it, and the hypergradient would silently lack this part.
     """
     for node in graph_nodes(grads):
         if node.name() in _DEAD_ENDS:

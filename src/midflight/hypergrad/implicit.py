@@ -1,12 +1,12 @@
-"""Implicit differentiation of the update, for hyperparameters whose effect comes late.
+"""Differentiate the update implicitly, for hyperparameters whose effect is delayed.
 
-At a fixed point of training, theta = U(theta, h) with the optimiser's state held constant, and
+At a fixed point of training, theta = U(theta, h) with the optimiser's state held constant. Then
 
     dC2/dh = u . dU/dh,   (I - dU/dtheta)^T u = dC2/dtheta     (Lorraine et al. 2020; for the options
                                                                 of the update rule Clarke et al. 2022)
 
-The system is solved by a Neumann series, each term of which looks one step further back, or by conjugate
-gradients on the normal equations, which need neither symmetry nor a contraction.
+A Neumann series solves this system if U is a contraction; each term accounts for one more step. Conjugate
+gradients on the normal equations need neither a contraction nor symmetry.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,10 @@ from midflight.hypergrad.solvers import conjugate_gradient, neumann
 
 @dataclass(frozen=True)
 class ImplicitNeumann:
-    """An estimator by a truncated Neumann series; one term gives `one_step`.
+    """Estimate by a truncated Neumann series; one term gives `one_step`.
 
-    Exact as terms -> infinity at a fixed point of a contracting update. Costs one validation pass, one
-    double backward and `terms - 1` products with dU/dtheta, each a double backward. Momentum counts as
-    in one step, because the state is held constant.
+    Exact as terms -> infinity at a fixed point of a contracting update. Costs one validation pass and
+    `terms` double backwards. Ignores momentum beyond one step, because the state is held constant.
 
     Args:
         terms: number of terms of the series.
@@ -45,14 +44,14 @@ class ImplicitNeumann:
 
 @dataclass(frozen=True)
 class ImplicitCG:
-    """An estimator by conjugate gradients on A^T A u = A^T v, A = (I - dU/dtheta)^T.
+    """Estimate by conjugate gradients on A^T A u = A^T v, A = (I - dU/dtheta)^T.
 
-    Exact after as many iterations as there are weights, at a fixed point where A is invertible. Costs
-    one validation pass, and per iteration one product with dU/dtheta and one with its transpose.
+    Exact after as many iterations as there are weights, at a fixed point where A is invertible. Costs one
+    validation pass. Each iteration costs one product with dU/dtheta and one with its transpose.
 
     Args:
         iterations: number of iterations of conjugate gradients.
-        damping: multiple of I added to A^T A; > 0 where A is singular, as with more weights than data.
+        damping: multiple of I added to A^T A; must be > 0 if A is singular (more weights than examples).
     """
 
     iterations: int = 10
@@ -79,7 +78,7 @@ class ImplicitCG:
 
 
 class _Settled:
-    """The update theta' = U(theta, h) as a differentiable function, and products with its Jacobian."""
+    """Record theta' = U(theta, h) with its graph, and multiply by its Jacobian."""
 
     def __init__(self, step: Step) -> None:
         train_loss = train_loss_of(step)

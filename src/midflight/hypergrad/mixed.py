@@ -3,7 +3,7 @@
     dC2/dh = d/dlambda <w, g(theta, lambda)> + v . dU/dphi,     w = J^T (dU/dg)^T v
 
 J is the Jacobian of changes to the gradient before the step, such as clipping. `UpdateRule.pullback` computes
-the second term. For the first term, the mixed partial, there are three methods:
+the second term. Three methods compute the first term, the mixed partial:
 
     double backward     reverse over reverse; exact
     forward mode        one dual pass over the loss, then reverse; exact, cheapest for a loss linear in lambda
@@ -28,9 +28,9 @@ from midflight.updates import pull_back
 METHODS = ("double backward", "forward mode", "difference")
 
 _TF32 = 2.0**-10
-"""The rounding unit of TF32, which torch has no type for."""
+"""Rounding unit of TF32; torch has no type for it."""
 _HALF = 1e-5
-"""A larger rounding unit is that of half precision or TF32."""
+"""Half precision and TF32 have rounding units above this, float32 and float64 below."""
 
 
 def pullback(step: Step, v: Tensors) -> Tensors:
@@ -57,8 +57,8 @@ def train_loss_of(step: Step) -> TrainLoss:
     """
     if step.train_loss is None or step.clipped is not None:
         raise UnsupportedSetting(
-            "this estimator differentiates through the training loss itself and knows neither populations "
-            "nor clipped gradients; use 'one_step'."
+            "this estimator needs the training loss as a function, so it supports neither populations nor "
+            "clipped gradients; use 'one_step'."
         )
     return step.train_loss
 
@@ -66,7 +66,7 @@ def train_loss_of(step: Step) -> TrainLoss:
 def mixed_partial_of(
     method: str, train_loss: TrainLoss, params: Tensors, values: Tensors, w: Tensors
 ) -> Tensors:
-    """Return d/dvalues <w, dC1~/dparams> by one of the `METHODS`, for the values the gradient depends on."""
+    """Return d/dvalues <w, dC1~/dparams> by one of `METHODS`, for the values that the gradient depends on."""
     if method == "difference":
         return difference_along(train_loss, params, values, w)
     if method == "forward mode":
@@ -81,9 +81,9 @@ def forward_over_reverse_along(
 ) -> Tensors:
     """Return d/de of dC1~/dlambda at theta + e w, by a forward-mode pass over the loss, then a reverse one.
 
-    The reverse pass covers only what depends on lambda. For hyperparameters that enter after the network
-    (loss weights, per-example weights, label smoothing, penalties) this is almost nothing, and the cost is
-    one jvp of the vector of losses. For noise at the input it is a whole backward pass.
+    The reverse pass covers only what depends on lambda. It costs almost nothing for hyperparameters that
+    enter after the network, such as loss weights, label smoothing and penalties. For noise at the input it
+    costs a whole backward pass.
     """
     values = leaves(values)
     with forward_ad.dual_level():
@@ -115,9 +115,9 @@ def difference_along(
 def relative_epsilon(rounding: float) -> float:
     """Return the step size of a difference relative to |theta|, from the rounding unit of the loss.
 
-    The cube root balances truncation and rounding in a typical direction. But w is large at the weights to
-    which Adam gives long steps, and the loss bends about 300 times faster along it (measured). In half
-    precision rounding exceeds even that: a tenth is best there (measured: dev/LOG.md, 2026-11-27).
+    The cube root balances truncation and rounding in a typical direction. But w is large where Adam takes
+    long steps, and the loss curves about 300 times faster along w (measured). So the root is divided by 300.
+    In half precision rounding dominates, and dividing by 10 is best (measured: dev/LOG.md, 2026-11-27).
 
     | computed in | step |
     |---|---|
@@ -130,10 +130,10 @@ def relative_epsilon(rounding: float) -> float:
 
 
 def rounding_of(loss: Callable[[], object], params: Tensors) -> float:
-    """Return the largest rounding unit of an operation of the loss; it may lie in autocast or in a kernel.
+    """Return the largest rounding unit among the operations of the loss, with those under autocast.
 
-    On a GPU, matrix products and convolutions of float32 count as TF32, whatever the settings say: cuDNN has
-    it on by default, and the flags cannot be read safely in all versions of torch.
+    On a GPU, float32 weights always count as TF32. cuDNN uses TF32 by default, and some versions of torch
+    cannot read the flags safely.
     """
     units = [torch.finfo(p.dtype).eps for p in params.values()]
     try:
@@ -151,7 +151,7 @@ def rounding_of(loss: Callable[[], object], params: Tensors) -> float:
 
 
 class _Dtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Collects the floating types of all results."""
+    """Collect the floating-point dtypes of all results."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -173,7 +173,7 @@ def value_grads(loss: Tensor, values: Tensors) -> Tensors:
 
 
 def is_linear(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
-    """Return whether the loss reads values and, by its graph, dC1~/dvalues does not depend on them."""
+    """Return whether the loss reads values and, in its graph, dC1~/dvalues does not depend on them."""
     loss = train_loss(params, values)
     if not loss.requires_grad:
         return False
@@ -184,7 +184,7 @@ def is_linear(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
 
 
 def knows_forward_mode(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
-    """Return whether each operation of the loss has a forward-mode derivative that can be run in reverse."""
+    """Return whether each operation of the loss has a forward-mode derivative with a backward pass."""
     zeros = {name: torch.zeros_like(p) for name, p in params.items()}
     try:
         with forward_ad.dual_level():
@@ -195,7 +195,7 @@ def knows_forward_mode(train_loss: TrainLoss, params: Tensors, values: Tensors) 
 
 
 class _NoTangentsUnderNoGrad(TorchFunctionMode):
-    """Makes `torch.no_grad` stop tangents as well; torch lets them through, unlike gradients."""
+    """Make `torch.no_grad` stop tangents as well; torch stops only gradients."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         stopped = nullcontext() if torch.is_grad_enabled() else forward_ad._set_fwd_grad_enabled(False)

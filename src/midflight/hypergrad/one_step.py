@@ -1,8 +1,8 @@
-"""The derivative of the validation loss after one optimiser step.
+"""Differentiate the validation loss after one optimiser step.
 
     d/dh C2(U(theta, s, dC1~/dtheta(theta, h), h))              (Luketina et al. 2016, Eq. 4, for any U)
 
-v = dC2/dtheta is taken after the step (exact) or before it (cheap).
+v = dC2/dtheta is taken after the step (exact) or before it (cheaper).
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from midflight.hypergrad.problem import Step
 
 @dataclass(frozen=True)
 class OneStep:
-    """An estimator that is exact for one step and ignores effects beyond it.
+    """Estimate exactly for one step; ignore effects beyond it.
 
-    Costs one validation pass, one copy of the weights and, if the training loss reads a hyperparameter, one
-    mixed partial.
+    Costs one validation pass and one copy of the weights. If the training loss reads a hyperparameter, one
+    mixed partial is added.
 
     Args:
         place: "next" takes v at theta', which gives the exact derivative. "current" takes it at theta, which
             is off by O(learning rate) and needs no copy of the weights.
-        mixed: how the mixed partial must be computed; see `Estimator`.
+        mixed: required method for the mixed partial; see `Estimator`.
     """
 
     place: Literal["next", "current"] = "next"

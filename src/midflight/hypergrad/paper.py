@@ -1,4 +1,4 @@
-"""The estimators printed in the paper "Online hyper-parameters optimization", kept to reproduce it.
+"""Estimate as printed in the paper "Online hyper-parameters optimization", to reproduce it.
 
     L2:     dC2/dlambda = -eta dC2/dtheta . theta                      (Eq. 5)
     noise:  dC2/dn0     = N(0, n0) . w0 . dC2/dw0                      (Eq. 6)
@@ -19,7 +19,7 @@ from midflight.updates import tuned_options
 
 
 class Paper:
-    """An estimator: Eq. 5 for a weight decay bound to the optimiser, Eq. 6 for the one other hyperparameter.
+    """Apply Eq. 5 to a weight decay bound to the optimiser and Eq. 6 to one other hyperparameter.
 
     w0 is the first matrix among the weights, shape (outputs, inputs).
 
@@ -46,8 +46,8 @@ class Paper:
         first = next((name for name, p in step.params.items() if p.ndim == members + 2), None)
         if noises and (len(noises) > 1 or first is None or step.hparams[noises[0]].ndim > members):
             raise UnreachedHyperparameter(
-                "the estimator 'paper' knows one weight decay and one input noise of a network that begins "
-                f"with a matrix; it cannot tell what to do for {', '.join(noises)}. Use 'one_step'."
+                "the estimator 'paper' allows one input noise of shape () beside weight decay, and needs a "
+                f"weight matrix, but got {', '.join(noises)}; use 'one_step'."
             )
         if noises and first is not None:
             noise, weight = step.values[noises[0]], step.params[first]

@@ -1,13 +1,13 @@
-"""The bilevel problem and its linearisation at one optimiser step.
+"""Define the bilevel problem and its linearisation at one optimiser step.
 
     theta' = U(theta, s, g, phi),   g = dC1~(theta, lambda)/dtheta,   minimise C2(theta') over lambda, phi
 
-theta are the weights, C1~ is the training loss on one batch, C2 the validation loss, U the optimiser's update
-and s its state. lambda are the hyperparameters of the loss, phi those that are options of the optimiser. For
-v = dC2/dtheta and a given w, d/dlambda <w, g> is called the mixed partial.
+Weights theta, training loss C1~ on one batch, validation loss C2, optimiser update U with state s. lambda are
+the hyperparameters that the loss reads, phi the tuned options of the optimiser. v is dC2/dtheta. For a given
+w, d/dlambda <w, g> is called the mixed partial.
 
-`Problem` states this with pure functions. Every estimator reads a `Step`: the parts of one optimiser step,
-taken from a `Problem` or from a user's training loop.
+`Problem` holds these as pure functions. Every estimator reads a `Step`, which describes one optimiser step of
+a `Problem` or of a user's training loop.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ def gradient(loss: Tensor, params: Tensors, *, create_graph: bool = False) -> Te
 
 @dataclass(frozen=True)
 class Problem:
-    """A training step and the validation loss that judges it, as pure functions.
+    """Hold a training step and the validation loss as pure functions.
 
     Attributes:
         train_loss: C1~(params, hparams), a scalar; uses the same random numbers at every call.
@@ -60,14 +60,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Dependence:
-    """The dependence of the training gradient g on the hyperparameters.
+    """Describe how the training gradient g depends on the hyperparameters.
 
     Attributes:
         mixed_partial: w -> d/dhparams <w, g>, for those hparams that g depends on.
         others: g on the n examples that `mixed_partial` uses; None if these are the step's own examples.
-        share: n/B, where B is the number of examples of a step. dU/dg is taken at
-            (1 - share) g + share others. So the noise of dU/dg and dg/dlambda is correlated as when both
-            use the step's own examples.
+        share: n/B, B the number of examples of a step. dU/dg is taken at (1 - share) g + share others. So its
+            noise is correlated with that of dg/dlambda, as if both used the step's own examples.
     """
 
     mixed_partial: Callable[[Tensors], Tensors]
@@ -77,7 +76,7 @@ class Dependence:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step about to be taken: all that an estimator reads, except v = dC2/dtheta.
+    """Hold one optimiser step before it is taken, with all that an estimator reads except v = dC2/dtheta.
 
     Attributes:
         params: theta, weight name -> tensor; not modified.
@@ -86,11 +85,10 @@ class Step:
         updates: weight name -> rule and options; tuned options carry the graph to hparams.
         hparams: the tuned leaf tensors, name -> tensor.
         values: the values that the model sees, differentiable with respect to hparams.
-        dependence: computes how g depends on hparams. Call it only after v is known, because it may hold much
-            memory.
+        dependence: computes how g depends on hparams. Call it after v is known; it may hold much memory.
         train_loss: the training loss as a function; None in a population.
-        clipped: w -> J^T w, where J is the Jacobian of the change that the loop makes to the gradient between
-            `backward` and `step`; None if it makes none.
+        clipped: w -> J^T w, J the Jacobian of what the loop does to the gradient between `backward` and
+            `step`; None if it does nothing.
         members: size of a population, the first dimension of every tensor; None for a single training.
     """
 
@@ -159,8 +157,7 @@ def require_reached(found: Tensors, hparams: Tensors) -> Tensors:
     missing = [name for name in hparams if name not in found]
     if missing:
         raise UnreachedHyperparameter(
-            f"each hyperparameter must reach the gradient of the training loss or a tuned option, but "
-            f"{', '.join(missing)} did not; use it in the model or the loss, or bind it to an option "
-            "of the optimiser with bind=."
+            f"each hyperparameter must influence the gradient of the training loss or the update, but "
+            f"{', '.join(missing)} did not; use it in the model or loss, or bind it to an option with bind=."
         )
     return {name: found[name] for name in hparams}

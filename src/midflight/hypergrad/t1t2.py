@@ -1,4 +1,4 @@
-"""T1-T2 as printed: any optimiser is treated as plain gradient descent with learning rate eta.
+"""Estimate by T1-T2 as printed: treat any optimiser as gradient descent with learning rate eta.
 
 dC2/dlambda = -eta d/dlambda <dC2/dtheta(theta'), dC1~/dtheta>     (Luketina et al. 2016, Eq. 4 and 5)
 """
@@ -14,7 +14,7 @@ _PLAIN = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 
 
 
 class T1T2:
-    """An estimator that ignores the optimiser's preconditioner and momentum; exact for plain SGD only.
+    """Estimate without the optimiser's preconditioner and momentum; exact for plain SGD only.
 
     Costs as much as `one_step`. Treats a tuned weight decay as coupled L2.
     """

@@ -1,4 +1,4 @@
-"""The derivative of the validation loss after several optimiser steps.
+"""Differentiate the validation loss after several optimiser steps.
 
     d/dh C2(theta_K),   theta_{k+1}, s_{k+1} = U(theta_k, s_k, dC1~/dtheta(theta_k, h), h)
 
@@ -15,10 +15,10 @@ from midflight.updates import State
 
 @dataclass(frozen=True)
 class Unrolled:
-    """An estimator that is exact for `steps` steps on the current batch, including the optimiser's state.
+    """Estimate exactly for `steps` steps on the current batch, including the optimiser's state.
 
-    Costs `steps` gradients to find the weights for v, then `steps` double backwards and one validation pass.
-    Holds `steps` copies of the weights, of the state and of the training graph.
+    Costs `steps` gradients, one validation pass and `steps` double backwards. Holds `steps` copies of the
+    weights, of the state and of the training graph.
 
     Args:
         steps: number of steps K; 1 gives `one_step`.
