@@ -1,4 +1,4 @@
-"""Functions of named tensors, the one data structure of the mathematics."""
+"""Compute with named tensors, name -> tensor."""
 
 import math
 from collections import Counter
@@ -16,9 +16,9 @@ def detach(tree: Mapping[str, Tensor]) -> Tensors:
 
 
 def unalias(tree: Mapping[str, Tensor]) -> Tensors:
-    """Copy entries that share memory with another or with themselves, so that each can be written in place.
+    """Copy entries that alias another or themselves, so that each can be written in place.
 
-    For f(a + b) torch returns one tensor as the gradients of a and b; for sum(a), one expanded number.
+    For f(a + b) torch returns one tensor as both gradients. For sum(a) it returns one expanded number.
     """
     shared = Counter(t.untyped_storage().data_ptr() for t in tree.values())
     return {
@@ -50,5 +50,5 @@ def add_scaled(a: Mapping[str, Tensor], b: Mapping[str, Tensor], scale: Tensor |
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether no entry is NaN or infinite."""
     largest = torch._foreach_norm([t for t in tensors if t.numel()] or [torch.zeros(1)], math.inf)
-    together = torch.stack([x.to(largest[0]) for x in largest])  # so that a GPU is waited for once
+    together = torch.stack([x.to(largest[0]) for x in largest])  # one synchronisation with a GPU
     return bool(torch.isfinite(together).all())

@@ -1,4 +1,4 @@
-"""The exceptions that midflight raises on purpose."""
+"""Define the exceptions that midflight raises on purpose."""
 
 from importlib.util import find_spec
 
@@ -7,7 +7,7 @@ class MidflightError(Exception):
     """Base class of every error that midflight raises on purpose."""
 
     exit_code = 2
-    """Exit status of the command: 2 for bad input, 1 if the environment failed."""
+    """Exit status of the command: 2 for bad input, 1 for a failure of the environment."""
 
 
 class SpaceError(MidflightError, ValueError):
@@ -27,7 +27,7 @@ class InvalidLoss(MidflightError, TypeError):
 
 
 class UnsupportedSetting(MidflightError, NotImplementedError):
-    """midflight cannot do this correctly yet, for example tune over several processes."""
+    """midflight does not support this, for example tuning over several processes."""
 
 
 class UnknownGradient(MidflightError, RuntimeError):
@@ -51,7 +51,7 @@ class UnsupportedOptimizer(MidflightError, TypeError):
 
 
 class UnsupportedParameter(MidflightError, TypeError):
-    """The update of a weight cannot be differentiated (sparse gradient, complex dtype)."""
+    """The update of a weight has no derivative here (sparse gradient, complex dtype)."""
 
 
 class NoCompiler(MidflightError, RuntimeError):
@@ -74,5 +74,5 @@ def require_extra(module: str, extra: str) -> None:
     """Raise `MissingExtra` if `module` is not installed."""
     if find_spec(module) is None:
         raise MissingExtra(
-            f"{module} is needed for this, but is not installed; pip install 'midflight[{extra}]'"
+            f"{module} must be installed for this, but is not; run pip install 'midflight[{extra}]'."
         )

@@ -1,4 +1,4 @@
-"""The search space: hyperparameters, their bounds and their current values."""
+"""Declare hyperparameters, with their bounds and current values."""
 
 from midflight.space.default_ranges import RANGES, default_range
 from midflight.space.hyperparameter import Hyperparameter

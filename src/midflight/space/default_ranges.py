@@ -1,7 +1,7 @@
-"""A default range for every kind of hyperparameter.
+"""Give every kind of hyperparameter a default range.
 
-A range contains the optimum of most tasks, and training works at each of its points. Its scale makes equal
-steps matter equally: logarithmic for factors, logit for rates and decay factors close to 0 or 1.
+A range contains the optimum of most tasks, and training works at each of its points. Factors have a log
+scale; rates and decay factors close to 0 or 1 have a logit scale.
 """
 
 from dataclasses import replace

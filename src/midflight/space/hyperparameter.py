@@ -1,8 +1,7 @@
-"""One hyperparameter: a leaf tensor in unit coordinates, and the value that the model sees.
+"""Represent one hyperparameter by a leaf tensor in unit coordinates and the value that the model sees.
 
-It is neither a Parameter nor a buffer of the model. So `SGD(model.parameters())` does not train it on the
-training loss, and `model.to()` does not replace it. Its hypergradient is stored in `raw.grad`, so any torch
-optimiser can move it.
+It is neither a Parameter nor a buffer of the model. So `SGD(model.parameters())` does not train it, and
+`model.to()` does not replace it. `raw.grad` holds its hypergradient, so any torch optimiser can move it.
 """
 
 import math
@@ -22,7 +21,7 @@ Operator = Callable[[Any, Any], Tensor]
 
 
 def _left(apply: Callable[[Any, Any], Any]) -> Operator:
-    """Return an operator of tensors for a hyperparameter as the left operand."""
+    """Return a tensor operator with the hyperparameter as the left operand."""
 
     def operator(self: "Hyperparameter", other: Any) -> Tensor:
         result: Tensor = apply(self.value, other)
@@ -32,7 +31,7 @@ def _left(apply: Callable[[Any, Any], Any]) -> Operator:
 
 
 def _right(apply: Callable[[Any, Any], Any]) -> Operator:
-    """Return an operator of tensors for a hyperparameter as the right operand."""
+    """Return a tensor operator with the hyperparameter as the right operand."""
 
     def operator(self: "Hyperparameter", other: Any) -> Tensor:
         result: Tensor = apply(other, self.value)
@@ -42,17 +41,17 @@ def _right(apply: Callable[[Any, Any], Any]) -> Operator:
 
 
 class Hyperparameter:
-    """One entry of a `Space`: use it like a tensor in models and losses, and like a number in loggers.
+    """One entry of a `Space`: use it like a tensor in models and losses, like a number in loggers.
 
-    numpy, `float` and format strings see the current value without its gradient.
+    numpy, `float` and format strings get the current value without its gradient.
 
     Attributes:
-        raw: unit coordinates in [0, 1], a leaf tensor of the shape of the `Float`; moved by the tuner.
-        value: what the model sees, `transform(raw)`, differentiable with respect to `raw`.
+        raw: unit coordinates in [0, 1], a leaf tensor of the shape of the `Float`; the tuner moves it.
+        value: what the model sees, `transform.value(raw)`; differentiable with respect to `raw`.
     """
 
     __array_priority__ = 1000
-    """Makes numpy's operators defer to the operators below, which keep the gradient."""
+    """Make numpy's operators defer to the operators below, which keep the gradient."""
 
     def __init__(self, name: str, spec: Float, dtype: torch.dtype) -> None:
         self.name = name
@@ -62,7 +61,7 @@ class Hyperparameter:
         if not (math.isfinite(high) and low < high):
             raise SpaceError(
                 f"the range of {name} must fit into {dtype}, but [{spec.low:g}, {spec.high:g}] becomes "
-                f"[{low:g}, {high:g}]; take another range or dtype=torch.float64."
+                f"[{low:g}, {high:g}]; choose another range or dtype=torch.float64."
             )
         self.raw = torch.full(spec.shape, 0.5, dtype=dtype)
         self._seen: Tensor | None = None

@@ -1,4 +1,4 @@
-"""The space: the named hyperparameters of a run."""
+"""Collect the named hyperparameters of a run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from midflight.space.specs import Categorical, Float, Int, Value
 
 
 class Space:
-    """The named hyperparameters of a run.
+    """The named hyperparameters of a run: a mapping from name to `Hyperparameter`.
 
     Args:
         specs: name -> `Float`, for names that are not Python identifiers.
@@ -39,8 +39,8 @@ class Space:
                 )
             if isinstance(spec, Int | Categorical):
                 raise SpaceError(
-                    f"{name} must be a Float to be tuned while the model trains, but is {spec!r}, which has "
-                    "no gradient; declare it in a midflight.search.Space and an engine searches it."
+                    f"{name} must be a Float, but is {spec!r}, which has no gradient; "
+                    "declare it in a midflight.search.Space instead."
                 )
             if not isinstance(spec, Float):
                 raise SpaceError(f"{name} must be a Float, but got {spec!r}.")
@@ -63,7 +63,7 @@ class Space:
 
     @property
     def raws(self) -> Tensors:
-        """The unit coordinates that a hyper-optimiser moves, name -> leaf tensor in [0, 1]."""
+        """The unit coordinates that the tuner moves, name -> leaf tensor in [0, 1]."""
         return {name: entry.raw for name, entry in self._entries.items()}
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,13 +76,13 @@ class Space:
             self[name].set(value)
 
     def requires_grad_(self, flag: bool = True) -> None:
-        """Set whether later forward passes are recorded with respect to the hyperparameters."""
+        """Set whether autograd records later uses of the hyperparameters."""
         for entry in self._entries.values():
             entry.raw.requires_grad_(flag)
 
     @contextmanager
     def using(self, raws: Tensors) -> Iterator[None]:
-        """Replace raw tensors inside the context, for everything that reads this space."""
+        """Replace raw tensors while the context is active."""
         before = self.raws
         try:
             for name, raw in raws.items():
@@ -94,7 +94,7 @@ class Space:
 
     @contextmanager
     def seeing(self, values: Tensors) -> Iterator[None]:
-        """Replace values inside the context, for everything that reads this space; ignore the raw tensors."""
+        """Replace values while the context is active; the raw tensors are ignored."""
         try:
             for name, value in values.items():
                 self[name]._seen = value
@@ -104,21 +104,21 @@ class Space:
                 self[name]._seen = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the raw coordinates and their ranges, to be saved with the model's state."""
+        """Return the raw coordinates and their ranges, to save with the model's state."""
         return {
             "raw": {name: entry.raw.detach().clone() for name, entry in self._entries.items()},
             "range": {name: _range(entry.spec) for name, entry in self._entries.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; a hyperparameter saved in another range keeps its value.
+        """Restore what `state_dict` returned. Values stay the same if ranges have changed.
 
         Raises:
-            SpaceError: names or shapes differ, or a value lies outside this range; nothing is changed then.
+            SpaceError: names or shapes differ, or a value lies outside its range. Nothing changes then.
         """
         if set(state["raw"]) != set(self._entries):
             raise SpaceError(
-                f"the saved space has {sorted(state['raw'])}, this one {sorted(self._entries)}; "
+                f"the saved space has {sorted(state['raw'])}, but this one has {sorted(self._entries)}; "
                 "build the same space before loading."
             )
         raws = {
@@ -135,7 +135,7 @@ def _range(spec: Float) -> tuple[float, float, str]:
 
 
 def _moved(entry: Hyperparameter, raw: Tensor, saved: Sequence[Any] | None) -> Tensor:
-    """Return the coordinate in this range of the value at `raw` in the range `saved` (None: this range)."""
+    """Convert `raw` from the range `saved` to the range of `entry`; None means the same range."""
     spec = entry.spec
     if raw.shape != spec.shape:
         raise SpaceError(f"{entry.name} must have shape {spec.shape}, but was saved with {tuple(raw.shape)}.")

@@ -1,4 +1,4 @@
-"""The kinds of hyperparameters and their bounds."""
+"""Declare the kinds of hyperparameters and their bounds."""
 
 import math
 import numbers
@@ -15,7 +15,7 @@ from midflight.space.transforms import Linear, Log, Logit, Transform
 Value = float | Sequence[float] | Tensor
 Choice: TypeAlias = str | int | float | bool | None
 When: TypeAlias = Mapping[str, Choice | tuple[Choice, ...]]
-"""Name of an `Int` or `Categorical` -> the value it must have, or a tuple of such values; all must hold."""
+"""Name of an `Int` or `Categorical` -> its required value, or a tuple of allowed values; all must hold."""
 ROUNDING = 1e-6  # a few float32 rounding errors, relative to the bound
 
 
@@ -32,9 +32,8 @@ class Float:
             (log, logit) range.
         shape: shape of the value; () for one number, (n,) for one per parameter group, layer, class or
             training example.
-        online: in `midflight.search`, whether it is tuned inside each trial instead of searched.
-        when: in `midflight.search`, it is part of a configuration only where other hyperparameters have
-            these values; see `When`.
+        online: for `midflight.search`: tune it inside each trial instead of searching it.
+        when: for `midflight.search`: use it only if other hyperparameters have these values; see `When`.
 
     Raises:
         SpaceError: one of the conditions above does not hold.
@@ -73,7 +72,7 @@ class Float:
     def check(self, value: Value) -> Tensor:
         """Return `value` in this shape as float64; raise `SpaceError` unless low <= value <= high.
 
-        A value that float32 rounding moved just past a bound is set to the bound.
+        A value just past a bound by float32 rounding is set to the bound.
         """
         try:
             tensor = torch.as_tensor(value, dtype=torch.float64)
@@ -108,7 +107,7 @@ def _as_shape(shape: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Int:
-    """A whole number between `low` and `high`, both included; searched by an engine of `midflight.search`.
+    """A whole number between `low` and `high`, both included, for `midflight.search` only.
 
     Args:
         low: smallest value.
@@ -139,7 +138,7 @@ class Int:
 
 @dataclass(frozen=True)
 class Categorical:
-    """A choice among values without an order; searched by an engine of `midflight.search`.
+    """A choice among values without an order, for `midflight.search` only.
 
     Args:
         choices: strings, numbers, booleans or None, all different.

@@ -1,6 +1,6 @@
-"""The update rules of `torch.optim` as pure functions theta' = U(theta, s, g, phi), one file per family.
+"""Provide the optimisers of `torch.optim` as pure functions theta' = U(theta, s, g, phi), one per file.
 
-`base` defines the symbols. To add a rule, write one file and one row in `RULES`; every test then covers it.
+`base` defines the symbols. To add a rule, write one file and add one row to `RULES`; every test covers it.
 """
 
 import inspect
@@ -49,13 +49,13 @@ if hasattr(torch.optim, "Muon"):  # since torch 2.9
     RULES[torch.optim.Muon] = Muon()
 
 REFUSED: dict[type[torch.optim.Optimizer], str] = {
-    torch.optim.LBFGS: "it evaluates the loss many times in a step, which is then no function of one "
-    "gradient; use SGD with momentum or Adam.",
-    torch.optim.Rprop: "it steps by the sign of the gradient, so that no hyperparameter of the loss has "
-    "a derivative; use RMSprop, which steps by its size as well.",
+    torch.optim.LBFGS: "each step evaluates the loss many times, so it is no function of one gradient; "
+    "use SGD with momentum or Adam.",
+    torch.optim.Rprop: "its step uses only the sign of the gradient, so hyperparameters of the loss have "
+    "no derivative; use RMSprop.",
     torch.optim.SparseAdam: "it takes sparse gradients; build the embedding with sparse=False and use Adam.",
 }
-"""Optimisers of torch without a rule -> the reason."""
+"""Optimiser of torch without a rule -> the reason."""
 
 
 def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:

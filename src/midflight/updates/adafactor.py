@@ -1,4 +1,4 @@
-"""Adafactor, which factors the second moment of a matrix into two vectors, as `torch.optim.Adafactor`.
+"""Adafactor, which stores the second moment of a matrix as two vectors, as `torch.optim.Adafactor`.
 
 beta_t = t^beta2_decay,  alpha_t = max(eps2, RMS(theta)) min(lr, 1 / sqrt(t))
 r' = (1 - beta_t) r + beta_t mean of g^2 over columns,  c' likewise over rows
@@ -7,7 +7,7 @@ u = g / max(sqrt(v), eps1)
 theta' = theta - lr weight_decay theta - alpha_t u / max(1, RMS(u) / d)
 
 The minimum and the maxima have kinks. Apart from decay, the derivative in lr is 0 unless lr < 1 / sqrt(t).
-The derivative in d is 0 unless d clips. At the first step beta_t = 1 for any beta2_decay.
+The derivative in d is 0 unless d clips, that in beta2_decay is 0 at the first step (beta_t = 1).
 """
 
 import math

@@ -4,7 +4,7 @@ g~ = g + weight_decay theta
 m' = beta1 m + (1 - beta1) g~,  u' = max(beta2 u, |g~| + eps)
 theta' = theta - lr / (1 - beta1^t) m' / u'
 
-The maximum has a kink: where beta2 u is larger, the derivative in eps is 0; elsewhere, that in beta2 is 0.
+The maximum has a kink. Where beta2 u is larger, the derivative in eps is 0. Elsewhere that in beta2 is 0.
 """
 
 from typing import ClassVar

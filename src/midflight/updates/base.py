@@ -1,7 +1,7 @@
-"""The interface of an update rule: one optimiser step as a pure function, and its exact derivatives.
+"""Define the interface of an update rule: one optimiser step as a pure function, with exact derivatives.
 
-theta' = U(theta, s, g, phi): weights theta, optimiser state s, gradient g, options phi. In the formulas of
-the rules a prime marks a value after the step, t counts the steps from 1, and g~ is g with weight decay.
+theta' = U(theta, s, g, phi): weights theta, optimiser state s, gradient g, options phi. In the formulas a
+prime marks a value after the step. t counts the steps from 1, and g~ is g with weight decay.
 """
 
 from abc import ABC, abstractmethod
@@ -32,8 +32,7 @@ class UpdateRule(ABC):
     differentiable: ClassVar[bool] = True
     """Whether the step can be differentiated with respect to g; if not, it may still be in its options."""
     one_pass: ClassVar[bool] = False
-    """Whether `ahead` and `pullback` pass over memory once, so that cutting a weight gains nothing."""
-
+    """Whether `ahead` and `pullback` pass over memory once, so that splitting a weight gains nothing."""
     of_many: ClassVar[frozenset[str]] = frozenset()
     """Options that `ahead` and `pullback` accept with one entry per row of the weight."""
 

@@ -1,8 +1,8 @@
 """Apply update rules block by block: large weights are cut to fit the cache, small ones are concatenated.
 
-An optimiser step is a dozen elementwise operations. On a large weight, each of them would read and write main
+An optimiser step has about twelve elementwise operations. On a large weight, each would read and write main
 memory. On many small weights, the cost of the calls would dominate. So weights are cut or joined into flat
-blocks of about BLOCK entries where the rule and their layout in memory allow.
+blocks of about BLOCK entries, where the rule and the memory layout allow.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,17 +17,17 @@ from midflight.updates.base import Options, State, Update, UpdateRule, tuned_opt
 from midflight.updates.flat import lies_whole
 
 BLOCK = 2**16
-"""Entries of a block on the CPU; on other devices large weights are not cut."""
+"""Number of entries of a block on the CPU; on other devices large weights are not cut."""
 
 LIKE_LOSS = frozenset({"weight_decay"})
-"""Options that act on a step independently of the gradient, or as a term in the loss would."""
+"""Options that act like a term of the loss, or independently of the gradient."""
 
 Updates = Mapping[str, Update]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Whole weights with the same rule, options and scalar state, or a piece of a large weight."""
+    """Hold whole weights with equal rule, options and scalar state, or a piece of a large weight."""
 
     names: tuple[str, ...]
     piece: range | None
@@ -44,7 +44,7 @@ class Block:
         return tensor.as_strided((len(self.piece),), (1,), tensor.storage_offset() + self.piece.start)
 
     def state(self, states: Mapping[str, State]) -> State:
-        """Return the state of the block's entries; state with one number per weight stays unchanged."""
+        """Return the state of the block's entries; one number per weight stays unchanged."""
         first = states[self.names[0]]
         if len(self.names) == 1 and self.piece is None:
             return first
@@ -75,8 +75,8 @@ def blocks(
     """Split all weights that have an update into blocks; each entry is in exactly one.
 
     Args:
-        more: other trees that the blocks will index, such as gradients. A weight is cut only if its layout in
-            memory is the same in all of them.
+        more: other trees that the blocks will index, such as gradients. A weight is cut only if its memory
+            layout is the same in all of them.
     """
     together: dict[Any, list[str]] = {}
     for name, u in updates.items():
@@ -114,7 +114,7 @@ def _kin(p: Tensor, state: State, u: Update) -> tuple[Any, ...]:
         for key, value in state.items()
         if not _is_entrywise(value)
     )
-    alone = p.ndim == 0  # a scalar weight's state looks like numbers per weight
+    alone = p.ndim == 0  # state per entry and state per weight have the same shape ()
     return (id(u.options), u.rule, p.dtype, p.device, tuple(state), *numbers, id(p) if alone else None)
 
 
@@ -124,7 +124,7 @@ def _fixed(options: Options, names: Iterable[str]) -> Options:
 
 
 class _OfMany(UpdateRule):
-    """A rule without its closed forms, which need numbers; for options with many entries (populations)."""
+    """Use only `step` of a rule: closed forms need numbers, but populations have tensor options."""
 
     tunable: ClassVar = frozenset()
 

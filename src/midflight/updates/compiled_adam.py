@@ -1,4 +1,4 @@
-"""Adam with its dozen of elementwise operations compiled into one pass over memory."""
+"""Compile the elementwise operations of Adam into one pass over memory."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -22,13 +22,13 @@ from midflight.updates.flat import Flat
 
 
 class CompiledAdam(Adam):
-    """Adam by torch.compile; accepts a weight decay with one entry per row, as in a `Population`.
+    """Run Adam by torch.compile; accept a weight decay with one entry per row, as in a `Population`.
 
     Args:
         device: device of the weights.
 
     Raises:
-        NoCompiler: torch.compile does not work on the device. It needs a C++ compiler, on a GPU Triton.
+        NoCompiler: torch.compile does not work on the device. It needs a C++ compiler, or Triton on a GPU.
     """
 
     one_pass: ClassVar = True
@@ -42,12 +42,12 @@ class CompiledAdam(Adam):
         except Exception as error:  # torch.compile has no common class of errors
             raise NoCompiler(
                 "compile=True needs a C++ compiler that torch.compile finds (on a GPU Triton), but it said: "
-                f"{str(error).strip().splitlines()[0]}; install one (g++, say), or leave compile=True out."
+                f"{str(error).strip().splitlines()[0]}; install one, such as g++, or omit compile=True."
             ) from error
 
     @torch.no_grad()
     def step_all(self, weights: Sequence[Weight]) -> list[tuple[Tensor, State]]:
-        """Apply `step` to many weights, in one program for those whose scalars, such as lr, are equal."""
+        """Apply `step` to many weights; one program covers those with equal scalars, such as lr."""
         if any(_is_rare(state, options) for *_, state, options in weights):
             return super().step_all(weights)
         alike: dict[tuple[float, ...], list[int]] = {}
@@ -55,7 +55,7 @@ class CompiledAdam(Adam):
             alike.setdefault((float(step_number(state)), *_numbers(state, options)), []).append(i)
         found = {}
         for (t, *common), indices in alike.items():
-            # the gradient's layout, transposed after a batched matrix product: only the first step copies
+            # in the gradient's layout, which a batched matrix product transposes: only the first step copies
             flat = {i: Flat(weights[i][1], _rows(weights[i][3])) for i in indices}
             arrays = [
                 [*map(flat[i].of, _moving(*weights[i][:3])), *_decay(*weights[i][::3])] for i in indices
@@ -123,7 +123,7 @@ def _numbers(state: State, options: Options) -> tuple[float, ...]:
 
 
 def _scalars(values: Iterable[float | Tensor], like: Tensor) -> list[Tensor]:
-    """Make numbers tensors, or torch would compile them in; float64, because 1 - beta2 is small."""
+    """Convert numbers to tensors, or torch recompiles for each; float64, because 1 - beta2 is small."""
     return [
         x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=like.device)
         for x in values
@@ -160,11 +160,11 @@ def _pullback(v: Tensor, p: Tensor, g: Tensor, m: Tensor, s: Tensor, coupled: Te
 
 
 def _slow(options: Options) -> type[UpdateRule]:
-    """Return the class whose methods replace the program; Adam's closed forms accept numbers only."""
+    """Return the class to use without compilation; Adam's closed forms accept numbers only."""
     return Adam if _rows(options) == 1 else UpdateRule
 
 
 def _is_rare(state: State, options: Options) -> bool:
-    """Return whether a case is too rare to compile a program for it."""
+    """Return whether a case is too rare to compile."""
     many = {name for name, x in options.items() if isinstance(x, Tensor) and x.numel() > 1}
     return not state or options["amsgrad"] or options["maximize"] or bool(many - {"weight_decay"})

@@ -1,10 +1,10 @@
-"""Flatten tensors in memory order, so that a transposed one (a batched product's gradient) is not copied."""
+"""Flatten tensors in memory order, so that a transposed tensor is not copied."""
 
 from torch import Tensor
 
 
 class Flat:
-    """A map from tensors of one shape to shape (rows, rest), in the memory order of one of them.
+    """Map tensors of one shape to shape (rows, rest), in the memory order of one of them.
 
     Args:
         like: the tensor that gives the memory order.
@@ -27,7 +27,7 @@ class Flat:
 
 
 def lies_whole(tensor: Tensor) -> bool:
-    """Return whether the entries fill a part of memory without gaps, in any order."""
+    """Return whether the entries fill memory without gaps, in any order."""
     return tensor.permute(_as_it_lies(tensor)).is_contiguous()
 
 

@@ -7,8 +7,8 @@ theta' = theta - lr weight_decay theta - lr scale(shape) O(d)
 O(d) is `ns_steps` Newton-Schulz steps from X = d / max(|d|_F, eps),
     X <- a X + (b X X^T + c (X X^T)^2) X,     (a, b, c) = ns_coefficients
 
-As in torch, these steps are computed in bfloat16. Rounding makes O piecewise constant in g, so its derivative
-is 0 almost everywhere. So a step can be differentiated with respect to lr and weight_decay only.
+As in torch, these steps are computed in bfloat16. Rounding makes O piecewise constant in g, with derivative 0
+almost everywhere. So a step can be differentiated only with respect to lr and weight_decay.
 """
 
 import math
@@ -37,7 +37,7 @@ class Muon(UpdateRule):
 
 
 def _lerp(start: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:
-    """Interpolate exactly as torch does: an error in the last digit can grow to percents in bfloat16."""
+    """Interpolate exactly as torch does; in bfloat16, an error in the last digit can grow to percents."""
     return start.lerp(end, torch.as_tensor(weight, dtype=start.dtype, device=start.device))
 
 

@@ -19,7 +19,7 @@ class NAdam(UpdateRule):
     """NAdam (Dozat 2016); see the module for the formula.
 
     torch stores M_t in float32 for weights of any dtype. So does this rule, unless beta1 or momentum_decay
-    is a float64 tensor: rounding would then hide the derivative.
+    is a float64 tensor. Rounding would then hide the derivative.
     """
 
     tunable: ClassVar = frozenset({"lr", "beta1", "beta2", "eps", "weight_decay", "momentum_decay"})

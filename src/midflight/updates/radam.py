@@ -8,8 +8,7 @@ theta' = theta - lr m^ r_t sqrt(1 - beta2^t) / (sqrt(s') + eps)     afterwards
 rho_inf = 2 / (1 - beta2) - 1,  rho_t = rho_inf - 2 t beta2^t / (1 - beta2^t)
 r_t^2 = (rho_t - 4) (rho_t - 2) rho_inf / ((rho_inf - 4) (rho_inf - 2) rho_t)
 
-While rho_t <= 5 (the first five steps at the default beta2), the step does not depend on beta2 and eps, so
-their derivatives are 0.
+While rho_t <= 5 (five steps at the default beta2), beta2 and eps do not act and have derivative 0.
 """
 
 from typing import ClassVar
