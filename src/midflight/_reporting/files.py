@@ -1,4 +1,4 @@
-"""Write files whole: a reader sees the old content or the new one, never a part."""
+"""Write files atomically: a reader sees the old content or the new one, never a part."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; when the block succeeds, move it to `path`, else delete it."""
+    """Yield a temporary path. If the block succeeds, move it to `path`, else delete it."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part

@@ -1,4 +1,4 @@
-"""HTML pages that need no other file: style and figures are inside."""
+"""Write HTML pages that contain their style and figures."""
 
 import base64
 from collections.abc import Callable

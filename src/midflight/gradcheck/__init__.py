@@ -1,4 +1,4 @@
-"""Compare hypergradients with central differences, for a user's step (`check`) and for our tables."""
+"""Compare hypergradients with central differences, for a user's step and for our own tables."""
 
 from midflight.gradcheck.cases import KINDS, OPTIMIZERS, Batch, Case, Kind, make_case, why_skipped
 from midflight.gradcheck.check import CheckReport, check

@@ -1,4 +1,4 @@
-"""The conformance table: every update rule with every kind of hyperparameter, on a small smooth network.
+"""Define the conformance table: every update rule with every kind of hyperparameter, on a small network.
 
 To add a rule or a kind of hyperparameter, add one row to `OPTIMIZERS` or `KINDS`.
 """
@@ -81,13 +81,13 @@ Loss = Callable[[Hyperparameter, Batch], Tensor]
 
 
 def _noisy(h: Hyperparameter, b: Batch) -> Tensor:
-    """Return a loss that does not read h; h enters by the update."""
+    """Return a loss that does not read h; h acts through the update."""
     return b.loss(GaussianNoise(0.1)(b.x))
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of hyperparameter and how it enters the training step.
+    """Describe a kind of hyperparameter and how it enters the training step.
 
     Attributes:
         spec: its range, shape and initial value.
@@ -103,9 +103,9 @@ class Kind:
 
 
 class _SteadyMasks(Dropout):
-    """Dropout with masks drawn at a constant rate, which makes the function that it differentiates smooth.
+    """Draw dropout masks at a constant rate, so that the differentiated function is smooth.
 
-    Whether this is the right function to differentiate is tested by enumerating all masks.
+    A separate test of the derivative enumerates all masks.
     """
 
     def _drawn_at(self, rate: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A problem with weights and optimiser state in the middle of training, in float64.
+    """Hold a problem with weights and optimiser state in the middle of training, in float64.
 
     Attributes:
         optimizer: the row of `OPTIMIZERS`.
@@ -211,18 +211,18 @@ class Case:
 
 
 def why_skipped(optimizer: str, hyperparameter: str) -> str | None:
-    """Say in a sentence why a row of `OPTIMIZERS` has no case with a row of `KINDS`; None if it has one."""
+    """Return the reason why a row of `OPTIMIZERS` has no case with a row of `KINDS`; None if it has one."""
     kind = KINDS[hyperparameter]
     if kind.needs and not find_spec(kind.needs):
         return f"{kind.needs} is not installed."
     optim = OPTIMIZERS[optimizer]([nn.Parameter(torch.zeros(1, 1))])
     if kind.option is None:
         smooth = rule_for(optim).differentiable
-        return None if smooth else f"{type(optim).__name__} rounds its step, which has no derivative there."
+        return None if smooth else f"{type(optim).__name__} rounds its step, so it has no derivative."
     if kind.option not in rule_for(optim).tunable:
         return f"{type(optim).__name__} has no option {kind.option} that can be tuned."
     if kind.option == "momentum" and read_option(optim.param_groups[0], "momentum") == 0:
-        return "At momentum 0 torch keeps no buffer, so that the step is not continuous there."
+        return "At momentum 0 torch keeps no buffer, so the step is not continuous in momentum."
     return None
 
 

@@ -1,6 +1,6 @@
 """Compare hypergradients of a user's own training step with central differences, in float64.
 
-Evaluations use copies, through `functional_call`. The model, the optimiser and the space stay unchanged.
+Evaluations use copies of the tensors. The model, the optimiser and the space stay unchanged.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from midflight.tuner.optimizers import Optimizers, trained_parameters, unwrapped
 from midflight.tuner.randomness import Randomness
 from midflight.updates import State, Update
 
-ENTRIES = 5  # of a large hyperparameter; only these are differenced
+ENTRIES = 5  # how many entries of a large hyperparameter are checked
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Line:
         truth: the central difference that agrees best with that of the next smaller step size.
         uncertainty: the difference between these two, plus rounding.
         passed: whether |estimate - truth| is within the estimator's claim or three times the uncertainty;
-            None for an estimator that claims no exactness.
+            None for an estimator without a claim.
     """
 
     hyperparameter: str
@@ -74,7 +74,7 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether there are lines and every exact estimator passed in all of them."""
+        """Whether there are lines and every estimator with a claim passed in all of them."""
         return bool(self.lines) and all(line.passed is not False for line in self.lines)
 
     def __str__(self) -> str:
@@ -110,13 +110,13 @@ def check(
 ) -> CheckReport:
     """Compare hypergradients of your own training step with central differences, in float64.
 
-    `mf.nn.Dropout` draws at a constant rate here: its derivative is compared with that of its own relaxation.
+    `mf.nn.Dropout` draws its masks at a constant rate here, so only its own relaxation is checked.
 
     Args:
         model: the model, in the mode in which it trains.
-        optimizer: holds the model's weights; one or several, as for `Tuner`. If it has no state, three steps
-            on a copy create one.
-        space: the hyperparameters; a large one is checked in five entries.
+        optimizer: one or several that hold the model's weights, as for `Tuner`. If it has no state, three
+            steps on a copy create one.
+        space: the hyperparameters; five entries of a large one are checked.
         loss_fn: (model, batch) -> training loss, a scalar.
         batch: training batch; floating-point tensors in it (in tuples, lists, dicts) are cast to float64.
         valid_batch: validation batch.
@@ -146,22 +146,22 @@ def check(
             hints.append(_explained(error))
     if any(line.passed is False for line in lines):
         hints.append(
-            "a wrong line with a small uncertainty points to a gradient that is cut (detach, .data, .item(), "
-            "no_grad, rounding) between the hyperparameter and the loss."
+            "a wrong line with a small uncertainty points to a gradient that is cut between the "
+            "hyperparameter and the loss, by detach, .data, .item(), no_grad or rounding."
         )
     return CheckReport(lines, hints, mixed_partial)
 
 
 @dataclass(frozen=True)
 class _Truth:
-    """Central differences of one hyperparameter: entry -> (central difference, uncertainty)."""
+    """Hold the central differences of one hyperparameter: entry -> (central difference, uncertainty)."""
 
     shape: tuple[int, ...]
     entries: dict[int, tuple[float, float]]
 
 
 class _Trial:
-    """The user's step as a `Problem` in float64; use it only inside `borrowed`."""
+    """Hold the user's step as a `Problem` in float64; use it only inside `borrowed`."""
 
     def __init__(
         self,
@@ -221,24 +221,24 @@ class _Trial:
             torch.set_default_dtype(before)
 
     def conditions(self) -> Iterator[str]:
-        """Yield the conditions that make the check wrong or limit it."""
+        """Yield the conditions that invalidate or limit the check."""
         with torch.no_grad():
             first, second = (self.problem.train_loss(self.params, self.raws) for _ in range(2))
         if not torch.equal(first, second):
             yield (
-                "the loss differs between two evaluations with the same random states of torch, numpy and "
-                "random: it uses another random generator, or it keeps state; this table cannot be right."
+                "two evaluations of the loss differ, with equal random states of torch, numpy and random. It "
+                "uses another generator or keeps state, so this table cannot be right."
             )
         if not bool(torch.isfinite(first)):
             yield "the training loss is not finite here."
         norms = [m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if any(m.training for m in norms):
             yield (
-                "BatchNorm is in training mode: the training side uses the batch's statistics, validation "
-                "the running ones, whose dependence on the hyperparameters is not part of one step."
+                "BatchNorm is in training mode: training uses batch statistics, validation running ones. One "
+                "step ignores how the running ones depend on the hyperparameters."
             )
         if not self._model.training:
-            yield "the model is in eval mode; call model.train() first if noise or dropout is being tuned."
+            yield "the model is in eval mode; call model.train() first if you tune noise or dropout."
 
     def settled_state(self) -> dict[str, State]:
         """Return the optimiser's state; if it has none yet, take three steps on the copies first."""
@@ -318,8 +318,8 @@ def _about_truths(truths: Mapping[str, _Truth]) -> Iterator[str]:
             yield f"{name}: the validation loss after the step does not depend on it here."
         elif any(uncertainty > 0.01 * abs(value) for value, uncertainty in entries):
             yield (
-                f"{name}: the central difference itself is uncertain (kinks such as ReLU or max-pooling, or "
-                "a tiny derivative); a smooth activation or a larger batch makes this check sharper."
+                f"{name}: the central difference is uncertain, because of kinks (ReLU, max-pooling) or a "
+                "tiny derivative; use a smooth activation or a larger batch."
             )
 
 
@@ -328,7 +328,7 @@ def _explained(error: Exception) -> str:
     if isinstance(error, UnreachedHyperparameter):
         return f"{text} If it is used, its gradient is cut: float(), .item(), .data, detach or rounding."
     if isinstance(error, NotTwiceDifferentiable):
-        return f"{text} `Tuner` takes differences by itself here."
+        return f"{text} `Tuner` uses differences automatically here."
     if "inplace operation" in text:
         return (
             "an in-place operation changes a tensor that a second derivative needs; write x = f(x) instead "
@@ -337,9 +337,7 @@ def _explained(error: Exception) -> str:
     if "derivative for" in text or "not implemented" in text:
         return f"an operation has no second derivative; use 'central_difference'. ({text.splitlines()[0]})"
     if "dtype" in text or "Double" in text or "Float" in text:
-        return (
-            f"the model mixes in float32 tensors that are no parameters or buffers. ({text.splitlines()[0]})"
-        )
+        return f"the model uses float32 tensors that are no parameters or buffers. ({text.splitlines()[0]})"
     return text
 
 

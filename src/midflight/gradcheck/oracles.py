@@ -1,4 +1,4 @@
-"""Reference values of hypergradients: central differences of the validation loss after a step, in float64."""
+"""Compute reference hypergradients: central differences of the validation loss after a step, in float64."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from midflight.updates import State
 def loss_after(
     problem: Problem, params: Tensors, hparams: Tensors, state: Mapping[str, State], steps: int = 1
 ) -> float:
-    """Return the validation loss after `steps` optimiser steps, which an estimator differentiates."""
+    """Return the validation loss after `steps` optimiser steps; estimators differentiate this function."""
     state = dict(state)
     for _ in range(steps):
         grads = problem.train_grads({n: p.detach().requires_grad_() for n, p in params.items()}, hparams)
@@ -31,7 +31,7 @@ def loss_after(
 
 
 STEP_SIZES = (1e-5, 1e-6, 1e-4, 1e-7, 1e-3, 1e-8)  # the others are tried only if the first two disagree
-AGREEMENT = 1e-7
+AGREEMENT = 1e-7  # relative uncertainty at which no further step size is tried
 ROUNDING = 2e-16  # of a loss in float64, relative
 
 
@@ -95,7 +95,7 @@ def along(
 
 @dataclass(frozen=True)
 class Comparison:
-    """The distance of estimates from the truth, with all entries of all estimates as one vector.
+    """Measure the distance of estimates from the truth, with all entries of all estimates as one vector.
 
     Attributes:
         relative_error: |estimate - truth| / |truth|.

@@ -1,4 +1,4 @@
-"""The table of `midflight check`: each estimator compared with central differences, in float64."""
+"""Make the table of `midflight check`: each estimator against central differences, in float64."""
 
 import multiprocessing
 from collections.abc import Iterable, Iterator
@@ -22,13 +22,13 @@ PAPER_ESTIMATORS = ("one_step", "one_step_cheap", "t1t2", "paper")
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: an estimator compared with the truth over some training states.
+    """One line of the table: an estimator against the truth over some training states.
 
     Attributes:
         rule: name of the optimiser.
         hyperparameter: name of the hyperparameter.
         estimator: name of the estimator.
-        steps: optimiser steps before the validation loss is taken, as many as the estimator covers.
+        steps: optimiser steps before the validation loss, as many as the estimator covers.
         relative_error: |estimate - truth| / |truth| over all states.
         cosine: cosine of the angle between the two over all states.
         scale: |estimate| / |truth|.
@@ -92,7 +92,7 @@ def _row(place: tuple[str, str, tuple[str, ...]]) -> list[Check | Skipped]:
 
 
 def _estimates(rule: str, kind: str, estimators: Iterable[str]) -> Iterator[Check | Skipped]:
-    # measuring the error of an inexact estimator needs many states; one state shows whether one is exact
+    # the error of an inexact estimator needs many states; one state shows whether an estimator is exact
     seeds = SEEDS if rule in PAPER_RULES and kind in PAPER_KINDS else 1
     cases = [make_case(rule, kind, seed) for seed in range(seeds)]
     truths: dict[int, list[Tensors]] = {}

@@ -1,4 +1,4 @@
-"""Layers, losses and penalties that read hyperparameters."""
+"""Provide layers, losses and penalties that read hyperparameters."""
 
 from midflight.nn import losses, penalties
 from midflight.nn.augment import Augment

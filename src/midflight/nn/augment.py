@@ -1,10 +1,9 @@
-"""Random changes of images whose magnitudes are hyperparameters.
+"""Change images at random, with hyperparameters as magnitudes.
 
     amount = magnitude u,   u uniform in [-1, 1], drawn for each image and each change
 
 With fixed random numbers u, the amount is a differentiable function of the magnitude. kornia
-(`pip install midflight[augment]`) applies rotation, scale, shear and translation together as one affine map,
-then interpolates between pixels.
+(`pip install midflight[augment]`) applies rotation, scale, shear and translation as one affine map.
 """
 
 from importlib import import_module
@@ -20,11 +19,11 @@ GEOMETRY = ("rotation", "translation", "scale", "shear")
 
 
 class Augment(nn.Module):
-    """A layer that changes images at random while training, and returns them unchanged in eval mode.
+    """A layer that changes images at random in training mode, and returns them unchanged in eval mode.
 
     Each argument is the largest amount: a hyperparameter of shape (), a function that reads hyperparameters,
-    or a number; 0 leaves the change out. At magnitude 0 the derivative has mean zero by symmetry, as for
-    `GaussianNoise`. So a magnitude that may be tuned down to 0 is drawn at no less than 5 % of its range.
+    or a number. 0 disables the change. At magnitude 0 the derivative has mean zero by symmetry, as for
+    `GaussianNoise`. So a magnitude whose range begins at 0 is never drawn below 5 % of this range.
 
     Args:
         rotation: degrees about the centre; default range 0 to 45.
@@ -34,20 +33,20 @@ class Augment(nn.Module):
         brightness: added to every pixel; default range 0 to 0.5, for pixels between 0 and 1.
         contrast: logarithm of the factor on the distance from the image's mean; default range 0 to 1.
         noise: standard deviation of Gaussian noise, one draw per pixel; default range 0 to 0.5.
-        interpolation: "bicubic" is smooth in the magnitudes. "bilinear" blurs in proportion to the shift, so
-            a magnitude below one pixel is judged by its blur and may stay at 0.
-        padding: what lies outside an image: "zeros", "border" or "reflection".
+        interpolation: "bicubic" is smooth in the magnitudes. "bilinear" blurs in proportion to the shift.
+            Tuning may then keep a magnitude below one pixel at 0.
+        padding: values outside an image: "zeros", "border" or "reflection".
 
     Shape:
-        (N, C, H, W), floating point; the output has the same shape and dtype. Nothing is clipped, because
-        the images may be standardised and a clipped pixel would have derivative zero.
+        (N, C, H, W), floating point; the output has the same shape and dtype. Pixels are not clipped: images
+        may be standardised, and a clipped pixel would have derivative zero.
 
     Raises:
         MissingExtra: a geometric magnitude is given and kornia is not installed.
 
-    The hypergradient of a magnitude needs the first derivative of the interpolation, which every torch has.
-    It needs the second derivative only if weights act *before* the augmentation. torch 2.13 has it; older
-    versions raise "derivative for aten::grid_sampler_2d_backward is not implemented".
+    If weights act *before* the augmentation, the hypergradient needs the second derivative of the
+    interpolation. torch 2.13 has it. Older versions raise "derivative for aten::grid_sampler_2d_backward is
+    not implemented".
     """
 
     def __init__(
@@ -119,7 +118,7 @@ class Augment(nn.Module):
         return warped
 
     def _amount(self, name: str, x: Tensor) -> Tensor:
-        """Draw magnitude u for each image, shape (N, 1, 1, 1)."""
+        """Draw magnitude u, one per image, shape (N, 1, 1, 1)."""
         return self._level(name, x) * _uniform(len(x), 1, 1, 1, like=x)
 
     def _level(self, name: str, x: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
-r"""Dropout whose rate is a hyperparameter: exact Bernoulli masks, with a derivative by the trapezoid rule.
+r"""Apply dropout with exact Bernoulli masks, and differentiate with respect to its rate.
 
     mask = kept / (1 - p),   kept ~ Bernoulli(1 - p)
     d mask / d p := (mask - 1) / (2 p (1 - p))
 
-A mask jumps, so it has no derivative. The expected loss has one; for one unit, with s = 1 / (1 - p), it is
+A mask has no derivative, but the expected loss has. For one unit, with s = 1 / (1 - p), it is
 
     d/dp E f(mask) = f(0) - f(s) + s f'(s)
 
-Replacing f(s) - f(0) by s (f'(0) + f'(s)) / 2, the trapezoid rule, gives E[f'(mask) d mask/dp] with the
-derivative defined above. This is the derivative of the mask, through its standard deviation
-sqrt(p / (1 - p)), at a fixed standardised draw. It is also the second-order rule of Liu et al. 2023
-("Bridging discrete and backpropagation", ReinMax) for a Bernoulli variable of this scale.
+The trapezoid rule replaces f(s) - f(0) by s (f'(0) + f'(s)) / 2. This gives E[f'(mask) d mask/dp] with the
+derivative defined above. It is the derivative of the mask through its standard deviation sqrt(p / (1 - p)),
+at a fixed standardised draw. It is also the second-order rule of Liu et al. 2023 ("Bridging discrete and
+backpropagation", ReinMax) for a Bernoulli variable of this scale.
 """
 
 import torch
@@ -23,25 +23,25 @@ from midflight.space import Hyperparameter
 class Dropout(nn.Module):
     """A dropout layer whose rate is a hyperparameter.
 
-    The forward pass and the attributes `p` and `inplace` are those of `torch.nn.Dropout`. While training,
+    The forward pass and the attributes `p` and `inplace` are those of `torch.nn.Dropout`. In training mode,
     each entry is 0 with probability `rate`, else scaled by 1 / (1 - rate). The derivative with respect to
-    `rate` estimates that of the expected loss over the masks. It is unbiased where the loss is quadratic in
-    each single mask entry. Elsewhere its bias is the error of the trapezoid rule:
+    `rate` estimates that of the expected loss over the masks. It is unbiased if the loss is quadratic in each
+    mask entry. Otherwise its bias is the error of the trapezoid rule:
 
         rate                             0.1    0.5    0.8
         weights of the initial scale     6 %   10 %   42 %
         weights three times as large    23 %   24 %   19 %
 
-    This is the bias of <w, gradient>, as in a hypergradient, over all masks of 8 tanh units (median of 16
-    networks, benchmarks/dropout_gradient.py); 6 of the 96 signs were wrong. The concrete relaxation (Gal et
-    al. 2017, Eq. 5) at temperature 0.1 has a bias of 6 to 12 %, of which sampling explains up to 8, and no
-    wrong sign. But its draws spread 2.6 to 3 times as far, and its forward pass is not dropout.
+    The table shows the bias of <w, gradient> over all masks of 8 tanh units, a median of 16 networks
+    (benchmarks/dropout_gradient.py). 6 of the 96 signs were wrong. The concrete relaxation (Gal et al. 2017,
+    Eq. 5) at temperature 0.1 had no wrong sign and a bias of 6 to 12 %, up to 8 of it from sampling. But its
+    standard deviation was 2.6 to 3 times as large, and its forward pass is not dropout.
 
     Args:
-        rate: a hyperparameter of a `Space` with high < 1, of shape () or one that broadcasts against x; a
-            function that reads hyperparameters; or a number. Default range 0.01 to 0.8 on a logit scale.
-        floor: smallest rate at which masks are drawn; default: 5 % of the range if `rate` may be tuned down
-            to 0, else 0. At rate 0 nothing is dropped, so no draw would inform the derivative.
+        rate: a hyperparameter of a `Space` with high < 1, a function that reads hyperparameters, or a number.
+            Shape () or one that broadcasts against x. Default range 0.01 to 0.8 on a logit scale.
+        floor: smallest rate of the masks. Default: 5 % of the range if it begins at 0, else 0. At rate 0
+            nothing is dropped, so the derivative would be unknown.
 
     Shape:
         any floating-point tensor; the output has the same shape and dtype.

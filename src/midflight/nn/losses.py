@@ -1,11 +1,11 @@
-r"""Losses whose options are hyperparameters.
+r"""Compute losses whose options are hyperparameters.
 
     loss_i = a_i sum_c q~_ic t_ic,    t_ic = -w_c (1 - p_ic)^gamma log p_ic,    p_i = softmax(logits_i / T)
     q~ = (1 - eps) q + eps / classes
 
-with targets q, label smoothing eps (Szegedy et al. 2016, sec. 7), focal gamma (Lin et al. 2017, Eq. 4),
-temperature T, class weights w and example weights a. A weighted sum of losses needs no function:
-write `space["a"] * loss_a + space["b"] * loss_b`.
+q are the targets, eps is label smoothing (Szegedy et al. 2016, sec. 7), gamma the focal exponent (Lin et al.
+2017, Eq. 4), T the temperature, w are class weights and a example weights. A weighted sum of losses needs no
+function: write `space["a"] * loss_a + space["b"] * loss_b`.
 """
 
 import torch
@@ -30,8 +30,8 @@ def cross_entropy(
 ) -> Tensor:
     r"""Compute the cross entropy, twice differentiable in all options and the logits.
 
-    Equals `torch.nn.functional.cross_entropy` for the options that both have. It and its derivatives are
-    finite at any finite logits, also where p rounds to 1 and gamma < 1.
+    Equals `torch.nn.functional.cross_entropy` for the options that both have. The loss and its derivatives
+    are finite at any finite logits, even where p rounds to 1 and gamma < 1.
 
     Args:
         logits: (N, K), or (N, K, ...) with one prediction per place, as in segmentation.
@@ -46,8 +46,8 @@ def cross_entropy(
             ids are the examples of the batch.
         reduction: "mean", "sum" or "none". As in torch, the mean with class indices divides by the sum of
             w_(y_i), so only the ratios of class weights matter. It does not divide by the sum of example
-            weights. They would then compete, and sign steps would push half of the good examples down
-            (measured with 30 % of labels flipped: no weight of 0 came back).
+            weights, because they would then compete: sign steps would lower half of the good ones
+            (measured with 30 % of labels flipped; weights that reached 0 stayed there).
 
     Returns:
         a scalar, or one loss per target with reduction="none".
@@ -57,7 +57,7 @@ def cross_entropy(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", but got {reduction!r}.')
-    # finite for a class masked by a logit of -inf: its share in the loss is 0, and 0 * inf would be nan
+    # a class masked by a logit of -inf adds 0 to the loss, but 0 * inf would be nan
     log_p = (logits / _value(temperature)).log_softmax(1).clamp(min=torch.finfo(logits.dtype).min)
     terms, size = -log_p, torch.ones_like(log_p[:, 0])
     if not _is_number(focal_gamma, 0):
@@ -87,20 +87,18 @@ def cross_entropy(
 
 
 def mixup(x: Tensor, y: Tensor, strength: Magnitude) -> tuple[Tensor, Tensor]:
-    """Mix each example with another one of the batch, both inputs and targets.
+    """Mix the inputs and targets of each example with those of another example of the batch.
 
         (1 - s u / 2) (x, y) + (s u / 2) (x, y)[permuted],   u uniform in [0, 1], one per example
 
     The strength s = 0 mixes nothing. s = 1 is the mixup with Beta(1, 1) of Zhang et al. 2018, up to the order
-    of the two. The gradient is pathwise: the share s u / 2 is differentiable in s at fixed u. The alpha of
-    Beta(alpha, alpha) would be a poor hyperparameter. Rejection sampling makes the share jump, and for small
-    alpha almost every share is 0 or 1, where nothing can be learnt.
+    of the two. The share s u / 2 is differentiable in s at fixed u. alpha of Beta(alpha, alpha) would be a
+    poor hyperparameter: the share of a rejection sampler jumps, and small alpha gives mostly 0 or 1.
 
     Args:
         x: (N, ...), floating point.
         y: (N, K), probabilities of the classes (one-hot, for example) or other real targets.
-        strength: s in [0, 1], a hyperparameter of shape () or a number; default range 0 to 1. No symmetry
-            makes its derivative zero at 0: a small step mixes in the mean of the others.
+        strength: s in [0, 1], a hyperparameter of shape () or a number; default range 0 to 1.
 
     Returns:
         x and y mixed, with unchanged shapes.
@@ -110,8 +108,7 @@ def mixup(x: Tensor, y: Tensor, strength: Magnitude) -> tuple[Tensor, Tensor]:
     """
     if not y.is_floating_point():
         raise ValueError(
-            f"mixup needs targets that can be mixed, but y is {y.dtype}; "
-            "pass F.one_hot(y, classes).to(x.dtype)."
+            f"mixup needs floating-point targets, but y is {y.dtype}; pass F.one_hot(y, classes).to(x.dtype)."
         )
     order = torch.randperm(len(x), device=x.device)
     share = (
@@ -124,7 +121,7 @@ def mixup(x: Tensor, y: Tensor, strength: Magnitude) -> tuple[Tensor, Tensor]:
 def _log_of_the_rest(log_p: Tensor) -> Tensor:
     """Return log(1 - p) over dimension 1, without cancellation where p rounds to 1.
 
-    The likeliest class gets the logsumexp of the others. Those have p <= 1/2, where log1p is accurate.
+    The most likely class gets the logsumexp of the others. Those have p <= 1/2, where log1p is accurate.
     """
     top = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, log_p.argmax(1, keepdim=True), True)
     others = log_p.masked_fill(top, torch.finfo(log_p.dtype).min)

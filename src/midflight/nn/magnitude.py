@@ -1,10 +1,10 @@
-"""Magnitudes of randomness (a noise's std, a dropout's rate) and the floor below which none is drawn.
+"""Read the magnitude of a random change (std of noise, rate of dropout) and keep it above a floor.
 
     drawn = max(magnitude, floor),   d drawn / d magnitude = 1
 
-At magnitude 0 the derivative gives no information. That of noise has mean zero, because noise and its mirror
-image have the same effect. Dropout at rate 0 drops nothing. So a magnitude that may be tuned down to 0 is
-drawn at no less than a floor, 5 % of its range. The hyperparameter itself may reach 0.
+At magnitude 0 the derivative gives no information. For noise its mean is zero, because z and -z are equally
+likely. Dropout at rate 0 drops nothing. So a magnitude whose range begins at 0 is never drawn below a floor,
+5 % of this range. The hyperparameter itself may reach 0.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ Magnitude = Hyperparameter | Callable[[], Tensor] | Tensor | float
 
 
 def default_floor(magnitude: Magnitude) -> float:
-    """Return 5 % of the range if the magnitude is a hyperparameter that may be tuned down to 0, else 0."""
+    """Return 5 % of the range if the magnitude is a hyperparameter whose range begins at 0, else 0."""
     tuned_to_zero = isinstance(magnitude, Hyperparameter) and magnitude.spec.low == 0
     return 0.05 * magnitude.spec.high if tuned_to_zero else 0.0  # type: ignore[union-attr]
 
@@ -49,7 +49,7 @@ def constant(what: Any, value: Tensor) -> Tensor:
 
 @contextmanager
 def held_constants() -> Iterator[None]:
-    """Keep each `constant` at its first value, so that differences see the function that is differentiated.
+    """Keep each `constant` at its first value, for central differences.
 
     Floors and dropout masks depend on a magnitude, but the derivative ignores this dependence.
     """
@@ -62,7 +62,7 @@ def held_constants() -> Iterator[None]:
 
 
 def describe(magnitude: Magnitude) -> str:
-    """Return the magnitude in a few characters, for `repr(model)`."""
+    """Return a short text of the magnitude for `repr(model)`."""
     if isinstance(magnitude, Hyperparameter):
         return repr(magnitude).split("  ")[0]
     return "a function" if callable(magnitude) else f"{float(magnitude):.4g}"

@@ -1,9 +1,9 @@
-"""Gaussian noise whose magnitude is a hyperparameter.
+"""Add Gaussian noise whose magnitude is a hyperparameter.
 
     additive:        x + std N(0, 1)              on inputs or hidden activations
     multiplicative:  x (1 + std N(0, 1))          Gaussian dropout (Srivastava et al. 2014, sec. 10)
 
-Both are reparametrised: the derivative with respect to std is taken at the drawn N(0, 1). It is an unbiased
+The derivative with respect to std is taken at the drawn N(0, 1) (reparametrisation). It is an unbiased
 estimate of the derivative of the expected loss.
 """
 
@@ -14,7 +14,7 @@ from midflight.nn.magnitude import Magnitude, default_floor, describe, drawn
 
 
 class _Noise(nn.Module):
-    """Base class of noise with magnitude std, drawn anew at every training pass."""
+    """Base class of noise with magnitude std, drawn anew in each training pass."""
 
     def __init__(self, std: Magnitude, floor: float | None = None) -> None:
         super().__init__()
@@ -30,16 +30,16 @@ class _Noise(nn.Module):
 
 
 class GaussianNoise(_Noise):
-    """A layer that returns x + std N(0, 1) while training, and x in eval mode.
+    """A layer that returns x + std N(0, 1) in training mode, and x in eval mode.
 
-    At std = 0 the derivative with respect to std has mean zero by symmetry: noise and its mirror image have
-    the same effect. So the noise is never drawn below `floor`. std itself may reach 0.
+    At std = 0 the derivative with respect to std has mean zero by symmetry. So the noise is never drawn below
+    `floor`. std itself may reach 0.
 
     Args:
-        std: a hyperparameter of a `Space`, of shape () or one that broadcasts against x (one magnitude
-            per feature, channel or unit); a function that reads hyperparameters; or a number. In the
-            units of x; default range 0 to 0.8, for inputs of unit scale.
-        floor: smallest magnitude drawn; default: 5 % of the range if std may be tuned down to 0, else 0.
+        std: a hyperparameter of a `Space`, a function that reads hyperparameters, or a number, in units of x.
+            Shape () or one that broadcasts against x (one magnitude per feature, channel or unit). Default
+            range 0 to 0.8, for inputs of unit scale.
+        floor: smallest magnitude drawn. Default: 5 % of the range of std if it begins at 0, else 0.
 
     Shape:
         any floating-point tensor; the output has the same shape and dtype.
@@ -50,15 +50,14 @@ class GaussianNoise(_Noise):
 
 
 class MultiplicativeNoise(_Noise):
-    """A layer that returns x (1 + std N(0, 1)) while training, and x in eval mode.
+    """A layer that returns x (1 + std N(0, 1)) in training mode, and x in eval mode.
 
     At std = sqrt(p / (1 - p)) it has the mean and variance of dropout at rate p (Srivastava et al. 2014,
-    sec. 10), but is smooth in std. It is symmetric at std = 0 like `GaussianNoise`, hence the floor.
+    sec. 10), but it is smooth in std. It needs a floor for the same reason as `GaussianNoise`.
 
     Args:
-        std: as for `GaussianNoise`, but relative to x; default range 0 to 1, where 1 corresponds to dropout
-            at rate 1/2.
-        floor: smallest magnitude drawn; default: 5 % of the range if std may be tuned down to 0, else 0.
+        std: as for `GaussianNoise`, but relative to x. Default range 0 to 1; 1 corresponds to dropout at 1/2.
+        floor: smallest magnitude drawn. Default: 5 % of the range of std if it begins at 0, else 0.
 
     Shape:
         any floating-point tensor; the output has the same shape and dtype.

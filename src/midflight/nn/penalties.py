@@ -1,9 +1,9 @@
-"""Penalties: functions of weights or activations, to be weighted by a hyperparameter and added to the loss.
+"""Compute penalties of weights or activations; weight them by a hyperparameter and add them to the loss.
 
     loss + space["l1"] * l1(model.parameters())
 
-The loss is linear in a penalty's weight, so the hypergradient of this weight does not vanish at 0. Any
-function of tensors that returns a scalar can be a penalty; `orthogonality` is an example to copy.
+The loss is linear in this hyperparameter, so its hypergradient does not vanish at 0. Any function of tensors
+that returns a scalar can be a penalty.
 """
 
 from collections.abc import Iterable
@@ -22,8 +22,8 @@ def l1(weights: Iterable[Tensor]) -> Tensor:
 def l2(weights: Iterable[Tensor]) -> Tensor:
     """Return sum w^2 / 2 over all entries. Default range of its weight: 1e-6 to 1e-1, log.
 
-    Its gradient is w, so `h * l2(...)` in the loss equals the optimiser's coupled `weight_decay=h`. A weight
-    decay bound to the optimiser costs nothing, but this penalty can leave out weights.
+    Its gradient is w, so `h * l2(...)` in the loss equals the optimiser's coupled `weight_decay=h`. Weight
+    decay in the optimiser is cheaper, but this penalty can exclude weights.
     """
     return torch.stack([w.square().sum() for w in weights]).sum() / 2
 
@@ -44,8 +44,8 @@ def max_norm(weight: Tensor, limit: Hyperparameter | Tensor | float) -> Tensor:
 
     Args:
         weight: (units, ...), one row of incoming weights per unit.
-        limit: positive, shape () or (units,). A tuned limit has a non-zero derivative only while some row
-            is longer, so begin with a low limit. Default range 0.5 to 5, log.
+        limit: positive, shape () or (units,). A tuned limit has derivative 0 unless some row is longer, so
+            start low. Default range 0.5 to 5, log.
 
     Returns:
         a scalar; default range of its weight 1e-4 to 1, log.
@@ -58,10 +58,10 @@ def max_norm(weight: Tensor, limit: Hyperparameter | Tensor | float) -> Tensor:
 
 
 def orthogonality(weight: Tensor) -> Tensor:
-    """Return |W W^T - 1|^2, or with W^T W if smaller, in the Frobenius norm (Brock et al. 2017, Eq. 2).
+    """Return |W W^T - 1|^2 in the Frobenius norm, or with W^T W if it is smaller (Brock et al. 2017, Eq. 2).
 
     Args:
-        weight: (units, ...), taken as a matrix of one row per unit.
+        weight: (units, ...), read as a matrix with one row per unit.
 
     Returns:
         a scalar; default range of its weight 1e-6 to 1e-1, log.
