@@ -124,6 +124,9 @@ def check(
         bind: as for `Tuner`.
         estimators: the estimators to compare, or their names in `ESTIMATORS`.
 
+    Returns:
+        the table of errors, hints and the method of the mixed partial; print it.
+
     Raises:
         BindingError, UnsupportedOptimizer, UnsupportedParameter, UnknownName: as for `Tuner`.
     """
@@ -146,8 +149,8 @@ def check(
             hints.append(_explained(error))
     if any(line.passed is False for line in lines):
         hints.append(
-            "a wrong line with a small uncertainty points to a gradient that is cut between the "
-            "hyperparameter and the loss, by detach, .data, .item(), no_grad or rounding."
+            "a wrong line with a small uncertainty points to a gradient that is cut before the loss "
+            "(detach, .data, .item(), no_grad, rounding)."
         )
     return CheckReport(lines, hints, mixed_partial)
 

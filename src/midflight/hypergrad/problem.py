@@ -2,9 +2,9 @@
 
     theta' = U(theta, s, g, phi),   g = dC1~(theta, lambda)/dtheta,   minimise C2(theta') over lambda, phi
 
-Weights theta, training loss C1~ on one batch, validation loss C2, optimiser update U with state s. lambda are
-the hyperparameters that the loss reads, phi the tuned options of the optimiser. v is dC2/dtheta. For a given
-w, d/dlambda <w, g> is called the mixed partial.
+theta are the weights, C1~ is the training loss on one batch and C2 the validation loss. U is the optimiser's
+update and s its state. lambda are the hyperparameters that the loss reads, phi the tuned options of the
+optimiser. v is dC2/dtheta. For a given w, d/dlambda <w, g> is called the mixed partial.
 
 `Problem` holds these as pure functions. Every estimator reads a `Step`, which describes one optimiser step of
 a `Problem` or of a user's training loop.
@@ -157,7 +157,7 @@ def require_reached(found: Tensors, hparams: Tensors) -> Tensors:
     missing = [name for name in hparams if name not in found]
     if missing:
         raise UnreachedHyperparameter(
-            f"each hyperparameter must influence the gradient of the training loss or the update, but "
-            f"{', '.join(missing)} did not; use it in the model or loss, or bind it to an option with bind=."
+            f"each hyperparameter must influence the training gradient or the update, but "
+            f"{', '.join(missing)} did not; use it in the model or the loss, or pass bind=."
         )
     return {name: found[name] for name in hparams}

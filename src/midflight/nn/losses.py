@@ -46,7 +46,7 @@ def cross_entropy(
             ids are the examples of the batch.
         reduction: "mean", "sum" or "none". As in torch, the mean with class indices divides by the sum of
             w_(y_i), so only the ratios of class weights matter. It does not divide by the sum of example
-            weights, because they would then compete: sign steps would lower half of the good ones
+            weights, because they would then compete. Sign steps would lower half of the good ones
             (measured with 30 % of labels flipped; weights that reached 0 stayed there).
 
     Returns:
@@ -93,7 +93,7 @@ def mixup(x: Tensor, y: Tensor, strength: Magnitude) -> tuple[Tensor, Tensor]:
 
     The strength s = 0 mixes nothing. s = 1 is the mixup with Beta(1, 1) of Zhang et al. 2018, up to the order
     of the two. The share s u / 2 is differentiable in s at fixed u. alpha of Beta(alpha, alpha) would be a
-    poor hyperparameter: the share of a rejection sampler jumps, and small alpha gives mostly 0 or 1.
+    poor hyperparameter. The share of a rejection sampler jumps, and small alpha gives mostly 0 or 1.
 
     Args:
         x: (N, ...), floating point.

@@ -17,8 +17,8 @@ from midflight.updates.base import Options, State, UpdateRule, decayed, plain, s
 class ASGD(UpdateRule):
     """Averaged SGD (Polyak & Juditsky 1992); see the module for the formula.
 
-    `lr`, `alpha` and `t0` are not tunable. A step reads eta and mu from the state that the previous step
-    wrote, so these options act one step too late for a one-step derivative.
+    `lr`, `alpha` and `t0` are not tunable. A step reads eta and mu from the state of the previous step. So
+    these options act one step too late for a one-step derivative.
     """
 
     tunable: ClassVar = frozenset({"lambd", "weight_decay"})
