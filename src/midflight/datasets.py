@@ -130,7 +130,7 @@ def load(name: str, cache: Path | None = None) -> Arrays:
     Args:
         name: one of DATASETS.
         cache: folder of the ``NAME.npz`` files; default: the environment variable MIDFLIGHT_CACHE, else the
-            user's cache folder. Processes may share it. A failed write is reported on stderr.
+            user's cache folder. Processes may share it. A failed write is only reported on stderr.
 
     Raises:
         UnknownName: the name is not one of DATASETS.

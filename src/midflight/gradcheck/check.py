@@ -42,7 +42,7 @@ class Line:
         truth: the central difference that agrees best with that of the next smaller step size.
         uncertainty: the difference between these two, plus rounding.
         passed: whether |estimate - truth| is within the estimator's claim or three times the uncertainty;
-            None for an estimator without a claim.
+            None for an estimator without a claim for one step.
     """
 
     hyperparameter: str
@@ -74,7 +74,7 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether there are lines and every estimator with a claim passed in all of them."""
+        """Whether there are lines and no estimator failed its claim in any of them."""
         return bool(self.lines) and all(line.passed is not False for line in self.lines)
 
     def __str__(self) -> str:

@@ -157,7 +157,7 @@ def require_reached(found: Tensors, hparams: Tensors) -> Tensors:
     missing = [name for name in hparams if name not in found]
     if missing:
         raise UnreachedHyperparameter(
-            f"each hyperparameter must influence the training gradient or the update, but "
+            "each hyperparameter must influence the training gradient or the update, but "
             f"{', '.join(missing)} did not; use it in the model or the loss, or pass bind=."
         )
     return {name: found[name] for name in hparams}
