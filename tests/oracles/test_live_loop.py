@@ -4,7 +4,7 @@ The truth needs nothing of midflight but the map from raw coordinate to value: t
 a hyper-step, and the loop takes that step from the copy with the raw coordinate shifted, in float64, with
 torch's own optimiser, clipping, `GradScaler` and scheduler. Options are written into the groups by hand.
 
-The table is optimisers x loops x kinds of hyperparameters. Each loop that changes a gradient or an option
+The table is optimisers x loops; each cell compares all kinds of hyperparameters. Each loop that changes a gradient or an option
 also has a wrong twin: a tuner that does not know of it, which the comparison must reject.
 """
 
@@ -347,27 +347,29 @@ def truth_of(f):
     return value
 
 
-CELLS = [
-    pytest.param(optimizer, loop, kind, id=f"{optimizer}-{loop}-{kind}")
-    for optimizer in OPTIMIZERS
-    for loop in LOOPS
-    for kind in KINDS
-    if (loop in COMMON or optimizer in FEW) and (optimizer != "Muon" or kind not in IN_THE_LOSS)
-]
+def known_to(optimizer):
+    """The kinds of hyperparameters that a tuner finds under this optimiser."""
+    return [kind for kind in KINDS if optimizer != "Muon" or kind not in IN_THE_LOSS]
+
+
+def apart(pairs):
+    """By how much each found value is off, relative to the truth."""
+    return [abs(found / truth - 1) for found, truth in pairs]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("optimizer", "loop", "kind"), CELLS)
-def test_the_hypergradient_is_the_derivative_of_the_step_as_the_loop_takes_it(optimizer, loop, kind, device):
-    [(found, truth)] = tuned(optimizer, LOOPS[loop], [kind], device=device)
-    assert found / truth == pytest.approx(1, abs=EXACT)
+@pytest.mark.parametrize(
+    ("optimizer", "loop"), [(o, n) for o in OPTIMIZERS for n in LOOPS if n in COMMON or o in FEW]
+)
+def test_the_hypergradient_is_the_derivative_of_the_step_as_the_loop_takes_it(optimizer, loop, device):
+    assert max(apart(tuned(optimizer, LOOPS[loop], known_to(optimizer), device=device))) < EXACT
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("loop", LOOPS)
-def test_so_it_is_with_all_kinds_in_one_space(loop, device):
-    for found, truth in tuned("AdamW", LOOPS[loop], list(KINDS), device=device):
-        assert found / truth == pytest.approx(1, abs=EXACT)
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_it_is_of_a_hyperparameter_alone(kind, loop, device):
+    assert max(apart(tuned("AdamW", LOOPS[loop], [kind], device=device))) < EXACT
 
 
 @pytest.mark.skipif("Muon" not in OPTIMIZERS, reason="Muon is in torch since 2.9.")
@@ -379,13 +381,17 @@ def test_hyperparameters_of_the_loss_are_refused_with_muon_before_training(kind,
 
 
 def ignore_the_jacobian(patch):
-    patch.setattr(ReceivedGradient, "jacobian", lambda self, grads: None)
+    patch.setattr(ReceivedGradient, "jacobian", lambda self, grads, own_norm: None)
 
 
 def count_one_pass(patch):
     """The mean of four accumulated gradients is then a gradient divided by four."""
     real = ReceivedGradient._of_groups
-    patch.setattr(ReceivedGradient, "_of_groups", lambda self, groups, grads, _: real(self, groups, grads, 1))
+
+    def of_groups(self, groups, grads, passes, own_norm):
+        return real(self, groups, grads, 1, own_norm)
+
+    patch.setattr(ReceivedGradient, "_of_groups", of_groups)
 
 
 def read_the_scale_of_the_step_before(patch):
@@ -438,19 +444,17 @@ WRONG_TWINS = [
 
 @pytest.mark.parametrize("optimizer", FEW)
 @pytest.mark.parametrize(
-    ("twin", "loop", "kind", "options"),
+    ("twin", "loop", "kinds", "options"),
     [
-        pytest.param(twin, loop, kind, options, id=f"{twin.__name__}-{loop}-{kind}")
+        pytest.param(twin, loop, kinds, options, id=f"{twin.__name__}-{loop}")
         for twin, loops, kinds, options in WRONG_TWINS
         for loop in loops
-        for kind in kinds
     ],
 )
 def test_a_tuner_that_takes_the_loop_for_another_is_found_out(
-    optimizer, twin, loop, kind, options, monkeypatch
+    optimizer, twin, loop, kinds, options, monkeypatch
 ):
     if twin is ignore_the_scale_of_a_fused_step and "fused" not in optimizer:
         pytest.skip("only a fused optimiser takes the scale out itself.")
     twin(monkeypatch)
-    [(found, truth)] = tuned(optimizer, LOOPS[loop], [kind], options)
-    assert abs(found / truth - 1) > WRONG
+    assert min(apart(tuned(optimizer, LOOPS[loop], list(kinds), options))) > WRONG
