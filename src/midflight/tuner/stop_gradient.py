@@ -61,10 +61,14 @@ class StoppedReads(TorchFunctionMode):
 
 
 def _of_own_layer() -> bool:
+    """Whether the code that called torch is a layer of this library."""
     frame = sys._getframe(2)
-    return any(
-        str(f.f_globals.get("__name__")).startswith("midflight.nn.") for f in (frame, frame.f_back) if f
-    )
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        if not name.startswith(("midflight.tuner.", "torch.")):  # modes call each other
+            return name.startswith("midflight.nn.")
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 class ByDifference:
