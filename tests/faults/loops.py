@@ -118,7 +118,7 @@ Build = Callable[[], Loop]
 
 def found(build: Build, steps: int = STEPS, **arguments: Any) -> dict[str, float]:
     """What the tuner says of the last of these steps."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return build().attach(**arguments).run(steps).hypergradients()
 
 
@@ -126,7 +126,7 @@ def truth(build: Build, steps: int = STEPS) -> dict[str, float]:
     """The central difference of the last of these steps, taken by the loop itself without a tuner."""
 
     def validation_loss(name: str, shift: float) -> float:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         loop = build()
         for n in range(steps):
             if n == steps - 1:

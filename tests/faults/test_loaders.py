@@ -454,11 +454,11 @@ def one_generator(**settings: Any) -> tuple[Any, Any, Any]:
     return train, train, valid
 
 
-@pytest.mark.parametrize("shared", [both, apart])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loop_reads_and_draws_what_it_would_without_a_tuner(kind, shared):
-    loaders = partial(shared, KINDS[kind])
-    assert_same(trace(loaders, True), trace(loaders, False))
+def test_the_loop_reads_and_draws_what_it_would_without_a_tuner(kind):
+    for shared in (both, apart):
+        loaders = partial(shared, KINDS[kind])
+        assert_same(trace(loaders, True), trace(loaders, False))
 
 
 @pytest.mark.parametrize("kind", WORKERS)
@@ -714,9 +714,10 @@ def load_into(run: Run, state: bytes, order: str = "model optimizer tuner") -> N
 
 
 def uninterrupted_and_resumed(
-    make: Callable[[], Any], at: int, steps: int = 14, order: str = "model optimizer tuner", **arguments: Any
-) -> tuple[list[Any], list[Any]]:
-    """Weights and values after a run, and after one that was stopped at a step and built anew."""
+    make: Callable[[], Any], *stops: int, order: str = "model optimizer tuner", **arguments: Any
+) -> list[list[Any]]:
+    """Weights and values after a run, and after those that were stopped at a step and built anew."""
+    steps = 14
     batches = list(load(rows(ROWS * 4)))
 
     def begun() -> Run:
@@ -725,36 +726,39 @@ def uninterrupted_and_resumed(
         tuned(run, make(), make(), **{"schedule": 2, **arguments})
         return run
 
-    run, state = begun(), b""
+    run, states = begun(), {}
     for n in range(steps):
-        if n == at:
-            state = saved(run)
+        if n in stops:
+            states[n] = saved(run)
         run.step(batches[n])
-    whole = [*run.weights(), run.space.as_dict(), run.tuner.finish()]
-    again = begun()
-    torch.manual_seed(99)
-    np.random.seed(99)
-    random.seed(99)
-    load_into(again, state, order)
-    for n in range(at, steps):
-        again.step(batches[n])
-    return whole, [*again.weights(), again.space.as_dict(), again.tuner.finish()]
+    ends = [[*run.weights(), run.space.as_dict(), run.tuner.finish()]]
+    for at, state in states.items():
+        again = begun()
+        torch.manual_seed(99)
+        np.random.seed(99)
+        random.seed(99)
+        load_into(again, state, order)
+        for n in range(at, steps):
+            again.step(batches[n])
+        ends.append([*again.weights(), again.space.as_dict(), again.tuner.finish()])
+    return ends
 
 
-def assert_equal(a: list[Any], b: list[Any]) -> None:
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
+def assert_equal(a: list[Any], *others: list[Any]) -> None:
+    assert others
+    for b in others:
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
 
 
-@pytest.mark.parametrize("at", [3, 9])  # within the tuner's first pass, and in a later one
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - GOING_ON))
-def test_a_resumed_run_is_the_uninterrupted_one(kind, at):
-    assert_equal(*uninterrupted_and_resumed(KINDS[kind], at))
+def test_a_resumed_run_is_the_uninterrupted_one(kind):
+    """Stopped within the tuner's first pass, and in a later one."""
+    assert_equal(*uninterrupted_and_resumed(KINDS[kind], 3, 9))
 
 
-@pytest.mark.parametrize("at", range(0, 13, 2))
-def test_a_run_can_be_resumed_at_any_step(at):
-    assert_equal(*uninterrupted_and_resumed(SHUFFLED["shuffled"], at, schedule=3))
+def test_a_run_can_be_resumed_at_any_step():
+    assert_equal(*uninterrupted_and_resumed(SHUFFLED["shuffled"], *range(0, 13, 2), schedule=3))
 
 
 @pytest.mark.parametrize("order", ["tuner model optimizer", "optimizer tuner model"])
@@ -782,7 +786,7 @@ def test_a_run_with_a_known_or_an_open_end_is_resumed(horizon, total):
 def test_a_tuner_that_reads_the_loops_own_loader_is_found_out(monkeypatch):
     monkeypatch.setattr("midflight.tuner.data.own_copy", lambda loader: loader)
     with pytest.raises(AssertionError):
-        test_the_loop_reads_and_draws_what_it_would_without_a_tuner("rows that know how many were read", both)
+        test_the_loop_reads_and_draws_what_it_would_without_a_tuner("rows that know how many were read")
 
 
 def test_a_tuner_that_draws_from_the_loops_generators_is_found_out(monkeypatch):
@@ -790,7 +794,7 @@ def test_a_tuner_that_draws_from_the_loops_generators_is_found_out(monkeypatch):
         "midflight.tuner.randomness.Randomness.borrowed", lambda self: contextlib.nullcontext()
     )
     with pytest.raises(AssertionError):
-        test_the_loop_reads_and_draws_what_it_would_without_a_tuner("shuffled", both)
+        test_the_loop_reads_and_draws_what_it_would_without_a_tuner("shuffled")
 
 
 @pytest.mark.parametrize(
@@ -802,4 +806,4 @@ def test_a_tuner_that_draws_from_the_loops_generators_is_found_out(monkeypatch):
 def test_a_tuner_that_resumes_without_a_part_of_its_state_is_found_out(part, monkeypatch):
     monkeypatch.setattr(f"midflight.tuner.{part}.load_state_dict", lambda self, state: None)
     with pytest.raises(AssertionError):
-        test_a_run_can_be_resumed_at_any_step(7)
+        test_a_run_can_be_resumed_at_any_step()

@@ -660,7 +660,7 @@ def test_a_hook_of_the_user_that_clips_may_come_after_the_tuner():
 
 
 def test_a_loss_scaled_by_hand_and_clipped_is_refused_in_a_sentence():
-    with pytest.raises(mf.errors.UnknownGradient, match="[0-9]+ times as long as that of loss_fn"):
+    with pytest.raises(mf.errors.UnknownGradient, match=r"[0-9]+ times as long as that of loss_fn"):
         found(partial(noisy_loop, step=partial(own_scale, norm=0.1)), steps=30)
 
 

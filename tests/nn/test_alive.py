@@ -15,7 +15,7 @@ import midflight as mf
 from midflight.nn import losses, penalties
 
 
-def tuned(spec, build, start, steps=60, every=1, seed=0, **options):
+def tuned(spec, build, start, steps=40, every=1, seed=0, **options):
     """The raw coordinates after training from `start`, 0 or 1.
 
     Args:
@@ -37,7 +37,7 @@ def tuned(spec, build, start, steps=60, every=1, seed=0, **options):
         valid_loss_fn=lambda m, _: valid_loss(m),
         schedule=every,
         horizon="step",
-        hyper_optimizer=partial(mf.SignSteps, lr=0.03, agreement=0.0),
+        hyper_optimizer=partial(mf.SignSteps, lr=0.04, agreement=0.0),
         **options,
     )
     for step in range(steps):
@@ -237,7 +237,7 @@ def test_noise_and_dropout(kind, layer):
 
         return model, sgd(model, 0.1), train_loss, lambda m: (m(x) - x @ true.T / 2).square().mean()
 
-    assert_moves("high", mf.space.RANGES[kind], build, steps=120)
+    assert_moves("high", mf.space.RANGES[kind], build, steps=80)
 
 
 def test_noise_per_unit():
@@ -418,4 +418,4 @@ def test_augmentation(kind, magnitude):
             lambda m: (m(changed) - 1).square().mean(),
         )
 
-    assert_moves("high", spec, build, steps=100)
+    assert_moves("high", spec, build, steps=60)

@@ -30,13 +30,13 @@ def truths_of(optimizer, kind, steps):
     return [central_difference(c.problem, c.params, c.hparams, c.state, steps) for c in cases]
 
 
-@pytest.mark.parametrize("estimator", CLAIMS)
 @pytest.mark.parametrize(("optimizer", "kind"), PAIRS)
-def test_an_estimator_keeps_its_claim_against_central_differences(estimator, optimizer, kind):
-    claim = CLAIMS[estimator]
-    cases, truths = cases_of(optimizer, kind), truths_of(optimizer, kind, claim.steps)
-    estimates = [mf.hypergradient(c.problem, c.params, c.hparams, c.state, estimator) for c in cases]
-    assert compare(estimates, truths).relative_error < claim.tolerance
+def test_each_estimator_keeps_its_claim_against_central_differences(optimizer, kind):
+    cases = cases_of(optimizer, kind)
+    for estimator, claim in CLAIMS.items():
+        truths = truths_of(optimizer, kind, claim.steps)
+        estimates = [mf.hypergradient(c.problem, c.params, c.hparams, c.state, estimator) for c in cases]
+        assert compare(estimates, truths).relative_error < claim.tolerance, estimator
 
 
 def test_every_optimizer_is_compared_in_both_but_muon_whose_rounded_step_is_no_function_of_the_noise():

@@ -4,8 +4,9 @@ The truth needs nothing of midflight but the map from raw coordinate to value: t
 a hyper-step, and the loop takes that step from the copy with the raw coordinate shifted, in float64, with
 torch's own optimiser, clipping, `GradScaler` and scheduler. Options are written into the groups by hand.
 
-The table is optimisers x loops; each cell compares all kinds of hyperparameters. Each loop that changes a gradient or an option
-also has a wrong twin: a tuner that does not know of it, which the comparison must reject.
+The table is optimisers x loops, and each cell compares all kinds of hyperparameters. Each loop that changes
+a gradient or an option also has a wrong twin: a tuner that does not know of it, which the comparison must
+reject.
 """
 
 import copy

@@ -121,9 +121,9 @@ def test_each_member_trains_and_tunes_as_it_would_alone(optimizer, bind, estimat
     ("optimizer", "bind", "estimator"),
     [
         ("adam", ["weight_decay"], "one_step"),
-        ("adam", {"weight_decay": "lr"}, "one_step"),
+        pytest.param("adam", {"weight_decay": "lr"}, "one_step", marks=pytest.mark.slow),
         ("adamw", ["weight_decay"], "one_step"),  # amsgrad has no program
-        ("plain adamw", ["weight_decay"], "one_step_cheap"),
+        pytest.param("plain adamw", ["weight_decay"], "one_step_cheap", marks=pytest.mark.slow),
     ],
 )
 def test_so_it_does_compiled(optimizer, bind, estimator, device):

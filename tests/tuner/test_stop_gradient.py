@@ -1,14 +1,12 @@
 """Hyperparameters whose values the training loss takes out of the graph."""
 
-import copy
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import midflight as mf
+from midflight.tuner.stop_gradient import StoppedReads
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -25,10 +23,12 @@ class Still(torch.optim.SGD):
 
     def __init__(self, raws):
         super().__init__(list(raws), lr=1.0)
-        self.given = {}
+        self.given = []
 
     def step(self, closure=None):
-        self.given = {i: p.grad.clone() for i, p in enumerate(self.param_groups[0]["params"]) if p.grad is not None}
+        self.given = {
+            i: p.grad.clone() for i, p in enumerate(self.param_groups[0]["params"]) if p.grad is not None
+        }
 
 
 def teacher(space, model, x, z):
@@ -47,7 +47,9 @@ def number(space, model, x, z):
 
 
 def data_attribute(space, model, x, z):
-    return (space["a"] * z).data.square().mean() * model(x).square().mean() + space["a"] * model(z).abs().mean()
+    return (space["a"] * z).data.square().mean() * model(x).square().mean() + space["a"] * model(
+        z
+    ).abs().mean()
 
 
 def nothing(space, model, x, z):
@@ -80,8 +82,7 @@ def after_step(loss, shift):
     return valid(model, batch).item()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_the_hypergradient_is_that_of_the_step_though_the_loss_stops_gradients(loss):
+def found(loss):
     space, model, optimizer, loss_fn, valid, batch = built(loss)
     tuner = mf.Tuner(
         model, optimizer, space, loss_fn, [batch], [batch], valid_loss_fn=valid, schedule=1, horizon="step",
@@ -89,7 +90,32 @@ def test_the_hypergradient_is_that_of_the_step_though_the_loss_stops_gradients(l
     )  # fmt: skip
     loss_fn(model, batch).backward()
     optimizer.step()
-    h = 1e-4
-    right = (after_step(loss, h) - after_step(loss, -h)) / (2 * h)
+    return float(tuner.hyper_optimizer.given[0])
+
+
+def truth(loss, h=1e-4):
+    return (after_step(loss, h) - after_step(loss, -h)) / (2 * h)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_hypergradient_is_that_of_the_step_though_the_loss_stops_gradients(loss):
     tolerance = 1e-6 if loss is nothing else 1e-3  # of a difference in steps of .01
-    assert float(tuner.hyper_optimizer.given[0]) == pytest.approx(right, rel=tolerance)
+    assert found(loss) == pytest.approx(truth(loss), rel=tolerance)
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss is not nothing])
+def test_a_derivative_by_autograd_alone_is_found_out(loss, monkeypatch):
+    monkeypatch.setattr(StoppedReads, "_note", lambda self, tensors: None)
+    assert abs(found(loss) / truth(loss) - 1) > 0.1
+
+
+def test_what_layers_of_the_library_take_out_on_purpose_does_not_count():
+    space = mf.Space(a=mf.Float(0, 1, init=0.0), b=mf.Float(0.1, 0.5, init=0.2))
+    space.requires_grad_()
+    layers = nn.Sequential(mf.nn.GaussianNoise(space["a"]), mf.nn.Dropout(space["b"]))
+    with StoppedReads(space) as reads:
+        layers(torch.randn(5, 4))
+    assert reads.names == set()
+    with StoppedReads(space) as reads, torch.no_grad():  # a teacher that sees noise, say
+        layers[0](torch.randn(5, 4))
+    assert reads.names == {"a"}

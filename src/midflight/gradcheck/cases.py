@@ -262,7 +262,7 @@ def _trained(optimizer_name: str, name: str, steps: int, seed: int) -> Case:
 
     def train_loss(params: Tensors, hparams: Tensors) -> Tensor:
         with torch.random.fork_rng(devices=[]), space.using(hparams):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` goes through every device
             return kind.loss(space[name], Batch({**everything, **params}, x_train, y_train))
 
     def valid_loss(params: Tensors) -> Tensor:

@@ -131,7 +131,7 @@ class ReceivedGradient:
         self._norms: dict[frozenset[str], float] = {}
         self._factors: dict[frozenset[str], list[tuple[float, float]]] = {}
         self._lengths: dict[frozenset[str], float] = {}
-        """How many times longer the gradient of `backward` was than that of `loss_fn`, where that was asked."""
+        """How many times longer the gradient of `backward` is than that of `loss_fn`, where asked."""
 
     def watch(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
         """Start to record what `backward` leaves in `.grad`, and how many examples the model sees."""
@@ -282,9 +282,9 @@ class ReceivedGradient:
             if clipped:
                 if longer > FAR:
                     raise UnknownGradient(
-                        f"the loss must be scaled by a GradScaler that calls the optimiser, where the gradient "
-                        f"is clipped, but that of backward is {longer:.0f} times as long as that of loss_fn; "
-                        "use scaler.step(optimizer), or scale loss_fn alike."
+                        "where a loop clips, a GradScaler that calls the optimiser must scale the loss, but "
+                        f"the gradient of backward is {longer:.0f} times as long as that of loss_fn; use "
+                        "scaler.step(optimizer), or scale loss_fn alike."
                     )
                 if self._divides:  # the sum was divided by the passes before it was clipped
                     ratio *= passes
@@ -299,7 +299,7 @@ class ReceivedGradient:
         return Clipped(norms=norms, factors=factors) if norms or factors else None
 
     def _longer(self, names: frozenset[str], size: float, ratio: float, own_norm: OwnNorm) -> float:
-        """How many times longer the gradient of `backward` is than that of `loss_fn`; 1 if nothing hints at it.
+        """How many times longer the gradient of `backward` is than that of `loss_fn`; 1 if it is alike.
 
         Args:
             size: norm of the gradient that the optimiser gets.
@@ -364,7 +364,7 @@ class ReceivedGradient:
 
 
 class StandingWeights:
-    """Notices weights that the loop changes after the optimiser's step, as by clamping or normalising them."""
+    """Notices weights that the loop changes after the optimiser's step, for instance by clamping."""
 
     def __init__(self) -> None:
         self._weights: Tensors = {}
@@ -387,7 +387,10 @@ class StandingWeights:
             return
         before = _fetched(self._noted)
         now = _fetched({name: _sample(self._weights[name]) for name in before})
-        changed = [n for n in before if before[n].shape != now[n].shape or not _close(before[n], now[n])]
+        finite = [
+            n for n in before if bool(now[n].isfinite().all())
+        ]  # a loop that diverges is told otherwise
+        changed = [n for n in finite if before[n].shape != now[n].shape or not _close(before[n], now[n])]
         self._weights, self._noted = {}, {}
         if changed:
             self._said = True

@@ -36,6 +36,7 @@ from midflight.hypergrad.mixed import (
     rounding_of,
 )
 from midflight.hypergrad.problem import double_backward
+from midflight.nn.magnitude import held_constants
 from midflight.space import Space
 from midflight.tuner.data import first_examples
 from midflight.tuner.live import LiveModel, Loss, reenters, weights_at, with_tensors
@@ -149,7 +150,8 @@ class MixedPartial:
             assert self._stopped is not None
             found = along(w)
             after = self._randomness.snapshot()
-            found = self._stopped(found, gradient, w, lambda: self._rounding_of(batch, params))
+            with held_constants():  # of the layers of this library, which take values out on purpose
+                found = self._stopped(found, gradient, w, lambda: self._rounding_of(batch, params))
             self._randomness.rewind(after)
             return found
 

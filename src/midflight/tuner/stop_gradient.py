@@ -1,15 +1,15 @@
-"""Hyperparameters whose values a training loss takes out of the graph, and their mixed partial all the same.
+"""Hyperparameters whose values a training loss takes out of the graph, and their mixed partial.
 
-The gradient may depend on a hyperparameter through a value that autograd does not see: a target computed under
-`no_grad`, as in self-distillation, or a weight in the loss that is detached. Then a derivative by autograd
-leaves that way out, and may even have the wrong sign. The derivative of the step as the loop takes it is
+The gradient may depend on a hyperparameter through a value that autograd does not see. It may be a target
+computed under `no_grad`, as in self-distillation, or a detached weight in the loss. A derivative by autograd
+leaves this out and may have the wrong sign. The derivative of the step as the loop takes it is
 
     d/draw <w, g>  =  (<w, g(raw + h)> - <w, g(raw - h)>) / 2h
 """
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,9 +50,9 @@ class StoppedReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = args[0] if args else None
         if isinstance(first, Tensor):
-            if func in _STOPS and first.requires_grad and not _of_own_layer():
-                self._note(graph_leaves(first))
-            elif not torch.is_grad_enabled():
+            if func in _STOPS and first.requires_grad and not _caller().startswith("midflight."):
+                self._note([first, *graph_leaves(first)])
+            elif not torch.is_grad_enabled() and not _caller().startswith("midflight.hypergrad."):
                 self._note(x for x in args if isinstance(x, Tensor))
         return func(*args, **(kwargs or {}))
 
@@ -60,15 +60,15 @@ class StoppedReads(TorchFunctionMode):
         self.names |= {self._known[id(t)] for t in tensors if id(t) in self._known}
 
 
-def _of_own_layer() -> bool:
-    """Whether the code that called torch is a layer of this library."""
+def _caller() -> str:
+    """The module of the code that called torch, past torch's own modes and the operators of `Space`."""
     frame = sys._getframe(2)
     while frame is not None:
         name = str(frame.f_globals.get("__name__"))
-        if not name.startswith(("midflight.tuner.", "torch.")):  # modes call each other
-            return name.startswith("midflight.nn.")
+        if not name.startswith(("midflight.tuner.", "midflight.space.", "torch.")):
+            return name
         frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return ""
 
 
 class ByDifference:
@@ -85,7 +85,9 @@ class ByDifference:
         self.names: list[str] = []
         """Those whose derivative by autograd is wrong."""
 
-    def __call__(self, found: Tensors, gradient: Gradient, w: Tensors, rounding: Callable[[], float]) -> Tensors:
+    def __call__(
+        self, found: Tensors, gradient: Gradient, w: Tensors, rounding: Callable[[], float]
+    ) -> Tensors:
         """`found` with the right entries for those hyperparameters.
 
         Args:
@@ -105,8 +107,8 @@ class ByDifference:
         raw = self._space[name].raw
         if raw.numel() > MOST:
             warnings.warn(
-                f"the training loss takes values that depend on {name} out of the graph, by detach or no_grad; "
-                f"its hypergradient leaves them out. With at most {MOST} entries it would not.",
+                f"the training loss takes values that depend on {name} out of the graph, by detach or "
+                f"no_grad; its hypergradient leaves them out; only with at most {MOST} entries it would not.",
                 stacklevel=2,
             )
             return False
