@@ -5,6 +5,16 @@ import os
 import signal
 import threading
 from multiprocessing.connection import wait
+from typing import Any
+
+
+def fresh_processes(preload: str) -> Any:
+    """Return a context that starts fresh processes, from a server that has imported `preload` if possible."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload, "torch._dynamo"])  # torch imports it at the first optimiser
+    return context
 
 
 def begin_worker() -> None:

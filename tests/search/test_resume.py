@@ -31,25 +31,17 @@ def table(records):
     return {r.number: (r.state, r.config, r.starts, r.losses, r.trajectory) for r in records}
 
 
-def by_command(objective_file, storage, *more, name="s", **environment):
+def by_command(objective_file, storage, *more, name="s"):
     command = [
         sys.executable, "-m", "midflight", "search", f"{objective_file}:objective", "--study", name,
-        "--storage", str(storage), "--engine", "random", "--epochs", "4", "--out",
-        str(Path(objective_file).parent / "report"), *more,
+        "--storage", str(storage), "--engine", "random", "--epochs", "4", "--json", *more,
     ]  # fmt: skip
-    with _printed(objective_file).open("a") as file:
-        return subprocess.Popen(
-            command, env={**os.environ, **environment}, start_new_session=True, stdout=file, stderr=file
-        )
+    with objective_file.with_name("printed").open("a") as file:
+        return subprocess.Popen(command, start_new_session=True, stdout=file, stderr=file)
 
 
-def _printed(objective_file):
-    """What the commands on it have printed."""
-    return Path(objective_file).with_name("printed")
-
-
-def test_ten_killed_workers_of_four_lose_and_repeat_nothing(objective_file, tmp_path, trace, monkeypatch):
-    monkeypatch.setenv("NAP", "0.02")
+def test_ten_killed_workers_of_four_lose_and_repeat_nothing(objective_file, tmp_path, trace, slowed):
+    slowed(0.02)
     what = problem(f"{objective_file}:objective")
     moments, killed = random.Random(0), []
 
@@ -58,12 +50,12 @@ def test_ten_killed_workers_of_four_lose_and_repeat_nothing(objective_file, tmp_
         if record.state != "unfinished" or not record.extra or len(killed) >= 10:
             return
         # a third death would be the trial's end; two naps more keep the worker at it until it dies
-        if killed.count(record.number) < 2 and record.epoch <= 4 and moments.random() < 0.3:
+        if killed.count(record.number) < 2 and record.epoch <= 4 and moments.random() < 0.5:
             killed.append(record.number)
             pid = int(record.extra["pid"])
             threading.Timer(moments.choice([0, 0.01, 0.03]), _kill, [pid]).start()
 
-    options = {"engine": "random", "trials": 24, "epochs": 6}
+    options = {"engine": "random", "trials": 12, "epochs": 6}
     found = search.run(
         what.objective, what.space, workers=4, storage=str(tmp_path / "s.sqlite"), callbacks=[kill], **options
     )
@@ -72,8 +64,8 @@ def test_ten_killed_workers_of_four_lose_and_repeat_nothing(objective_file, tmp_
     undisturbed = search.run(what.objective, what.space, **options)
     assert table(found.records) == table(undisturbed.records)
     assert {r.state for r in found.records} == {"complete"}
-    assert set(trained) == {(n, e) for n in range(24) for e in range(1, 7)}
-    assert len(trained) <= 24 * 6 + 10  # the epoch in which a worker died is all that is trained again
+    assert set(trained) == {(n, e) for n in range(12) for e in range(1, 7)}
+    assert len(trained) <= 12 * 6 + 10  # the epoch in which a worker died is all that is trained again
 
 
 def _kill(pid):
@@ -82,46 +74,41 @@ def _kill(pid):
 
 
 def test_a_search_whose_own_process_is_killed_goes_on_where_it_was(
-    objective_file, tmp_path, trace, group_ends
+    objective_file, tmp_path, trace, slowed, group_ends
 ):
-    storage, moments = tmp_path / "s.journal", random.Random(1)
-    for _ in range(1):
-        before = len(_read(tmp_path / "trace"))
-        process = by_command(objective_file, storage, "--trials", "8", "--workers", "2", NAP="0.3")
-        began = time.monotonic()
-        while len(_read(tmp_path / "trace")) < before + 3 and time.monotonic() - began < 600:
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.3))
-        assert process.poll() is None, "the search was over before it was killed"
-        process.kill()
-        process.wait()
-        assert group_ends(process.pid), "workers outlived their parent"
-    process = by_command(objective_file, storage, "--trials", "8", "--workers", "2")
-    assert process.wait(600) == 0
-    what = problem(f"{objective_file}:objective")
-    with read_study(str(storage), "s") as (ledger, _):
-        records = ledger.records()
-    undisturbed = search.run(what.objective, what.space, engine="random", trials=8, epochs=4)
-    assert {r.state for r in records} == {"complete"}
+    slowed(0.3)
+    process = by_command(objective_file, tmp_path / "s.journal", "--trials", "8", "--workers", "2")
+    while len(trace()) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.Random(1).uniform(0, 0.3))
+    assert process.poll() is None, "the search was over before it was killed"
+    process.kill()
+    process.wait()
+    assert group_ends(process.pid), "workers outlived their parent"
+    slowed(0)
+    what, storage = problem(f"{objective_file}:objective"), str(tmp_path / "s.journal")
+    options = {"engine": "random", "epochs": 4, "workers": 2, "label": what.label}
+    records = search.run(what.objective, what.space, trials=8, storage=storage, name="s", **options).records
     # a sampler draws anew after a restart, so configurations differ, but each was trained once and to its end
-    assert len(records) == len(undisturbed.records) == 8
-    trained = _read(tmp_path / "trace")[: -8 * 4]
-    assert set(trained) == {f"{n} {e}" for n in range(8) for e in range(1, 5)}
-    assert len(trained) <= 8 * 4 + 2 * 2
-
-
-def _read(path):
-    return path.read_text().splitlines() if path.exists() else []
+    assert [r.state for r in records] == ["complete"] * 8
+    assert set(trace()) == {(n, e) for n in range(8) for e in range(1, 5)}
+    assert len(trace()) <= 8 * 4 + 2 * 2
 
 
 def test_two_processes_share_one_study(objective_file, tmp_path, trace):
-    storage = tmp_path / "s.sqlite"
-    processes = [
-        by_command(objective_file, storage, "--trials", "12", "--workers", "1", NAP="0.02") for _ in range(2)
-    ]
-    codes = [process.wait(600) for process in processes]
-    assert codes == [0, 0], _printed(objective_file).read_text()
-    with read_study(str(storage), "s") as (ledger, _):
+    storage = str(tmp_path / "s.sqlite")
+    other = by_command(objective_file, storage, "--trials", "12", "--workers", "1")
+    what = problem(f"{objective_file}:objective")
+
+    def once_the_other_trains(trial):
+        while not trace() and other.poll() is None:
+            time.sleep(0.01)
+        what.objective(trial)
+
+    options = {"engine": "random", "epochs": 4, "label": what.label}
+    search.run(once_the_other_trains, what.space, trials=12, storage=storage, name="s", **options)
+    assert other.wait(600) == 0, (tmp_path / "printed").read_text()
+    with read_study(storage, "s") as (ledger, _):
         records, owners = ledger.records(), {t.user_attrs["owner"] for t in ledger.study.trials}
     assert {r.state for r in records} == {"complete"}
     assert 12 <= len(records) <= 13  # each looks before it asks
@@ -162,9 +149,7 @@ def test_a_study_that_is_not_of_midflight_is_left_alone(tmp_path):
     assert len(others.trials) == 1
 
 
-def test_a_trial_that_kills_its_worker_three_times_is_failed_and_the_search_goes_on(
-    objective_file, monkeypatch
-):
+def test_a_trial_that_kills_its_worker_three_times_is_failed_and_the_search_goes_on(objective_file):
     what = problem(f"{objective_file}:kills_itself")
     found = search.run(what.objective, what.space, engine="random", trials=2, epochs=4, workers=2)
     assert [(r.state, r.message) for r in found.records] == [

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -24,14 +25,15 @@ from midflight.gradcheck import KINDS, OPTIMIZERS
 from midflight.hypergrad import ESTIMATORS
 from midflight.hypergrad.one_step import OneStep
 from midflight.study.arm import prepare, run_arm, seed_of
-from midflight.study.run import run_study
 from midflight.study.spec import Arm, Spec, SpecError, preset
 from midflight.study.store import Result, Row, Store, StoreError, StoreUnavailable
 
 TINY = [
-    *("--networks", "16", "--epochs", "4", "--train", "400", "--valid", "100", "--landscape", "2"),
-    *("--estimator", "one_step", "default"),
+    *("--networks", "16", "--epochs", "4", "--train", "250", "--valid", "50", "--landscape", "2"),
+    *("--estimator", "one_step", "paper", "default"),
 ]
+PER_START, LANDSCAPE = 7, 4
+"""Arms of `TINY`: an initial one of each start, and two of each estimator; and the landscape."""
 FIRST_EDITION = (
     '{"batch": 50, "dataset": "digits", "device": "cpu", "epochs": 20, "estimator": ["one_step", "paper"], '
     '"every": 5, "hyper_lr": 0.03, "hyper_optimizer": "sign", "l2": [-5.5, -2.5], "landscape": 3, "lr": '
@@ -41,9 +43,15 @@ FIRST_EDITION = (
 """The smoke study as the first edition stored it."""
 
 
-def command(store, *more, run="r"):
-    options = ["study", "smoke", "--run", run, "--store", str(store), *TINY, *more]
-    return [sys.executable, "-m", "midflight", *options]
+def tiny(store, starts, workers=1, run="r", seed=0):
+    """The arguments of a study."""
+    numbers = ("--starts", str(starts), "--workers", str(workers), "--seed", str(seed))
+    return ["study", "smoke", "--run", run, "--store", str(store), *TINY, *numbers]
+
+
+def in_a_process_group(arguments, **options):
+    command = [sys.executable, "-m", "midflight", *arguments]
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, **options)
 
 
 def results(store, run="r"):
@@ -62,59 +70,64 @@ def count(store):
         return 0
 
 
-def call(monkeypatch, capsys, *arguments):
+def exit_code(arguments):
+    """Of the command, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["midflight", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    return ended.value.code
+
+
+@pytest.fixture
+def call(capsys):
     """(exit code, standard output, standard error) of the command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["midflight", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    captured = capsys.readouterr()
-    return ended.value.code, captured.out, captured.err
+    return lambda *arguments: (exit_code(arguments), *capsys.readouterr())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(starts) -> the store of a study that one worker ran without a break."""
+
+    @cache
+    def store_of(starts):
+        store = tmp_path_factory.mktemp("whole") / "s.sqlite"
+        assert exit_code(tiny(store, starts)) == 0
+        return store
+
+    return store_of
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_kills_at_random_moments_lose_and_repeat_nothing(kills, tmp_path, group_ends):
-    starts = str(2 + kills)
-    killed, whole = tmp_path / "killed.sqlite", tmp_path / "whole.sqlite"
+def test_kills_at_random_moments_lose_and_repeat_nothing(kills, tmp_path, whole, group_ends):
+    starts, store = 2 + kills, tmp_path / "s.sqlite"
     moments = random.Random(0)
     for kill in range(kills):
-        process = subprocess.Popen(
-            command(killed, "--starts", starts, "--workers", "2"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        before = count(killed)
+        process = in_a_process_group(tiny(store, starts, workers=2), stderr=subprocess.DEVNULL)
+        before = count(store)
         if kill % 2:  # at any moment, the start of the workers included
             time.sleep(moments.uniform(0.5, 4))
         else:  # while arms are being written
-            while count(killed) == before and process.poll() is None:
+            while count(store) == before and process.poll() is None:
                 time.sleep(0.005)
             time.sleep(moments.uniform(0, 0.1))
         assert process.poll() is None, "the study was over before it was killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert group_ends(process.pid), "workers outlived their parent"
-    arms = 5 * int(starts) + 4
-    assert 0 < count(killed) < arms
-    for store, workers in ((killed, "2"), (whole, "1")):
-        subprocess.run(
-            command(store, "--starts", starts, "--workers", workers),
-            check=True,
-            capture_output=True,
-            timeout=900,
-        )
-    assert len(results(whole)) == arms
-    assert results(killed) == results(whole)
+    arms = PER_START * starts + LANDSCAPE
+    assert 0 < count(store) < arms
+    assert exit_code(tiny(store, starts)) == 0
+    assert len(results(store)) == arms
+    assert results(store) == results(whole(starts))
 
 
 def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_done(tmp_path):
     store = tmp_path / "s.sqlite"
-    process = subprocess.Popen(
-        command(store, "--starts", "40"),
-        stdout=subprocess.PIPE,
+    process = in_a_process_group(
+        tiny(store, starts=40),
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
         # a shell that runs the tests in its background has them ignore Ctrl-C, which processes inherit
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -129,36 +142,30 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_done(tmp_path):
     assert count(store) >= 2
 
 
-def test_a_study_twice_runs_nothing_twice_and_studies_do_not_mix(tmp_path, monkeypatch, capsys):
-    store = tmp_path / "s.sqlite"
-    for run, seed in (("a", 0), ("b", 1), ("a", 0)):
-        options = ["--run", run, "--store", store, *TINY, "--starts", 1, "--seed", seed, "--workers", 1]
-        code, _, _ = call(monkeypatch, capsys, "study", "smoke", *options)
-        assert code == 0
-        if run == "a":
-            a = results(store, "a")
-    assert len(a) == len(results(store, "b")) == 9
-    assert results(store, "a") == a
-    assert a != results(store, "b")
+def test_a_study_twice_runs_nothing_twice_and_studies_do_not_mix(tmp_path, whole, monkeypatch):
+    store = shutil.copy(whole(4), tmp_path)
+    a = results(store)
+    assert exit_code(tiny(store, starts=1, run="b", seed=1)) == 0
+    b = results(store, "b")
+    assert len(b) == PER_START + LANDSCAPE
+    assert not set(a) & set(b)
+    monkeypatch.setattr("midflight.study.run._run_in_processes", lambda *_: pytest.fail("ran twice"))
+    assert exit_code(tiny(store, starts=4)) == 0
+    assert results(store) == a
 
 
-def test_paired_arms_share_their_start_and_reruns_begin_where_tuning_ended(tmp_path):
-    spec = preset("smoke", networks=("16",), epochs=10, train=400, valid=100, starts=2, landscape=0)
-    hypersteps = {"": 0, "one_step": 80 // 5, "paper": 80 // 5, "default": 80 // 20}
-    with Store(tmp_path / "s.sqlite") as store:
-        store.open_run("r", spec, "here")
-        run_study(spec, store, "r", workers=1)
-        rows = {row.arm: row.result for row in store.rows("r")}
-        again = []
-        run_study(spec, store, "r", workers=1, on_row=again.append)
-    assert again == []
+def test_paired_arms_share_their_start_and_reruns_begin_where_tuning_ended(whole):
+    hypersteps = {"one_step": 20 // 5, "paper": 20 // 5, "default": 20 // 20}
+    with Store(whole(4)) as store:
+        spec, rows = store.spec("r"), {row.arm: row.result for row in store.rows("r")}
     assert set(rows) == set(spec.arms())
     for arm, result in rows.items():
         if arm.kind == "rerun":
             assert result.start == rows[replace(arm, kind="tuned")].end
             assert result.end == result.start
         else:
-            assert result.start == pytest.approx(spec.start(arm.index))
+            start_of = spec.grid_point if arm.kind == "landscape" else spec.start
+            assert result.start == pytest.approx(start_of(arm.index))
         assert len(result.trajectory) == (hypersteps[arm.estimator] if arm.kind == "tuned" else 0)
         assert len(result.valid_errors) == spec.epochs
 
@@ -246,11 +253,9 @@ def test_starts_do_not_depend_on_how_many_there_are_and_stay_inside():
         (("report", "nothing"), "does not exist"),
     ],
 )
-def test_bad_input_gives_one_clear_sentence_and_exit_code_2(
-    arguments, sentence, tmp_path, monkeypatch, capsys
-):
+def test_bad_input_gives_one_clear_sentence_and_exit_code_2(arguments, sentence, tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
-    code, out, err = call(monkeypatch, capsys, *arguments)
+    code, out, err = call(*arguments)
     said = " ".join((out + err).split())
     assert code == 2
     assert sentence in said
@@ -258,7 +263,7 @@ def test_bad_input_gives_one_clear_sentence_and_exit_code_2(
 
 
 @pytest.mark.parametrize("kind", ["no SQLite", "another SQLite", "read-only", "a folder"])
-def test_a_store_that_cannot_be_one_is_refused_and_left_alone(kind, tmp_path, monkeypatch, capsys):
+def test_a_store_that_cannot_be_one_is_refused_and_left_alone(kind, tmp_path, monkeypatch, call):
     store = tmp_path / "store"
     if kind == "no SQLite":
         store.write_text("a letter to my aunt, long enough to be no database at all\n" * 20)
@@ -272,7 +277,7 @@ def test_a_store_that_cannot_be_one_is_refused_and_left_alone(kind, tmp_path, mo
             pass
         monkeypatch.setattr(sqlite3, "connect", read_only(sqlite3.connect))
     before = store.read_bytes() if store.is_file() else b""
-    code, _, err = call(monkeypatch, capsys, "study", "smoke", "--store", store, *TINY)
+    code, _, err = call(*tiny(store, starts=4))
     assert code == 2
     reason = "of midflight" if kind == "another SQLite" else "must be a SQLite file"
     assert reason in " ".join(err.split())
@@ -303,24 +308,23 @@ def test_a_study_of_the_first_edition_is_read_and_the_new_preset_gets_a_name_of_
             store.open_run("smoke", preset("smoke"), "here")
 
 
-def test_a_full_disk_ends_with_a_sentence_and_loses_no_finished_arm(tmp_path):
+def test_a_full_disk_ends_with_a_sentence_and_loses_no_finished_arm(tmp_path, call):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if shutil.which("mount") is None or mount(disk, "size=64k"):
+    if shutil.which("mount") is None or mount(disk, "size=56k"):
         pytest.skip("mounting a small tmpfs needs root")
     store = disk / "s.sqlite"
     try:
-        fill = command(store, "--starts", "12", "--workers", "1")
-        full = subprocess.run(fill, capture_output=True, text=True, timeout=900)
-        assert full.returncode == 1
-        assert "cannot be written now" in full.stderr
-        assert "Traceback" not in full.stderr
+        code, _, err = call(*tiny(store, starts=3))
+        assert code == 1
+        assert "cannot be written now" in err
+        assert "Traceback" not in err
         kept = results(store)
         assert kept
         assert mount(disk, "remount,size=8m") == 0
-        subprocess.run(fill, check=True, capture_output=True, timeout=900)
+        assert exit_code(tiny(store, starts=3)) == 0
         assert set(kept) <= set(results(store))
-        assert len(results(store)) == 12 * 5 + 4
+        assert len(results(store)) == 3 * PER_START + LANDSCAPE
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -346,9 +350,9 @@ def test_a_row_that_does_not_fit_is_an_error_and_leaves_the_others(tmp_path):
         assert store.rows("r")[0].result == result  # the first stays
 
 
-def test_check_passes_and_its_json_says_the_same(monkeypatch, capsys):
+def test_check_passes_and_its_json_says_the_same(monkeypatch, call):
     monkeypatch.setattr("midflight.gradcheck.table.SEEDS", 2)
-    code, out, _ = call(monkeypatch, capsys, "check", "--json")
+    code, out, _ = call("check", "--json")
     table = json.loads(out)
     assert code == 0
     assert {row["estimator"] for row in table["checks"]} == {"one_step", "one_step_cheap", "t1t2", "paper"}
@@ -357,7 +361,7 @@ def test_check_passes_and_its_json_says_the_same(monkeypatch, capsys):
     assert any(row["relative_error"] > 0.1 for row in table["checks"] if row["estimator"] == "t1t2")
 
 
-def test_check_fails_when_an_estimator_is_wrong(monkeypatch, capsys):
+def test_check_fails_when_an_estimator_is_wrong(monkeypatch, call):
     monkeypatch.setattr("midflight.gradcheck.table.SEEDS", 1)
 
     class OnePercentTooLong(OneStep):
@@ -365,16 +369,16 @@ def test_check_fails_when_an_estimator_is_wrong(monkeypatch, capsys):
             return {name: 1.01 * g for name, g in super().__call__(step, v).items()}
 
     monkeypatch.setitem(ESTIMATORS, "one_step", OnePercentTooLong())
-    code, out, _ = call(monkeypatch, capsys, "check")
+    code, out, _ = call("check")
     assert code == 1
     assert "FAILS" in out
 
 
-def test_check_all_covers_every_estimator_and_names_what_it_leaves_out(monkeypatch, capsys):
+def test_check_all_covers_every_estimator_and_names_what_it_leaves_out(monkeypatch, call):
     for table, rows in ((OPTIMIZERS, {"Adam"}), (KINDS, {"l1", "momentum"})):
         for row in set(table) - rows:
             monkeypatch.delitem(table, row)
-    code, out, _ = call(monkeypatch, capsys, "check", "--all", "--json")
+    code, out, _ = call("check", "--all", "--json")
     found = json.loads(out)
     assert code == 0
     assert {row["estimator"] for row in found["checks"]} == set(ESTIMATORS) - {"paper"}
@@ -383,20 +387,13 @@ def test_check_all_covers_every_estimator_and_names_what_it_leaves_out(monkeypat
     assert ("l1", "paper") in left_out
 
 
-def test_help_shows_examples(monkeypatch, capsys):
-    code, out, _ = call(monkeypatch, capsys, "--help")
+def test_help_shows_examples(call):
+    code, out, _ = call("--help")
     assert code == 0
     assert "midflight study smoke" in out
-    code, out, _ = call(monkeypatch, capsys, "study", "quick", "--help")
+    code, out, _ = call("study", "quick", "--help")
     assert code == 0
     assert "--estimator" in out
-
-
-def test_import_midflight_loads_torch_and_numpy_only():
-    heavy = ("sklearn", "matplotlib", "rich", "tyro", "jinja2", "platformdirs")
-    code = f"import sys, midflight; print([m for m in {heavy} if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout == "[]\n"
 
 
 def test_a_study_with_a_bad_network_is_refused_before_it_is_stored():

@@ -4,7 +4,6 @@ A worker runs many trials. It receives a job through a pipe and sends reports ba
 report with whether the trial continues.
 """
 
-import multiprocessing
 import os
 import pickle
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from midflight._processes import begin_worker
+from midflight._processes import begin_worker, fresh_processes
 from midflight.search.checkpoint import Point
 from midflight.search.errors import SearchError
 from midflight.search.search import Search
@@ -75,7 +74,7 @@ class _Worker:
     """A process and its current job."""
 
     def __init__(self, pickled: bytes, threads: int) -> None:
-        context = _context()
+        context = fresh_processes(__name__)
         self.pipe, other_end = context.Pipe()
         self.process = context.Process(target=_serve, args=(other_end, pickled, threads))
         self.process.start()
@@ -116,15 +115,6 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.pipe.close()
-
-
-def _context() -> Any:
-    """Return a context that starts fresh processes, from a fork server if the system has one."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 def _serve(pipe: Connection, pickled: bytes, threads: int) -> None:

@@ -1,6 +1,5 @@
 """Run all arms of a study and store each one as soon as it is done."""
 
-import multiprocessing
 import queue
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from midflight._processes import begin_worker
+from midflight._processes import begin_worker, fresh_processes
 from midflight.errors import MidflightError
 from midflight.study.arm import Data, Point, mlp, prepare, run_arm
 from midflight.study.cohort import cohorts, run_cohort
@@ -109,7 +108,7 @@ def _run_in_processes(
     on_epoch: Callable[[EpochDone], None],
     finish: Callable[[Row], None],
 ) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = fresh_processes(__name__)
     messages: Any = context.Queue()
     running: set[Future[Row]] = set()
     executor = ProcessPoolExecutor(
