@@ -24,7 +24,7 @@ def main(quick: bool = False) -> dict[str, Any]:
     X, held_out_X, y, held_out_y = train_test_split(X, y, test_size=0.5, stratify=y, random_state=0)
 
     forest = RandomForestClassifier(random_state=0).fit(X, y)
-    network = mf.OnlineMLPClassifier(random_state=0).fit(X, y)
+    network = mf.OnlineMLPClassifier(max_steps=500 if quick else None, random_state=0).fit(X, y)
     print("tuned during training:", {name: f"{value:.3g}" for name, value in network.values_.items()})
 
     auto = mf.AutoClassifier(seconds=5 if quick else 30, random_state=0).fit(X, y)

@@ -94,7 +94,7 @@ def train(space: mf.Space, texts: Tensor, valid: Tensor, letters: int, steps: in
 
 
 def main(quick: bool = False) -> dict[str, Any]:
-    steps = 80 if quick else 600
+    steps = 40 if quick else 600
     texts, valid, test, letters = data()
     space = mf.Space(
         dropout=mf.Float(0.01, 0.8, logit=True, init=0.3),

@@ -72,7 +72,7 @@ def train(space: mf.Space, windows: Tensor, valid: Tensor, epochs: int, tune: bo
 
 
 def main(quick: bool = False) -> dict[str, Any]:
-    epochs = 40 if quick else 250
+    epochs = 20 if quick else 250
     windows, valid, test = data()
     space = mf.Space(
         weight_decay=mf.Float(1e-6, 1e-1, log=True, init=1e-5),

@@ -89,7 +89,7 @@ def train(space: mf.Space, epochs: int, tune: bool) -> nn.Module:
 
 
 def main(quick: bool = False) -> dict[str, Any]:
-    epochs = 60 if quick else 300
+    epochs = 30 if quick else 300
     _, valid, test = data()
     space = search_space()
     start = space.as_dict()

@@ -3,6 +3,8 @@
 import os
 import time
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of numpy, scikit-learn and child processes
+
 import hypothesis
 import pytest
 import torch

@@ -4,13 +4,14 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import midflight as mf
 
+SMALL = {"hidden": (16,), "lr": 1e-2, "max_steps": 50, "random_state": 0}
 CHEAP = {"seconds": None, "trials": 2, "families": ["linear", "tree"], "random_state": 0}
 
 
 @parametrize_with_checks(
     [
-        mf.OnlineMLPClassifier(max_steps=150, random_state=0),
-        mf.OnlineMLPRegressor(max_steps=150, random_state=0),
+        mf.OnlineMLPClassifier(**SMALL),
+        mf.OnlineMLPRegressor(**SMALL),
         mf.AutoClassifier(**CHEAP),
         mf.AutoRegressor(**CHEAP),
     ]
