@@ -3,6 +3,9 @@
 import json
 import re
 import sys
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
 
 import pytest
 
@@ -12,28 +15,38 @@ from midflight.search.ledger import read_study
 TINY = ["--trials", "4", "--epochs", "3", "--workers", "1"]
 
 
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """(exit code, standard output, standard error) of the command, in this process and an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["midflight", *map(str, arguments)])
+def ended(capture, *arguments):
+    """(exit code, standard output, standard error) of the command, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["midflight", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return run
+    return ended.value.code, *capture()
 
 
-@pytest.mark.parametrize("engine", ["random", "tpe", "bohb", "smac"])
-def test_a_search_runs_to_a_report(call, engine, tmp_path):
-    code, out, _ = call("search", "mlp", "--train", 300, "--engine", engine, *TINY)
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """The command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return partial(ended, capsys.readouterr)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A search for `TINY` named s: its storage, its folder with the report, and what was printed."""
+    folder = tmp_path_factory.mktemp("study")
+    printed = StringIO()
+    with redirect_stdout(printed):
+        storage = folder / "x.journal"
+        code, *_ = ended(tuple, "search", "mlp", "--train", 200, "--study", "s", "--storage", storage, *TINY)
     assert code == 0
-    folder = tmp_path / "runs" / f"mlp-digits-300-{engine}"
+    return storage, folder / "s", printed.getvalue()
+
+
+def test_a_search_runs_to_a_report(study):
+    storage, folder, printed = study
     page = (folder / "report.html").read_text()
-    assert str(folder / "report.html") in out
+    assert str(folder / "report.html") in printed
     for name in ("history", "importance", "configurations", "online"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f'<figure id="{name}">' in page
@@ -41,22 +54,36 @@ def test_a_search_runs_to_a_report(call, engine, tmp_path):
     assert "<script" not in page
     for name in ("layers", "optimizer", "weight_decay", "dropout"):
         assert f'<th scope="row">{name}</th>' in page
-    with read_study("runs/search.sqlite", f"mlp-digits-300-{engine}") as (ledger, declaration):
+    with read_study(str(storage), "s") as (ledger, declaration):
         records = ledger.records()
     assert len(records) == 4
-    assert declaration.objective == "mlp on digits, 300 images"
+    assert declaration.objective == "mlp on digits, 200 images"
     losses = [r.loss for r in records if r.state == "complete"] or [r.loss for r in records]
     assert f"Validation loss {min(losses):.4g}" in page
 
 
-def test_a_report_is_made_again_from_the_stored_rows_alone(call, tmp_path):
-    call("search", "mlp", "--train", 300, "--study", "s", "--storage", "x.journal", *TINY)
-    page = (tmp_path / "s/report.html").read_text()
-    code, _, _ = call("report", "s", "--storage", "x.journal", "--out", "again")
+@pytest.mark.parametrize("engine", ["random", "tpe", "bohb", "smac"])
+def test_each_engine_searches_and_its_trials_are_stored_by_default(call, engine):
+    code, out, _ = call("search", "mlp", "--train", 200, "--engine", engine, "--json", *TINY)
     assert code == 0
-    assert (tmp_path / "again/report.html").read_text() == page
-    assert (tmp_path / "again/history.png").read_bytes() == (tmp_path / "s/history.png").read_bytes()
-    code, out, _ = call("report", "s", "--storage", "x.journal", "--json")
+    found = json.loads(out)
+    assert found["study"] == f"mlp-digits-200-{engine}"
+    assert found["summary"]["engines"] == [engine]
+    with read_study("runs/search.sqlite", found["study"]) as (ledger, _):
+        records = ledger.records()
+    assert [t["config"] for t in found["trials"]] == [r.config for r in records]
+    assert len(records) == 4
+    losses = [r.loss for r in records if r.state == "complete"] or [r.loss for r in records]
+    assert records[found["best"]].loss == min(losses)
+
+
+def test_a_report_is_made_again_from_the_stored_rows_alone(call, study, tmp_path):
+    storage, folder, _ = study
+    code, _, _ = call("report", "s", "--storage", storage, "--out", "again")
+    assert code == 0
+    for name in ("report.html", "history.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    code, out, _ = call("report", "s", "--storage", storage, "--json")
     found = json.loads(out)
     assert len(found["trials"]) == found["summary"]["trials"] == 4
     assert set(found["space"]) >= {"layers", "noise"}
@@ -64,37 +91,10 @@ def test_a_report_is_made_again_from_the_stored_rows_alone(call, tmp_path):
 
 
 def test_the_same_command_goes_on_and_offline_is_a_study_of_its_own(call):
-    for trials in (2, 4):
-        code, *_ = call(
-            "search",
-            "mlp",
-            "--train",
-            200,
-            "--trials",
-            trials,
-            "--epochs",
-            2,
-            "--workers",
-            1,
-            "--engine",
-            "tpe",
-        )
+    options = ["--train", 200, "--epochs", 2, "--workers", 1, "--engine", "tpe", "--json"]
+    for more in (["--trials", 2], ["--trials", 4], ["--trials", 2, "--offline"]):
+        code, *_ = call("search", "mlp", *options, *more)
         assert code == 0
-    call(
-        "search",
-        "mlp",
-        "--train",
-        200,
-        "--trials",
-        2,
-        "--epochs",
-        2,
-        "--workers",
-        1,
-        "--engine",
-        "tpe",
-        "--offline",
-    )
     with read_study("runs/search.sqlite", "mlp-digits-200-tpe") as (ledger, _):
         assert [r.state for r in ledger.records()] == ["complete"] * 4
         assert all(r.trajectory for r in ledger.records())
@@ -104,7 +104,8 @@ def test_the_same_command_goes_on_and_offline_is_a_study_of_its_own(call):
 
 
 def test_time_ends_a_search(call):
-    code, *_ = call("search", "mlp", "--train", 200, "--time", "2s", "--epochs", 3, "--workers", 1)
+    options = ["--train", 200, "--time", "2s", "--epochs", 3, "--workers", 1, "--json"]
+    code, *_ = call("search", "mlp", *options)
     assert code == 0
     with read_study("runs/search.sqlite", "mlp-digits-200-bohb") as (ledger, _):
         assert len(ledger.records()) > 1
@@ -183,27 +184,25 @@ def test_bad_input_is_one_sentence_and_exit_code_2(call, arguments, message):
     assert "secret" not in found[2]
 
 
-def test_a_report_on_what_is_not_there_is_one_sentence_and_exit_code_2(call, tmp_path):
+def test_a_report_on_what_is_not_there_is_one_sentence_and_exit_code_2(call, study, tmp_path):
     assert_refused(
         call("report", "s", "--storage", "no.sqlite"), "no.sqlite does not exist; run the search first"
     )
-    call("search", "mlp", "--train", 200, "--study", "s", *TINY)
-    assert_refused(call("report", "t", "--storage", "runs/search.sqlite"), "must be one of s; got 't'")
+    assert_refused(call("report", "t", "--storage", study[0]), "must be one of s; got 't'")
     (tmp_path / "junk.sqlite").write_text("not a database, but longer than a header of one" * 9)
     assert_refused(call("report", "s", "--storage", "junk.sqlite"), "file is not a database")
     (tmp_path / "junk.journal").write_text("not json\n" * 3)
     assert_refused(call("report", "s", "--storage", "junk.journal"), "must be a journal file of Optuna")
 
 
-def test_a_study_is_not_resumed_as_another_search(call):
-    call("search", "mlp", "--train", 200, "--study", "s", *TINY)
+def test_a_study_is_not_resumed_as_another_search(call, study):
     for change, message in (
         (["--epochs", 4], "same epochs to be resumed, but it has 3 and this search has 4"),
         (["--seed", 1], "the same seed"),
         (["--offline"], "the same space"),
         (["--train", 201], "the same objective"),
     ):
-        arguments = ["--train", 200, "--study", "s", *TINY, *change]
+        arguments = ["--train", 200, "--study", "s", "--storage", study[0], *TINY, *change]
         assert_refused(call("search", "mlp", *arguments), message)
 
 
