@@ -94,6 +94,18 @@ def with_default() -> list[Row]:
     return rows
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the page's words: figures take seconds."""
+    monkeypatch.setattr("midflight.study.report.all_figures", lambda spec, rows: {})
+
+
+@pytest.fixture
+def no_pngs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SVGs are drawn."""
+    monkeypatch.setattr("midflight._reporting.figures.as_png", lambda figure: b"")
+
+
 def tuning(rows: list[Row], estimator: str = "one_step") -> dict[str, Any]:
     tunings = summarise(SPEC, rows)["networks"][0]["tunings"]
     return next(t for t in tunings if t["estimator"] == estimator)
@@ -197,7 +209,7 @@ def test_midflights_default_is_compared_with_each_estimator_and_one_step_with_th
     ]  # fmt: skip
 
 
-def test_midflights_default_is_what_page_figures_and_table_speak_of(tmp_path: Path) -> None:
+def test_midflights_default_is_what_page_figures_and_table_speak_of(no_figures: None, tmp_path: Path) -> None:
     with stored(with_default(), tmp_path, spec=WITH_DEFAULT) as store:
         page = write_report(store, "r", tmp_path / "out").read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert "Tuning with midflight\N{RIGHT SINGLE QUOTATION MARK}s defaults while training took" in page
@@ -243,7 +255,9 @@ def partial_studies() -> Iterator[list[Row]]:
 
 
 @pytest.mark.parametrize("rows", list(partial_studies()))
-def test_a_partial_study_gives_json_without_nan_and_a_report(rows: list[Row], tmp_path: Path) -> None:
+def test_a_partial_study_gives_json_without_nan_and_a_report(
+    rows: list[Row], no_pngs: None, tmp_path: Path
+) -> None:
     with stored(rows, tmp_path) as store:
         text = as_json(store, "r")
         read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
@@ -329,7 +343,7 @@ def test_report_is_one_page_that_fetches_nothing_and_shows_every_number(report: 
     assert "incomplete" not in page
 
 
-def test_a_run_name_cannot_inject_markup_or_shell(tmp_path: Path) -> None:
+def test_a_run_name_cannot_inject_markup_or_shell(no_figures: None, tmp_path: Path) -> None:
     name = "<script>alert(1)</script>'; rm -rf \"&"
     with stored([], tmp_path, name) as store:
         page = write_report(store, name, tmp_path / "out").read_text()
@@ -338,8 +352,11 @@ def test_a_run_name_cannot_inject_markup_or_shell(tmp_path: Path) -> None:
     assert "&#39;&lt;script&gt;" in page  # quoted for the shell where it is in a command
 
 
-def test_figures_and_page_are_written_whole_and_are_the_same_twice(report: Path, tmp_path: Path) -> None:
-    with stored(whole(), tmp_path) as store:
+def test_figures_and_page_are_written_whole_and_are_the_same_twice_whatever_the_order_of_rows(
+    report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "rows", lambda self, run: whole()[::-1])
+    with stored([], tmp_path) as store:
         again = write_report(store, "r", tmp_path / "out", CHECKS)
     names = sorted(path.name for path in report.parent.iterdir())
     assert names == sorted(["report.html", *(f"fig{i}.{s}" for i in range(1, 6) for s in ("png", "svg"))])
@@ -349,14 +366,8 @@ def test_figures_and_page_are_written_whole_and_are_the_same_twice(report: Path,
         assert len(content) > 10_000, name
 
 
-def test_figures_are_functions_of_rows_whatever_their_order() -> None:
-    one, backwards = all_figures(SPEC, whole()), all_figures(SPEC, whole()[::-1])
-    for name, figure in one.items():
-        assert as_svg(figure) == as_svg(backwards[name]), name
-
-
-def test_figures_hold_text_as_text_and_state_their_findings() -> None:
-    svgs = {name: as_svg(figure) for name, figure in all_figures(SPEC, whole()).items()}
+def test_figures_hold_text_as_text_and_state_their_findings(report: Path) -> None:
+    svgs = {path.stem: path.read_text() for path in report.parent.glob("*.svg")}
     assert "2 of 4 better, 1 worse, 1 equal</text>" in svgs["fig2"]
     assert "2 of 4 on the diagonal (50 %)" in svgs["fig3"]
     assert "Tuning by one_step adds +25.0 %" in svgs["fig4"]
@@ -391,7 +402,7 @@ def test_figure_of_eq6_needs_paper_and_another_estimator() -> None:
     assert "fig5" not in all_figures(replace(SPEC, estimator=("paper",)), whole())
 
 
-def test_several_networks_and_wide_ranges_are_drawn(tmp_path: Path) -> None:
+def test_several_networks_and_wide_ranges_are_drawn(no_pngs: None, tmp_path: Path) -> None:
     spec = replace(SPEC, networks=(NETWORK, "16-8-4"), landscape=1, wide=True, estimator=("t1t2",))
     rows = [row("initial", i, e) for i, e in enumerate((2.0, 88.0))]
     rows += [row("tuned", i, e, "t1t2", noise=(0.4, 0.1)) for i, e in enumerate((2.1, 3.0))]
@@ -399,7 +410,7 @@ def test_several_networks_and_wide_ranges_are_drawn(tmp_path: Path) -> None:
     assert len(save(all_figures(spec, rows), tmp_path)) == 8
 
 
-def test_commands_repeat_the_study(tmp_path: Path) -> None:
+def test_commands_repeat_the_study(no_figures: None, tmp_path: Path) -> None:
     spec = replace(PRESETS["quick"], starts=20, l2=(-6.0, -1.0), wide=True)
     with stored([], tmp_path, "my run", spec) as store:
         page = write_report(store, "my run", tmp_path / "out").read_text()
