@@ -152,10 +152,8 @@ def test_an_unreached_hyperparameter_is_an_error_that_names_it():
         mf.hypergradient(problem, params, {**hparams, "forgotten": torch.tensor(0.5)}, {"w": {}})
 
 
-def test_an_estimator_of_ones_own_is_an_object_that_says_where_it_wants_v():
-    class HalfWay:
-        mixed, needs_train_loss = None, False
-
+def test_an_estimator_of_ones_own_says_where_it_wants_v():
+    class HalfWay(mf.hypergrad.Estimator):
         def at(self, step):
             new = step.next_params()
             return {name: (new[name] + p) / 2 for name, p in step.params.items()}

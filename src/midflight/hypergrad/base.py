@@ -1,38 +1,46 @@
-"""Define the interface of an estimator of the hypergradient.
+"""Define the base class of the estimators of the hypergradient.
 
-The caller asks `at` for the weights, computes v = dC2/dtheta at these weights and passes v in.
+The caller asks `at` for weights, computes v = dC2/dtheta and passes v in. An estimator sees the validation loss
+C2 only through this one v: it can neither evaluate C2 nor ask for a second gradient.
 """
 
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from midflight._tensors import Tensors
 from midflight.hypergrad.problem import Step
 
 
-@runtime_checkable
-class Estimator(Protocol):
-    """Compute the hypergradient of one optimiser step.
+class Estimator(ABC):
+    """Compute the hypergradient of one optimiser step."""
 
-    Attributes:
-        mixed: required method for the mixed partial, a name in `mixed.METHODS`; None: the caller chooses.
-        needs_train_loss: whether the estimator evaluates `Step.train_loss`.
+    @property
+    def mixed(self) -> str | None:
+        """The method required for the mixed partial, a name in `mixed.METHODS`; None: the caller chooses."""
+        return None
+
+    needs_train_loss: ClassVar[bool] = False
+    """Whether the estimator evaluates `Step.train_loss`."""
+    through_statistics: ClassVar[bool] = False
+    """Whether `Tuner` adds what reaches C2 through running statistics, such as those of BatchNorm.
+
+    True for an estimate of the whole step; False for one that stays as published.
     """
 
-    @property
-    def mixed(self) -> str | None: ...
-
-    @property
-    def needs_train_loss(self) -> bool: ...
-
     def at(self, step: Step) -> Tensors:
-        """Return the weights at which v is taken, name -> tensor, shaped like step.params."""
+        """Return the weights at which v is taken, name -> tensor, shaped like step.params; by default theta'.
 
+        `Tuner(horizon="run")` does not call this: it takes v at averaged weights (see `Averaged`).
+        """
+        return step.next_params()
+
+    @abstractmethod
     def __call__(self, step: Step, v: Tensors) -> Tensors:
         """Return the hypergradient.
 
         Args:
             step: the optimiser step.
-            v: dC2/dtheta at the weights that `at` returned; overwritten.
+            v: dC2/dtheta at the weights of `at`, or where the horizon takes it; may be overwritten.
 
         Returns:
             name -> tensor shaped like step.hparams, for the hyperparameters that the step depends on.

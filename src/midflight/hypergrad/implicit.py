@@ -10,17 +10,17 @@ gradients on the normal equations need neither a contraction nor symmetry.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-
-from midflight._tensors import Tensors, add_scaled, leaves
-from midflight.hypergrad.mixed import train_loss_of
-from midflight.hypergrad.problem import Step, gradient
+from midflight._tensors import Tensors, add_scaled
+from midflight.hypergrad.base import Estimator
+from midflight.hypergrad.linearised import LinearisedStep
+from midflight.hypergrad.problem import Step
 from midflight.hypergrad.solvers import conjugate_gradient, neumann
 
 
 @dataclass(frozen=True)
-class ImplicitNeumann:
+class ImplicitNeumann(Estimator):
     """Estimate by a truncated Neumann series; one term gives `one_step`.
 
     Exact as terms -> infinity at a fixed point of a contracting update. Costs one validation pass and
@@ -31,19 +31,15 @@ class ImplicitNeumann:
     """
 
     terms: int = 10
-    mixed: str | None = None
-    needs_train_loss: bool = True
-
-    def at(self, step: Step) -> Tensors:
-        return step.next_params()
+    needs_train_loss: ClassVar = True
 
     def __call__(self, step: Step, v: Tensors) -> Tensors:
-        settled = _Settled(step)
-        return settled.hypergradient(neumann(settled.transposed, v, terms=self.terms))
+        linear = LinearisedStep(step)
+        return linear.hypergradient(neumann(linear.transposed, v, terms=self.terms))
 
 
 @dataclass(frozen=True)
-class ImplicitCG:
+class ImplicitCG(Estimator):
     """Estimate by conjugate gradients on A^T A u = A^T v, A = (I - dU/dtheta)^T.
 
     Exact after as many iterations as there are weights, at a fixed point where A is invertible. Costs one
@@ -56,67 +52,21 @@ class ImplicitCG:
 
     iterations: int = 10
     damping: float = 0.0
-    mixed: str | None = None
-    needs_train_loss: bool = True
-
-    def at(self, step: Step) -> Tensors:
-        return step.next_params()
+    needs_train_loss: ClassVar = True
 
     def __call__(self, step: Step, v: Tensors) -> Tensors:
-        settled = _Settled(step)
+        linear = LinearisedStep(step)
 
         def a(u: Tensors) -> Tensors:
-            return add_scaled(u, settled.transposed(u), -1.0)
+            return add_scaled(u, linear.transposed(u), -1.0)
 
         def a_transposed(u: Tensors) -> Tensors:
-            return add_scaled(u, settled.forward(u), -1.0)
+            return add_scaled(u, linear.forward(u), -1.0)
 
         def normal(u: Tensors) -> Tensors:
             return add_scaled(a_transposed(a(u)), u, self.damping)
 
-        return settled.hypergradient(conjugate_gradient(normal, a_transposed(v), iterations=self.iterations))
-
-
-class _Settled:
-    """Record theta' = U(theta, h) with its graph, and multiply by its Jacobian."""
-
-    def __init__(self, step: Step) -> None:
-        train_loss = train_loss_of(step)
-        self._step = step
-        self._params = leaves(step.params)
-        grads = gradient(train_loss(self._params, step.values), self._params, create_graph=True)
-        self._new = {
-            name: u.rule.step(self._params[name], grads[name], step.state[name], u.options)[0]
-            for name, u in step.updates.items()
-        }
-
-    def transposed(self, u: Tensors) -> Tensors:
-        """Return (dU/dtheta)^T u."""
-        return self._vjp(u, create_graph=False)
-
-    def forward(self, x: Tensors) -> Tensors:
-        """Return (dU/dtheta) x, as the derivative of <x, (dU/dtheta)^T z> with respect to z."""
-        z = leaves({name: torch.zeros_like(p) for name, p in self._new.items()})
-        pulled = self._vjp(z, create_graph=True)
-        found = torch.autograd.grad(
-            list(pulled.values()), list(z.values()), [x[name] for name in pulled], materialize_grads=True
-        )
-        return dict(zip(z, found, strict=True))
-
-    def hypergradient(self, u: Tensors) -> Tensors:
-        """Return u . dU/dh."""
-        return self._step.chain([(self._new[name], u[name]) for name in self._new])
-
-    def _vjp(self, u: Tensors, *, create_graph: bool) -> Tensors:
-        found = torch.autograd.grad(
-            list(self._new.values()),
-            list(self._params.values()),
-            [u[name] for name in self._new],
-            retain_graph=True,
-            create_graph=create_graph,
-            materialize_grads=True,
-        )
-        return dict(zip(self._params, found, strict=True))
+        return linear.hypergradient(conjugate_gradient(normal, a_transposed(v), iterations=self.iterations))
 
 
 implicit_neumann = ImplicitNeumann()

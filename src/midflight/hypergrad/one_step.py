@@ -6,15 +6,16 @@ v = dC2/dtheta is taken after the step (exact) or before it (cheaper).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from midflight._tensors import Tensors
+from midflight.hypergrad.base import Estimator
 from midflight.hypergrad.mixed import pullback
 from midflight.hypergrad.problem import Step
 
 
 @dataclass(frozen=True)
-class OneStep:
+class OneStep(Estimator):
     """Estimate exactly for one step; ignore effects beyond it.
 
     Costs one validation pass and one copy of the weights. If the training loss reads a hyperparameter, one
@@ -28,7 +29,7 @@ class OneStep:
 
     place: Literal["next", "current"] = "next"
     mixed: str | None = None
-    needs_train_loss: bool = False
+    through_statistics: ClassVar = True
 
     def at(self, step: Step) -> Tensors:
         return step.next_params() if self.place == "next" else step.params

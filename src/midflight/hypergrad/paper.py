@@ -13,12 +13,13 @@ from torch import Tensor
 
 from midflight._tensors import Tensors
 from midflight.errors import UnreachedHyperparameter
+from midflight.hypergrad.base import Estimator
 from midflight.hypergrad.graph import Pairs
 from midflight.hypergrad.problem import Step
 from midflight.updates import tuned_options
 
 
-class Paper:
+class Paper(Estimator):
     """Apply Eq. 5 to a weight decay bound to the optimiser and Eq. 6 to one other hyperparameter.
 
     w0 is the first matrix among the weights, shape (outputs, inputs).
@@ -26,12 +27,6 @@ class Paper:
     Raises:
         UnreachedHyperparameter: there is more than one other hyperparameter, or no matrix.
     """
-
-    mixed: str | None = None
-    needs_train_loss: bool = False
-
-    def at(self, step: Step) -> Tensors:
-        return step.next_params()
 
     def __call__(self, step: Step, v: Tensors) -> Tensors:
         pairs: Pairs = []

@@ -6,6 +6,7 @@ dC2/dlambda = -eta d/dlambda <dC2/dtheta(theta'), dC1~/dtheta>     (Luketina et 
 from dataclasses import replace
 
 from midflight._tensors import Tensors
+from midflight.hypergrad.base import Estimator
 from midflight.hypergrad.mixed import pullback
 from midflight.hypergrad.problem import Step
 from midflight.updates import SGD, Update
@@ -13,17 +14,11 @@ from midflight.updates import SGD, Update
 _PLAIN = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, "maximize": False}
 
 
-class T1T2:
+class T1T2(Estimator):
     """Estimate without the optimiser's preconditioner and momentum; exact for plain SGD only.
 
     Costs as much as `one_step`. Treats a tuned weight decay as coupled L2.
     """
-
-    mixed: str | None = None
-    needs_train_loss: bool = False
-
-    def at(self, step: Step) -> Tensors:
-        return step.next_params()
 
     def __call__(self, step: Step, v: Tensors) -> Tensors:
         plain = {

@@ -6,15 +6,17 @@
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from midflight._tensors import Tensors, detach, leaves
+from midflight.hypergrad.base import Estimator
 from midflight.hypergrad.mixed import train_loss_of
 from midflight.hypergrad.problem import Step, gradient
 from midflight.updates import State
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class Unrolled(Estimator):
     """Estimate exactly for `steps` steps on the current batch, including the optimiser's state.
 
     Costs `steps` gradients, one validation pass and `steps` double backwards. Holds `steps` copies of the
@@ -25,8 +27,7 @@ class Unrolled:
     """
 
     steps: int = 5
-    mixed: str | None = None
-    needs_train_loss: bool = True
+    needs_train_loss: ClassVar = True
 
     def at(self, step: Step) -> Tensors:
         return detach(self._last(step, create_graph=False))

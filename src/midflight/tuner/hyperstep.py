@@ -21,7 +21,7 @@ from midflight.errors import UnsupportedOptimizer, UnsupportedParameter
 from midflight.hypergrad import Estimator
 from midflight.hypergrad.graph import graph_leaves
 from midflight.hypergrad.mixed import value_grads
-from midflight.hypergrad.one_step import central_difference, forward_over_reverse, one_step, one_step_cheap
+from midflight.hypergrad.one_step import one_step
 from midflight.hypergrad.problem import Dependence, Step, added
 from midflight.space import Space
 from midflight.tuner.binding import Binding
@@ -40,8 +40,6 @@ from midflight.tuner.running_statistics import (
     moved_statistics,
 )
 
-_BY_STATISTICS = (one_step, one_step_cheap, central_difference, forward_over_reverse)
-"""Estimators of the whole step; the others are kept as published."""
 _RAW = "raw of "
 
 
@@ -218,7 +216,7 @@ class HyperStep:
     def _at_horizon(self, step: Step, params: Tensors, batch: Any) -> tuple[float, Tensors]:
         """C2 where the horizon takes v, and the hypergradients for that v; none if C2 is not finite."""
         at = self.horizon.valid_at(step.params, lambda: self._estimator.at(step))
-        by_statistics = self._loss_reads and self._estimator in _BY_STATISTICS
+        by_statistics = self._loss_reads and self._estimator.through_statistics
         layers = self._buffers.layers if by_statistics else {}
         valid_loss, v, of_statistics = self._valid_gradient(params, at, step.grads, layers)
         if not math.isfinite(valid_loss):
