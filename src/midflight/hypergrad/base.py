@@ -1,7 +1,10 @@
 """Define the base class of the estimators of the hypergradient.
 
-The caller asks `at` for weights, computes v = dC2/dtheta and passes v in. An estimator sees the validation loss
-C2 only through this one v: it can neither evaluate C2 nor ask for a second gradient.
+`mf.hypergradient`, `mf.Population` and `mf.Tuner(horizon="step")` ask `at` for weights, compute v = dC2/dtheta
+there and pass v in. `mf.Tuner(horizon="run")` does not ask: it takes v at averaged weights, and uses `one_step`
+for the options of the step, such as lr. So an estimator must not assume that v belongs to the weights of `at`.
+
+An estimator sees the validation loss C2 only through v. It can neither evaluate C2 nor get a second gradient.
 """
 
 from abc import ABC, abstractmethod
@@ -22,16 +25,13 @@ class Estimator(ABC):
     needs_train_loss: ClassVar[bool] = False
     """Whether the estimator evaluates `Step.train_loss`."""
     through_statistics: ClassVar[bool] = False
-    """Whether `Tuner` adds what reaches C2 through running statistics, such as those of BatchNorm.
+    """Whether `mf.Tuner` adds the effect through running statistics, such as those of BatchNorm.
 
-    True for an estimate of the whole step; False for one that stays as published.
+    True for an estimate of the whole step; False for a formula that stays as published.
     """
 
     def at(self, step: Step) -> Tensors:
-        """Return the weights at which v is taken, name -> tensor, shaped like step.params; by default theta'.
-
-        `Tuner(horizon="run")` does not call this: it takes v at averaged weights (see `Averaged`).
-        """
+        """Return the weights at which v should be taken, shaped like step.params; theta' unless overridden."""
         return step.next_params()
 
     @abstractmethod
@@ -40,7 +40,7 @@ class Estimator(ABC):
 
         Args:
             step: the optimiser step.
-            v: dC2/dtheta at the weights of `at`, or where the horizon takes it; may be overwritten.
+            v: dC2/dtheta, weight name -> tensor; the estimator may overwrite it.
 
         Returns:
             name -> tensor shaped like step.hparams, for the hyperparameters that the step depends on.
