@@ -80,8 +80,8 @@ class Batch:
 Loss = Callable[[Hyperparameter, Batch], Tensor]
 
 
-def _noisy(h: Hyperparameter, b: Batch) -> Tensor:
-    """Return a loss that does not read h; h acts through the update."""
+def _unread(h: Hyperparameter, b: Batch) -> Tensor:
+    """Return a noisy loss that does not read h: h is an option, so it enters by the update."""
     return b.loss(GaussianNoise(0.1)(b.x))
 
 
@@ -98,7 +98,7 @@ class Kind:
 
     spec: Float
     option: str | None = None
-    loss: Loss = _noisy
+    loss: Loss = _unread
     needs: str | None = None
 
 
@@ -217,8 +217,8 @@ def why_skipped(optimizer: str, hyperparameter: str) -> str | None:
         return f"{kind.needs} is not installed."
     optim = OPTIMIZERS[optimizer]([nn.Parameter(torch.zeros(1, 1))])
     if kind.option is None:
-        smooth = rule_for(optim).differentiable
-        return None if smooth else f"{type(optim).__name__} rounds its step, so it has no derivative."
+        why = rule_for(optim).why_not_differentiable
+        return f"{type(optim).__name__} {why}, so {hyperparameter} has no derivative." if why else None
     if kind.option not in rule_for(optim).tunable:
         return f"{type(optim).__name__} has no option {kind.option} that can be tuned."
     if kind.option == "momentum" and read_option(optim.param_groups[0], "momentum") == 0:

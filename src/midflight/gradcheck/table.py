@@ -13,6 +13,7 @@ from midflight.errors import MidflightError
 from midflight.gradcheck.cases import KINDS, OPTIMIZERS, Case, make_case, why_skipped
 from midflight.gradcheck.oracles import central_difference, compare
 from midflight.hypergrad import CLAIMS, ESTIMATORS, hypergradient
+from midflight.updates import rule_for
 
 SEEDS = 10
 PAPER_RULES = ("SGD", "SGD momentum", "Adam", "AdamW")
@@ -129,8 +130,9 @@ def _estimate(case: Case, estimator: str, seed: int) -> Tensors:
         return hypergradient(case.problem, case.params, case.hparams, case.state, estimator)
 
 
-def _label(rule: str, kind: str) -> str:
+def _label(optimizer: str, kind: str) -> str:
     if kind != "weight_decay":
         return kind
-    decoupled = rule in ("AdamW", "Adafactor", "Muon")
+    optim = OPTIMIZERS[optimizer]([torch.zeros(1, 1)])
+    decoupled = optim.param_groups[0].get("decoupled_weight_decay", rule_for(optim).decoupled)
     return "weight decay, decoupled" if decoupled else "weight decay, coupled"

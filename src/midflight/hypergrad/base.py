@@ -1,10 +1,10 @@
 """Define the base class of the estimators of the hypergradient.
 
-`mf.hypergradient`, `mf.Population` and `mf.Tuner(horizon="step")` ask `at` for weights, compute v = dC2/dtheta
-there and pass v in. `mf.Tuner(horizon="run")` does not ask: it takes v at averaged weights, and uses `one_step`
-for the options of the step, such as lr. So an estimator must not assume that v belongs to the weights of `at`.
+`hypergradient`, `Population` and `Tuner(horizon="step")` ask `at` for weights, compute v = dC2/dtheta there
+and pass v in. `Tuner(horizon="run")` does not ask. It takes v at averaged weights, and uses `one_step` for
+options of the step, such as lr. So an estimator must not assume that v belongs to the weights of `at`.
 
-An estimator sees the validation loss C2 only through v. It can neither evaluate C2 nor get a second gradient.
+An estimator sees the validation loss C2 only through v. It can neither evaluate C2 nor get a second v.
 """
 
 from abc import ABC, abstractmethod
@@ -31,7 +31,7 @@ class Estimator(ABC):
     """
 
     def at(self, step: Step) -> Tensors:
-        """Return the weights at which v should be taken, shaped like step.params; theta' unless overridden."""
+        """Return the weights at which v should be taken, shaped like step.params; by default theta'."""
         return step.next_params()
 
     @abstractmethod

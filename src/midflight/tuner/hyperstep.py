@@ -369,9 +369,9 @@ class HyperStep:
 
     def _require_smooth(self) -> None:
         for optimizer, rule in zip(self._optimizers, self._binding.rules, strict=True):
-            if not rule.differentiable and self._binding.unbound:
+            if rule.why_not_differentiable and self._binding.unbound:
                 raise UnsupportedOptimizer(
-                    f"{type(optimizer).__name__} rounds its step to bfloat16, so that no hyperparameter of "
+                    f"{type(optimizer).__name__} {rule.why_not_differentiable}, so that no hyperparameter of "
                     f"the loss has a derivative; tune its own options, {', '.join(sorted(rule.tunable))}, "
                     f"without {', '.join(self._binding.unbound)}."
                 )

@@ -1,6 +1,14 @@
 """Provide the optimisers of `torch.optim` as pure functions theta' = U(theta, s, g, phi), one per file.
 
-`base` defines the symbols. To add a rule, write one file and add one row to `RULES`; every test covers it.
+`base` defines the symbols. A rule is one file and one row of `RULES`; CONTRIBUTING.md says how to test it.
+
+There are three kinds of optimisers:
+
+- The step is differentiable with respect to g: any hyperparameter can be tuned. Most rules are of this kind.
+- dU/dg is 0 almost everywhere, because the step rounds g or takes its sign. But the step has derivatives with
+  respect to options such as lr. Its rule says so in `why_not_differentiable`, and these options can be tuned.
+- The step is no function of one dense gradient, or neither g nor an option has a useful derivative. A row of
+  `REFUSED` says why.
 """
 
 import inspect
@@ -52,7 +60,7 @@ REFUSED: dict[type[torch.optim.Optimizer], str] = {
     torch.optim.LBFGS: "each step evaluates the loss many times, so it is no function of one gradient; "
     "use SGD with momentum or Adam.",
     torch.optim.Rprop: "its step uses only the sign of the gradient, so hyperparameters of the loss have "
-    "no derivative; use RMSprop.",
+    "no derivative, and lr acts at the first step only; use RMSprop.",
     torch.optim.SparseAdam: "it takes sparse gradients; build the embedding with sparse=False and use Adam.",
 }
 """Optimiser of torch without a rule -> the reason."""

@@ -24,11 +24,12 @@ class Adafactor(UpdateRule):
 
     tunable: ClassVar = frozenset({"lr", "beta2_decay", "d", "weight_decay"})
     elementwise: ClassVar = False
+    decoupled: ClassVar = True
 
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
         eps1, eps2 = options["eps"]
         eps1 = torch.finfo(param.dtype).eps if eps1 is None else eps1
-        start, total = decayed(param, grad, options, decoupled=True)
+        start, total = decayed(param, grad, options, decoupled=self.decoupled)
         t = step_number(state)
         beta = t ** options["beta2_decay"]
         square = total * total

@@ -6,7 +6,7 @@ theta' = theta - lr m^ / (sqrt(s^) + eps),    m^ = m' / (1 - beta1^t),  s^ = s' 
 theta' -= lr weight_decay theta               (AdamW: decoupled)
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,22 +29,19 @@ class Adam(UpdateRule):
     tunable: ClassVar = frozenset({"lr", "beta1", "beta2", "eps", "weight_decay"})
 
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
-        lr, beta1, beta2 = options["lr"], options["beta1"], options["beta2"]
-        start, total = decayed(param, grad, options, decoupled=options["decoupled_weight_decay"])
-        t = step_number(state)
-        m = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * total
-        s = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * total * total
-        new_state = {"step": torch.tensor(float(t)), "exp_avg": m, "exp_avg_sq": s}
+        start, total = decayed(param, grad, options)
+        before = state.get("exp_avg", 0.0), state.get("exp_avg_sq", 0.0)
+        m, s = moments(total, *before, options["beta1"], options["beta2"])
+        new_state = {"step": torch.tensor(float(step_number(state))), "exp_avg": m, "exp_avg_sq": s}
         if options["amsgrad"]:
             s = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(s)), s)
             new_state["max_exp_avg_sq"] = s
-        denom = safe_sqrt(s) / (1 - beta2**t) ** 0.5 + options["eps"]
-        return start - lr / (1 - beta1**t) * (m / denom), new_state
+        return moved(start, m, s, *corrected(state, options)), new_state
 
     @torch.no_grad()
     def ahead(self, param: Tensor, grad: Tensor, state: State, options: Options) -> Tensor:
         o = numbers(options)
-        _, m, root = _moments(param, grad, state, o)
+        _, m, root = _fast_moments(param, grad, state, o)
         start = param * (1 - o["lr"] * o["weight_decay"]) if o["decoupled_weight_decay"] else param
         scale, eps = corrected(state, o)
         return torch.addcdiv(start, m, root.add_(eps), value=-scale)
@@ -57,7 +54,7 @@ class Adam(UpdateRule):
         if options["amsgrad"] or set(tuned) - {"weight_decay"}:
             return super().pullback(v, param, grad, state, options)
         o = numbers(options)
-        total, m, root = _moments(param, grad, state, o)
+        total, m, root = _fast_moments(param, grad, state, o)
         scale, eps = corrected(state, o)
         # d(m / (root + eps))/dg~ = (1 - beta1 - (1 - beta2) m g~ / (root (root + eps))) / (root + eps)
         denom = root + eps
@@ -72,7 +69,26 @@ class Adam(UpdateRule):
         return (w.neg_() if o["maximize"] else w), derivatives
 
 
-def _moments(param: Tensor, grad: Tensor, state: State, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+def moments(
+    total: Tensor, m: float | Tensor, s: float | Tensor, beta1: float | Tensor, beta2: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return m' and s', given g~."""
+    return beta1 * m + (1 - beta1) * total, beta2 * s + (1 - beta2) * total * total
+
+
+def moved(start: Tensor, m: Tensor, s: Tensor, scale: float | Tensor, eps: float | Tensor) -> Tensor:
+    """Return theta', given m' and s'; scale and eps as in `corrected`."""
+    return start - scale * (m / (safe_sqrt(s) + eps))
+
+
+def corrected(state: State, o: Options) -> tuple[Any, Any]:
+    """Return a and e of theta' = theta - a m' / (sqrt(s') + e), which contain both bias corrections."""
+    t = step_number(state)
+    correction = (1 - o["beta2"] ** t) ** 0.5
+    return o["lr"] * correction / (1 - o["beta1"] ** t), o["eps"] * correction
+
+
+def _fast_moments(param: Tensor, grad: Tensor, state: State, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Return g~, m' and sqrt(s') in few passes over memory; the caller may overwrite the last two."""
     total = -grad if o["maximize"] else grad
     if o["weight_decay"] and not o["decoupled_weight_decay"]:
@@ -86,10 +102,3 @@ def _moments(param: Tensor, grad: Tensor, state: State, o: Options) -> tuple[Ten
         m = total * (1 - o["beta1"])
         s = total * total * (1 - o["beta2"])
     return total, m, s.sqrt_()
-
-
-def corrected(state: State, o: Options) -> tuple[float, float]:
-    """Return a and e of theta' = theta - a m' / (sqrt(s') + e), which contain both bias corrections."""
-    t = step_number(state)
-    correction = (1 - o["beta2"] ** t) ** 0.5
-    return o["lr"] * correction / (1 - o["beta1"] ** t), o["eps"] * correction

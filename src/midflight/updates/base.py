@@ -29,11 +29,16 @@ class UpdateRule(ABC):
     """Options with respect to which the step can be differentiated."""
     elementwise: ClassVar[bool] = True
     """Whether each entry of theta' depends only on the same entry of theta, s and g, and on scalars."""
-    differentiable: ClassVar[bool] = True
-    """Whether the step can be differentiated with respect to g; if not, it may still be in its options."""
+    why_not_differentiable: ClassVar[str] = ""
+    """Why dU/dg is 0 almost everywhere, as "rounds its step to bfloat16"; "" for a differentiable step."""
+    decoupled: ClassVar[bool] = False
+    """Whether weight decay shrinks theta instead of changing g~.
+
+    If the optimiser has an option `decoupled_weight_decay`, as Adam, that decides.
+    """
     one_pass: ClassVar[bool] = False
     """Whether `ahead` and `pullback` pass over memory once, so that splitting a weight gains nothing."""
-    of_many: ClassVar[frozenset[str]] = frozenset()
+    per_row_options: ClassVar[frozenset[str]] = frozenset()
     """Options that `ahead` and `pullback` accept with one entry per row of the weight."""
 
     @abstractmethod
@@ -147,8 +152,11 @@ def decayed(
 
     coupled (an L2 penalty):  theta,                          g~ = +-g + weight_decay theta
     decoupled:                theta - lr weight_decay theta,  g~ = +-g
+
+    If the optimiser has an option `decoupled_weight_decay`, that decides instead of the argument.
     """
     decay = options["weight_decay"]
+    decoupled = options.get("decoupled_weight_decay", decoupled)
     total = -grad if options.get("maximize", False) else grad
     if is_zero(decay):
         return param, total

@@ -19,8 +19,8 @@ from midflight.updates.flat import lies_whole
 BLOCK = 2**16
 """Number of entries of a block on the CPU; on other devices large weights are not cut."""
 
-LIKE_LOSS = frozenset({"weight_decay"})
-"""Options that act like a term of the loss, or independently of the gradient."""
+PENALTY_OPTIONS = frozenset({"weight_decay"})
+"""Options that act like a penalty in the loss (coupled decay), or do not involve the gradient (decoupled)."""
 
 Updates = Mapping[str, Update]
 
@@ -84,7 +84,8 @@ def blocks(
         if not u.rule.elementwise or size == 0:
             yield Block((name,), None, u.rule, u.options)
         elif many := {name for name, x in u.options.items() if isinstance(x, Tensor) and x.ndim > 0}:
-            yield Block((name,), None, u.rule if many <= u.rule.of_many else _OfMany(u.rule), u.options)
+            rule = u.rule if many <= u.rule.per_row_options else _StepOnly(u.rule)
+            yield Block((name,), None, rule, u.options)
         elif size < BLOCK:
             together.setdefault(_kin(p, states[name], u), []).append(name)
         elif (
@@ -123,7 +124,7 @@ def _fixed(options: Options, names: Iterable[str]) -> Options:
     return {**options} | {name: x.detach() for name in names if isinstance(x := options.get(name), Tensor)}
 
 
-class _OfMany(UpdateRule):
+class _StepOnly(UpdateRule):
     """Use only `step` of a rule: closed forms need numbers, but populations have tensor options."""
 
     tunable: ClassVar = frozenset()
@@ -172,7 +173,7 @@ def pull_back(
         v: gradient with respect to theta'; overwritten.
         params, grads, states, updates: the optimiser step.
         others, share: dU/dg is taken at (1 - share) grads + share others; see `Dependence`. The derivatives
-            of options in LIKE_LOSS are taken there too, those of all other options at grads.
+            of PENALTY_OPTIONS are taken there too, those of all other options at grads.
     """
     v = unalias(v)
     tuned: dict[int, tuple[Tensor, Tensor]] = {}
@@ -183,13 +184,13 @@ def pull_back(
         if others is None:
             part, derivatives = block.rule.pullback(of_v, param, grad, state, options)
         else:
-            of_step = _fixed(options, LIKE_LOSS)
+            of_step = _fixed(options, PENALTY_OPTIONS)
             derivatives = (
                 block.rule.pullback(of_v, param, grad, state, of_step)[1] if tuned_options(of_step) else {}
             )
             blended = grad.lerp(block.of(others).to(grad), share)
-            like_loss = _fixed(options, set(options) - LIKE_LOSS)
-            part, more = block.rule.pullback(of_v, param, blended, state, like_loss)
+            penalties = _fixed(options, set(options) - PENALTY_OPTIONS)
+            part, more = block.rule.pullback(of_v, param, blended, state, penalties)
             derivatives = derivatives | more
         block.put(part, v, params)
         for name, derivative in derivatives.items():

@@ -1,4 +1,8 @@
-"""Compile the elementwise operations of Adam into one pass over memory."""
+"""Compile the elementwise operations of Adam into one pass over memory.
+
+The derivative of a step stands here and in `adam`. The form there writes in place and takes numbers, without
+which it is slower. The form here takes tensors, without which torch would recompile for each number.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -8,7 +12,7 @@ import torch
 from torch import Tensor
 
 from midflight.errors import NoCompiler
-from midflight.updates.adam import Adam, corrected
+from midflight.updates.adam import Adam, corrected, moments, moved
 from midflight.updates.base import (
     Options,
     State,
@@ -32,7 +36,7 @@ class CompiledAdam(Adam):
     """
 
     one_pass: ClassVar = True
-    of_many: ClassVar = frozenset({"weight_decay"})
+    per_row_options: ClassVar = frozenset({"weight_decay"})
 
     def __init__(self, device: torch.device) -> None:
         some, number = torch.ones(1, 8, device=device), torch.tensor(0.5, dtype=torch.float64, device=device)
@@ -139,10 +143,8 @@ def _steps(weights: list[list[Tensor]], *common: Tensor) -> list[Three]:
 
 def _step(p: Tensor, g: Tensor, m: Tensor, s: Tensor, coupled: Tensor, shrink: Tensor, a: Tensor, e: Tensor,
           beta1: Tensor, beta2: Tensor) -> Three:  # fmt: skip
-    total = g + coupled * p
-    m = beta1 * m + (1 - beta1) * total
-    s = beta2 * s + (1 - beta2) * total * total
-    return shrink * p - a * m / (s.sqrt() + e), m, s
+    m, s = moments(g + coupled * p, m, s, beta1, beta2)
+    return moved(shrink * p, m, s, a, e), m, s
 
 
 def _ahead(*tensors: Tensor) -> Tensor:
@@ -152,8 +154,8 @@ def _ahead(*tensors: Tensor) -> Tensor:
 def _pullback(v: Tensor, p: Tensor, g: Tensor, m: Tensor, s: Tensor, coupled: Tensor, a: Tensor, e: Tensor,
               beta1: Tensor, beta2: Tensor) -> Three:  # fmt: skip
     total = g + coupled * p
-    m = beta1 * m + (1 - beta1) * total
-    root = (beta2 * s + (1 - beta2) * total * total).sqrt()
+    m, s = moments(total, m, s, beta1, beta2)
+    root = s.sqrt()
     both = (root * (root + e)).clamp_min(torch.finfo(p.dtype).tiny)  # m is 0 where root is 0
     w = a * v / (root + e) * ((1 - beta2) * m * total / both - (1 - beta1))
     return w, (w * p).sum(1), (v * p).sum(1)

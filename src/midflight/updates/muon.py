@@ -25,10 +25,11 @@ class Muon(UpdateRule):
 
     tunable: ClassVar = frozenset({"lr", "weight_decay"})
     elementwise: ClassVar = False
-    differentiable: ClassVar = False
+    why_not_differentiable: ClassVar = "rounds its step to bfloat16"
+    decoupled: ClassVar = True
 
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
-        start, total = decayed(param, grad, options, decoupled=True)
+        start, total = decayed(param, grad, options, decoupled=self.decoupled)
         momentum = options["momentum"]
         buffer = _lerp(state.get("momentum_buffer", torch.zeros_like(grad)), total, 1 - momentum)
         direction = _lerp(total, buffer, momentum) if options["nesterov"] else buffer

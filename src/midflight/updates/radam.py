@@ -26,7 +26,7 @@ class RAdam(UpdateRule):
 
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
         lr, beta1, beta2 = options["lr"], options["beta1"], options["beta2"]
-        start, total = decayed(param, grad, options, decoupled=options["decoupled_weight_decay"])
+        start, total = decayed(param, grad, options)
         t = step_number(state)
         m = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * total
         s = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * total * total
