@@ -6,6 +6,7 @@ should come early.
 
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol
@@ -15,55 +16,58 @@ PER = 20
 
 
 class Schedule(Protocol):
-    """When hyper-steps come; asked after each optimiser step."""
+    """When hyper-steps come; a subclass inherits the usual length and no state."""
 
     @property
     def step_scale(self) -> float:
-        """The factor on the length of a hyper-step; 1 is its usual length."""
+        """The factor on how far a hyper-step moves the hyperparameters, read at each hyper-step.
 
+        1 is the usual length. A schedule whose hyper-steps come more rarely than usual may return more.
+        """
+        return 1.0
+
+    @abstractmethod
     def next_is_hyper(self, steps: int, hyper: bool, busy: bool = False) -> bool:
         """Whether the coming optimiser step has a hyper-step.
 
+        Called once before the first optimiser step and once after each. `Tuner` also calls it after loading a
+        state.
+
         Args:
-            steps: optimiser steps so far.
-            hyper: whether the last of them had a hyper-step.
-            busy: whether the tuner did other work since the step before, such as averaging weights.
+            steps: number of optimiser steps already taken; 0 before the first. So the coming one has the
+                number steps + 1.
+            hyper: whether the last optimiser step had a hyper-step; False after loading a state.
+            busy: whether the tuner did other work after that step, such as averaging weights.
         """
 
     def begin(self, total_steps: int | None) -> None:
         """Start a run of this many optimiser steps; None if the number is not known."""
+        return
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to resume."""
+        return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from `state_dict`; called after `begin`."""
+        return
 
 
-class Every:
+class Every(Schedule):
     """Take a hyper-step at each n-th optimiser step.
 
     Args:
         n: optimiser steps per hyper-step, n >= 1.
     """
 
-    step_scale = 1.0
-
     def __init__(self, n: int) -> None:
         self.n = whole("n", n)
-
-    def begin(self, total_steps: int | None) -> None:
-        pass
 
     def next_is_hyper(self, steps: int, hyper: bool, busy: bool = False) -> bool:
         return (steps + 1) % self.n == 0
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
-
-
-class FrontLoaded:
+class FrontLoaded(Schedule):
     """Take most hyper-steps early: the n-th of N comes after (n / N)^2 of the run.
 
     N is the number of optimiser steps over `per`. If the length of the run is not known, a hyper-step comes
@@ -72,8 +76,6 @@ class FrontLoaded:
     Args:
         per: optimiser steps per hyper-step, over the whole run.
     """
-
-    step_scale = 1.0
 
     def __init__(self, per: int = PER) -> None:
         self.per = whole("per", per)
@@ -97,7 +99,7 @@ class FrontLoaded:
         self._taken = state["taken"]
 
 
-class TimeBudget:
+class TimeBudget(Schedule):
     """Take hyper-steps so rarely that tuning stays within a share of the time of training without it.
 
     A training step lasts from the end of one optimiser step to the end of the next, whatever the user's loop
