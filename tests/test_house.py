@@ -29,7 +29,7 @@ def signatures() -> list[str]:
 def test_the_public_names_and_their_arguments_are_these():
     told = PAGE.read_text().splitlines()
     assert signatures() == told, (
-        "users see this change: run `PYTHONPATH=src python tests/test_house.py`, which writes "
+        "users see this change: run `python tests/test_house.py`, which writes "
         "tests/public_names.txt, and add a line to CHANGELOG.md."
     )
     assert len(told) <= MOST, f"midflight may have at most {MOST} public names; keep new ones in a submodule."

@@ -1,4 +1,4 @@
-"""Each update rule equals its torch optimiser over 40 random steps."""
+"""Each update rule equals its optimiser over 40 random steps."""
 
 import sys
 
@@ -8,6 +8,7 @@ import torch
 from midflight.errors import UnsupportedOptimizer
 from midflight.updates import REFUSED, RULES, read_options, rule_for
 
+# name -> (class of the optimiser, its options); also for an optimiser that is not in torch
 CASES = {
     "SGD": (torch.optim.SGD, {"lr": 0.1}),
     "SGD decay": (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1}),

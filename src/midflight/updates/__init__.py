@@ -78,7 +78,7 @@ def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
     if kind not in RULES:
         names = ", ".join(sorted(o.__name__ for o in RULES))
         raise UnsupportedOptimizer(
-            f"the optimiser must be one of {names} of torch.optim, but got {kind.__name__}; "
+            f"the optimiser must be one of {names}, but got {kind.__name__}; "
             "use one of these, or add an UpdateRule for it to midflight.updates.RULES."
         )
     return RULES[kind]
