@@ -57,7 +57,7 @@ def estimator_for(choice: str | Estimator) -> Estimator:
     if isinstance(choice, Estimator):
         return choice
     if not isinstance(choice, str) or choice not in ESTIMATORS:
-        raise UnknownName("estimator", choice, ESTIMATORS)
+        raise UnknownName("estimator", choice, [*ESTIMATORS, "an object of a subclass of Estimator"])
     return ESTIMATORS[choice]
 
 
