@@ -1,6 +1,7 @@
 """Every test starts from the same random state, in one thread."""
 
 import os
+import signal
 import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of numpy, scikit-learn and child processes
@@ -11,6 +12,10 @@ import torch
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a loaded machine is slow, not wrong
 hypothesis.settings.load_profile("any machine")
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job that a shell runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
