@@ -865,6 +865,28 @@ def two_optimisers() -> Loop:
     return loop
 
 
+def alternating() -> Loop:
+    loop, taken = two_optimisers(), [0]
+
+    def step(loop: Loop, batch: Any) -> None:
+        for optimizer in loop.optimizers:
+            optimizer.zero_grad()
+        loop.loss_fn(loop.model, batch).backward()
+        taken[0] += 1
+        loop.optimizers[0].step()
+        if taken[0] % 2 == 0:
+            loop.optimizers[1].step()
+
+    loop.step = step
+    return loop
+
+
+def test_training_steps_of_all_optimisers_count_and_others_are_said_once():
+    with pytest.warns(UserWarning, match="all optimisers must step once") as said:
+        assert found(alternating) == pytest.approx(truth(alternating), rel=EXACT)
+    assert len(said) == 1
+
+
 def test_two_optimisers_of_one_model_are_tuned_together():
     assert found(two_optimisers) == pytest.approx(truth(two_optimisers), rel=EXACT)
 

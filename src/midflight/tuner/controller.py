@@ -5,6 +5,7 @@ after the step     the hyperparameters move against them; the schedule plans the
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,6 +61,7 @@ class Controller:
         self._result: HyperStepResult | None = None
         self._versions: list[tuple[Tensor, int]] = []
         self._standing = StandingWeights()
+        self._said_incomplete = False
         self._schedule.begin(total_steps)
         self.trajectory.record(0, space)
 
@@ -88,12 +90,16 @@ class Controller:
         """
         self._standing.compare()
         if self.due and first:
+            if self._result is not None:
+                self._warn_incomplete()
             try:
                 with signals_wait():
                     self._result = self._compute()
             except BaseException:
                 self._hyperstep.watch()  # the loop may go on
                 raise
+            if self._hyperstep.several:  # not all of them may step with this one
+                self._hyperstep.watch()
             self._versions = self._hyperstep.gradient_versions()
         elif self._result is not None and not first and not self._same_gradients():
             self._result = None
@@ -102,6 +108,15 @@ class Controller:
                     "all gradients must be final before the first optimiser of a training step moves, but "
                     "some changed after that; step the optimisers together, or tune one alone."
                 )
+            )
+
+    def _warn_incomplete(self) -> None:
+        if not self._said_incomplete:
+            self._said_incomplete = True
+            warnings.warn(
+                "all optimisers must step once in each training step, but one stepped again before the others "
+                "did; only training steps of all of them count. Step them together, or tune one alone.",
+                stacklevel=2,
             )
 
     def has_work_after_step(self) -> bool:

@@ -203,25 +203,9 @@ class ReceivedGradient:
         self.examples = self._counter.count
         self.carried = any(bool(left.any()) for left in _fetched(self._first).values())
         passes = self.passes = max(self._passes.values(), default=1)
-        standing = _fetched(self._samples)
-        after = _fetched({name: _sample(p.detach()) for name, (p, _) in self._weights.items()})
-        moved = [
-            name
-            for name, (p, version) in self._weights.items()
-            if p._version != version or not _equal(standing[name], after[name])
-        ]
-        touched = [name for name, flag in self._touched.items() if bool(flag)]
+        moved, touched = self._moved(), [name for name, flag in self._touched.items() if bool(flag)]
         self.rest()
-        if touched:
-            raise UnknownGradient(
-                f"gradients must be left alone between the passes that are accumulated, but {len(touched)} "
-                f"were changed there, such as that of {touched[0]}; clip and scale after the last pass."
-            )
-        if moved:
-            raise UnknownGradient(
-                f"weights must stand still between backward and step, but {len(moved)} were changed, such as "
-                f"{moved[0]}; the gradient belongs to other weights than those that the optimiser moves."
-            )
+        _require_still(moved, touched)
         unseen = {name: grads[name] for name in self._watched if name in grads and name not in seen}
         if any(bool(g.any()) for g in unseen.values()):
             self._require_untouched(unseen)
@@ -242,6 +226,16 @@ class ReceivedGradient:
         if len(groups) == 1:  # weights whose gradient is 0 were clipped with the others
             groups[0][1].extend(name for name in seen if name not in ratios)
         return self._of_groups(groups, grads, passes, own_norm)
+
+    def _moved(self) -> list[str]:
+        """Weights that are others than at their last backward pass."""
+        standing = _fetched(self._samples)
+        after = _fetched({name: _sample(p.detach()) for name, (p, _) in self._weights.items()})
+        return [
+            name
+            for name, (p, version) in self._weights.items()
+            if p._version != version or not _equal(standing[name], after[name])
+        ]
 
     def _require_untouched(self, grads: Tensors) -> None:
         """Raise `UnknownGradient` unless `max_grad_norm` shows that these gradients were not clipped.
@@ -361,6 +355,20 @@ class ReceivedGradient:
         self._divides = state["divides"]
         self._norms = {frozenset(names): norm for names, norm in state["norms"]}
         self._factors = {frozenset(names): [tuple(s) for s in seen] for names, seen in state["factors"]}
+
+
+def _require_still(moved: list[str], touched: list[str]) -> None:
+    """Raise `UnknownGradient` if weights moved before the step, or gradients changed between two passes."""
+    if touched:
+        raise UnknownGradient(
+            f"gradients must be left alone between the passes that are accumulated, but {len(touched)} "
+            f"were changed there, such as that of {touched[0]}; clip and scale after the last pass."
+        )
+    if moved:
+        raise UnknownGradient(
+            f"weights must stand still between backward and step, but {len(moved)} were changed, such as "
+            f"{moved[0]}; the gradient belongs to other weights than those that the optimiser moves."
+        )
 
 
 class StandingWeights:

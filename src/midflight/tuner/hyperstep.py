@@ -113,6 +113,11 @@ class HyperStep:
         """Hyperparameters that the validation loss is a function of; empty before the first hyper-step."""
         self._buffers = Watched(model)
 
+    @property
+    def several(self) -> bool:
+        """Whether several optimisers train the model together."""
+        return len(self._optimizers) > 1
+
     def params(self) -> Tensors:
         """The weights of the optimisers, name -> live leaf."""
         return {name: p for name, p, *_ in named_parameters(self._model, self._optimizers)}
@@ -123,7 +128,7 @@ class HyperStep:
 
     def gradient_versions(self) -> list[tuple[Tensor, int]]:
         """The gradients and how often they were changed, where several optimisers step in turn."""
-        if len(self._optimizers) == 1:
+        if not self.several:
             return []
         return [(p.grad, p.grad._version) for p in self.params().values() if p.grad is not None]
 
@@ -335,7 +340,7 @@ class HyperStep:
     def _final_gradients(self, params: Tensors) -> Tensors:
         """What the optimisers are about to read, without the scale that a fused one takes out itself."""
         found = {}
-        scaler = calling_scaler() if len(self._optimizers) > 1 else None  # one alone is unscaled by now
+        scaler = calling_scaler() if self.several else None  # one alone is unscaled by now
         for name, p, o, _ in named_parameters(self._model, self._optimizers):
             if p.grad is None:
                 continue
