@@ -52,11 +52,18 @@ def data_attribute(space, model, x, z):
     ).abs().mean()
 
 
+def value_used_without_grad(space, model, x, z):
+    level = space["a"].value
+    with torch.no_grad():
+        target = model(x - level * z).softmax(-1)
+    return F.cross_entropy(model(x + level * z), target)
+
+
 def nothing(space, model, x, z):
     return model(x + space["a"] * z).square().mean()
 
 
-LOSSES = [teacher, detached_weight, number, data_attribute, nothing]
+LOSSES = [teacher, detached_weight, number, data_attribute, value_used_without_grad, nothing]
 
 
 def built(loss):
@@ -119,3 +126,24 @@ def test_what_layers_of_the_library_take_out_on_purpose_does_not_count():
     with StoppedReads(space) as reads, torch.no_grad():  # a teacher that sees noise, say
         layers[0](torch.randn(5, 4))
     assert reads.names == {"a"}
+
+
+def test_values_that_are_only_logged_cost_nothing_though_gradients_of_relu_networks_jump():
+    torch.manual_seed(0)
+    space = mf.Space(a=mf.Float(0, 1, init=0.4))
+    model = nn.Sequential(nn.Linear(4, 50), nn.ReLU(), nn.Linear(50, 3))
+    batch = torch.randn(64, 4), torch.randint(3, (64,))
+    logged = []
+
+    def loss_fn(model, batch):
+        x, y = batch
+        out = model(x + space["a"] * torch.randn_like(x)) if model.training else model(x)
+        loss = F.cross_entropy(out, y)
+        logged.append((float(space["a"]), loss.item(), (out.detach().argmax(1) == y).sum()))
+        return loss
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    tuner = mf.Tuner(model, optimizer, space, loss_fn, [batch], [batch], schedule=1)
+    loss_fn(model, batch).backward()
+    optimizer.step()
+    assert tuner._hyperstep.mixed._stopped.names == []

@@ -114,8 +114,8 @@ class Controller:
         if not self._said_incomplete:
             self._said_incomplete = True
             warnings.warn(
-                "all optimisers must step once in each training step, but one stepped again before the others "
-                "did; only training steps of all of them count. Step them together, or tune one alone.",
+                "all optimisers must step once in each training step, but one stepped again before the "
+                "others did; only training steps of all of them count. Step all together, or tune one alone.",
                 stacklevel=2,
             )
 

@@ -138,20 +138,24 @@ class MixedPartial:
         states = self._randomness.snapshot()
         with StoppedReads(self._space) if self._stopped is None else nullcontext() as reads:
             grads, along = self._by_autograd(batch, params)
-        if reads is not None:
-            self._stopped = ByDifference(self._space, reads.names)
+
+        def loss() -> Tensor:
+            self._randomness.rewind(states)
+            return self._live.train_loss(self._loss_fn, batch)
 
         def gradient() -> Tensors:
-            self._randomness.rewind(states)
-            loss = partial(self._live.train_loss, self._loss_fn, batch)
             return self._live.gradients(loss, dict(params), hooks=True)[1]
 
         def mixed_partial(w: Tensors) -> Tensors:
-            assert self._stopped is not None
-            found = along(w)
-            after = self._randomness.snapshot()
+            found, after = along(w), self._randomness.snapshot()
             with held_constants():  # of the layers of this library, which take values out on purpose
-                found = self._stopped(found, gradient, w, lambda: self._rounding_of(batch, params))
+                if self._stopped is None:
+                    suspects = set() if reads is None else reads.names
+                    slope, rounding = (
+                        partial(self._live.gradients, loss), partial(self._rounding_of, batch, params)
+                    )  # fmt: skip
+                    self._stopped = ByDifference(self._space, suspects, loss, slope, rounding)
+                found = self._stopped(found, gradient, w)
             self._randomness.rewind(after)
             return found
 

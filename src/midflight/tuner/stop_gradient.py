@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from midflight._tensors import Tensors, dot, norm
+from midflight._tensors import Tensors, dot
 from midflight.hypergrad.graph import graph_leaves
 from midflight.space import Space
 
@@ -27,10 +27,15 @@ MOST = 8
 APART, ALIKE = 0.1, 0.1
 """A derivative is wrong if it is so far from the difference, and the difference is certain to this share."""
 
-Gradient = Callable[[], Tensors]
-"""The training gradient on one batch and with the same random numbers at each call."""
+_STOPS = {
+    torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__, torch.Tensor.item, torch.Tensor.tolist,  # type: ignore[attr-defined]
+    torch.Tensor.__float__,
+}  # fmt: skip
 
-_STOPS = (torch.Tensor.detach, torch.detach, torch.Tensor.item, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
+
+Loss = Callable[[], Tensor]
+Slope = Callable[[Tensors], tuple[Tensor, Tensors]]
+"""leaves -> a loss and its gradient at them, without those that it does not reach"""
 
 
 class StoppedReads(TorchFunctionMode):
@@ -48,27 +53,30 @@ class StoppedReads(TorchFunctionMode):
         self.names: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = args[0] if args else None
-        if isinstance(first, Tensor):
-            if func in _STOPS and first.requires_grad and not _caller().startswith("midflight."):
-                self._note([first, *graph_leaves(first)])
-            elif not torch.is_grad_enabled() and not _caller().startswith("midflight.hypergrad."):
-                self._note(x for x in args if isinstance(x, Tensor))
+        stops = func in _STOPS
+        if (stops or not torch.is_grad_enabled()) and not _is_own(stops):
+            self._note([x for x in args if isinstance(x, Tensor) and x.requires_grad])
         return func(*args, **(kwargs or {}))
 
-    def _note(self, tensors: Any) -> None:
-        self.names |= {self._known[id(t)] for t in tensors if id(t) in self._known}
+    def _note(self, tensors: list[Tensor]) -> None:
+        if len(self.names) < len(self._known):
+            leaves = [leaf for t in tensors for leaf in (t, *graph_leaves(t))]
+            self.names |= {self._known[id(leaf)] for leaf in leaves if id(leaf) in self._known}
 
 
-def _caller() -> str:
-    """The module of the code that called torch, past torch's own modes and the operators of `Space`."""
+def _is_own(stops: bool) -> bool:
+    """Whether this library called torch, and not the loss; a layer that runs under `no_grad` is the loss's.
+
+    Args:
+        stops: whether the call takes a value out of the graph by itself.
+    """
     frame = sys._getframe(2)
-    while frame is not None:
+    while frame is not None:  # past torch's own modes and the operators of `Space`
         name = str(frame.f_globals.get("__name__"))
         if not name.startswith(("midflight.tuner.", "midflight.space.", "torch.")):
-            return name
+            return name.startswith("midflight." if stops else "midflight.hypergrad.")
         frame = frame.f_back  # type: ignore[assignment]
-    return ""
+    return False
 
 
 class ByDifference:
@@ -76,63 +84,80 @@ class ByDifference:
 
     Args:
         space: the hyperparameters.
-        names: those that may have a wrong derivative, from `StoppedReads`.
+        suspects: those of which a value leaves the graph, from `StoppedReads`.
+        loss: the training loss; on one batch and with the same random numbers at each call.
+        slope: the same loss, and its derivatives by autograd.
+        rounding: gives the relative rounding of the loss.
+
+    Attributes:
+        names: those whose derivative by autograd is wrong. The loss itself tells: its derivative by autograd
+            is not its difference. Gradients would not, for those of a ReLU network jump.
     """
 
-    def __init__(self, space: Space, names: set[str]) -> None:
+    def __init__(
+        self, space: Space, suspects: set[str], loss: Loss, slope: Slope, rounding: Callable[[], float]
+    ) -> None:
         self._space = space
-        self._suspects: set[str] | None = names
-        self.names: list[str] = []
-        """Those whose derivative by autograd is wrong."""
+        self.names = [name for name in sorted(suspects) if self._is_wrong(name, loss, slope, rounding)]
 
-    def __call__(
-        self, found: Tensors, gradient: Gradient, w: Tensors, rounding: Callable[[], float]
-    ) -> Tensors:
+    def __call__(self, found: Tensors, gradient: Callable[[], Tensors], w: Tensors) -> Tensors:
         """`found` with the right entries for those hyperparameters.
 
         Args:
             found: d/draw <w, g> by autograd.
-            gradient: g at the values that the space gives.
+            gradient: g; on one batch and with the same random numbers at each call.
             w: direction in the space of weights.
-            rounding: gives the relative rounding of the loss.
         """
-        if self._suspects is not None:
-            suspects, self._suspects = sorted(self._suspects), None
-            self.names = [n for n in suspects if self._is_wrong(n, found.get(n), gradient, w, rounding)]
-        return found | {name: self._difference(name, gradient, w, STEP)[0] for name in self.names}
 
-    def _is_wrong(
-        self, name: str, found: Tensor | None, gradient: Gradient, w: Tensors, rounding: Callable[[], float]
-    ) -> bool:
-        raw = self._space[name].raw
-        if raw.numel() > MOST:
+        def along() -> Tensor:
+            g = {name: t for name, t in gradient().items() if name in w}
+            return dot({name: w[name] for name in g}, g)
+
+        return found | {name: self._difference(name, along) for name in self.names}
+
+    def _is_wrong(self, name: str, loss: Loss, slope: Slope, rounding: Callable[[], float]) -> bool:
+        """Whether the loss changes along a raw coordinate otherwise than autograd says."""
+        raw = self._space[name].raw.detach()
+        value, known = slope({name: self._space[name].raw})
+        derivative = known.get(name, torch.zeros_like(raw))
+        changes, predicted = [], []
+        for h in (STEP, STEP / 2):
+            sides = [(raw + h * _signs(raw)).clamp(0, 1), (raw - h * _signs(raw)).clamp(0, 1)]
+            up, down = (float(self._at(name, side, loss)) for side in sides)
+            changes.append((up - down) / h)
+            predicted.append(float((derivative * (sides[0] - sides[1])).sum()) / h)
+        off = abs(changes[0] - predicted[0])
+        noise = 10 * rounding() / STEP * abs(float(value))
+        certain = abs(off - abs(changes[1] - predicted[1])) <= ALIKE * off
+        wrong = certain and off > APART * abs(changes[0]) + noise
+        if wrong and raw.numel() > MOST:
             warnings.warn(
                 f"the training loss takes values that depend on {name} out of the graph, by detach or "
-                f"no_grad; its hypergradient leaves them out; only with at most {MOST} entries it would not.",
+                f"no_grad; its hypergradient leaves this out. With at most {MOST} entries it would not.",
                 stacklevel=2,
             )
-            return False
-        wide, length = self._difference(name, gradient, w, STEP)
-        narrow, _ = self._difference(name, gradient, w, STEP / 2)
-        off = (wide - (torch.zeros_like(wide) if found is None else found)).abs().max()
-        certain = (wide - narrow).abs().max() <= ALIKE * off
-        return bool(certain & (off > APART * wide.abs().max() + 100 * rounding() / STEP * length))
+        return wrong and raw.numel() <= MOST
 
-    def _difference(self, name: str, gradient: Gradient, w: Tensors, h: float) -> tuple[Tensor, Tensor]:
-        """d/draw <w, g>, shaped like the raw coordinate, and |w| |g|."""
+    def _at(self, name: str, raw: Tensor, f: Callable[[], Tensor]) -> Tensor:
+        with self._space.seeing({name: self._space[name].transform.value(raw)}):
+            return f().detach()
+
+    def _difference(self, name: str, f: Callable[[], Tensor]) -> Tensor:
+        """d/draw f, shaped like the raw coordinate."""
         raw = self._space[name].raw.detach()
-        found, length = torch.zeros_like(raw), raw.new_zeros(())
-        for i in range(raw.numel()):
-            at = float(raw.view(-1)[i])
-            low, high = max(0.0, at - h), min(1.0, at + h)
+        found = torch.zeros_like(raw)
+        for i, at in enumerate(raw.view(-1).tolist()):
+            low, high = max(0.0, at - STEP), min(1.0, at + STEP)
             sides = []
             for x in (high, low):
                 moved = raw.clone()
                 moved.view(-1)[i] = x
-                with self._space.seeing({name: self._space[name].transform.value(moved)}):
-                    g = gradient()
-                both = {n: t for n, t in g.items() if n in w}
-                sides.append(dot({n: w[n] for n in both}, both))
-                length = norm(w) * norm(both)
+                sides.append(self._at(name, moved, f))
             found.view(-1)[i] = ((sides[0] - sides[1]) / (high - low)).to(found)
-        return found, length.to(found)
+        return found
+
+
+def _signs(raw: Tensor) -> Tensor:
+    """Some direction with entries of 1 and -1, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(2, raw.shape, generator=generator) * 2 - 1).to(raw)
