@@ -389,8 +389,7 @@ class HyperStep:
             "randomness": self.randomness.state_dict(),
             "horizon": self.horizon.state_dict(),
             "received": self.received.state_dict(),
-            "method": self.mixed.method,
-            "whole_batches": self.mixed.whole_batches,
+            "mixed": self.mixed.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -400,7 +399,7 @@ class HyperStep:
         self.randomness.load_state_dict(state["randomness"])
         self.horizon.load_state_dict(state["horizon"])
         self.received.load_state_dict(state["received"])
-        self.mixed.method, self.mixed.whole_batches = state["method"], state["whole_batches"]
+        self.mixed.load_state_dict(state["mixed"])
 
 
 def _only(step: Step, names: Iterable[str]) -> Step:

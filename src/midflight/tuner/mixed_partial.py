@@ -151,10 +151,10 @@ class MixedPartial:
             with held_constants():  # of the layers of this library, which take values out on purpose
                 if self._stopped is None:
                     suspects = set() if reads is None else reads.names
-                    slope, rounding = (
-                        partial(self._live.gradients, loss), partial(self._rounding_of, batch, params)
-                    )  # fmt: skip
-                    self._stopped = ByDifference(self._space, suspects, loss, slope, rounding)
+                    slope = partial(self._live.gradients, loss)
+                    rounding = partial(self._rounding_of, batch, params)
+                    self._stopped = ByDifference(self._space)
+                    self._stopped.judge(suspects, loss, slope, rounding)
                 found = self._stopped(found, gradient, w)
             self._randomness.rewind(after)
             return found
@@ -326,6 +326,22 @@ class MixedPartial:
             few = batch
         self._randomness.rewind(states)
         return few
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned about the loss."""
+        return {
+            "method": self.method,
+            "whole_batches": self.whole_batches,
+            "by_difference": None if self._stopped is None else list(self._stopped.names),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from `state_dict`."""
+        self.method, self.whole_batches = state["method"], state["whole_batches"]
+        self._stopped = None
+        if state["by_difference"] is not None:
+            self._stopped = ByDifference(self._space)
+            self._stopped.names = list(state["by_difference"])
 
     def log(self) -> dict[str, float]:
         """What a logger takes: the method, and the examples that it uses, 0 for whole batches."""

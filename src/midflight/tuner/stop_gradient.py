@@ -84,20 +84,27 @@ class ByDifference:
 
     Args:
         space: the hyperparameters.
-        suspects: those of which a value leaves the graph, from `StoppedReads`.
-        loss: the training loss; on one batch and with the same random numbers at each call.
-        slope: the same loss, and its derivatives by autograd.
-        rounding: gives the relative rounding of the loss.
 
     Attributes:
-        names: those whose derivative by autograd is wrong. The loss itself tells: its derivative by autograd
-            is not its difference. Gradients would not, for those of a ReLU network jump.
+        names: those whose derivative by autograd is wrong.
     """
 
-    def __init__(
-        self, space: Space, suspects: set[str], loss: Loss, slope: Slope, rounding: Callable[[], float]
-    ) -> None:
+    def __init__(self, space: Space) -> None:
         self._space = space
+        self.names: list[str] = []
+
+    def judge(self, suspects: set[str], loss: Loss, slope: Slope, rounding: Callable[[], float]) -> None:
+        """Find the wrong ones among those of which a value leaves the graph.
+
+        The loss tells: its derivative by autograd is not its difference. Gradients would not tell, for those
+        of a ReLU network jump.
+
+        Args:
+            suspects: from `StoppedReads`.
+            loss: the training loss; on one batch and with the same random numbers at each call.
+            slope: the same loss, and its derivatives by autograd.
+            rounding: gives the relative rounding of the loss.
+        """
         self.names = [name for name in sorted(suspects) if self._is_wrong(name, loss, slope, rounding)]
 
     def __call__(self, found: Tensors, gradient: Callable[[], Tensors], w: Tensors) -> Tensors:
