@@ -59,7 +59,7 @@ def training(noise=True, **options):
 
 
 def counts(step):
-    for _ in range(3):
+    for _ in range(5):  # at the 1st, 2nd, 4th and 8th hyper-step the tuner looks at all weights as well
         step()
     with FlopCounterMode(display=False) as flops:
         step()
