@@ -34,8 +34,8 @@ class UnknownGradient(MidflightError, RuntimeError):
     """midflight cannot tell how the gradient changed between `backward` and `step`."""
 
 
-class UnusableLoader(MidflightError, TypeError):
-    """The tuner cannot read a loader without taking batches from the training loop."""
+class UnusableLoader(MidflightError, TypeError, ValueError):
+    """The tuner cannot read a loader without taking batches from the training loop, or it has no batch."""
 
 
 class NoForwardMode(MidflightError, NotImplementedError):

@@ -7,6 +7,7 @@ import numbers
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,7 +49,7 @@ def test_log_gradient_has_the_factor_ln10_times_value_per_decade():
         ((1.0, 1.0), "low < high must hold, but low=1.0 and high=1.0"),
         ((2.0, 1.0), "low < high"),
         ((0.0, 1.0, True), "low > 0 must hold for log=True, but low=0.0; pass log=False or a positive low"),
-        ((0.0, 1.0, False, 2.0), r"a value in \[0, 1\] is needed, but got 2"),
+        ((0.0, 1.0, False, 2.0), r"init in \[0, 1\] is needed, but got 2"),
         ((0.0, math.nan), "high must be a finite number, but high=nan"),
         ((math.nan, 1.0), "low must be a finite number"),
         ((0.0, math.inf), "high must be a finite number, but high=inf"),
@@ -56,9 +57,9 @@ def test_log_gradient_has_the_factor_ln10_times_value_per_decade():
         ((True, 2), "low must be a finite number, but low=True"),
         (("0", 2), "low must be a finite number, but low='0'"),
         ((None, 2), "low must be a finite number"),
-        ((0.0, 1.0, False, math.nan), r"a value in \[0, 1\] is needed, but got nan"),
-        ((0.0, 1.0, False, True), "a value must be a number or a list of numbers, but got True"),
-        ((0.0, 1.0, False, "much"), "a value must be a number or a list of numbers, but got 'much'"),
+        ((0.0, 1.0, False, math.nan), r"init in \[0, 1\] is needed, but got nan"),
+        ((0.0, 1.0, False, True), "init must be a number or a list of numbers, but got True"),
+        ((0.0, 1.0, False, "much"), "init must be a number or a list of numbers, but got 'much'"),
     ],
 )
 def test_bad_bounds_are_refused_with_a_sentence(arguments, message):
@@ -258,3 +259,35 @@ def test_a_space_says_which_values_stand_at_a_bound():
     assert high.endswith("[0.001, 1], at the upper bound)")
     assert between.endswith("[0, 2])")
     assert some.endswith("1 of 4 at the lower bound, 2 of 4 at the upper bound)")
+
+
+@pytest.mark.parametrize(
+    ("spec", "remedy"),
+    [((0.0, 0.5), r"write x=mf\.Float\(0\.0, 0\.5\)\."), (0.3, r"write x=mf\.Float\(low, high\)\.")],
+    ids=str,
+)
+def test_what_is_no_float_is_refused_with_what_to_write(spec, remedy):
+    with pytest.raises(mf.errors.SpaceError, match=remedy):
+        mf.Space(x=spec)
+
+
+@pytest.mark.parametrize(
+    ("use", "instead"),
+    [
+        (lambda h, x, y: torch.nn.Dropout(h)(x), r"use mf\.nn\.Dropout\(space"),
+        (lambda h, x, y: F.dropout(x, p=h), r"use mf\.nn\.Dropout\(space"),
+        (lambda h, x, y: F.cross_entropy(x, y, label_smoothing=h), r"use mf\.nn\.losses\.cross_entropy"),
+        (lambda h, x, y: F.leaky_relu(x, h), "write it with operations on tensors"),
+    ],
+    ids=["Dropout", "dropout", "cross_entropy", "leaky_relu"],
+)
+def test_a_function_that_takes_numbers_only_says_what_to_use_instead(use, instead):
+    space = mf.Space(x=mf.Float(0, 0.5))
+    space.requires_grad_()
+    with pytest.raises(TypeError, match=f"a plain number where it was given a hyperparameter.*{instead}"):
+        use(space["x"], torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+
+
+def test_an_error_that_is_not_the_hyperparameters_stays_as_it_is():
+    with pytest.raises(TypeError, match="matmul"):
+        torch.matmul("a", mf.Space(x=mf.Float(0, 1))["x"])

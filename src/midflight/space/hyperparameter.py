@@ -143,10 +143,26 @@ class Hyperparameter:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return func(*_values_of(args), **{k: _value_of(v) for k, v in (kwargs or {}).items()})
+        try:
+            return func(*_values_of(args), **{k: _value_of(v) for k, v in (kwargs or {}).items()})
+        except TypeError as error:
+            if "not Tensor" not in str(error):
+                raise
+            name = getattr(func, "__name__", str(func))
+            raise TypeError(
+                f"{name} of torch needs a plain number where it was given a hyperparameter, and a number has "
+                f"no gradient; use {_INSTEAD.get(name, 'mf.nn, or write it with operations on tensors')}."
+            ) from error
 
 
 numbers.Number.register(Hyperparameter)  # TensorBoard calls np.isscalar, which asks for a numbers.Number
+
+
+_INSTEAD = {
+    "dropout": 'mf.nn.Dropout(space["x"])',
+    "cross_entropy_loss": 'mf.nn.losses.cross_entropy(logits, targets, label_smoothing=space["x"])',
+}
+"""Function of torch that takes numbers only -> what takes a hyperparameter."""
 
 
 def _value_of(x: Any) -> Any:

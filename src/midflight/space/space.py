@@ -43,7 +43,7 @@ class Space:
                     "declare it in a midflight.search.Space instead."
                 )
             if not isinstance(spec, Float):
-                raise SpaceError(f"{name} must be a Float, but got {spec!r}.")
+                raise SpaceError(f"{name} must be a Float, but got {spec!r}; write {name}={_written(spec)}.")
         dtype = dtype or torch.get_default_dtype()
         self._entries = {name: Hyperparameter(name, spec, dtype) for name, spec in specs.items()}
 
@@ -128,6 +128,12 @@ class Space:
         with torch.no_grad():
             for name, raw in raws.items():
                 self[name].raw.copy_(raw)
+
+
+def _written(spec: object) -> str:
+    """Return what to write in place of something that is no `Float`."""
+    pair = isinstance(spec, tuple | list) and len(spec) == 2
+    return f"mf.Float({spec[0]!r}, {spec[1]!r})" if pair else "mf.Float(low, high)"  # type: ignore[index]
 
 
 def _range(spec: Float) -> tuple[float, float, str]:

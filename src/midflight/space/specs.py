@@ -67,26 +67,30 @@ class Float:
         if self.log and self.logit:
             raise SpaceError("log and logit exclude each other; pass one of them.")
         if self.init is not None:
-            self.check(self.init)
+            self.check(self.init, "init")
 
-    def check(self, value: Value) -> Tensor:
+    def check(self, value: Value, name: str = "a value") -> Tensor:
         """Return `value` in this shape as float64; raise `SpaceError` unless low <= value <= high.
 
         A value just past a bound by float32 rounding is set to the bound.
+
+        Args:
+            value: one number for all entries or one per entry.
+            name: for messages.
         """
         try:
             tensor = torch.as_tensor(value, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
             tensor = None
         if tensor is None or isinstance(value, bool):
-            raise SpaceError(f"a value must be a number or a list of numbers, but got {value!r}.")
+            raise SpaceError(f"{name} must be a number or a list of numbers, but got {value!r}.")
         if tensor.shape not in ((), self.shape):
-            raise SpaceError(f"a value of shape {self.shape} is needed, but got {tuple(tensor.shape)}.")
+            raise SpaceError(f"{name} of shape {self.shape} is needed, but got {tuple(tensor.shape)}.")
         low, high = self.low - ROUNDING * abs(self.low), self.high + ROUNDING * abs(self.high)
         wrong = tensor[~((tensor >= low) & (tensor <= high))]
         if len(wrong):
             raise SpaceError(
-                f"a value in [{self.low:g}, {self.high:g}] is needed, but got {float(wrong[0]):g}."
+                f"{name} in [{self.low:g}, {self.high:g}] is needed, but got {float(wrong[0]):g}."
             )
         return tensor.clamp(self.low, self.high).expand(self.shape)
 

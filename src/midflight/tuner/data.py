@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from midflight.errors import InvalidLoss, UnusableLoader
 from midflight.tuner.randomness import (
@@ -42,7 +42,10 @@ class EndlessBatches(Iterator[Any]):
         randomness: the tuner's numbers; None leaves generators alone.
 
     Raises:
-        ValueError: the loader is empty, or an iterator that ran out.
+        UnusableLoader: it is no iterable; or, at once or when it is read, it has no batch.
+
+    Attributes:
+        examples: how many the last batch had; None where they cannot be counted.
     """
 
     def __init__(self, loader: Iterable[Any], name: str, randomness: Randomness | None = None) -> None:
@@ -51,6 +54,8 @@ class EndlessBatches(Iterator[Any]):
                 f"{name} must be an iterable of batches, such as a DataLoader or a list, but got "
                 f"{type(loader).__name__}."
             )
+        if isinstance(loader, DataLoader | list | tuple) and _batches_of(loader) == 0:
+            raise _empty(name, loader)
         self._theirs, self._copies = loader, randomness is not None
         self.loader = loader
         self._name = name
@@ -58,6 +63,7 @@ class EndlessBatches(Iterator[Any]):
         self._iterator: Iterator[Any] | None = None
         self._states: list[Any] | None = None
         self._used = 0
+        self.examples: int | None = None
 
     def __next__(self) -> Any:
         with self._randomness.borrowed():
@@ -68,13 +74,11 @@ class EndlessBatches(Iterator[Any]):
                 batch = next(self._iterator)
             except StopIteration:
                 if self._used == 0 or self._iterator is self.loader:
-                    raise ValueError(
-                        f"{self._name} must give batches each time it is iterated, but gave none; "
-                        "pass a DataLoader or a list rather than a generator that runs out."
-                    ) from None
+                    raise _empty(self._name, self.loader) from None
                 self._begin()
                 return next(self)
             self._used += 1
+            self.examples = examples_of(batch)
             return batch
 
     @property
@@ -94,10 +98,11 @@ class EndlessBatches(Iterator[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is."""
-        return {"used": self._used, "states": plain(self._states)}
+        return {"used": self._used, "states": plain(self._states), "examples": self.examples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from where `state_dict` was taken."""
+        self.examples = state.get("examples")
         if state["states"] is None:
             self._iterator, self._states, self._used = None, None, 0
             return
@@ -117,6 +122,15 @@ class EndlessBatches(Iterator[Any]):
             self.loader = own_copy(self._theirs)
         self._iterator = iter(self.loader)
         self._used = 0
+
+
+def _empty(name: str, loader: Iterable[Any]) -> UnusableLoader:
+    cause = (
+        "pass a DataLoader or a list rather than a generator that runs out."
+        if isinstance(loader, Iterator)
+        else "is its dataset empty, or smaller than batch_size with drop_last=True?"
+    )
+    return UnusableLoader(f"{name} must give batches each time it is iterated, but gave no batch; {cause}")
 
 
 def _batches_of(loader: Iterable[Any]) -> int:
@@ -182,6 +196,18 @@ def _is_shared(thing: Any) -> bool:
         or hasattr(kind, "__del__")
         or not hasattr(thing, "__dict__")
     )
+
+
+def same_data(a: Any, b: Any) -> bool:
+    """Whether two loaders are one, or torch's that read all of one dataset."""
+    both = [loader for loader in (a, b) if isinstance(loader, DataLoader)]
+    return a is b or (len(both) == 2 and a.dataset is b.dataset and all(map(_reads_all, both)))
+
+
+def _reads_all(loader: DataLoader[Any]) -> bool:
+    batches = loader.batch_sampler
+    sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
+    return type(sampler) in (RandomSampler, SequentialSampler)
 
 
 def require_many_passes(loader: Any, name: str) -> None:

@@ -6,6 +6,7 @@ were.
 """
 
 import copy
+import inspect
 import operator
 import signal
 import sys
@@ -149,7 +150,15 @@ def scalar_loss(function: Loss, loss: Any) -> Tensor:
     """`loss` if it is one number; raises `InvalidLoss` otherwise."""
     name = _name(function)
     if not isinstance(loss, Tensor):
-        raise InvalidLoss(f"{name} must return a scalar tensor, but returned {type(loss).__name__}.")
+        kind = type(loss).__name__
+        remedy = {
+            "NoneType": "end it with return loss",
+            "tuple": "return the loss alone",
+            "list": "return the loss alone",
+            "dict": "return the loss alone",
+            "float": "remove .item() or float() from it",
+        }.get(kind, "return the loss as torch computes it")
+        raise InvalidLoss(f"{name} must return a scalar tensor, but returned {kind}; {remedy}.")
     if loss.numel() != 1:
         raise InvalidLoss(
             f"{name} must return one loss, but returned a tensor of shape {tuple(loss.shape)}; average it "
@@ -161,6 +170,39 @@ def scalar_loss(function: Loss, loss: Any) -> Tensor:
             "torch.no_grad(), .detach() or .item() from it."
         )
     return loss.reshape(())
+
+
+ORDER = "Tuner(model, optimizer, space, loss_fn, train_loader, valid_loader)"
+_OF_TORCH = {"torch.nn.modules.loss", "torch.nn.functional"}
+_MODELS = {"model", "net", "network"}
+
+
+def require_loss(name: str, function: Any) -> None:
+    """Raise `TypeError` for what cannot be called as a `Loss`, where its signature says so for certain."""
+    if not callable(function):
+        raise TypeError(
+            f"{name} must be a function of (model, batch), but got {function!r}; the order is {ORDER}."
+        )
+    called, its_name = f"{name} is called as {name}(model, batch)", _name(function)
+    if {type(function).__module__, getattr(function, "__module__", "")} & _OF_TORCH:
+        raise TypeError(
+            f"{called}, but {its_name} takes outputs and targets; write a function that unpacks the batch, "
+            "calls the model and returns this loss."
+        )
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):  # of a builtin
+        return
+    order = [*signature.parameters][:2]
+    if order == ["b", "m"] or (order[1:] and order[1] in _MODELS and order[0] not in _MODELS):
+        raise TypeError(f"{called}, but takes ({', '.join(order)}); exchange the two.")
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise TypeError(
+            f"{called}, but takes {signature}; unpack the batch inside, or bind further arguments with "
+            "functools.partial."
+        ) from None
 
 
 def require_moved(function: Loss, weights: Tensors, found: Tensors) -> None:
