@@ -68,7 +68,7 @@ def by_weights(n: int, every: int) -> Callable[[], None]:
     model = nn.Sequential(mf.nn.GaussianNoise(space["noise"]), mlp(n))
     optimizer = torch.optim.Adam(model.parameters())
     batches = [images(BATCH)]
-    mf.Tuner(model, optimizer, space, loss, batches, batches, horizon="step", schedule=every)
+    mf.Tuner(model, optimizer, space, loss, batches, list(batches), horizon="step", schedule=every)
     return stepper(optimizer, lambda: loss(model, batches[0]))
 
 

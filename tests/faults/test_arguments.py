@@ -22,6 +22,11 @@ def test_a_count_that_is_no_whole_number_of_at_least_1_is_refused(name, value):
         noisy_loop().attach(**{name: value})
 
 
+def test_a_schedule_that_is_no_whole_number_is_named():
+    with pytest.raises(ValueError, match="schedule must be a whole number of at least 1, but schedule=0"):
+        noisy_loop().attach(schedule=0)
+
+
 @pytest.mark.parametrize("value", NO_COUNTS)
 @pytest.mark.parametrize("kind", [mf.Every, mf.FrontLoaded])
 def test_a_schedule_of_no_whole_number_is_refused(kind, value):
@@ -262,6 +267,13 @@ def test_a_state_of_a_tuner_with_another_policy_is_refused_and_changes_nothing(c
     with pytest.raises((ValueError, mf.errors.BindingError), match=r"the saved tuner .*\.$"):
         loop.tuner.load_state_dict(state)
     assert loop.space.as_dict()["noise"] == pytest.approx(0.4)
+    assert loop.tuner.steps == 0
+
+
+def test_a_state_of_a_tuner_of_another_optimiser_is_refused():
+    loop = noisy_loop(torch.optim.AdamW, **DECAY).attach(schedule=5)
+    with pytest.raises(ValueError, match="the saved tuner was made with SGD, this one with AdamW"):
+        loop.tuner.load_state_dict(state_after_seven_steps())
     assert loop.tuner.steps == 0
 
 

@@ -582,7 +582,7 @@ def encoded(steps: int, tuned: bool) -> dict[str, Any]:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     if tuned:
-        mf.Tuner(model, optimizer, space, loss_fn, batches, batches, schedule=1, hyper_optimizer=Still)
+        mf.Tuner(model, optimizer, space, loss_fn, batches, list(batches), schedule=1, hyper_optimizer=Still)
     for i in range(steps):
         optimizer.zero_grad()
         loss_fn(model, batches[i % 3]).backward()

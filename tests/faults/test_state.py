@@ -493,7 +493,7 @@ def test_batches_made_in_inference_mode_give_what_the_same_numbers_give(horizon,
         model = backbone()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         tuner = mf.Tuner(
-            model, optimizer, space, plain_loss, valid, valid,
+            model, optimizer, space, plain_loss, list(valid), valid,
             schedule=1, hyper_optimizer=Still, horizon=horizon,
         )  # fmt: skip
         for batch in batches():

@@ -73,7 +73,7 @@ class World:
         self.taken = 0
         self.tuner: mf.Tuner | None = None
         if tuned:
-            valid = arguments.pop("valid_loader", self.batches)
+            valid = arguments.pop("valid_loader", list(self.batches))
             callback = wrap("on_hyperstep", lambda steps, log: None)
             self.tuner = mf.Tuner(
                 self.model, self.optimizer, self.space, wrap("loss_fn", loss_fn), self.batches, valid,

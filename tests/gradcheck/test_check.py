@@ -80,7 +80,14 @@ def test_batchnorm_in_training_mode_is_right_and_explained():
     s = space()
     report = checked(network(s, nn.BatchNorm1d(16)), s)
     assert report.passed, str(report)
-    assert any("BatchNorm" in hint for hint in report.hints)
+    assert any("holds its running statistics still" in hint for hint in report.hints)
+
+
+def test_a_step_that_moves_nothing_is_pointed_out():
+    s = space()
+    model = network(s)
+    report = checked(model, s, optimizer=torch.optim.Adam(model.parameters(), lr=0.0))
+    assert any("nothing moves at lr 0" in hint for hint in report.hints)
 
 
 def test_relu_is_right_and_its_kinks_do_not_fail_the_check():

@@ -1,7 +1,10 @@
 """What the tuner reports about a run."""
 
+import math
+
 import pytest
 import torch
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
 from toys import X, Y, cross_entropy, network, space, train, tuner
 
 import midflight as mf
@@ -47,7 +50,7 @@ def test_tuning_many_hyperparameters_on_few_rows_is_reported_as_overfitting():
         model, optimizer, s, loss, train_loader=[whole], valid_loader=t2, valid_loss_fn=cross_entropy,
         hyper_optimizer=lambda raws: mf.SignSteps(raws, lr=0.05, agreement=0.0),
     )  # fmt: skip
-    assert t.report(third) == []
+    assert not any("T2" in sentence for sentence in t.report(third))
     train(model, optimizer, 300, whole, loss)
     before = torch.get_rng_state()
     assert any("T2 is overfitted" in sentence for sentence in t.report(third))
@@ -85,7 +88,7 @@ def test_few_hyper_steps_are_reported_with_what_they_took():
     budget = mf.TimeBudget(0.03, clock=clock)
     t, model, optimizer = digits_like(cross_entropy, s, schedule=budget, valid_loss_fn=valid_loss_fn)
     train(model, optimizer, 120)
-    (sentence,) = [line for line in t.report() if "hyper-steps in 120 optimiser steps" in line]
+    (sentence,) = [line for line in t.report() if "of 120 optimiser steps had a hyper-step" in line]
     assert "of the training time" in sentence
 
 
@@ -93,7 +96,9 @@ def test_a_hyperparameter_that_was_not_reached_yet_is_reported_before_it_is_an_e
     s = mf.Space(noise=mf.Float(0.0, 0.8), weight_decy=mf.Float(1e-4, 1e-1, log=True))
     t, model, optimizer = digits_like(cross_entropy, s, schedule=2)
     train(model, optimizer, 6)
-    assert any(line.startswith("weight_decy reached neither") for line in t.report())
+    (sentence,) = [line for line in t.report() if line.startswith("weight_decy reached neither")]
+    for cause in ("meant as the option weight_decay?", "float()", "model.eval()", "are beta1, beta2, eps"):
+        assert cause in sentence
 
 
 def test_a_validation_loss_that_reads_a_hyperparameter_is_reported():
@@ -117,3 +122,112 @@ def test_arguments_in_another_order_are_refused_with_the_right_one():
     for wrong in [(optimizer, model, s, cross_entropy), (model, optimizer, cross_entropy, s)]:
         with pytest.raises(TypeError, match=r"the order is Tuner\(model, optimizer, space, loss_fn"):
             mf.Tuner(*wrong, [(X, Y)], [(X, Y)])
+
+
+def test_an_optimiser_that_never_stepped_is_reported():
+    s = space()
+    model = network(s)
+    t = tuner(model, torch.optim.Adam(model.parameters()), s, total_steps=40)
+    train(model, torch.optim.Adam(model.parameters()), 40)
+    assert t.report() == [
+        "the tuner's optimiser never stepped; build the tuner after the optimiser that the loop uses."
+    ]
+
+
+def test_weights_of_an_earlier_moment_that_win_clearly_are_reported():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    t = tuner(model, optimizer, s, horizon="run")
+    train(model, optimizer, 3)
+    for losses, clear in [
+        ({"earlier": 0.5, "average": 0.6, "last": 0.7}, True),
+        ({"earlier": 0.5, "average": 0.52, "last": 0.7}, False),
+        ({"last": 0.5, "average": 0.6, "earlier": 0.7}, False),
+        ({"last": 0.5}, False),
+    ]:
+        t._finished = losses
+        assert any("tuning did not finish" in sentence for sentence in t.report()) == clear
+    assert t.finish() == t._finished
+
+
+def test_a_run_without_a_finite_loss_ends_with_a_warning_at_the_users_line():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    t = tuner(model, optimizer, s, valid_loss_fn=lambda m, b: cross_entropy(m, b) * math.nan)
+    train(model, optimizer, 1)
+    assert t.report()[0].startswith("1 hyper-step was left out")
+    with pytest.warns(UserWarning, match="no weights of this run have a finite validation loss") as said:
+        t.finish()
+    assert said[0].filename == __file__
+
+
+def test_the_warning_of_a_longer_run_points_at_the_loop():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tuner(model, optimizer, s, total_steps=2)
+    with pytest.warns(UserWarning, match="longer than total_steps=2") as said:
+        train(model, optimizer, 3)
+    assert said[0].filename == train.__code__.co_filename
+
+
+def test_the_log_has_the_examples_that_are_used():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters())
+    t = tuner(model, optimizer, s, train_loader=[(X[:16], Y[:16])])
+    train(model, optimizer, 1)
+    assert t.log()["mixed_partial/examples"] == 16
+
+
+def test_what_is_called_otherwise_than_a_loss_is_refused_at_once():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters())
+    for wrong, message in [
+        (lambda model, x, y: None, r"called as loss_fn\(model, batch\), but takes \(model, x, y\)"),
+        (lambda model: None, r"but takes \(model\)"),
+        (lambda batch, model: None, r"but takes \(batch, model\); exchange the two"),
+        (lambda b, m: None, r"but takes \(b, m\); exchange the two"),
+        (torch.nn.CrossEntropyLoss(), "CrossEntropyLoss takes outputs and targets"),
+        (torch.nn.functional.cross_entropy, "cross_entropy takes outputs and targets"),
+        ([(X, Y)], "the order is Tuner"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            tuner(model, optimizer, s, wrong)
+    for right in (lambda m, b: None, lambda *parts: None, lambda model, batch, weight=1: None):
+        tuner(model, optimizer, s, right).detach()
+
+
+@pytest.mark.parametrize(
+    ("returned", "remedy"),
+    [
+        (None, "end it with return"), ((1, 2), "return the loss alone"), (0.5, r"remove \.item\(\)"),
+        ({"loss": 1}, "return the loss alone"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_loss_must_not_return_is_refused_with_what_to_do(returned, remedy):
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters())
+    tuner(model, optimizer, s, lambda model, batch: returned)
+    with pytest.raises(mf.errors.InvalidLoss, match=remedy):
+        train(model, optimizer, 1)
+
+
+def test_validation_on_the_training_data_is_warned_of_at_the_users_line():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters())
+    data, other = TensorDataset(X, Y), TensorDataset(X, Y)
+    one = DataLoader(data, batch_size=8)
+    half = DataLoader(data, batch_size=8, sampler=SubsetRandomSampler(range(32)))
+    for a, b in [(one, one), (one, DataLoader(data, batch_size=16, shuffle=True))]:
+        with pytest.warns(UserWarning, match="read the same data") as said:
+            mf.Tuner(model, optimizer, s, cross_entropy, a, b).detach()
+        assert said[0].filename == __file__
+    for a, b in [(one, DataLoader(other)), (one, DataLoader(Subset(data, [0, 1]))), (one, half)]:
+        mf.Tuner(model, optimizer, s, cross_entropy, a, b).detach()

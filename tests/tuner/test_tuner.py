@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 from toys import Recorder, X, Y, as_it_steps, cross_entropy, network, space, train, tuner, weights
 
 import midflight as mf
@@ -491,9 +492,10 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(horizon, schedule):
         model = network(s)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         data = torch.utils.data.TensorDataset(X, Y)
-        loader = torch.utils.data.DataLoader(data, batch_size=10, shuffle=True, drop_last=True)
+        parts = data, copy.copy(data)
+        t1, t2 = (DataLoader(part, batch_size=10, shuffle=True, drop_last=True) for part in parts)
         t = tuner(
-            model, optimizer, s, train_loader=loader, valid_loader=loader, schedule=schedule, horizon=horizon,
+            model, optimizer, s, train_loader=t1, valid_loader=t2, schedule=schedule, horizon=horizon,
             total_steps=120,
         )  # fmt: skip
         return s, model, optimizer, t
@@ -749,9 +751,12 @@ def test_an_empty_loader_is_an_error(name):
     s = space()
     model = network(s)
     optimizer = torch.optim.Adam(model.parameters())
-    tuner(model, optimizer, s, **{name: []})
-    with pytest.raises(ValueError, match=f"{name} must give batches"):
-        train(model, optimizer, 1)
+    for empty in ([], DataLoader([1], batch_size=2, drop_last=True)):
+        with pytest.raises(
+            mf.errors.UnusableLoader, match=f"{name} must give batches.*drop_last=True"
+        ) as found:
+            tuner(model, optimizer, s, **{name: empty})
+        assert isinstance(found.value, ValueError)
 
 
 def test_a_hypergradient_that_is_not_finite_moves_nothing_and_is_counted():

@@ -237,8 +237,13 @@ class _Trial:
         norms = [m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if any(m.training for m in norms):
             yield (
-                "BatchNorm is in training mode: training uses batch statistics, validation running ones. One "
-                "step ignores how the running ones depend on the hyperparameters."
+                "BatchNorm is in training mode. This table holds its running statistics still; `Tuner` adds "
+                "what reaches the validation loss through them."
+            )
+        if not any(float(u.options["lr"]) for u in self.problem.updates(self.raws).values()):
+            yield (
+                "nothing moves at lr 0, so zeros that agree show nothing; check before the scheduler ends, "
+                "or set another lr."
             )
         if not self._model.training:
             yield "the model is in eval mode; call model.train() first if you tune noise or dropout."

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from statistics import fmean, variance
 from typing import Any
 
@@ -22,10 +23,15 @@ alike."""
 
 
 class Reach:
-    """Counts the hyper-steps that did not reach a hyperparameter, until one does."""
+    """Counts the hyper-steps that did not reach a hyperparameter, until one does.
+
+    Attributes:
+        options: of the optimisers that can be tuned, for messages.
+    """
 
     def __init__(self, space: Iterable[str]) -> None:
         self._unreached = dict.fromkeys(space, 0)
+        self.options: Iterable[str] = ()
 
     def observe(self, found: Tensors) -> None:
         """Take in the hypergradients of a hyper-step. A miss is no error, for a branch may be random.
@@ -42,8 +48,7 @@ class Reach:
         if missing:
             raise UnreachedHyperparameter(
                 f"each hyperparameter must reach the gradient of the training loss or a tuned option, but "
-                f"{', '.join(missing)} did not in {PATIENCE} hyper-steps; use it in the model or in loss_fn, "
-                "or bind it to an option of the optimiser with bind=."
+                f"{', '.join(missing)} did not in {PATIENCE} hyper-steps. {self._causes(missing)}"
             )
 
     def report(self) -> list[str]:
@@ -52,9 +57,19 @@ class Reach:
         if not never:
             return []
         return [
-            f"{', '.join(never)} reached neither the training loss nor the optimiser at any hyper-step; "
-            "use it in the model or in loss_fn, or name it as the option that it is."
+            f"{', '.join(never)} reached neither the training loss nor the optimiser at any hyper-step. "
+            f"{self._causes(never)}"
         ]
+
+    def _causes(self, names: Iterable[str]) -> str:
+        """What may be wrong, and what to do."""
+        options = sorted(self.options)
+        meant = {name: match[0] for name in names if (match := get_close_matches(name, options, 1))}
+        return "".join(f"Is {name} meant as the option {option}? " for name, option in meant.items()) + (
+            "Use it in the model or in loss_fn, as it is: float() gives a number that does not move. Noise "
+            "and dropout are off after model.eval(): call model.train(). The options of this optimiser that "
+            f"can be tuned are {', '.join(options)}; bind= takes other names for them."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"unreached": dict(self._unreached)}

@@ -1,6 +1,7 @@
 """Choose the best among the weights that a run can end with."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,12 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
     losses = _means(found)
     ranked = dict(sorted(losses.items(), key=lambda item: (math.isnan(item[1]), item[1])))
     best = next(iter(ranked))
+    if math.isnan(ranked[best]):
+        warnings.warn(
+            "no weights of this run have a finite validation loss, and the model keeps its last ones; lower "
+            "the learning rate, or look for the step at which the loss became NaN.",
+            stacklevel=3,
+        )
     with signals_wait(), torch.no_grad():
         for name, value in candidates.get(best, {}).items():
             tensors[name].copy_(value)

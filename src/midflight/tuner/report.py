@@ -1,6 +1,7 @@
 """What a user should know about a run: numbers for a logger, and sentences."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,10 @@ from midflight.tuner.hyperstep import HyperStep
 
 FEW = 10
 """Hyper-steps in a whole run, and the report says that they are few."""
+SHORT = 0.5
+"""The share of `total_steps` below which the report says that the run was short."""
+EARLIER = 0.9
+"""The loss of earlier weights, over that of the best late ones, below which tuning did not finish."""
 
 
 def numbers(space: Space, binding: Binding, controller: Controller, hyperstep: HyperStep) -> dict[str, float]:
@@ -23,31 +28,52 @@ def numbers(space: Space, binding: Binding, controller: Controller, hyperstep: H
     counts = {"hypersteps": controller.hypersteps, "undecided": controller.undecided}
     found = {**values, **options, **controller.log, **counts}
     found |= {**controller.guard.counts(), **hyperstep.mixed.log(), **controller.horizon.log()}
+    if (used := "mixed_partial/examples") in found:  # 0 where they cannot be counted: the whole batch
+        found[used] = min(found[used], hyperstep.t1.examples or 0)
     if controller.cost is not None:
         found["cost"] = controller.cost
     return {name: float(number) for name, number in found.items()}
 
 
-def sentences(space: Space, controller: Controller, hyperstep: HyperStep) -> list[str]:
-    """What a run shows without further data; empty if there is nothing to say."""
+def sentences(
+    space: Space, controller: Controller, hyperstep: HyperStep, finished: Mapping[str, float]
+) -> list[str]:
+    """What a run shows without further data; empty if there is nothing to say.
+
+    Args:
+        finished: the losses of `finish`; empty before it.
+    """
     run, total = controller, controller.total_steps
     found = run.guard.report() + run.bounds.report(space)
     if run.undecided:
         found.append(
-            f"{run.undecided} hyper-steps were left out: what happened to the gradient before the step "
-            "was not clear; pass max_grad_norm= if it is clipped."
+            f"hyper-steps left out: {run.undecided}, since it was not clear what happened to the gradient "
+            "before the step; pass max_grad_norm= if it is clipped."
         )
-    if total and not 0.5 <= run.steps / total <= 1:
+    if not run.steps:
+        found.append(
+            "the tuner's optimiser never stepped; build the tuner after the optimiser that the loop uses."
+        )
+    elif total and not SHORT <= run.steps / total <= 1:
+        other = " Did the loop take more? Build the tuner after the optimiser that the loop uses."
         found.append(
             f"the run had {run.steps} optimiser steps, but total_steps={total}; hyper-steps "
-            "anneal over total_steps."
+            f"anneal over total_steps.{other * (run.steps < total)}"
         )
     if run.hypersteps < FEW and run.steps >= 10 * FEW:
         took = "" if run.cost is None else f", which took {run.cost:.1%} of the training time"
         found.append(
-            f"there were {run.hypersteps} hyper-steps in {run.steps} optimiser steps{took}; "
+            f"only {run.hypersteps} of {run.steps} optimiser steps had a hyper-step{took}; "
             "hyperparameters hardly move in so few: train longer, or allow more with schedule=."
         )
+    if finished:
+        earlier, *others = (finished.get(n, math.inf) for n in ("earlier", "average", "last"))
+        if earlier < EARLIER * min(others):
+            found.append(
+                f"weights of an earlier moment validate at {earlier:.4g}, those of the end at "
+                f"{min(others):.4g}: tuning did not finish; train longer, allow more hyper-steps with "
+                "schedule=, or start from the values that tuning ended with."
+            )
     found += run.reach.report()
     if hyperstep.read_in_validation:
         found.append(

@@ -114,9 +114,8 @@ class NonFiniteGuard:
         if not self.skipped:
             return []
         went_back = f"; the last good copy was restored {self.restored} times" * bool(self.restored)
-        return [
-            f"{self.skipped} hyper-steps were left out: a loss or hypergradient was not finite{went_back}."
-        ]
+        steps = "hyper-step was" if self.skipped == 1 else "hyper-steps were"
+        return [f"{self.skipped} {steps} left out: a loss or hypergradient was not finite{went_back}."]
 
     def state_dict(self) -> dict[str, Any]:
         return {

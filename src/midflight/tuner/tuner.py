@@ -14,12 +14,13 @@ from midflight.space import Space
 from midflight.tuner import report
 from midflight.tuner.binding import Bind, Binding
 from midflight.tuner.controller import Controller
+from midflight.tuner.data import same_data
 from midflight.tuner.finish import choose
 from midflight.tuner.hooks import StepHooks
 from midflight.tuner.horizon import Horizon, horizon_for
 from midflight.tuner.hyper_optimizer import MakeOptimizer, SignSteps
 from midflight.tuner.hyperstep import HyperStep
-from midflight.tuner.live import Loss, signals_wait
+from midflight.tuner.live import ORDER, Loss, require_loss, signals_wait
 from midflight.tuner.optimizers import Optimizers, skips, unwrapped
 from midflight.tuner.rollback import NonFiniteGuard, Rollback
 from midflight.tuner.schedule import Schedule, schedule_for, whole
@@ -50,8 +51,7 @@ class Tuner:
         space: what is tuned.
         loss_fn: (model, batch) -> training loss, a scalar, the mean over the batch. It must be what the loop
             minimises over an optimiser step, and read the hyperparameters where the loop does. The tuner
-            calls it as well, and puts back modules and random generators only. So it must not change other
-            state, such as a counter or an iterator.
+            calls it as well and puts back modules and random generators, so it must change nothing else.
         train_loader: batches of T1, such as the loop's own loader, which is not disturbed.
         valid_loader: batches of T2, validation data.
         valid_loss_fn: (model, batch) -> validation loss, a scalar, on batches of either loader; `loss_fn` by
@@ -81,8 +81,7 @@ class Tuner:
         BindingError: a bound name is no hyperparameter, or no tunable option of the optimiser.
         UnsupportedOptimizer: there is no update rule for the optimiser.
         UnsupportedParameter: a weight is complex.
-        UnusableLoader: a loader is no iterable, or `train_loader` is an iterator or keeps one, or an open
-            file.
+        UnusableLoader: a loader is empty or no iterable, or `train_loader` keeps an iterator or an open file.
         InvalidLoss: a loss reads an iterator; at a hyper-step, it is no scalar or not of these weights.
         UnsupportedSetting: torch.distributed runs several processes.
         UnknownName, SpaceError, ValueError: an argument is none of those that it may be.
@@ -109,11 +108,11 @@ class Tuner:
         rollback: int | None = None,
         on_hyperstep: Callable[[int, dict[str, float]], Any] | None = None,
     ) -> None:
-        _require_arguments(model, space, loss_fn, valid_loss_fn)
+        _require_arguments(model, space, loss_fn, valid_loss_fn, train_loader, valid_loader)
         self._total = None if total_steps is None else whole("total_steps", total_steps)
-        self.space = space
-        self.horizon, self.schedule = horizon_for(horizon), schedule_for(schedule)
+        self.space, self.horizon, self.schedule = space, horizon_for(horizon), _schedule(schedule)
         optimizers = unwrapped(optimizer)
+        self._kinds = [type(o).__name__ for o in optimizers]
         self._binding = Binding(optimizers, space, bind)
         self._hyperstep = HyperStep(
             model, optimizers, space, self._binding, (loss_fn, valid_loss_fn or loss_fn),
@@ -124,12 +123,13 @@ class Tuner:
         self._controller = Controller(
             space, self._hyperstep, self.horizon, self.schedule, guard, hyper_optimizer, self._total
         )
+        self._controller.reach.options = {option for rule in self._binding.rules for option in rule.tunable}
         self._on_hyperstep = on_hyperstep
+        self._finished: dict[str, float] = {}
         space.requires_grad_(False)
         self._binding.attach(self.detach)
-        self._hooks: StepHooks | None = StepHooks(
-            optimizers, self._before_step, self._after_step, self._binding.restore
-        )
+        calls = self._before_step, self._after_step, self._binding.restore
+        self._hooks: StepHooks | None = StepHooks(optimizers, *calls)
         self._controller.begin()
 
     def __enter__(self) -> "Tuner":
@@ -163,7 +163,7 @@ class Tuner:
         return report.numbers(self.space, self._binding, self._controller, self._hyperstep)
 
     def report(self, third: Iterable[Any] | None = None) -> list[str]:
-        """What a user should know about this run, one sentence each; empty if there is nothing.
+        """What a user should know about this run, one sentence each; says most after `finish`.
 
         Args:
             third: batches of data that neither trained nor tuned, at least two, in the size of those of
@@ -172,21 +172,21 @@ class Tuner:
         Raises:
             ValueError: one of the two loaders gives fewer than two batches.
         """
-        found = report.sentences(self.space, self._controller, self._hyperstep)
+        found = report.sentences(self.space, self._controller, self._hyperstep, self._finished)
         return found if third is None else found + report.beside_third(self._hyperstep, third)
 
     def finish(self) -> dict[str, float]:
         """End the run: stop tuning, and give the model the best of the weights that the run has to offer.
 
-        These are the last ones. With the horizon "run" they are also the average of the recent ones, and the
-        average at the hyper-step with the least validation loss. Each is evaluated in one pass through T2, or
-        on 100 batches where T2 has no end.
+        That is the last ones; with the horizon "run" also the average of the recent ones, and the one that
+        validated best. Each is evaluated in one pass through T2, or on 100 batches where T2 has no end.
 
         Returns:
             "last", "average", "earlier" -> its validation loss, the mean over the examples, the best first.
         """
         self.detach()
-        return choose(self._hyperstep, self.horizon.candidates())
+        self._finished = choose(self._hyperstep, self.horizon.candidates())
+        return self._finished
 
     def detach(self) -> None:
         """Stop tuning: remove every hook. The space keeps its values, and so do the optimiser's options."""
@@ -199,17 +199,18 @@ class Tuner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume, the space's values and the place in the data included."""
-        return {"binding": self._binding.state_dict(), **self._controller.state_dict()}
+        own = {"optimizers": self._kinds, "binding": self._binding.state_dict()}
+        return own | self._controller.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict`, before or after the optimiser's own.
 
         Raises:
-            ValueError: it is no state of a tuner, or of one with another schedule, horizon or
-                hyper-optimiser.
+            ValueError: it is no state of a tuner, or of one with another kind of optimiser or of policy.
             SpaceError, BindingError: it had other hyperparameters, or bound others.
         """
         self._controller.require_fitting(state, self.state_dict())
+        _require_same_kinds(state["optimizers"], self._kinds)
         self._binding.load_state_dict(state["binding"])
         self._controller.load_state_dict(state)
 
@@ -235,17 +236,30 @@ class Tuner:
 def _say_longer(total: int) -> None:
     warnings.warn(
         f"the run is longer than total_steps={total} optimiser steps; hyperparameters move no more.",
-        stacklevel=3,
+        stacklevel=6,  # the loop, past this module, the hooks and torch
     )
 
 
-def _require_arguments(model: Any, space: Any, loss_fn: Any, valid_loss_fn: Any) -> None:
+def _schedule(schedule: Schedule | int | None) -> Schedule:
+    return schedule_for(whole("schedule", schedule) if isinstance(schedule, int | float) else schedule)
+
+
+def _require_same_kinds(saved: list[str], own: list[str]) -> None:
+    if saved != own:
+        raise ValueError(
+            f"the saved tuner was made with {', '.join(saved)}, this one with {', '.join(own)}; make it with "
+            "the same kind of optimiser."
+        )
+
+
+def _require_arguments(
+    model: Any, space: Any, loss_fn: Any, valid_loss_fn: Any, train_loader: Any, valid_loader: Any
+) -> None:
     """Raise if an argument cannot be what its place asks for, or if several processes train."""
     for name, value, kind in (("model", model, nn.Module), ("space", space, Space)):
         if not isinstance(value, kind):
             raise TypeError(
-                f"{name} must be a {kind.__name__}, but got a {type(value).__name__}; the order is "
-                "Tuner(model, optimizer, space, loss_fn, train_loader, valid_loader)."
+                f"{name} must be a {kind.__name__}, but got a {type(value).__name__}; the order is {ORDER}."
             )
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise UnsupportedSetting(
@@ -257,9 +271,15 @@ def _require_arguments(model: Any, space: Any, loss_fn: Any, valid_loss_fn: Any)
             f"a space must have at most {MOST_ENTRIES} separate hyperparameters, but has {len(space)}; "
             "use one Float with shape=."
         )
-    for name, function in (("loss_fn", loss_fn), ("valid_loss_fn", valid_loss_fn)):
-        if not callable(function) and not (name == "valid_loss_fn" and function is None):
-            raise TypeError(f"{name} must be a function of (model, batch), but got {function!r}.")
+    require_loss("loss_fn", loss_fn)
+    if valid_loss_fn is not None:
+        require_loss("valid_loss_fn", valid_loss_fn)
+    if same_data(train_loader, valid_loader):
+        warnings.warn(
+            "train_loader and valid_loader read the same data, so hyperparameters are tuned on training data "
+            "and nothing keeps the model from memorising it; hold out data for valid_loader.",
+            stacklevel=3,
+        )
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise UnsupportedSetting(
