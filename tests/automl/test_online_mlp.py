@@ -155,7 +155,7 @@ def test_with_few_rows_the_three_stay_at_their_starts():
     [
         ({"validation_fraction": 0.6}, "0 < validation_fraction <= 0.5 must hold"),
         ({"hidden": ()}, "hidden must give the units of each layer"),
-        ({"noise": 2.0}, r"a value in \[0, 0.8\] is needed"),
+        ({"noise": 2.0}, r"init in \[0, 0.8\] is needed"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, sentence):
