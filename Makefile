@@ -21,9 +21,13 @@ study: setup
 	$(BIN)/midflight study quick
 	$(BIN)/midflight report quick
 
-# The tests of the core.
+# The quick ones of the core's tests, in a minute.
+FAST := tests/space tests/gradcheck tests/parity tests/tuner tests/oracles/test_rules.py tests/oracles/test_blocks.py \
+	tests/oracles/test_solvers.py
+SLOWER := tests/tuner/test_population.py tests/tuner/test_horizon.py tests/tuner/test_diagnostics.py
+
 fast: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests/space tests/nn tests/tuner tests/gradcheck tests/oracles tests/parity tests/test_house.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(FAST) $(addprefix --ignore=,$(SLOWER))
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -97,7 +97,12 @@ def test_a_hyperparameter_that_was_not_reached_yet_is_reported_before_it_is_an_e
     t, model, optimizer = digits_like(cross_entropy, s, schedule=2)
     train(model, optimizer, 6)
     (sentence,) = [line for line in t.report() if line.startswith("weight_decy reached neither")]
-    for cause in ("meant as the option weight_decay?", "float()", "model.eval()", "are beta1, beta2, eps"):
+    for cause in (
+        "meant as the option weight_decay?",
+        "read it anew",
+        "model.eval()",
+        "are beta1, beta2, eps",
+    ):
         assert cause in sentence
 
 

@@ -66,8 +66,8 @@ class Reach:
         options = sorted(self.options)
         meant = {name: match[0] for name in names if (match := get_close_matches(name, options, 1))}
         return "".join(f"Is {name} meant as the option {option}? " for name, option in meant.items()) + (
-            "Use it in the model or in loss_fn, and read it anew in each pass. Noise and dropout are off after "
-            "model.eval(): call model.train(). The options of this optimiser that can be tuned are "
+            "Use it in the model or in loss_fn, and read it anew in each pass. Noise and dropout are off "
+            "after model.eval(): call model.train(). The options of this optimiser that can be tuned are "
             f"{', '.join(options)}; bind= takes other names for them."
         )
 
