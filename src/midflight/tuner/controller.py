@@ -90,7 +90,7 @@ class Controller:
         """
         self._standing.compare()
         if self.due and first:
-            if self._result is not None:
+            if self._result is not None and self._hyperstep.several:
                 self._warn_incomplete()
             try:
                 with signals_wait():
