@@ -4,6 +4,7 @@ step."""
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -585,3 +586,39 @@ def test_weights_that_get_other_names_or_shapes_end_no_run(change, end):
     losses = tuner.finish()
     assert losses["last"] == pytest.approx(last)
     assert float(loss_fn(model, batch).detach()) == pytest.approx(min(losses.values()))
+
+
+@dataclass
+class Pair:
+    """A batch in an object of the user's."""
+
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    note: str = "kept"
+
+
+@pytest.mark.parametrize("examples", [1000, 5])
+def test_a_batch_that_is_a_dataclass_is_counted_and_cut_as_a_tuple_is(examples):
+    def build(kind: Callable[..., Any]) -> Loop:
+        space = noise_space(weight_decay=mf.Float(1e-4, 1e-1, log=True, init=1e-2))
+        theirs = noisy_loss(space)
+
+        def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+            return theirs(model, (batch.x, batch.y, batch.z) if kind is Pair else batch)
+
+        loop = loop_of(network(), space, loss_fn)
+        loop.optimizer = torch.optim.Adam(loop.model.parameters(), lr=0.05, weight_decay=0.01)
+        loop.train, loop.valid = ([kind(*batch) for batch in batches] for batches in (loop.train, loop.valid))
+        return loop
+
+    as_tuples = found(lambda: build(lambda *parts: parts), examples=examples)
+    assert found(lambda: build(Pair), examples=examples) == pytest.approx(as_tuples, rel=1e-12)
+
+
+def test_torchscript_is_refused_in_a_sentence():
+    loop = with_noise(nn.Linear(5, 3))
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        loop.model = nn.Sequential(torch.jit.trace(nn.Linear(5, 3), torch.randn(2, 5)))
+    with pytest.raises(mf.errors.UnsupportedSetting, match="TorchScript"):
+        loop.attach()

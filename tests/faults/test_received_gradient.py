@@ -481,7 +481,7 @@ def normalise_rows(loop: Loop) -> None:
 def look_at_an_average(loop: Loop) -> None:
     for p in weights(loop):
         own, p.data = p.data, p.data.lerp(torch.zeros_like(p), 0.5)
-        p.data = own.clone()
+        p.data = own * 3 / 3  # put back up to rounding
 
 
 def and_then(after: Callable[[Loop], None], loop: Loop, batch: Any) -> None:
@@ -656,7 +656,7 @@ def test_a_hook_of_the_user_that_clips_may_come_after_the_tuner():
         other.between = clip
         return other
 
-    assert loop.hypergradients() == pytest.approx(truth(clipping, steps=3), rel=0.05)
+    assert loop.hypergradients() == pytest.approx(truth(clipping, steps=4), rel=EXACT)
 
 
 def test_a_loss_scaled_by_hand_and_clipped_is_refused_in_a_sentence():

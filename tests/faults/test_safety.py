@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from worlds import World, differences, hooks_of_the_tuner
 
 import midflight as mf
+from midflight.tuner.live import preserved
 
 ESTIMATORS = ["one_step", "one_step_cheap", "central_difference", "unrolled", "t1t2"]
 
@@ -594,3 +595,11 @@ def encoded(steps: int, tuned: bool) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore:1 weights, such as words.weight, were changed")  # by max_norm
 def test_whatever_a_forward_pass_writes_to_its_modules_is_put_back():
     torch.testing.assert_close(encoded(6, tuned=True), encoded(6, tuned=False), rtol=0, atol=0)
+
+
+def test_a_frozen_weight_is_not_copied_at_a_hyper_step():
+    """The base under adapters may be as large as memory allows."""
+    model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 2))
+    frozen = model[0].weight.data_ptr()
+    with preserved(model):
+        assert model[0].weight.data_ptr() == frozen

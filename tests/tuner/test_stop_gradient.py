@@ -89,7 +89,7 @@ def after_step(loss, shift):
     return valid(model, batch).item()
 
 
-def found(loss):
+def stepped(loss):
     space, model, optimizer, loss_fn, valid, batch = built(loss)
     tuner = mf.Tuner(
         model, optimizer, space, loss_fn, [batch], [batch], valid_loss_fn=valid, schedule=1, horizon="step",
@@ -97,7 +97,11 @@ def found(loss):
     )  # fmt: skip
     loss_fn(model, batch).backward()
     optimizer.step()
-    return float(tuner.hyper_optimizer.given[0])
+    return tuner
+
+
+def found(loss):
+    return float(stepped(loss).hyper_optimizer.given[0])
 
 
 def truth(loss, h=1e-4):
@@ -146,4 +150,13 @@ def test_values_that_are_only_logged_cost_nothing_though_gradients_of_relu_netwo
     tuner = mf.Tuner(model, optimizer, space, loss_fn, [batch], [batch], schedule=1)
     loss_fn(model, batch).backward()
     optimizer.step()
-    assert tuner._hyperstep.mixed._stopped.names == []
+    assert tuner.state_dict()["hyperstep"]["mixed"]["by_difference"] == []
+
+
+def test_what_is_differenced_is_saved():
+    state = stepped(teacher).state_dict()
+    assert state["hyperstep"]["mixed"]["by_difference"] == ["a"]
+    again = stepped(nothing)
+    assert again.state_dict()["hyperstep"]["mixed"]["by_difference"] == []
+    again.load_state_dict(state)
+    assert again.state_dict()["hyperstep"]["mixed"]["by_difference"] == ["a"]

@@ -294,8 +294,9 @@ def _is_container(thing: Any) -> bool:
 
 
 def _is_plain(thing: Any) -> bool:
-    """Whether it is a tensor that a forward pass may write to and that is no weight."""
-    return isinstance(thing, Tensor) and not (thing.requires_grad or thing.is_inference())
+    """Whether it is a tensor that a forward pass may write to and that is no parameter, frozen or not."""
+    weight = isinstance(thing, nn.Parameter)
+    return isinstance(thing, Tensor) and not (weight or thing.requires_grad or thing.is_inference())
 
 
 def _put_back(container: Any, before: Any) -> None:
