@@ -90,7 +90,7 @@ class Hyperparameter:
         return self.value.detach().tolist()
 
     def __float__(self) -> float:
-        return float(self.tolist()) if self.value.ndim == 0 else float(self.value.detach())
+        return float(torch.tensor(self.tolist(), dtype=torch.float64))
 
     def __int__(self) -> int:
         return int(float(self))

@@ -344,10 +344,9 @@ class Binding:
                 elif option == "lr":
                     found[name, option] = self._of_schedule(name, now, say)
                 else:
-                    groups = {key: group for key, group in self._groups() if now[key]}
-                    found[name, option] = now | {
-                        key: _at_factor_one(_scheduled(group), option, now[key])
-                        for key, group in groups.items()
+                    found[name, option] = {
+                        key: now[key] and _at_factor_one(_scheduled(group), option, now[key])
+                        for key, group in self._groups()
                     }
         return found
 

@@ -293,8 +293,8 @@ def _arrays(batch: Any) -> Iterator[Any]:
     elif isinstance(batch, list | tuple):
         for value in batch:
             yield from _arrays(value)
-    elif is_dataclass(batch) and not isinstance(batch, type):
-        yield from _arrays([getattr(batch, part.name) for part in fields(batch) if part.init])
+    elif parts := _parts_of_dataclass(batch):
+        yield from _arrays(parts)
 
 
 def _cut(batch: Any, size: int, count: int) -> Any:
@@ -308,10 +308,15 @@ def _cut(batch: Any, size: int, count: int) -> Any:
             return batch[:count]
         parts = [_cut(value, size, count) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    if is_dataclass(batch) and not isinstance(batch, type):
-        values = {part.name: getattr(batch, part.name) for part in fields(batch) if part.init}
-        return replace(batch, **{name: _cut(value, size, count) for name, value in values.items()})
-    return batch
+    cut = {name: _cut(value, size, count) for name, value in _parts_of_dataclass(batch).items()}
+    return replace(batch, **cut) if cut else batch
+
+
+def _parts_of_dataclass(batch: Any) -> dict[str, Any]:
+    """Field -> value; empty for anything but a dataclass."""
+    if not is_dataclass(batch) or isinstance(batch, type):
+        return {}
+    return {part.name: getattr(batch, part.name) for part in fields(batch) if part.init}
 
 
 def _rebuilt(batch: Mapping[Any, Any], cut: dict[Any, Any]) -> Any:

@@ -122,6 +122,10 @@ class HyperStep:
         """The weights of the optimisers, name -> live leaf."""
         return {name: p for name, p, *_ in named_parameters(self._model, self._optimizers)}
 
+    def _all_params(self) -> Tensors:
+        """The weights of the optimisers and of the model, name -> live leaf."""
+        return {**dict(self._model.named_parameters()), **self.params()}
+
     def buffers(self) -> Tensors:
         """The model's buffers, name -> live tensor."""
         return dict(self._model.named_buffers())
@@ -137,7 +141,7 @@ class HyperStep:
         if self._loss_reads is not False:
             self._buffers.begin()
             self.live.watch()
-            self.received.watch(self._model, {**dict(self._model.named_parameters()), **self.params()})
+            self.received.watch(self._model, self._all_params())
 
     def close(self) -> None:
         """Stop watching the gradient, and let the workers of the tuner's own loaders go."""
@@ -163,7 +167,7 @@ class HyperStep:
             self._binding.require_unread(read)
             self._guessed, self._loss_reads = False, self._loss_reads or bool(read)
         clipped = self.received.jacobian(everywhere, self._own_norm) if self._loss_reads else None
-        live = {**dict(self._model.named_parameters()), **params}
+        live = self._all_params()
         with self.live.borrowed():
             try:
                 self._space.requires_grad_(True)
@@ -189,8 +193,7 @@ class HyperStep:
 
     def _own_norm(self, names: frozenset[str]) -> float:
         """The norm of the gradient of the training loss at these weights, on a batch of T1."""
-        live = {**dict(self._model.named_parameters()), **self.params()}
-        at = {name: p for name, p in live.items() if name in names}
+        at = {name: p for name, p in self._all_params().items() if name in names}
         with self.live.borrowed():
             few = self.mixed.try_subsample(next(self.t1))
             found = self.live.gradients(lambda: self.live.train_loss(self.train_loss, few), at)[1]

@@ -135,6 +135,8 @@ class MixedPartial:
             w -> d/draw <w, g>, which returns name -> tensor shaped like the raw coordinate, for the
             hyperparameters that g depends on.
         """
+        if self._stopped is not None and not self._stopped.names:
+            return self._by_autograd(batch, params)
         states = self._randomness.snapshot()
         with StoppedReads(self._space) if self._stopped is None else nullcontext() as reads:
             grads, along = self._by_autograd(batch, params)
