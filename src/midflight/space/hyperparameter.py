@@ -81,8 +81,10 @@ class Hyperparameter:
         self._given = self.raw.detach().clone(), given
 
     def tolist(self) -> Any:
-        """Return the current value as a number or nested lists; as it was set, to the last digit, until it
-        moves."""
+        """Return the current value as a number or nested lists.
+
+        Until the value moves, this is the number that was set, to the last digit.
+        """
         if self._seen is None and self._given is not None:
             raw, given = self._given
             if raw.dtype == self.raw.dtype and torch.equal(raw, self.raw.detach().to(raw.device)):

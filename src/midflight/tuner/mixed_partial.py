@@ -150,7 +150,7 @@ class MixedPartial:
 
         def mixed_partial(w: Tensors) -> Tensors:
             found, after = along(w), self._randomness.snapshot()
-            with held_constants():  # of the layers of this library, which take values out on purpose
+            with held_constants():  # layers of this library take values out on purpose
                 if self._stopped is None:
                     suspects = set() if reads is None else reads.names
                     slope = partial(self._live.gradients, loss)

@@ -24,8 +24,10 @@ STEP = 0.01
 """h, in unit coordinates."""
 MOST = 8
 """Entries of a hyperparameter; one with more would cost too many gradients."""
-APART, ALIKE = 0.1, 0.1
-"""A derivative is wrong if it is so far from the difference, and the difference is certain to this share."""
+APART = 0.1
+"""A derivative is wrong if it is further than this share from the difference."""
+ALIKE = 0.1
+"""The difference is trusted if half the step changes that distance by less than this share."""
 
 _STOPS = {
     torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__, torch.Tensor.item, torch.Tensor.tolist,  # type: ignore[attr-defined]
@@ -44,7 +46,7 @@ class StoppedReads(TorchFunctionMode):
     The layers of `midflight.nn` do so on purpose, as part of an estimator, and do not count.
 
     Attributes:
-        names: of these hyperparameters; they may be of no consequence, as where a loss is logged.
+        names: of these hyperparameters. Some may not matter, such as one that is only logged.
     """
 
     def __init__(self, space: Space) -> None:
