@@ -293,7 +293,7 @@ class ReceivedGradient:
         return Clipped(norms=norms, factors=factors) if norms or factors else None
 
     def _longer(self, names: frozenset[str], size: float, ratio: float, own_norm: OwnNorm) -> float:
-        """How many times longer the gradient of `backward` is than that of `loss_fn`; 1 where it need not be asked.
+        """How many times longer the gradient of `backward` is than that of `loss_fn`; 1 if not asked.
 
         Args:
             size: norm of the gradient that the optimiser gets.
