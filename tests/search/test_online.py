@@ -11,9 +11,9 @@ import torch
 import midflight as mf
 from midflight import search
 from midflight.search import checkpoint, problems
+from midflight.search.jobs import nearest_values
 from midflight.search.ledger import Record, best
 from midflight.search.problems import MLP_SPACE, Mlp
-from midflight.search.search import nearest_values
 from midflight.search.trial import Job, run_job
 
 SPACE = search.Space(

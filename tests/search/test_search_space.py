@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import midflight as mf
 from midflight import search
-from midflight.search.engines.optuna import suggest
 from midflight.search.engines.smac import configuration_space, from_config, to_config
+from midflight.search.jobs import suggest
 
 MOMENTUM = mf.Float(0.0, 0.9, when={"optimizer": "sgd"})
 OPTIMIZER = mf.Categorical(["adam", "sgd"])

@@ -11,8 +11,9 @@ from midflight.search.space import Space
 from midflight.search.trial import Objective, Stop, Trial
 
 if TYPE_CHECKING:
+    from midflight.search.jobs import Result
     from midflight.search.ledger import Record
-    from midflight.search.search import Result, run
+    from midflight.search.search import run
 
 __all__ = [
     "Interrupted",
@@ -36,7 +37,6 @@ def __getattr__(name: str) -> Any:
     from midflight.errors import require_extra
 
     require_extra("optuna", "search")
-    from midflight.search import ledger
-    from midflight.search import search as module
+    from midflight.search import jobs, ledger, search
 
-    return ledger.Record if name == "Record" else getattr(module, name)
+    return {"run": search.run, "Result": jobs.Result, "Record": ledger.Record}[name]

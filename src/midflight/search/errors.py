@@ -1,11 +1,8 @@
 """The exceptions of a search."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from midflight.errors import MidflightError
-
-if TYPE_CHECKING:
-    from midflight.search.search import Result
 
 
 class SearchError(MidflightError, ValueError):
@@ -28,9 +25,9 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C was pressed during a search.
 
     Attributes:
-        result: the result so far.
+        result: the `Result` so far.
     """
 
-    def __init__(self, result: "Result") -> None:
+    def __init__(self, result: Any) -> None:
         super().__init__("the search was interrupted")
         self.result = result

@@ -16,7 +16,7 @@ import torch
 from midflight._processes import begin_worker, fresh_processes
 from midflight.search.checkpoint import Point
 from midflight.search.errors import SearchError
-from midflight.search.search import Search
+from midflight.search.jobs import Search
 from midflight.search.trial import Job, Objective, Outcome, run_job
 
 POLL = 1.0  # seconds between checks of the time limit

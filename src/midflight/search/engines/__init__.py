@@ -4,23 +4,15 @@ Every engine proposes trials through `study.ask` and ends them through `trial.sh
 study holds them all. A new engine is one file and one row in `ENGINES`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from inspect import signature
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from midflight.errors import UnknownName, require_extra
+from midflight.search.engine import Engine, Task
 from midflight.search.errors import SearchError
-from midflight.search.space import Space
-
-if TYPE_CHECKING:
-    from optuna.pruners import BasePruner
-    from optuna.samplers import BaseSampler
-    from optuna.study import Study
-
-    from midflight.search.search import Search
-    from midflight.search.trial import Objective
 
 ENGINES = {
     "random": "optuna:random",
@@ -30,38 +22,6 @@ ENGINES = {
     "ray": "ray:ray",
 }
 """Name -> module:function in this package; the function maps a `Task` to an `Engine`."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """The search that an engine is built for; `trials` is None if only time limits it."""
-
-    space: Space
-    epochs: int
-    trials: int | None
-    seed: int
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A search engine.
-
-    Attributes:
-        sampler: proposes configurations.
-        pruner: ends trials early.
-        promotes: whether it may propose a configuration again, for a longer training.
-        name: key in `ENGINES`.
-        prepare: called before each proposal; returns False if nothing is left to propose.
-        drive: runs the trials itself, given (search, objective, number of parallel trials); None: the
-            search's own processes run them.
-    """
-
-    sampler: "BaseSampler"
-    pruner: "BasePruner"
-    promotes: bool = False
-    name: str = ""
-    prepare: Callable[["Study"], bool] = lambda study: True
-    drive: Callable[["Search", "Objective", int], None] | None = None
 
 
 def build(name: str, task: Task, options: Mapping[str, Any]) -> Engine:

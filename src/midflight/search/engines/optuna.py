@@ -1,12 +1,10 @@
-"""Optuna's samplers and pruners with their default options, and `suggest`, which samples a space."""
+"""Build Optuna's samplers and pruners with their default options."""
 
 import warnings
 
 import optuna
 
-from midflight.search.engines import Engine, Task
-from midflight.search.space import Config, Space
-from midflight.space import Categorical, Int
+from midflight.search.engine import Engine, Task
 
 REDUCTION = 3  # the default of Optuna's HyperbandPruner, of SMAC3 and of the Hyperband paper
 
@@ -30,21 +28,3 @@ def bohb(task: Task) -> Engine:
         min_resource=1, max_resource=task.epochs, reduction_factor=REDUCTION
     )
     return Engine(tpe(task).sampler, pruner)
-
-
-def suggest(trial: optuna.Trial, space: Space) -> Config:
-    """Let the engine choose the active hyperparameters of a configuration, parents first.
-
-    A `Float` with a logit scale is searched on a linear scale, because Optuna has no logit scale.
-    """
-    config: Config = {}
-    for name, spec in space.searched.items():
-        if not space.is_active(name, config):
-            continue
-        if isinstance(spec, Categorical):
-            config[name] = trial.suggest_categorical(name, spec.choices)
-        elif isinstance(spec, Int):
-            config[name] = trial.suggest_int(name, spec.low, spec.high, log=spec.log)
-        else:
-            config[name] = trial.suggest_float(name, spec.low, spec.high, log=spec.log)
-    return config

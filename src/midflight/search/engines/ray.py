@@ -28,10 +28,10 @@ import optuna
 from midflight.errors import UnknownName
 from midflight.search import checkpoint
 from midflight.search.checkpoint import Point
-from midflight.search.engines import Engine, Task
+from midflight.search.engine import Engine, Task
 from midflight.search.engines.optuna import tpe
 from midflight.search.errors import SearchError
-from midflight.search.search import Search
+from midflight.search.jobs import Search
 from midflight.search.space import Config, Space
 from midflight.search.trial import Job, Objective, Outcome, run_job
 from midflight.space import Float
@@ -54,7 +54,7 @@ with warnings.catch_warnings():
 
 FILE = "training.pt"
 WORST = 1e30  # replaces a loss that is not finite for Ray's schedulers
-RETRIES = 2  # restarts of a trial, as `search.MAX_DEATHS - 1`
+RETRIES = 2  # restarts of a trial, as `jobs.MAX_DEATHS - 1`
 CONNECT_TIMEOUT = 5.0  # seconds for a cluster's address to answer
 RESAMPLE, FACTORS = 0.25, (1.2, 0.8)  # Ray's defaults for population-based training
 SCHEDULERS = ("asha", "median", "pbt", "fifo")

@@ -24,7 +24,7 @@ from smac import HyperparameterOptimizationFacade, MultiFidelityFacade, Scenario
 from smac.main.exceptions import ConfigurationSpaceExhaustedException
 from smac.runhistory import StatusType, TrialInfo, TrialValue
 
-from midflight.search.engines import Engine, Task
+from midflight.search.engine import Engine, Task
 from midflight.search.space import Config, Space, Spec, conditions
 from midflight.space import Categorical, Int
 
