@@ -66,7 +66,7 @@ KEPT_MEAN = {torch.float32: torch.bfloat16}
 
 
 class Horizon(Protocol):
-    """The weights at which the validation loss is judged."""
+    """Choose the weights at which the validation loss is judged."""
 
     needs_losses: bool
     """Whether `observe` must get the losses at `average` at each hyper-step."""
@@ -80,13 +80,13 @@ class Horizon(Protocol):
         """How far a hyper-step averages signs of hypergradients: 1 as usual, 0 uses the last sign alone."""
 
     def due(self, steps: int) -> bool:
-        """Whether `follow` has work to do after this many optimiser steps."""
+        """Return whether `follow` has work to do after this many optimiser steps."""
 
     def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None) -> bool:
         """Take in the weights after this many optimiser steps; return whether there was work to do."""
 
     def valid_at(self, params: Tensors, at: Callable[[], Tensors]) -> Tensors:
-        """The weights at which v is taken.
+        """Return the weights at which v is taken.
 
         Args:
             params: the weights before the optimiser step.
@@ -94,10 +94,10 @@ class Horizon(Protocol):
         """
 
     def smoothed(self, v: Tensors) -> Tensors:
-        """The v to use, given the one at the weights of `valid_at`, which is used up."""
+        """Return the v to use, given v at the weights of `valid_at`, which is overwritten."""
 
     def average(self) -> Tensors:
-        """The weights at which C1 and C2 are compared; must not be changed."""
+        """Return the weights at which C1 and C2 are compared; they must not be changed."""
 
     def observe(
         self, train_loss: float, valid_loss: float, progress: float | None, buffers: Mapping[str, Tensor]
@@ -105,13 +105,13 @@ class Horizon(Protocol):
         """Take in C1 and C2 at the average."""
 
     def candidates(self) -> dict[str, Tensors]:
-        """Weights that the run could end with instead of its last ones, by name."""
+        """Return weights that the run could end with instead of its last ones, by name."""
 
     def forget(self) -> None:
         """Restart what follows the weights, because they have jumped."""
 
     def log(self) -> dict[str, float]:
-        """What a logger takes."""
+        """Return what a logger takes."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -191,7 +191,7 @@ class Averaged:
         self._weight = 0.0
 
     def due(self, steps: int) -> bool:
-        """True at the first step, then SAMPLES times in the window but at most at every SAMPLED-th step."""
+        """Return True at the first step, then SAMPLES times in a window, at most every SAMPLED-th step."""
         window = _window(self._progress) * steps
         return not self._average or steps >= self._steps + max(SAMPLED, window / SAMPLES)
 
@@ -226,7 +226,7 @@ class Averaged:
         return True
 
     def average(self) -> Tensors:
-        """The averaged weights, in the types of the weights; must not be changed."""
+        """Return the averaged weights, in the types of the weights; they must not be changed."""
         return {name: a.to(self._dtypes.get(name, a.dtype)) for name, a in self._average.items()}
 
     def forget(self) -> None:
@@ -284,7 +284,7 @@ class Averaged:
 
     @torch.no_grad()
     def valid_at(self, params: Tensors, at: Callable[[], Tensors]) -> Tensors:
-        """average + extrapolation (theta - average).
+        """Return average + extrapolation (theta - average).
 
         theta are the weights before the step. With those after the step, runs end 8 % worse (measured),
         because the step follows the noise of the same gradient by which the hyperparameters are judged.
@@ -315,18 +315,18 @@ class Averaged:
         return v
 
     def candidates(self) -> dict[str, Tensors]:
-        """The average now, and the average with the least validation loss so far."""
+        """Return the average now, and the average with the least validation loss so far."""
         if not self.best:
             return {}
         earlier = {name: t.to(self._dtypes.get(name, t.dtype)) for name, t in self.best.items()}
         return {"average": self.average(), "earlier": earlier}
 
     def log(self) -> dict[str, float]:
-        """The extrapolation now."""
+        """Return the extrapolation now."""
         return {"extrapolation": self.extrapolation}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to resume."""
+        """Return everything needed to resume."""
         return {
             "extrapolation": self.extrapolation,
             "best": dict(self.best),
@@ -362,7 +362,7 @@ def _line(progress: float | None) -> float:
 
 
 def horizon_for(horizon: str | Horizon) -> Horizon:
-    """The horizon for the argument `horizon` of `Tuner`; raises `UnknownName`."""
+    """Return the horizon for the argument `horizon` of `Tuner`; raise `UnknownName` for another name."""
     known: dict[Any, Callable[[], Horizon]] = {"run": Averaged, "step": NextStep}
     if not isinstance(horizon, str) and hasattr(horizon, "valid_at"):
         return horizon

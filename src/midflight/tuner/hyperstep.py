@@ -45,7 +45,7 @@ _RAW = "raw of "
 
 @dataclass(frozen=True)
 class HyperStepResult:
-    """What a hyper-step found.
+    """Hold what a hyper-step found.
 
     Attributes:
         hypergradients: name -> tensor shaped like the raw coordinate, of the hyperparameters that were
@@ -60,7 +60,7 @@ class HyperStepResult:
 
 
 class HyperStep:
-    """Computes hypergradients of a live loop.
+    """Compute hypergradients of a live loop.
 
     Args:
         model, optimizers, space: what is trained, by whom, and what is tuned.
@@ -119,25 +119,25 @@ class HyperStep:
         return len(self._optimizers) > 1
 
     def params(self) -> Tensors:
-        """The weights of the optimisers, name -> live leaf."""
+        """Return the weights of the optimisers, name -> live leaf."""
         return {name: p for name, p, *_ in named_parameters(self._model, self._optimizers)}
 
     def _all_params(self) -> Tensors:
-        """The weights of the optimisers and of the model, name -> live leaf."""
+        """Return the weights of the optimisers and of the model, name -> live leaf."""
         return {**dict(self._model.named_parameters()), **self.params()}
 
     def buffers(self) -> Tensors:
-        """The model's buffers, name -> live tensor."""
+        """Return the model's buffers, name -> live tensor."""
         return dict(self._model.named_buffers())
 
     def gradient_versions(self) -> list[tuple[Tensor, int]]:
-        """The gradients and how often they were changed, where several optimisers step in turn."""
+        """Return the gradients with their version counters; [] unless several optimisers step in turn."""
         if not self.several:
             return []
         return [(p.grad, p.grad._version) for p in self.params().values() if p.grad is not None]
 
     def watch(self) -> None:
-        """A hyper-step comes with the next step: note the gradient that `backward` leaves."""
+        """Note the gradient that `backward` leaves, because a hyper-step comes with the next step."""
         if self._loss_reads is not False:
             self._buffers.begin()
             self.live.watch()
@@ -150,7 +150,7 @@ class HyperStep:
         self.t2.close()
 
     def __call__(self) -> HyperStepResult:
-        """The hypergradients of the step about to be taken; leaves no trace in the loop.
+        """Return the hypergradients of the step about to be taken; leave no trace in the loop.
 
         Raises:
             UnknownGradient: it could not be told what happened to the gradient.
@@ -178,7 +178,7 @@ class HyperStep:
                 self._space.requires_grad_(False)
 
     def _reads(self) -> tuple[Any, set[str]]:
-        """A batch of T1, and the hyperparameters of which the training loss is a function there."""
+        """Return a batch of T1, and the names of the hyperparameters that the training loss reads there."""
         names = {id(raw): name for name, raw in self._space.raws.items()}
         with self.live.borrowed():
             try:
@@ -192,7 +192,7 @@ class HyperStep:
                 self._space.requires_grad_(False)
 
     def _own_norm(self, names: frozenset[str]) -> float:
-        """The norm of the gradient of the training loss at these weights, on a batch of T1."""
+        """Return the norm of the training gradient of these weights, on a batch of T1."""
         at = {name: p for name, p in self._all_params().items() if name in names}
         with self.live.borrowed():
             few = self.mixed.try_subsample(next(self.t1))
@@ -222,7 +222,7 @@ class HyperStep:
         return HyperStepResult(found, valid_loss, train_loss)
 
     def _at_horizon(self, step: Step, params: Tensors, batch: Any) -> tuple[float, Tensors]:
-        """C2 where the horizon takes v, and the hypergradients for that v; none if C2 is not finite."""
+        """Return C2 where the horizon takes v, and the hypergradients; none if C2 or v is not finite."""
         at = self.horizon.valid_at(step.params, lambda: self._estimator.at(step))
         by_statistics = self._loss_reads and self._estimator.through_statistics
         layers = self._buffers.layers if by_statistics else {}
@@ -275,7 +275,7 @@ class HyperStep:
         )
 
     def _share(self, few: Any, batch: Any) -> float:
-        """How many of a step's examples the few are."""
+        """Return which share of a step's examples the few are."""
         count, passes = examples_of(few), self.received.passes
         if count is None:  # they cannot be counted: a whole batch, as each pass of the step had
             return 1 / passes
@@ -284,7 +284,7 @@ class HyperStep:
     def _valid_gradient(
         self, params: Tensors, at: Tensors, grads: Tensors, layers: Layers
     ) -> tuple[float, Tensors, Statistics]:
-        """C2 at other weights, with its gradient at those to be moved and at running statistics."""
+        """Return C2 at the weights `at`, and its gradients for the weights and the running statistics."""
         batch, passes = next(self.t2), Passes(layers)
         targets = {name: params[name] for name in grads}
         first = not self._judged_reading
@@ -310,7 +310,7 @@ class HyperStep:
         return float(value), v, statistics
 
     def _through_statistics(self, batch: Any, layers: Layers, along: Statistics) -> Tensors:
-        """What reaches the validation loss by BatchNorm's running statistics, name -> d/draw."""
+        """Return the hypergradient through BatchNorm's running statistics, name -> d/draw."""
         passes = Passes(layers)
         with passes:
             self.live.train_loss(self.train_loss, self.mixed.subsample(batch))
@@ -341,7 +341,7 @@ class HyperStep:
             return float(self.live.valid_loss(self.valid_loss, batch))
 
     def _final_gradients(self, params: Tensors) -> Tensors:
-        """What the optimisers are about to read, without the scale that a fused one takes out itself."""
+        """Return the gradients as the optimisers use them: without a fused one's loss scale."""
         found = {}
         scaler = calling_scaler() if self.several else None  # one alone is unscaled by now
         for name, p, o, _ in named_parameters(self._model, self._optimizers):
@@ -359,7 +359,7 @@ class HyperStep:
         return found
 
     def _standing(self, params: Tensors) -> Tensors:
-        """Gradients of the model's weights that none of the optimisers moves."""
+        """Return the gradients of the model's weights that no optimiser moves."""
         own = {id(p) for p in params.values()}
         found = {
             name: p.grad.detach()
@@ -385,7 +385,7 @@ class HyperStep:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to resume."""
+        """Return everything needed to resume."""
         return {
             "t1": self.t1.state_dict(),
             "t2": self.t2.state_dict(),
@@ -406,10 +406,10 @@ class HyperStep:
 
 
 def _only(step: Step, names: Iterable[str]) -> Step:
-    """The step as a function of these hyperparameters alone."""
+    """Return the step as a function of these hyperparameters alone."""
     return replace(step, hparams={name: step.hparams[name] for name in names})
 
 
 def _independent() -> Dependence:
-    """The dependence of a training gradient that reads none of the hyperparameters."""
+    """Return the dependence of a training gradient that reads none of the hyperparameters."""
     return Dependence(lambda _: {})

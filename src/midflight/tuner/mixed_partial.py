@@ -52,7 +52,7 @@ DOUBLE_BACKWARD, FORWARD_MODE, DIFFERENCE = "double backward", "forward mode", "
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Attention without fused kernels, even inside a `sdpa_kernel` of the model's own."""
+    """Run attention without fused kernels, even inside a `sdpa_kernel` of the model's own."""
     with sdpa_kernel(SDPBackend.MATH), _PlainAttention():
         yield
 
@@ -66,7 +66,7 @@ class _PlainAttention(TorchFunctionMode):
 
 
 class MixedPartial:
-    """Computes d/draw <w, g> on batches of T1; to be used inside `LiveModel.borrowed`.
+    """Compute d/draw <w, g> on batches of T1; use it inside `LiveModel.borrowed`.
 
     Args:
         live: the model.
@@ -99,9 +99,9 @@ class MixedPartial:
         self.whole_batches = examples is None or _is_time_first(live.model)
 
     def train_loss(self, batch: Any) -> Callable[[Tensors, Tensors], Tensor]:
-        """The training loss on the batch as a function of weights and values, differentiable in both.
+        """Return the training loss on the batch as a function of weights and values, differentiable in both.
 
-        It draws the same random numbers at each call.
+        The function draws the same random numbers at each call.
         """
         states = self._randomness.snapshot()
         model = self._live.model
@@ -118,13 +118,13 @@ class MixedPartial:
         return loss
 
     def subsample(self, batch: Any) -> Any:
-        """The examples of a batch that are used; all of them if the loss does not work on fewer."""
+        """Return the examples of a batch that are used; all of them if the loss does not work on fewer."""
         return batch if self.whole_batches else first_examples(batch, self._examples)
 
     def __call__(
         self, batch: Any, params: Mapping[str, Tensor]
     ) -> tuple[Tensors, Callable[[Tensors], Tensors]]:
-        """The training gradient on these examples, and how it depends on the hyperparameters.
+        """Return the training gradient on these examples, and how it depends on the hyperparameters.
 
         Args:
             batch: of T1, as `subsample` gave it.
@@ -189,7 +189,7 @@ class MixedPartial:
     def _try_double_backward(
         self, batch: Any, params: Mapping[str, Tensor], failures: _Failures
     ) -> tuple[Tensors, Callable[[Tensors], Tensors]] | None:
-        """The double backward; None if its first half fails. If its second half fails, a difference."""
+        """Try the double backward. Return None if its first half fails; use a difference if its second does."""
         states = self._randomness.snapshot()
         along: Callable[[Tensors], Tensors] | None
         try:
@@ -256,7 +256,7 @@ class MixedPartial:
         return {name: (up[name] - down[name]) / (2 * e).to(up[name]) for name in up if name in down}
 
     def _rounding_of(self, batch: Any, params: Mapping[str, Tensor]) -> float:
-        """The relative rounding of the training loss, found once."""
+        """Return the relative rounding of the training loss; measure it once."""
         if not self._rounding:
             loss = partial(self._live.train_loss, self._loss_fn, batch)
             self._rounding = rounding_of(loss, detach(params))
@@ -273,7 +273,7 @@ class MixedPartial:
         return {name: g for name, g in zip(self._space.raws, grads, strict=True) if g is not None}
 
     def _choose(self, batch: Any, params: Mapping[str, Tensor]) -> str:
-        """Forward mode if it is exact for this loss; otherwise double backward, to be tried next."""
+        """Return forward mode if it is exact for this loss; otherwise double backward, to be tried next."""
         values = leaves({name: self._space[name].value for name in self._space})
         names = {name for name, _ in self._live.model.named_parameters()}
         at = {name: p.detach() for name, p in params.items() if name in names}
@@ -297,7 +297,7 @@ class MixedPartial:
     def _sees_all(
         self, train_loss: Callable[[Tensors, Tensors], Tensor], plain: Tensor, at: Tensors, values: Tensors
     ) -> bool:
-        """Whether the loss uses the replaced weights throughout, and has the same value with them.
+        """Return whether the loss uses the replaced weights throughout, and has the same value with them.
 
         Code may keep references to parameters, or branch on flags such as `requires_grad`.
         """
@@ -315,7 +315,7 @@ class MixedPartial:
         )
 
     def try_subsample(self, batch: Any) -> Any:
-        """`subsample`; the whole batch if the first test shows that the loss does not work on a part."""
+        """Return `subsample`, or the whole batch if the first try shows that the loss needs all of it."""
         few = self.subsample(batch)
         if self.method is not None or few is batch:
             return few
@@ -330,7 +330,7 @@ class MixedPartial:
         return few
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned about the loss."""
+        """Return what was learned about the loss."""
         return {
             "method": self.method,
             "whole_batches": self.whole_batches,
@@ -346,7 +346,7 @@ class MixedPartial:
             self._stopped.names = list(state["by_difference"])
 
     def log(self) -> dict[str, float]:
-        """What a logger takes: the method, and the examples that it uses, 0 for whole batches."""
+        """Return what a logger takes: the method, and the examples that it uses, 0 for whole batches."""
         if not self.method:
             return {}
         examples = 0 if self.whole_batches else self._examples
@@ -354,5 +354,5 @@ class MixedPartial:
 
 
 def _is_time_first(model: nn.Module) -> bool:
-    """Whether the input of some layer has time as dimension 0, which must not be cut."""
+    """Return whether the input of some layer has time as dimension 0, which must not be cut."""
     return any(getattr(module, "batch_first", True) is False for module in model.modules())
