@@ -189,7 +189,7 @@ class MixedPartial:
     def _try_double_backward(
         self, batch: Any, params: Mapping[str, Tensor], failures: _Failures
     ) -> tuple[Tensors, Callable[[Tensors], Tensors]] | None:
-        """Try the double backward. Return None if its first half fails; use a difference if its second does."""
+        """Try the double backward. None: its first half fails. If its second half fails, use a difference."""
         states = self._randomness.snapshot()
         along: Callable[[Tensors], Tensors] | None
         try:
