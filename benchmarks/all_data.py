@@ -9,42 +9,27 @@ The table compares test errors start by start.
     trajectory   a new training on T1 + T2 along the trajectory of the tuned run (mf.Replay)
     last         a new training on T1 + T2 at the final values of the tuned run
     t1 only      a new training on T1 along the trajectory, which shows the effect of retraining alone
-    rotated      one tuned run in which T1 and T2 change roles at each pass (mf.Rotation)
 
 A training on T1 + T2 has the same number of epochs, hence more steps. Rows: docs/results/all_data_seam.jsonl.
 """
 
 import argparse
 import multiprocessing
-from collections.abc import Iterator
 
 import numpy as np
-import torch
 from any_start import point
-from tasks import RESULTS, Point, Row, Split, Training, compute, rows
-from torch.utils.data import BatchSampler
+from tasks import RESULTS, Point, Row, Training, compute, rows
 
 import midflight as mf
 
 ROWS = RESULTS / "all_data_seam.jsonl"
 TASKS = ["digits", "tabular", "mnist_5k"]
-ARMS = ["tuned", "trajectory", "last", "t1 only", "rotated"]
+ARMS = ["tuned", "trajectory", "last", "t1 only"]
 STARTS = 10
 
 
-class Drawn:
-    """Batches of a split in the order of a sampler."""
-
-    def __init__(self, data: Split, sampler: torch.utils.data.Sampler, size: int) -> None:
-        self.data, self.batches = data, BatchSampler(sampler, size, drop_last=False)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for chosen in self.batches:
-            yield self.data.x[chosen], self.data.y[chosen]
-
-
 def train(job: tuple[str, int]) -> Row:
-    """Run all five variants from one start."""
+    """Run all four variants from one start."""
     name, index = job
     start = point("tuned", index)
     tuned = Training(name, start)
@@ -58,7 +43,6 @@ def train(job: tuple[str, int]) -> Row:
         "trajectory": followed(name, start, tuner.trajectory, with_t2=True),
         "last": followed(name, start, fixed_last, with_t2=True),
         "t1 only": followed(name, start, tuner.trajectory, with_t2=False),
-        "rotated": rotated(name, start),
     }
     return {"task": name, "index": index, "errors": errors}
 
@@ -68,24 +52,6 @@ def followed(name: str, start: Point, trajectory: mf.Trajectory, with_t2: bool) 
     mf.Replay(trajectory, run.space, run.optimizer, total_steps=run.steps)
     for _ in range(run.steps):
         run.step()
-    return run.losses()[1]
-
-
-def rotated(name: str, start: Point) -> float:
-    run = Training(name, start, with_t2=True)
-    folds = max(2, round(len(run.t1) / len(run.t2)))
-    rotation = mf.Rotation(len(run.t1), folds, seed=1)
-    size = min(256, len(rotation.valid))
-    steps_of_a_pass = -(-len(rotation.train) // run.task.batch)
-    mf.Tuner(
-        run.model, run.optimizer, run.space, run.task.loss_of, Drawn(run.t1, rotation.seen, size),
-        Drawn(run.t1, rotation.valid, size), total_steps=run.task.epochs * steps_of_a_pass,
-    )  # fmt: skip
-    for _ in range(run.task.epochs):
-        for batch in Drawn(run.t1, rotation.train, run.task.batch):
-            run.optimizer.zero_grad()
-            run.task.loss_of(run.model, batch).backward()
-            run.optimizer.step()
     return run.losses()[1]
 
 

@@ -4,7 +4,6 @@ from midflight.tuner.horizon import Averaged, NextStep
 from midflight.tuner.hyper_optimizer import SignSteps
 from midflight.tuner.optimizers import param_groups
 from midflight.tuner.population import Population, stacked
-from midflight.tuner.rotation import Rotation
 from midflight.tuner.schedule import Every, FrontLoaded, TimeBudget
 from midflight.tuner.trajectory import Replay, Trajectory
 from midflight.tuner.tuner import Tuner
@@ -16,7 +15,6 @@ __all__ = [
     "NextStep",
     "Population",
     "Replay",
-    "Rotation",
     "SignSteps",
     "TimeBudget",
     "Trajectory",
