@@ -1,9 +1,10 @@
-"""Which hyperparameters are options of the optimiser, and what the optimiser reads of them.
+"""Give options of the optimiser, such as lr, their tuned values for the length of a step.
 
-    option of a group = tuned value x factor,   factor = what the group says now / what it said at first
+    option of a param_group = tuned value x factor,   factor = own number now / own number at first
 
-The group's own number is the user's: schedulers and loops write it and read it back. The tuned value is what
-the option would be at factor 1. It is put in just before a step and taken out just after it.
+The group's own number is the user's: schedulers and loops write it and read it back. The own number at first,
+where the factor is 1, is the reference. The tuned value is written just before a step and taken out just
+after it.
 """
 
 import math
@@ -22,20 +23,32 @@ from midflight.space import Space
 from midflight.updates import Update, UpdateRule, read_option, read_options, rule_for, write_option
 
 REGULARISERS = {"weight_decay", "lambd"}
-"""Options that shape what is learned; all others say how a step is taken."""
+"""Options that change what is learned; all others change how a step is taken."""
 BELOW_ONE = {"beta1", "beta2", "momentum", "alpha", "rho"}
-"""Options that a factor over 1 must not take to 1."""
+"""Options that must stay below 1, also with a factor over 1."""
 LARGEST = 1 - 1e-6
+"""The largest value of these."""
 
 Key = tuple[int, int]
 """(number of the optimiser, number of the group in it)"""
 Bind = Sequence[str] | Mapping[str, str] | None
-"""Names that are both hyperparameter and option, or {hyperparameter: option}; None for all such names."""
+"""Names that are both hyperparameter and option, or {hyperparameter: option}; None means all such names."""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A tuned value that was written over a group's own number."""
+
+    key: Key
+    group: dict[str, Any]
+    option: str
+    own: float
+    written: float
 
 
 @dataclass(frozen=True)
 class _Left:
-    """What a tuner left in one option of one group when it let go."""
+    """A tuned value that a tuner left in one option of one group when it was detached."""
 
     own: float
     written: float
@@ -43,18 +56,18 @@ class _Left:
 
 
 _LEFT: WeakKeyDictionary[torch.optim.Optimizer, dict[tuple[int, str], _Left]] = WeakKeyDictionary()
-"""optimiser -> (group, option) -> what the last tuner left there"""
+"""optimiser -> (number of the group, option) -> what the last tuner left there"""
 _HOLDERS: WeakKeyDictionary[torch.optim.Optimizer, WeakMethod[Callable[[], None]]] = WeakKeyDictionary()
-"""optimiser -> `detach` of the tuner that holds it"""
+"""optimiser -> `detach` of the tuner that is attached to it"""
 
 
 @dataclass(frozen=True)
 class _BoundOption:
-    """One option of one group.
+    """One bound option of one group.
 
     Attributes:
-        entry: of the hyperparameter; None for a single number.
-        reference: what the group said at first, or what stands for it; 0 if all groups said 0.
+        entry: index into the hyperparameter; None if it is a single number.
+        reference: the own number at which the factor is 1; 0 if all groups had 0.
     """
 
     hyperparameter: str
@@ -64,17 +77,23 @@ class _BoundOption:
 
 
 class Binding:
-    """The bound options of the optimisers of a model.
+    """The options of a model's optimisers that are bound to hyperparameters.
 
     Args:
         optimizers: torch optimisers with an update rule.
-        space: where the hyperparameters are.
+        space: the hyperparameters.
         bind: which of them are options; None binds every name of the space that is one.
 
     Raises:
         BindingError: a name is no hyperparameter, or no tunable option of an optimiser; or its shape does not
             fit the groups.
         UnsupportedOptimizer: there is no update rule for an optimiser.
+
+    Attributes:
+        rules: the update rule of each optimiser.
+        tunable: names of the options that some rule can tune.
+        options: hyperparameter -> option.
+        guessed: whether `bind` is None, so that equal names alone bind a hyperparameter to an option.
     """
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer], space: Space, bind: Bind = None) -> None:
@@ -83,48 +102,50 @@ class Binding:
         self._optimizers = list(optimizers)
         self._space = space
         self.rules: list[UpdateRule] = [rule_for(optimizer) for optimizer in self._optimizers]
+        self.tunable: frozenset[str] = frozenset().union(*(rule.tunable for rule in self.rules))
         self.options = self._chosen(bind)
-        """hyperparameter -> option"""
         self.guessed = bind is None
-        """Whether nobody named the options: each hyperparameter called like an option is one."""
         for name in self.options:
-            self._check(name)
+            self._require_bindable(name)
         parts = [part for option in self.options.values() for part in _parts(option)]
         for part in parts:
             if parts.count(part) > 1:
                 raise BindingError(f"an option can be bound once, but {part} is bound twice.")
-        self._references = self._first_settings()
+        self._references = self._find_references()
         self._schedules = {key: _scheduled(group) for key, group in self._groups()}
-        self._written: list[tuple[dict[str, Any], str, float, float]] = []
+        self._written: list[_Written] = []
         self._left: dict[tuple[Key, str], tuple[float, float]] = {}
+        """(own, written) of the options in which `detach` left a tuned value."""
+        self._numbers: dict[str, Any] = {}
+        """The last result of `_values`."""
         self._versions: dict[str, tuple[int, int]] = {}
-        self._known: dict[str, Any] = {}
-        self._stepped, self._settled = False, False
+        """The raw coordinates of which these are the values: (id, version)."""
+        self._stepped, self._detached = False, False
         self._hooks: list[Any] = []
 
     def attach(self, detach: Callable[[], None]) -> None:
-        """Take hold of the optimisers; until then they are only read.
+        """Connect to the optimisers, which until then are only read.
 
-        An optimiser has one tuner. One that holds it already is detached, with a warning.
+        An optimiser has one tuner. Another one that is attached to it is detached, with a warning.
 
         Args:
-            detach: method of the tuner that this belongs to; it lets go.
+            detach: method of the tuner that owns this binding; it detaches that tuner.
         """
         for optimizer in self._optimizers:
             holder = _HOLDERS.get(optimizer)
-            let_go = None if holder is None else holder()
-            if let_go is not None:
+            detach_other = None if holder is None else holder()
+            if detach_other is not None:
                 warnings.warn(
                     f"another tuner or replay holds this {type(optimizer).__name__}; it is detached, and the "
                     "new one takes its place. Call detach() or finish() on the old one first.",
                     stacklevel=3,
                 )
-                let_go()
-        self._references = self._first_settings(say=True)
+                detach_other()
+        self._references = self._find_references(warn=True)
         for key, group in self._groups():
             for (g, option), left in _LEFT.get(self._optimizers[key[0]], {}).items():
                 if g == key[1] and option in self._bound_options():
-                    self._take_back(group, option, left.own, left.written)
+                    _take_back(group, option, left.own, left.written)
         for optimizer in self._optimizers:
             _HOLDERS[optimizer] = WeakMethod(detach)
             _LEFT.pop(optimizer, None)
@@ -132,16 +153,20 @@ class Binding:
 
     @property
     def step_options(self) -> list[str]:
-        """Hyperparameters bound to an option that says how the step is taken, such as lr."""
+        """Hyperparameters bound to an option that changes how a step is taken, such as lr."""
         return [name for name, option in self.options.items() if option not in REGULARISERS]
 
     @property
     def unbound(self) -> list[str]:
-        """Hyperparameters that are no options: the model or the loss reads them."""
+        """Hyperparameters that are no options, so the model or the loss must read them."""
         return [name for name in self._space if name not in self.options]
 
     def require_unread(self, read: Iterable[str]) -> None:
-        """Raise `BindingError` if the loss reads one of these as well and nobody named it an option."""
+        """Raise `BindingError` if the loss reads a hyperparameter that only its name makes an option.
+
+        Args:
+            read: hyperparameters that the loss reads.
+        """
         both = [name for name in read if name in self.options] if self.guessed else []
         if both:
             name = min(both)
@@ -151,41 +176,45 @@ class Binding:
             )
 
     def write(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the options of one optimiser their tuned values, until `restore`.
+        """Write tuned values into the options of one optimiser, until `restore`.
 
         Raises:
-            BindingError: the factor of an option is not known, or no entry is for its group.
+            BindingError: the factor of an option is not known, or the hyperparameter has no entry for its
+                group.
         """
-        self._catch_up()
+        self._update_references()
         self._require_known()
-        self._put([optimizer])
+        self._write([optimizer])
 
-    def _put(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        values = self._numbers()
-        tuned = [  # of all before the first is written, for groups may share one tensor
-            (group, option, read_option(group, option), value)
+    def _write(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        values = self._values()
+        tuned = [  # all are read before the first is written, for groups may share one tensor
+            (key, group, option, read_option(group, option), value)
             for key, group in self._groups()
             if any(self._optimizers[key[0]] is o for o in optimizers)
             for option, value in self._tuned(key, group, values).items()
         ]
-        for group, option, own, value in tuned:
-            # noted before it is written, so that whatever stops this can be undone
-            self._written.append((group, option, own, _rounded(group, option, value)))
+        for key, group, option, own, value in tuned:
+            # noted before it is written, so that an interrupt in between can be undone
+            self._written.append(_Written(key, group, option, own, _rounded(group, option, value)))
             write_option(group, option, value)
 
     def restore(self) -> None:
-        """Give the groups their own numbers back, unless somebody has written others since."""
-        for group, option, own, written in reversed(self._written):
-            self._take_back(group, option, own, written)
+        """Give the groups their own numbers back, except where the user has written others since."""
+        for w in reversed(self._written):
+            _take_back(w.group, w.option, w.own, w.written)
         self._written = []
 
-    @staticmethod
-    def _take_back(group: dict[str, Any], option: str, own: float, written: float) -> None:
-        if read_option(group, option) == written:
-            write_option(group, option, own)
-
     def updates(self, params: Mapping[str, Tensor], values: Tensors) -> dict[str, Update]:
-        """Rule and options of each of these weights, the bound options as functions of `values`."""
+        """Return the rule and options of each weight, with bound options as functions of the hyperparameters.
+
+        Args:
+            params: name -> weight.
+            values: hyperparameter -> its value, with a graph where derivatives are wanted.
+
+        Returns:
+            name -> update, for those weights that an optimiser has.
+        """
         names = {id(p): name for name, p in params.items()}
         found: dict[str, Update] = {}
         for key, group in self._groups():
@@ -194,15 +223,15 @@ class Binding:
         return {name: found[name] for name in params if name in found}
 
     def actual(self) -> dict[str, float]:
-        """Each bound option as the first group that has it reads it at a step now."""
+        """Return each bound option as the first group that has it would use it in a step now."""
         found: dict[str, float] = {}
         for key, group in self._groups():
-            for option, value in self._tuned(key, group, self._numbers()).items():
-                found.setdefault(option, read_option(group, option) if self._settled else value)
+            for option, value in self._tuned(key, group, self._values()).items():
+                found.setdefault(option, read_option(group, option) if self._detached else value)
         return found
 
     def detach(self) -> None:
-        """Take the tuned values out and let the optimisers go."""
+        """Disconnect from the optimisers, and leave tuned value x factor in the groups."""
         self.restore()
         for hook in self._hooks:
             hook.remove()
@@ -210,28 +239,23 @@ class Binding:
             for optimizer in self._optimizers:
                 _HOLDERS.pop(optimizer, None)
         self._hooks = []
-
-    def settle(self) -> None:
-        """Leave the tuned values in the groups for good, at the factors of now."""
-        if self._settled:
+        if self._detached:
             return
-        self._put(self._optimizers)
-        for key, group in self._groups():
-            for written_in, option, own, written in self._written:
-                if written_in is group:
-                    self._left[key, option] = own, written
-                    reference = self._reference(key, option)
-                    left = _Left(own, written, own if reference is None else reference)
-                    _LEFT.setdefault(self._optimizers[key[0]], {})[key[1], option] = left
-        self._written, self._settled = [], True
+        self._write(self._optimizers)
+        for w in self._written:
+            self._left[w.key, w.option] = w.own, w.written
+            reference = self._reference(w.key, w.option)
+            left = _Left(w.own, w.written, w.own if reference is None else reference)
+            _LEFT.setdefault(self._optimizers[w.key[0]], {})[w.key[1], w.option] = left
+        self._written, self._detached = [], True
 
     def state_dict(self) -> dict[str, Any]:
-        """What the groups said at first, and what a settled one left in them."""
+        """Return the references of the groups, and the tuned values that `detach` left in them."""
         references = {part: dict(known) for part, known in self._references.items()}
         return {"references": references, "left": dict(self._left)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from `state_dict`; raises `BindingError` if other options were bound."""
+        """Resume from `state_dict`; raise `BindingError` if other options were bound."""
         references = state["references"]
         if set(references) != set(self._references):
             saved, here = (sorted({name for name, _ in x}) for x in (references, self._references))
@@ -246,19 +270,24 @@ class Binding:
             for g, group in enumerate(optimizer.param_groups):
                 yield (o, g), group
 
-    def _numbers(self) -> dict[str, Any]:
-        """The values of now, as numbers or lists of them; read from tensors only when those have changed."""
+    def _values(self) -> dict[str, Any]:
+        """Return the bound hyperparameters, name -> number or list of numbers.
+
+        Tensors are read only if they have changed, because that waits for a GPU.
+        """
         for name in self.options:
             raw = self._space[name].raw
             version = id(raw), raw._version
             if self._versions.get(name) != version:
                 self._versions[name] = version
-                self._known[name] = self._space[name].tolist()
-        return self._known
+                self._numbers[name] = self._space[name].tolist()
+        return self._numbers
 
-    def _catch_up(self) -> None:
-        """Before the first step: a scheduler may have been made since, and it knows better what its factor 1
-        is; or the optimiser's state was loaded, with what a tuner left in it.
+    def _update_references(self) -> None:
+        """Before the first step, take in what happened since the tuner was made.
+
+        A scheduler made since knows the references better. An optimiser state loaded since may hold values
+        that an earlier tuner left.
         """
         if self._stepped:
             return
@@ -266,7 +295,7 @@ class Binding:
         for key, group in self._groups():
             for option in self._bound_options():
                 if (key, option) in self._left:
-                    self._take_back(group, option, *self._left[key, option])
+                    _take_back(group, option, *self._left[key, option])
             if key in self._schedules and (scheduled := _scheduled(group)) != self._schedules[key]:
                 for (_, option), known in self._references.items():
                     if key in known:
@@ -274,6 +303,7 @@ class Binding:
         self._left = {}
 
     def _require_known(self) -> None:
+        """Raise `BindingError` for a group whose option has no reference, or whose entry does not exist."""
         for (name, option), known in self._references.items():
             for key, group in self._groups():
                 if option not in self.rules[key[0]].tunable:
@@ -296,23 +326,29 @@ class Binding:
         return {option for _, option in self._references}
 
     def _reference(self, key: Key, option: str) -> float | None:
-        """What a group said at first; None if it had no say then."""
+        """Return the reference of an option of a group; None for a group that was added since."""
         return next((known.get(key) for (_, o), known in self._references.items() if o == option), None)
 
     def _tuned(self, key: Key, group: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Option -> its tuned value in this group, a tensor or a number; without those it leaves out."""
+        """Return the options of a group that are tuned, option -> tuned value x factor.
+
+        Args:
+            values: hyperparameter -> tensor, or number or list of numbers; the result is of the same kind.
+        """
         found: dict[str, Any] = {}
         for place in self._places(key):
             name = place.hyperparameter
             value = values[name] if place.entry is None else values[name][place.entry]
             factor = self._factor(place, group)
-            found[place.option] = value if factor == 1 else value * factor
+            if factor != 1:
+                value = value * factor
             if place.option in BELOW_ONE and factor > 1:
-                cap = found[place.option]
-                found[place.option] = cap.clamp(max=LARGEST) if isinstance(cap, Tensor) else min(cap, LARGEST)
+                value = value.clamp(max=LARGEST) if isinstance(value, Tensor) else min(value, LARGEST)
+            found[place.option] = value
         return found
 
     def _places(self, key: Key) -> Iterable[_BoundOption]:
+        """Yield the bound options of a group, without those that are 0 there but not in all groups."""
         for (name, option), known in self._references.items():
             used = {k: reference for k, reference in known.items() if reference} or known
             if option not in self.rules[key[0]].tunable or (key in known and key not in used):
@@ -329,20 +365,20 @@ class Binding:
     def _factor(self, place: _BoundOption, group: Mapping[str, Any]) -> float:
         if place.reference == 0:
             return 1.0
-        own = (x for g, option, x, _ in self._written if g is group and option == place.option)
+        own = (w.own for w in self._written if w.group is group and w.option == place.option)
         return next(own, read_option(group, place.option)) / place.reference
 
-    def _first_settings(self, say: bool = False) -> dict[tuple[str, str], dict[Key, float]]:
-        """(hyperparameter, option) -> group -> what it says at factor 1; 0 where it has no such option."""
+    def _find_references(self, warn: bool = False) -> dict[tuple[str, str], dict[Key, float]]:
+        """Return (hyperparameter, option) -> group -> reference; 0 where a group has no such option."""
         found: dict[tuple[str, str], dict[Key, float]] = {}
         for name, bound in self.options.items():
             for option in _parts(bound):
-                now = self._settings(option)
+                now = self._own_numbers(option)
                 left = self._left_references(option, now)
                 if left:
                     found[name, option] = {**now, **left}
                 elif option == "lr":
-                    found[name, option] = self._of_schedule(name, now, say)
+                    found[name, option] = self._lr_references(name, now, warn)
                 else:
                     found[name, option] = {
                         key: now[key] and _at_factor_one(_scheduled(group), option, now[key])
@@ -350,27 +386,27 @@ class Binding:
                     }
         return found
 
-    def _settings(self, option: str) -> dict[Key, float]:
-        """What each group says; 0 where it has no such option."""
+    def _own_numbers(self, option: str) -> dict[Key, float]:
+        """Return each group's own number; 0 where it has no such option."""
         return {
             key: read_option(group, option) if option in self.rules[key[0]].tunable else 0.0
             for key, group in self._groups()
         }
 
     def _left_references(self, option: str, now: Mapping[Key, float]) -> dict[Key, float]:
-        """What groups said at first to a tuner that is gone, where its number still stands."""
+        """Return the references of an earlier tuner, for groups that still have the value it left."""
         found = {}
-        for (o, g), x in now.items():
+        for (o, g), number in now.items():
             left = _LEFT.get(self._optimizers[o], {}).get((g, option))
-            if left is not None and left.written == x:
+            if left is not None and left.written == number:
                 found[o, g] = left.reference
         return found
 
-    def _of_schedule(self, name: str, now: dict[Key, float], say: bool) -> dict[Key, float]:
-        """The learning rates at factor 1: torch's schedulers keep them as initial_lr or max_lr.
+    def _lr_references(self, name: str, now: dict[Key, float], warn: bool) -> dict[Key, float]:
+        """Return the learning rates at factor 1, which torch's schedulers keep as initial_lr or max_lr.
 
-        A scheduler that is over leaves them behind. Where the groups say the tuned value itself once steps
-        were taken, that is factor 1.
+        A scheduler that is over leaves these behind. So if steps were taken and the groups have the tuned
+        value itself, that is the reference.
         """
         known = dict(now)
         for key, group in self._groups():
@@ -380,13 +416,13 @@ class Binding:
         if not stepped or known == now:
             return known
         values = self._space[name].value.detach().flatten().tolist()
-        used = [x for x in now.values() if x]
-        said = [max(used, default=0.0)] if len(values) == 1 else used
-        if len(said) == len(values) and all(
-            math.isclose(a, b, rel_tol=1e-6) for a, b in zip(said, values, strict=True)
+        used = [lr for lr in now.values() if lr]
+        own = [max(used, default=0.0)] if len(values) == 1 else used
+        if len(own) == len(values) and all(
+            math.isclose(a, b, rel_tol=1e-6) for a, b in zip(own, values, strict=True)
         ):
             return now
-        if say:
+        if warn:
             key = next(key for key in now if now[key] != known[key])
             warnings.warn(
                 f"lr of a param_group is {now[key]:g}, but its scheduler says that it was {known[key]:g} at "
@@ -396,36 +432,41 @@ class Binding:
             )
         return known
 
+    def _has_betas(self) -> bool:
+        return {"beta1", "beta2"} <= self.tunable
+
     def _chosen(self, bind: Bind) -> dict[str, str]:
-        tunable = frozenset().union(*(rule.tunable for rule in self.rules))
+        """Return hyperparameter -> option."""
         if bind is None:
-            pairs = {"betas"} if {"beta1", "beta2"} <= tunable else set()
+            pairs = {"betas"} if self._has_betas() else set()
             return {
                 name: name
                 for name in self._space
-                if name in tunable or (name in pairs and self._space[name].spec.shape == (2,))
+                if name in self.tunable or (name in pairs and self._space[name].spec.shape == (2,))
             }
         return dict(bind) if isinstance(bind, Mapping) else {name: name for name in bind}
 
-    def _check(self, name: str) -> None:
-        option, kinds = self.options[name], ", ".join(type(o).__name__ for o in self._optimizers)
+    def _require_bindable(self, name: str) -> None:
+        """Raise `BindingError` if there is no such hyperparameter or option, or the shape does not fit."""
+        option = self.options[name]
         if name not in self._space:
             known = ", ".join(self._space)
             raise BindingError(f"bind must name hyperparameters of the space ({known}), but got {name!r}.")
-        tunable = frozenset().union(*(rule.tunable for rule in self.rules))
         shape = self._space[name].spec.shape
-        if option == "betas" and {"beta1", "beta2"} <= tunable:
+        if option == "betas" and self._has_betas():
             if shape != (2,):
                 raise BindingError(
                     f"a hyperparameter bound to betas must have shape (2,), but {name} has {shape}."
                 )
             return
-        if option not in tunable:
+        if option not in self.tunable:
+            kinds = ", ".join(type(o).__name__ for o in self._optimizers)
             raise BindingError(
-                f"a bound option of {kinds} must be one of {', '.join(sorted(tunable))}, but got {option!r}."
+                f"a bound option of {kinds} must be one of {', '.join(sorted(self.tunable))}, "
+                f"but got {option!r}."
             )
-        settings = self._settings(option)
-        sizes = {len(settings), sum(s != 0 for s in settings.values())} - {0}
+        own = self._own_numbers(option)
+        sizes = {len(own), sum(number != 0 for number in own.values())} - {0}
         if shape and (len(shape) > 1 or shape[0] not in sizes):
             allowed = " or ".join(f"({size},)" for size in sorted(sizes))
             raise BindingError(
@@ -444,20 +485,25 @@ def _parts(option: str) -> tuple[str, ...]:
     return ("beta1", "beta2") if option == "betas" else (option,)
 
 
+def _take_back(group: dict[str, Any], option: str, own: float, written: float) -> None:
+    if read_option(group, option) == written:
+        write_option(group, option, own)
+
+
 def _rounded(group: Mapping[str, Any], option: str, value: float) -> float:
-    """What a group says once this value is written into it."""
+    """Return what a group reads once this value is written into it: tensors round to their type."""
     betas = group.get("betas", ())
     now = betas[option == "beta2"] if option in ("beta1", "beta2") else group.get(option)
     return float(torch.tensor(value, dtype=now.dtype)) if isinstance(now, Tensor) else float(value)
 
 
 _SCHEDULED = {"lr": ("max_lr", "initial_lr"), "momentum": ("max_momentum",), "beta1": ("max_momentum",)}
-"""Option -> where torch's schedulers note in a group what it is at factor 1."""
+"""Option -> keys of a group under which torch's schedulers keep its value at factor 1."""
 
 
 def _scheduled(group: Mapping[str, Any]) -> dict[str, float]:
-    """What torch's schedulers noted in a group."""
-    keys = {key for noted in _SCHEDULED.values() for key in noted}
+    """Return what torch's schedulers keep in a group, key -> number."""
+    keys = {key for kept in _SCHEDULED.values() for key in kept}
     return {key: float(group[key]) for key in keys if isinstance(group.get(key), float | int | Tensor)}
 
 

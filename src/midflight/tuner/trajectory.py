@@ -121,7 +121,6 @@ class Replay:
         """Stop following; the space and the optimiser keep their values."""
         self._hooks.remove()
         self._binding.detach()
-        self._binding.settle()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume."""

@@ -123,7 +123,7 @@ class Tuner:
         self._controller = Controller(
             space, self._hyperstep, self.horizon, self.schedule, guard, hyper_optimizer, self._total
         )
-        self._controller.reach.options = {option for rule in self._binding.rules for option in rule.tunable}
+        self._controller.reach.options = self._binding.tunable
         self._on_hyperstep = on_hyperstep
         self._finished: dict[str, float] = {}
         space.requires_grad_(False)
@@ -195,7 +195,6 @@ class Tuner:
             self._hooks = None
             self._hyperstep.close()
             self._binding.detach()
-            self._binding.settle()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume, the space's values and the place in the data included."""
