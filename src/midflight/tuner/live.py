@@ -1,8 +1,7 @@
-"""The user's live model, evaluated with other weights and left without a trace.
+"""Evaluate the user's live model with other weights, and leave no trace.
 
-Everything that the tuner computes on the model happens inside `LiveModel.borrowed`: whatever goes wrong
-there, in the user's functions or by Ctrl-C, weights, buffers, modes, gradients and random numbers are as they
-were.
+The tuner computes on the model only inside `LiveModel.borrowed`. Afterwards weights, buffers, modes,
+gradients and random numbers are as before, even if the user's function fails or Ctrl-C stops it.
 """
 
 import copy
@@ -13,7 +12,7 @@ import sys
 import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -29,7 +28,7 @@ from midflight.tuner.randomness import Randomness
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar."""
 MOST_ENTRIES = 100_000
-"""A container of a module with more entries is not put back: it would take too long."""
+"""Containers of a module with more entries are not restored, because that takes too long."""
 
 
 class LiveModel:
@@ -38,8 +37,8 @@ class LiveModel:
     Args:
         model: the model being trained, compiled or not.
         randomness: the tuner's own random numbers.
-        others: weights that are trained and not the model's.
-        beside: modules that the loss functions use beside the model, such as a head or a teacher.
+        others: weights that the optimisers train but the model does not have.
+        beside: modules other than the model that the loss functions use, such as a head or a teacher.
     """
 
     def __init__(
@@ -61,13 +60,12 @@ class LiveModel:
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._all.modules())
 
     def watch(self) -> None:
-        """Note which parameters the loop writes from here to the next hyper-step."""
+        """Begin to note which parameters the loop writes until the next hyper-step."""
         self._versions = [(p, p._version) for p in self._all.parameters()]
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """For the length of a hyper-step: the model and the modules beside it may be changed, and are put
-        back."""
+        """Let a hyper-step change the model and the modules beside it; restore them at the end."""
         written = [p for p, version in self._versions if p._version != version]
         with ExitStack() as stack:
             stack.enter_context(signals_wait())
@@ -80,19 +78,17 @@ class LiveModel:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode; also for the backward pass, in which checkpoints compute again."""
-        with evaluating(self._all):
-            yield
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Put the model in eval mode, for a backward pass too, because checkpoints recompute in it."""
+        return evaluating(self._all)
 
     def valid_loss(self, function: Loss, batch: Any) -> Tensor:
-        """`function(model, batch)` in eval mode."""
+        """Return `function(model, batch)` in eval mode, shape ()."""
         with self.evaluating():
             return self._call(function, batch)
 
     def train_loss(self, function: Loss, batch: Any) -> Tensor:
-        """`function(model, batch)` in the mode in which the model trains."""
+        """Return `function(model, batch)` in the mode in which the model trains, shape ()."""
         return self._call(function, batch)
 
     def gradients(
@@ -102,12 +98,16 @@ class LiveModel:
         inside: Callable[[], Tensors] = dict,
         hooks: bool = False,
     ) -> tuple[Tensor, Tensors]:
-        """The loss and its gradient at leaves, name -> tensor; without those that the loss does not reach.
+        """Return the loss and its gradients, name -> tensor, without leaves that the loss does not reach.
 
-        With it comes the gradient at leaves that `inside` names once the loss is computed.
+        Reentrant checkpointing works with `backward` only. Then the gradients are taken from the leaves'
+        `.grad`, which `borrowed` has emptied.
 
-        Reentrant checkpointing knows `backward` only: there the leaves' `.grad` is used, which `borrowed`
-        emptied.
+        Args:
+            loss: computes the loss.
+            at: leaves, name -> tensor.
+            inside: gives further leaves; called once the loss is computed.
+            hooks: whether the user's hooks on gradients run.
         """
         value = loss()
         with nullcontext() if hooks else _without_hooks(at.values()):
@@ -129,13 +129,13 @@ class LiveModel:
 
 
 def reenters(loss: Tensor) -> bool:
-    """Whether a part of the graph is hidden behind reentrant checkpointing, which knows `backward` only."""
+    """Return whether the loss uses reentrant checkpointing, which works with `backward` only."""
     return any("CheckpointFunction" in node.name() for node in graph_nodes([loss]))
 
 
 @contextmanager
 def _without_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """The user's hooks on gradients, such as clipping, are for the training loss."""
+    """Switch off the user's hooks on gradients, such as clipping, which are for the training loss."""
     kept = [(leaf, leaf._backward_hooks, leaf._post_accumulate_grad_hooks) for leaf in leaves]
     try:
         for leaf, *_ in kept:
@@ -147,7 +147,7 @@ def _without_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
 
 
 def scalar_loss(function: Loss, loss: Any) -> Tensor:
-    """`loss` if it is one number; raises `InvalidLoss` otherwise."""
+    """Return `loss` with shape () if it is one number with a gradient; raise `InvalidLoss` otherwise."""
     name = _name(function)
     if not isinstance(loss, Tensor):
         kind = type(loss).__name__
@@ -178,7 +178,7 @@ _MODELS = {"model", "net", "network"}
 
 
 def require_loss(name: str, function: Any) -> None:
-    """Raise `TypeError` for what cannot be called as a `Loss`, where its signature says so for certain."""
+    """Raise `TypeError` if the signature shows that `function` cannot be called as a `Loss`."""
     if not callable(function):
         raise TypeError(
             f"{name} must be a function of (model, batch), but got {function!r}; the order is {ORDER}."
@@ -191,7 +191,7 @@ def require_loss(name: str, function: Any) -> None:
         )
     try:
         signature = inspect.signature(function, follow_wrapped=False)
-    except (TypeError, ValueError):  # of a builtin
+    except (TypeError, ValueError):  # a builtin has no signature
         return
     order = [*signature.parameters][:2]
     if order == ["b", "m"] or (order[1:] and order[1] in _MODELS and order[0] not in _MODELS):
@@ -206,7 +206,13 @@ def require_loss(name: str, function: Any) -> None:
 
 
 def require_moved(function: Loss, weights: Tensors, found: Tensors) -> None:
-    """Raise `InvalidLoss` if none of the weights has a gradient: the loss is another model's."""
+    """Raise `InvalidLoss` if no weight has a gradient, because the loss then reads another model.
+
+    Args:
+        function: the loss function, for the message.
+        weights: those that the optimisers move, name -> tensor.
+        found: gradients of the loss, name -> tensor.
+    """
     if weights and not weights.keys() & found.keys():
         raise InvalidLoss(
             f"{_name(function)} must read the weights that the optimiser moves, but reads none of them; "
@@ -220,7 +226,7 @@ def _name(function: Loss) -> str:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, then each back in the mode it had."""
+    """Put every module in eval mode; restore each module's own mode at the end."""
     modes = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
@@ -232,11 +238,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def weights_at(params: Mapping[str, Tensor], at: Tensors) -> Iterator[None]:
-    """The parameters hold other values, then their own storage again, bit for bit.
+    """Give parameters other values; restore their own storage, bit for bit, at the end.
 
-    The swap goes through `.data`: graphs recorded before stay valid, tied weights stay tied, and
-    a weight need not belong to the model. Values of weights that are gone, or have another shape, are left
-    out.
+    Values are exchanged by `.data`, so earlier graphs stay valid and tied weights stay tied. A weight need
+    not belong to the model. Values whose weight is gone or has another shape are ignored.
     """
     at = {name: value for name, value in at.items() if name in params and params[name].shape == value.shape}
     before = {name: params[name].data for name in at}
@@ -253,22 +258,22 @@ def weights_at(params: Mapping[str, Tensor], at: Tensors) -> Iterator[None]:
 def preserved(
     model: nn.Module, others: Iterable[Tensor] = (), written: Iterable[Tensor] = ()
 ) -> Iterator[None]:
-    """Attributes, buffers, gradients and `requires_grad` are put back, whatever happens.
+    """Restore attributes, buffers, gradients and `requires_grad` at the end, whatever happens.
 
-    Forward passes change copies of the buffers, and of other tensors that modules keep. Containers that a
+    Forward passes write to copies of the buffers, and of other tensors that modules keep. Containers that a
     module keeps, such as a queue, get their entries back. Gradients begin at None, so that nothing is added
     to the user's.
 
     Args:
-        model: with all its modules.
-        others: weights that are not the model's.
+        model: the model, with all its modules.
+        others: weights that the model does not have.
         written: parameters that forward passes write, such as those of a momentum encoder.
     """
     tables = [m.__dict__ for m in model.modules()]
     containers = [*tables, *(c for table in tables for c in table.values() if _is_container(c))]
     entries = [(c, copy.copy(c)) for c in containers]
-    plain = (t for c, _ in entries for t in (c.values() if isinstance(c, dict) else c) if _is_plain(t))
-    tensors = [(t, t.data) for t in {id(t): t for t in [*model.buffers(), *plain, *written]}.values()]
+    held = (t for c, _ in entries for t in (c.values() if isinstance(c, dict) else c) if _is_writable(t))
+    tensors = [(t, t.data) for t in {id(t): t for t in [*model.buffers(), *held, *written]}.values()]
     weights = {id(p): p for p in [*model.parameters(), *others]}.values()
     params = [(p, p.grad, p.requires_grad) for p in weights]
     try:
@@ -279,7 +284,7 @@ def preserved(
         yield
     finally:
         for container, before in entries:
-            _put_back(container, before)
+            _restore_entries(container, before)
         for t, data in tensors:
             t.data = data
         for p, grad, requires_grad in params:
@@ -293,14 +298,13 @@ def _is_container(thing: Any) -> bool:
     return type(thing) in kinds and len(thing) <= MOST_ENTRIES
 
 
-def _is_plain(thing: Any) -> bool:
-    """Whether it is a tensor that a forward pass may write to and that is no parameter, frozen or not."""
+def _is_writable(thing: Any) -> bool:
+    """Return whether it is a tensor, but no parameter, that a forward pass may write to in place."""
     weight = isinstance(thing, nn.Parameter)
     return isinstance(thing, Tensor) and not (weight or thing.requires_grad or thing.is_inference())
 
 
-def _put_back(container: Any, before: Any) -> None:
-    """Give a container the entries that it had."""
+def _restore_entries(container: Any, before: Any) -> None:
     if isinstance(container, dict):
         same = len(container) == len(before) and all(container.get(k) is v for k, v in before.items())
     else:
@@ -311,14 +315,13 @@ def _put_back(container: Any, before: Any) -> None:
 
 
 def _uncompiled() -> Any:
-    """Compiled modules and functions run eagerly, where there are any: other shapes would compile them
-    anew."""
+    """Run compiled modules and functions eagerly, because other shapes would recompile them."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    """Autocast keeps casts of the weights by their identity, which stays as their values are exchanged."""
+    """Switch off autocast's cache, which does not notice when the values of a weight are exchanged."""
     before = torch.is_autocast_cache_enabled()
     try:
         torch.set_autocast_cache_enabled(False)
@@ -334,13 +337,15 @@ _SIGNALS = tuple(
     if hasattr(signal, name)
 )
 
-
 IMPATIENT = 3
-"""So many signals of a kind, and the user does not want to wait for a function that hangs."""
+"""The number of signals of one kind after which a hyper-step is interrupted, because it may hang."""
 
 
 class _Waiting:
-    """The handler of signals within `signals_wait`; those that wait in a block around it are left alone."""
+    """A handler that keeps signals until `signals_wait` is over.
+
+    Signals that already wait for an outer block keep its handler.
+    """
 
     def __init__(self) -> None:
         known = {s: signal.getsignal(s) for s in _SIGNALS}
@@ -356,7 +361,7 @@ class _Waiting:
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """Signals with a Python handler, such as Ctrl-C, wait until the block is over; a third one does not."""
+    """Delay signals with a Python handler, such as Ctrl-C, to the end of the block, but not a third one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -367,27 +372,27 @@ def signals_wait() -> Iterator[None]:
         yield
     finally:
         try:
-            _put_back_handlers(dict(waiting.handlers))
+            _restore_handlers(dict(waiting.handlers))
         finally:
             waiting.over = True
-            with ExitStack() as stack:  # calls the handler of each signal, also after one that raises
+            with ExitStack() as stack:  # calls the handler of each signal, even after one that raises
                 for number, frame in reversed(waiting.came):
                     stack.callback(waiting.handlers[signal.Signals(number)], number, frame)
 
 
-def _put_back_handlers(left: dict[signal.Signals, Any]) -> None:
-    """Each of them, though one that is back may raise before the others are."""
+def _restore_handlers(left: dict[signal.Signals, Any]) -> None:
+    """Restore each handler, even if one that is restored already is called and raises."""
     try:
         for number in list(left):
             signal.signal(number, left[number])
             del left[number]
     finally:
         if left:
-            _put_back_handlers(left)
+            _restore_handlers(left)
 
 
 class _LossModule(nn.Module):
-    """A user's loss function as a module, so that `functional_call` can give its model other weights."""
+    """A loss as a module, so that `functional_call` can give its model other weights."""
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
         super().__init__()
@@ -399,18 +404,20 @@ class _LossModule(nn.Module):
 
 
 def with_tensors(model: nn.Module, loss: Callable[[], Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
-    """What the loss is while the model has other weights and buffers, differentiable in them.
+    """Return the loss while the model has other weights and buffers, differentiable in these.
 
     Args:
-        tensors: by their names in the model; one that stands in several places is replaced in each.
+        model: the model that the loss reads; not modified.
+        loss: computes the loss, shape ().
+        tensors: weights and buffers by their names in the model; a tied one is replaced at all its names.
     """
     places: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules(prefix="model"):  # each once, wherever else it stands
+    for prefix, module in model.named_modules(prefix="model"):  # gives a shared module once
         for named in (module.named_parameters, module.named_buffers):
             for name, tensor in named(prefix, recurse=False, remove_duplicate=False):
                 places.setdefault(id(tensor), []).append(name)
     known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     everywhere = {place: t for name, t in tensors.items() for place in places[id(known[name])]}
-    # torch's own way with tied weights takes those of a module under two names away from it for good
+    # with tie_weights=True, a module that has two names would lose its weights for good
     result: Tensor = torch.func.functional_call(_LossModule(model, loss), everywhere, (), tie_weights=False)
     return result
