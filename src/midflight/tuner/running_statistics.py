@@ -1,20 +1,20 @@
-"""Running statistics, such as BatchNorm's, through which the training pass reaches the validation loss as
-well.
+"""Differentiate through running statistics, such as BatchNorm's, which validation reads.
 
     r' = (1 - m) r + m s(theta, lambda),   s = mean and variance of the training batch at a layer
 
-Validation reads r'. So beside the way through the weights there is
+Here r are the running statistics and m is the momentum. Validation reads r', which adds to the hypergradient
 
     m dC2/dr' . ds/dlambda
 
-Noise before a BatchNorm layer, say, widens its statistics: most of its hypergradient comes this way.
+For example, noise before a BatchNorm layer increases its variance. Most of the noise's hypergradient comes
+from this term.
 
-A layer that is used several times in one pass moves its statistics at each use, in their order. So does each
-training pass since the last optimiser step: one more micro-batch, a step that was left out, or a forward pass
-for a log. The layer's own counter tells how many there were. What went through them is not known: each counts
-as a pass of `loss_fn` on the batch of the hyper-step.
+A layer that is used several times in one pass updates its statistics at each use. Each training pass since
+the last optimiser step updates them too: a further micro-batch, a skipped step, or a forward pass for a log.
+The layer's counter tells how many passes there were. Their batches are not known, so each counts as a pass of
+`loss_fn` on the batch of the hyper-step.
 
-Other buffers are left out, such as those of a norm written by hand. Where hyperparameters reach the
+Other buffers have no derivative here, such as those of a hand-written norm. If hyperparameters reach the
 validation loss through them, the tuner warns.
 """
 
@@ -34,13 +34,13 @@ from midflight._tensors import Tensors
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that trains, and whose running statistics validation will read.
+    """A layer in training mode whose running statistics validation will read.
 
     Attributes:
-        module: BatchNorm, InstanceNorm, or what else hands its `running_mean` to torch.
+        module: BatchNorm, InstanceNorm, or another that passes its `running_mean` to torch.
         counted: passes since the last optimiser step, by the layer's own counter; None without one.
-        writes: how often its buffers were written in place since then; None if nobody knows.
-        total: passes so far where the statistics are the mean over all of them; None where they are not.
+        writes: how often its buffers were written in place since then; None if that is not known.
+        total: passes so far if the statistics are the mean over all of them; None otherwise.
     """
 
     module: Any
@@ -49,30 +49,33 @@ class Layer:
     total: int | None
 
     def times(self, uses: int, passes: int) -> int:
-        """How often the loop moved its statistics.
+        """Return how often the loop updated the statistics since the last optimiser step.
 
         Args:
-            uses: of the layer in one call of `loss_fn`.
-            passes: how often `backward` added to the gradient, where nothing else is known.
+            uses: how often one call of `loss_fn` uses the layer.
+            passes: how often `backward` added to the gradient; used if nothing else is known.
         """
         if self.writes is None or (self.counted is None and not self.writes):
             return uses * passes
-        if self.counted is None or self.counted <= 0:  # InstanceNorm has a counter and does not use it
+        if self.counted is None or self.counted <= 0:  # InstanceNorm does not increase its counter
             return self.writes
-        loaded = self.counted > self.writes * uses  # the counter jumped, with one of the writes
+        loaded = self.counted > self.writes * uses  # one write loaded a state, and the counter jumped
         return self.writes - 1 if loaded else self.counted
 
 
 Layers = dict[str, Layer]
 Statistics = dict[str, tuple[Tensor, Tensor]]
-"""Layer -> something shaped like its running mean, and like its running variance."""
+"""Name of a layer -> (tensor shaped like its running mean, tensor shaped like its running variance)."""
 
 
 class Watched:
-    """Buffers of a model that the loop moves between two optimiser steps.
+    """Records which buffers of a model the loop changes between two optimiser steps.
 
     Args:
         model: the model being trained.
+
+    Attributes:
+        layers: all layers with running statistics in training mode, by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -80,16 +83,20 @@ class Watched:
         self._owners: dict[str, nn.Module] = {}
         """Modules with buffers of their own, by name."""
         self._before: dict[str, tuple[Tensor, int]] = {}
+        """Each buffer and its version after the last optimiser step, by name."""
         self._counters: Tensors = {}
-        self._known: set[str] = set()
+        """Copies of the counters at that time."""
+        self._changed: set[str] = set()
+        """Names of the floating-point buffers that the loop changed since."""
+        self._read: set[str] = set()
+        """Names of the layers whose running statistics an evaluation pass has read."""
+        self._returned: set[str] = set()
+        """Names that `others` has returned already."""
         self._said_hidden = False
         self.layers: Layers = {}
-        """All layers with running statistics that train, by name."""
-        self._moved: set[str] = set()
-        self._judged: set[str] = set()
 
     def begin(self) -> None:
-        """The last optimiser step is over: count from here."""
+        """Begin to record, after an optimiser step."""
         self._owners = {name: m for name, m in self._model.named_modules() if len(m._buffers)}
         self._before = {name: (b, _version(b)) for name, b in self._buffers().items()}
         self._counters = {
@@ -97,13 +104,13 @@ class Watched:
         }
 
     def end(self) -> None:
-        """An optimiser step is about to be taken: note what moved until here."""
+        """Find what changed since `begin`, just before an optimiser step."""
         buffers = {name: b for name, b in self._buffers().items() if name in self._before}
-        self._moved = {n for n, b in buffers.items() if b.is_floating_point() and self._writes(n, b)}
+        self._changed = {n for n, b in buffers.items() if b.is_floating_point() and self._writes(n, b)}
         steps = {n: buffers[n] - before for n, before in self._counters.items() if n in buffers}
         device = next(iter(steps.values())).device if steps else None
         counts = torch.stack([n.to(device) for n in steps.values()]).tolist() if steps else []
-        counted = dict(zip(steps, counts, strict=True))  # all at once: a GPU is waited for
+        counted = dict(zip(steps, counts, strict=True))  # one transfer, because it waits for a GPU
         self.layers = {
             name: self._layer(f"{name}." if name else "", module, counted)
             for name, module in self._owners.items()
@@ -111,21 +118,26 @@ class Watched:
         }
 
     def others(self) -> set[str]:
-        """Buffers that the loop moved and that are left out, by name; each is told once."""
+        """Return names of buffers that the loop changed and that have no derivative here, each only once."""
         for name, layer in self.layers.items():
             own = {f"{name}.{kind}" if name else kind for kind in ("running_mean", "running_var")}
-            if name in self._known:
-                self._moved -= own
-            elif layer.writes:  # torch does not say that it writes to them
-                self._moved |= own & self._before.keys()
-        found = self._moved - self._judged
-        self._judged |= found
+            if name in self._read:
+                self._changed -= own
+            elif layer.writes:  # torch writes to them without a new version
+                self._changed |= own & self._before.keys()
+        found = self._changed - self._returned
+        self._returned |= found
         return found
 
     def taken(self, passes: "Passes", found: Tensors) -> Statistics:
-        """Take the gradient at running statistics out of what an evaluation pass found."""
+        """Move the gradients at running statistics out of all those that an evaluation pass found.
+
+        Args:
+            passes: what the evaluation pass read.
+            found: gradients, name -> tensor; those at running statistics are removed.
+        """
         taken = {name: found.pop(name) for name in passes.read if name in found}
-        self._known |= {name for name in passes.layers if _MEAN + name in passes.read}
+        self._read |= {name for name in passes.layers if _MEAN + name in passes.read}
         if passes.hidden and not self._said_hidden:
             self._said_hidden = True
             warnings.warn(
@@ -141,7 +153,7 @@ class Watched:
 
     @contextmanager
     def only(self, others: set[str]) -> Iterator[None]:
-        """All buffers but these are put back."""
+        """Restore all buffers except these at the end."""
         kept = {n: (b, b.clone()) for n, b in self._buffers().items() if n not in others}
         try:
             yield
@@ -169,6 +181,7 @@ class Watched:
         return Layer(module, counted.get(prefix + _COUNTER), max(writes, default=None), total)
 
     def _writes(self, name: str, now: Tensor) -> int:
+        """Return how often a buffer was written since `begin`, at least; 1 if it was replaced."""
         buffer, version = self._before[name]
         return _version(now) - version if now is buffer else 1
 
@@ -178,13 +191,13 @@ _COUNTER = "num_batches_tracked"
 
 
 def _version(buffer: Tensor) -> int:
-    """How often it was written in place, where torch says."""
+    """Return how often a buffer was written in place; 0 if torch does not count that."""
     return 0 if nn.parameter.is_lazy(buffer) or buffer.is_inference() else buffer._version
 
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments of `F.batch_norm` or `F.instance_norm`, whose order is the same."""
+    """Arguments of `F.batch_norm` or `F.instance_norm`, in the order that both have."""
 
     x: Tensor
     mean: Tensor | None = None
@@ -195,10 +208,10 @@ class _Call:
     momentum: float = 0.1
     eps: float = 1e-5
     each: bool = False
-    """Whether each example has a variance of its own; the running one moves by their mean."""
+    """Whether each example has its own variance, and their mean updates the running one."""
 
     def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance by which the running ones move."""
+        """Return the batch's mean and variance, each of shape (channels,), in the type of `like`."""
         x = self.x.to(like)
         others = [d for d in range(x.ndim) if d != 1]
         var = x.var(others[1:], unbiased=True).mean(0) if self.each else x.var(others, unbiased=True)
@@ -206,9 +219,9 @@ class _Call:
 
 
 class _Reads(torch.autograd.Function):
-    """x as it is, which is about to be normalised by running statistics, whose gradient comes with its own.
+    """The identity of x, which also gives running statistics their gradient when they normalise x.
 
-    What it keeps is no business of checkpoints: they compute again without it.
+    Tensors are kept in `ctx.kept` and not by `save_for_backward`, whose count checkpoints compare.
     """
 
     @staticmethod
@@ -242,12 +255,17 @@ _KNOWN: Mapping[Any, Callable[..., _Call]] = {
 
 
 class Passes(TorchFunctionMode):
-    """Within the block, notes what layers do with their running statistics, wherever they call torch.
+    """Records how layers use their running statistics within this block.
 
-    A training pass is noted use by use. An evaluation pass reads the statistics as leaves.
+    A layer in training mode is recorded use by use. One in eval mode reads the statistics as leaves.
 
     Args:
-        layers: to be noted.
+        layers: those to record.
+
+    Attributes:
+        uses: the calls of torch in training mode, by layer.
+        read: the running means and variances read in eval mode, as leaves, by names of their own.
+        hidden: layers that were used in eval mode without recording a gradient.
     """
 
     def __init__(self, layers: Layers) -> None:
@@ -256,9 +274,7 @@ class Passes(TorchFunctionMode):
         self._names = {id(layer.module.running_mean): name for name, layer in layers.items()}
         self.uses: dict[str, list[_Call]] = {}
         self.hidden: set[str] = set()
-        """Layers that an evaluation pass used without recording a gradient."""
         self.read: Tensors = {}
-        """What an evaluation pass read, as leaves: running means and variances, by names of their own."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -281,12 +297,12 @@ class Passes(TorchFunctionMode):
 
 
 def moved_statistics(layers: Layers, passes: Passes, along: Statistics, accumulated: int) -> Tensor | None:
-    """<dC2/dr', r'>, differentiable in what a training pass read; None if it met no layer.
+    """Return <dC2/dr', r'>, differentiable in what a training pass read; None if it used no layer.
 
     Args:
-        layers: that were noted.
-        passes: of the training.
-        along: dC2/dr', layer -> (of the mean, of the variance).
+        layers: by name.
+        passes: the record of the training pass.
+        along: dC2/dr', layer -> (by the mean, by the variance).
         accumulated: how often `backward` added to the gradient.
     """
     total: Tensor | None = None
@@ -301,12 +317,14 @@ def moved_statistics(layers: Layers, passes: Passes, along: Statistics, accumula
 
 
 def _shares(momenta: list[float], times: int, total: int | None) -> list[float]:
-    """What each use in a pass counts in the end, where the last so many uses of the loop repeat the pass.
+    """Return the weight of each use of a layer in its final running statistics.
+
+    The loop's last `times` uses are taken as repetitions of those in one pass.
 
     Args:
-        momenta: of the uses, in their order.
-        times: uses of the loop.
-        total: uses ever, where the statistics are their mean.
+        momenta: of the uses in one pass, in their order.
+        times: how often the loop used the layer since the last optimiser step.
+        total: all uses so far if the statistics are their mean; None otherwise.
     """
     shares, left = [0.0] * len(momenta), 1.0
     for back in range(times):
