@@ -1,4 +1,4 @@
-"""The tuner's own way through the user's loaders, and a few examples of a batch."""
+"""Read the user's loaders without disturbing the loop, and cut batches to a few examples."""
 
 import copy
 import io
@@ -27,25 +27,26 @@ from midflight.tuner.randomness import (
 )
 
 PASS = 100
-"""Batches that count as a pass through a loader without an end."""
+"""Batches that count as one pass through a loader of unknown length."""
 
 
 class EndlessBatches(Iterator[Any]):
-    """Goes through a loader again and again; can be put to sleep and woken at the same place.
+    """Iterates over a loader again and again, and can resume at the same place.
 
-    The loop's own way through the same loader is left alone: what torch's loaders and samplers keep between
-    passes is copied, and random numbers are the tuner's own.
+    The loop may iterate over the same loader and is not disturbed: what torch's loaders and samplers keep
+    between passes is copied, and random numbers are the tuner's own.
 
     Args:
-        loader: iterable of batches; the same object may serve the training loop.
-        name: for messages.
-        randomness: the tuner's numbers; None leaves generators alone.
+        loader: iterable of batches; the training loop may use the same object.
+        name: of the argument, for messages.
+        randomness: the tuner's random numbers; None leaves generators alone and copies nothing.
 
     Raises:
-        UnusableLoader: it is no iterable; or, at once or when it is read, it has no batch.
+        UnusableLoader: the loader is not iterable, or has no batch; the latter may show when it is read.
 
     Attributes:
-        examples: how many the last batch had; None where they cannot be counted.
+        loader: the copy being read; the user's own loader before the first pass and without `randomness`.
+        examples: how many the last batch had; None if they cannot be counted.
     """
 
     def __init__(self, loader: Iterable[Any], name: str, randomness: Randomness | None = None) -> None:
@@ -83,25 +84,25 @@ class EndlessBatches(Iterator[Any]):
 
     @property
     def repeats(self) -> bool:
-        """Whether a pass can be made again."""
+        """Whether a second pass is possible."""
         return not isinstance(self.loader, Iterator)
 
     def whole_pass(self) -> Iterator[Any]:
-        """Every batch once, from the beginning; of a loader without an end the first `PASS`."""
+        """Yield every batch once, from the beginning; the first `PASS` if the length is not known."""
         with self._randomness.borrowed():
             loader = own_copy(self._theirs) if self._copies else self._theirs
             yield from islice(iter(loader), _batches_of(loader))
 
     def close(self) -> None:
-        """Let worker processes go; the place in the data is kept for `state_dict`."""
+        """End worker processes; `state_dict` still gives the place in the data."""
         self._iterator, self.loader = None, self._theirs
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is."""
+        """Return the place in the data."""
         return {"used": self._used, "states": plain(self._states), "examples": self.examples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from where `state_dict` was taken."""
+        """Resume from `state_dict`, by reading the current pass up to the same batch."""
         self.examples = state.get("examples")
         if state["states"] is None:
             self._iterator, self._states, self._used = None, None, 0
@@ -118,7 +119,7 @@ class EndlessBatches(Iterator[Any]):
 
     def _begin(self) -> None:
         self._states = self._randomness.snapshot()
-        if self._copies:  # anew at each pass: the loop may say `sampler.set_epoch(n)` in between
+        if self._copies:  # at each pass, because the loop may call `sampler.set_epoch(n)` in between
             self.loader = own_copy(self._theirs)
         self._iterator = iter(self.loader)
         self._used = 0
@@ -134,24 +135,24 @@ def _empty(name: str, loader: Iterable[Any]) -> UnusableLoader:
 
 
 def _batches_of(loader: Iterable[Any]) -> int:
-    """Batches in a pass; a loader may have `__len__` and not know it, as a `DataLoader` of a stream."""
+    """Return the number of batches in a pass; PASS if it is not known."""
     try:
         return len(loader)  # type: ignore[arg-type]
-    except TypeError:
+    except TypeError:  # a `DataLoader` of a stream has `__len__` too
         return PASS
 
 
 def own_copy(loader: Any) -> Any:
-    """A loader with all that it and its parts keep between passes copied, such as counters and caches.
+    """Return a copy of a loader and of all that its parts keep between passes, such as counters and caches.
 
-    Arrays, functions and random generators are shared, and so is what cannot be copied safely: iterators,
+    Arrays, functions and random generators are shared. So is what cannot be copied safely: iterators,
     objects with a finalizer, large containers.
     """
     return _copied(loader, {}, DEPTH, ROOM)
 
 
 ROOM = 10_000
-"""Entries of a container and of all containers within it that are copied."""
+"""The most entries that are copied of a container, including those of containers within it."""
 
 
 def _copied(thing: Any, known: dict[int, Any], depth: int, room: int) -> Any:
@@ -174,12 +175,12 @@ def _copied(thing: Any, known: dict[int, Any], depth: int, room: int) -> Any:
     except Exception:  # whatever the user's class says to being copied
         return thing
     known[id(thing)] = own
-    if own is thing:  # its class wants to be shared
+    if own is thing:  # its `__copy__` asks for sharing
         return own
     parts = {name: _copied(value, known, depth - 1, room) for name, value in vars(thing).items()}
     if isinstance(thing, DataLoader):
-        parts["_iterator"] = None  # of persistent workers
-    own.__dict__.update(parts)  # past DataLoader's guard against changes
+        parts["_iterator"] = None  # persistent workers belong to the loop's own iterator
+    own.__dict__.update(parts)  # DataLoader forbids setting attributes
     return own
 
 
@@ -199,7 +200,7 @@ def _is_shared(thing: Any) -> bool:
 
 
 def same_data(a: Any, b: Any) -> bool:
-    """Whether two loaders are one, or torch's that read all of one dataset."""
+    """Return whether two loaders are the same, or are DataLoaders that read all of the same dataset."""
     both = [loader for loader in (a, b) if isinstance(loader, DataLoader)]
     return a is b or (len(both) == 2 and a.dataset is b.dataset and all(map(_reads_all, both)))
 
@@ -211,7 +212,7 @@ def _reads_all(loader: DataLoader[Any]) -> bool:
 
 
 def require_many_passes(loader: Any, name: str) -> None:
-    """Raise `UnusableLoader` for an iterator: each batch the tuner takes would be missing in the loop."""
+    """Raise `UnusableLoader` for an iterator, because the loop would miss each batch that the tuner takes."""
     if isinstance(loader, Iterator):
         raise UnusableLoader(
             f"{name} must be iterable anew at each pass, such as a DataLoader or a list, but got the "
@@ -227,17 +228,16 @@ def require_many_passes(loader: Any, name: str) -> None:
 
 
 def _kept(thing: Any) -> list[Any]:
-    """What a loader keeps while it is read, but for a dataset that is read row by row."""
+    """Return what a loader keeps while it is read, without datasets that are read by index."""
     if isinstance(thing, Dataset) and not isinstance(thing, IterableDataset):
         return []
-    if isinstance(thing, DataLoader):  # `own_copy` does not take over the iterator of its workers
+    if isinstance(thing, DataLoader):  # `own_copy` drops its iterator
         return [value for name, value in vars(thing).items() if name != "_iterator"]
     return parts_of(thing)
 
 
 def require_no_iterators(function: Any, name: str) -> None:
-    """Raise `InvalidLoss` for a loss that reads an iterator: what the tuner takes would be missing in the
-    loop."""
+    """Raise `InvalidLoss` for a loss that reads an iterator: the loop would miss what the tuner takes."""
     for thing in held([function], Iterator, _of_functions):
         if not isinstance(thing, io.IOBase):
             raise InvalidLoss(
@@ -252,8 +252,10 @@ def _of_functions(thing: Any) -> list[Any]:
 
 
 def fresh(batch: Any) -> Any:
-    """The batch in containers of its own, since a loss may take parts out of them; without inference tensors,
-    which have no derivative."""
+    """Return the batch in new containers, because a loss may remove entries from them.
+
+    Inference tensors, which have no derivative, are copied.
+    """
     if isinstance(batch, Tensor):
         return batch.clone() if batch.is_inference() else batch
     if isinstance(batch, MutableMapping):
@@ -272,13 +274,13 @@ def fresh(batch: Any) -> Any:
 
 
 def examples_of(batch: Any) -> int | None:
-    """How many examples a batch has: the first dimension that its arrays share; None if they share none."""
+    """Return how many examples a batch has: the length of its arrays; None if their lengths differ."""
     sizes = {len(array) for array in _arrays(batch)}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def first_examples(batch: Any, count: int) -> Any:
-    """The first `count` examples of a batch; the batch itself where they cannot be told apart."""
+    """Return the first `count` examples of a batch; the batch itself if they cannot be counted."""
     size = examples_of(batch)
     return batch if size is None or size <= count else _cut(batch, size, count)
 
@@ -302,9 +304,9 @@ def _cut(batch: Any, size: int, count: int) -> Any:
         return batch[:count] if batch.ndim else batch
     if isinstance(batch, Mapping):
         cut = {key: _cut(value, size, count) for key, value in batch.items()}
-        return cut if type(batch) is dict else _rebuilt(batch, cut)
+        return cut if type(batch) is dict else _with_values(batch, cut)
     if isinstance(batch, list | tuple):
-        if len(batch) == size and not any(True for _ in _arrays(batch)):  # such as names of files
+        if len(batch) == size and not any(True for _ in _arrays(batch)):  # such as file names, one each
             return batch[:count]
         parts = [_cut(value, size, count) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
@@ -313,15 +315,15 @@ def _cut(batch: Any, size: int, count: int) -> Any:
 
 
 def _parts_of_dataclass(batch: Any) -> dict[str, Any]:
-    """Field -> value; empty for anything but a dataclass."""
+    """Return field -> value; empty for anything but a dataclass."""
     if not is_dataclass(batch) or isinstance(batch, type):
         return {}
     return {part.name: getattr(batch, part.name) for part in fields(batch) if part.init}
 
 
-def _rebuilt(batch: Mapping[Any, Any], cut: dict[Any, Any]) -> Any:
-    """A mapping of another type, such as a tokenizer's output, with other values."""
+def _with_values(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    """Return a mapping of the same type, such as a tokenizer's output, with other values."""
     new = copy.copy(batch)
-    for key, value in cut.items():
+    for key, value in values.items():
         new[key] = value  # type: ignore[index]
     return new

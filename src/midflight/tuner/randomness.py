@@ -1,4 +1,4 @@
-"""Random numbers of the tuner's own, so that the user's stay as they would be without it."""
+"""Give the tuner its own random numbers, so that the user's are the same as without it."""
 
 import random
 import sys
@@ -11,41 +11,43 @@ from typing import Any
 import numpy as np
 import torch
 
-SALT = 0x6D69_6466  # any number but 0: the tuner must not draw what the loop draws
+SALT = 0x6D69_6466
+"""The tuner's seed is the user's XOR this. Any number but 0 will do: the two must not draw the same."""
 DEPTH, OBJECTS, ENTRIES = 10, 20_000, 500
-"""How far into loaders and losses the tuner looks for generators and state: so many levels deep, at so many
-objects, and in containers of so many entries."""
+"""Limits of the search for generators and state: levels, objects, and entries of a container."""
 
 
 class Randomness:
-    """Switches every random generator in reach to the tuner's own state for a while.
+    """Switches random generators to the tuner's own states and back.
 
-    Covered are the global generators of torch (CPU and CUDA), numpy and Python, and the generators that the
-    given objects, such as loaders and losses, hold in their attributes or read. The global ones begin at a
-    seed of their own, the others where they stand.
+    These are the global generators of torch (CPU and CUDA), numpy and Python, and those that the given
+    objects, such as loaders and losses, hold or read. The tuner's own states begin at a seed for the global
+    generators, and at the present state for the others.
 
     Args:
-        holders: objects whose generators the user's loop may share.
+        holders: objects whose generators the user's loop may use too.
     """
 
     def __init__(self, holders: Iterable[Any] = ()) -> None:
         seed = (torch.initial_seed() ^ SALT) % 2**32
         found = [g for g in held(holders, GENERATORS) if g is not torch.default_generator]
-        everyone = [_source(torch.default_generator), _numpy(), _python()]
-        theirs = [_source(generator) for generator in found]
-        self._sources = [*everyone, *theirs]
-        self._states: list[Any] = [*[None] * len(everyone), *[source.get() for source in theirs]]
+        shared = [_source(torch.default_generator), _numpy(), _python()]
+        held_ones = [_source(generator) for generator in found]
+        self._sources = [*shared, *held_ones]
+        self._states: list[Any] = [*[None] * len(shared), *[source.get() for source in held_ones]]
+        """The tuner's own state of each source; None before the first use of a global generator."""
         self._seed = seed
         self._borrowed = False
         self._cuda = 0
+        """How many CUDA devices are among the sources."""
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Draw from the tuner's own numbers; the user's generators are as before afterwards."""
+        """Draw the tuner's own numbers in this block; restore the user's states at the end."""
         if self._borrowed:
             yield
             return
-        cuda = _cuda()[self._cuda :]  # started since
+        cuda = _cuda()[self._cuda :]  # those initialised since the last block
         sources = [*self._sources, *cuda]
         own = [*self._states, *[None] * (len(sources) - len(self._states))]
         before = [source.get() for source in sources]
@@ -62,21 +64,21 @@ class Randomness:
             self._borrowed = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The tuner's own states; one entry per generator."""
+        """Return the tuner's own states, one entry per generator."""
         return {"states": [plain(state) for state in self._states], "seed": self._seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Resume from `state_dict`."""
         count = len(self._sources)
         self._states = [*map(restored, state["states"]), *[None] * count][:count]
         self._seed = state["seed"]
 
     def snapshot(self) -> list[Any]:
-        """The states now; to be called while `borrowed`."""
+        """Return the present states; call it within `borrowed`."""
         return [source.get() for source in self._sources]
 
     def rewind(self, states: list[Any]) -> None:
-        """Go back to a `snapshot`; to be called while `borrowed`."""
+        """Return to the states of a `snapshot`; call it within `borrowed`."""
         for source, state in zip(self._sources, states, strict=False):
             source.set(state)
 
@@ -85,7 +87,7 @@ _ARRAY = "numpy"
 
 
 def plain(states: Any) -> Any:
-    """States without arrays of numpy, which `torch.load` refuses."""
+    """Return states with torch tensors in place of numpy arrays, which `torch.load` refuses."""
     if isinstance(states, np.ndarray):
         return {_ARRAY: torch.from_numpy(states.copy())}
     if isinstance(states, dict):
@@ -94,7 +96,7 @@ def plain(states: Any) -> Any:
 
 
 def restored(state: Any) -> Any:
-    """The inverse of `plain`."""
+    """Return states with numpy arrays again; the inverse of `plain`."""
     if isinstance(state, dict):
         if set(state) == {_ARRAY}:
             return state[_ARRAY].numpy()
@@ -103,7 +105,7 @@ def restored(state: Any) -> Any:
 
 
 class NoRandomness(Randomness):
-    """Leaves all generators alone, but for the global one of torch at `rewind`."""
+    """Leaves all generators alone; only `rewind` sets the global one of torch."""
 
     def __init__(self) -> None:
         self._sources = [_source(torch.default_generator)]
@@ -128,7 +130,7 @@ def _python() -> _Source:
 
 
 def _cuda() -> list[_Source]:
-    """Of the devices that are in use already; asking the others would start them."""
+    """Return the generators of all CUDA devices; none before CUDA is used, because asking initialises it."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return []
     return [_source(g) for g in torch.cuda.default_generators]
@@ -155,12 +157,12 @@ GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.G
 def held(
     holders: Iterable[Any], kinds: Any, parts: Callable[[Any], Iterable[Any]] | None = None
 ) -> list[Any]:
-    """Everything of these kinds that the objects are, hold or read, each once and a few levels deep.
+    """Return all objects of these kinds that the given ones are, hold or read, each once, up to DEPTH levels.
 
     Args:
         holders: where to begin.
-        kinds: as for `isinstance`.
-        parts: what an object holds; by default whatever `parts_of` knows.
+        kinds: a class or a tuple of classes.
+        parts: object -> what it holds; `parts_of` by default.
     """
     found: list[Any] = []
     level, seen = list(holders), dict[int, Any]()
@@ -183,13 +185,12 @@ _ATOMS = (torch.Tensor, np.ndarray, str, bytes, int, float, type, type(sys), typ
 
 
 def parts_of(obj: Any) -> list[Any]:
-    """What an object holds, and what its code reads: a closure, globals of its module."""
+    """Return what an object holds, and what its code reads: closures and globals of its module."""
     if isinstance(obj, GENERATORS):
         return []
-    if isinstance(obj, Mapping):
-        return list(obj.values()) if len(obj) <= ENTRIES else []
-    if isinstance(obj, list | tuple | set):
-        return list(obj) if len(obj) <= ENTRIES else []
+    if isinstance(obj, Mapping | list | tuple | set):
+        entries = obj.values() if isinstance(obj, Mapping) else obj
+        return list(entries) if len(obj) <= ENTRIES else []
     if isinstance(obj, FunctionType):
         return _read_by(obj)
     if isinstance(obj, partial):
@@ -206,7 +207,7 @@ def parts_of(obj: Any) -> list[Any]:
 
 
 _TABLES = {"_parameters", "_buffers", "_modules"}
-"""Of a module, whose modules are gone through by themselves."""
+"""Attributes of a module that are skipped: parameters and buffers are tensors, `held` visits its modules."""
 
 
 def _is_library(module: str) -> bool:
@@ -222,7 +223,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 def _read_by(function: FunctionType) -> list[Any]:
-    """What is in a function's closure and its defaults, and the globals that it names."""
+    """Return what is in a function's closure and defaults, and the globals that it names."""
     closure = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     if _is_library(function.__globals__.get("__name__", "")):
@@ -236,7 +237,7 @@ def _read_by(function: FunctionType) -> list[Any]:
 
 @cache
 def _names(code: CodeType) -> tuple[str, ...]:
-    """The names in a function and in those within it, always in the same order."""
+    """Return the names in a function and in those nested in it, always in the same order."""
     within = [name for c in code.co_consts if isinstance(c, CodeType) for name in _names(c)]
     return tuple(dict.fromkeys([*code.co_names, *within]))
 

@@ -221,7 +221,8 @@ class _Call:
 class _Reads(torch.autograd.Function):
     """The identity of x, which also gives running statistics their gradient when they normalise x.
 
-    Tensors are kept in `ctx.kept` and not by `save_for_backward`, whose count checkpoints compare.
+    It does not use `save_for_backward`: a checkpoint recomputes without this function, and requires that the
+    number of saved tensors is the same.
     """
 
     @staticmethod
