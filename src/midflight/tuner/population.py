@@ -1,8 +1,8 @@
-"""Many trainings as one program: the weights of all members are stacked, and the same functions are batched.
+"""Train and tune many small models as one program, with stacked weights and batched functions.
 
-A hyper-step is that of `Tuner`. Members do not affect each other, so the gradient of the sum of their losses
-contains the gradient of each. In a small network the cost of launching operations dominates; here it is paid
-once for all members.
+Members do not affect each other, so the gradient of the sum of their losses contains the gradient of each. In
+a small network, launching operations takes most of the time; here each is launched once for all members. A
+hyper-step is that of `Tuner`.
 """
 
 import copy
@@ -36,10 +36,10 @@ class Population:
     The horizon is "step" (see `Tuner`). The method `step` takes the training step as well.
 
     Args:
-        n: members.
+        n: number of members, n >= 1.
         build: space -> model; called once for each member, under its seed. All randomness of the model in
             training must come from torch (`torch.randn_like`, dropout). Then each member draws its own.
-        space: what is tuned; every member begins at its values, or at `starts`.
+        space: the hyperparameters; every member begins at its values, or at `starts`.
         optimizer: parameters -> the torch optimiser whose step is taken, such as
             `partial(torch.optim.Adam, lr=1e-3)`.
         loss_fn: (model, batch of one member) -> training loss, a scalar.
@@ -47,20 +47,20 @@ class Population:
             default.
         valid_loader: validation batches whose tensors have n as their first dimension.
         starts: name -> n values to begin at.
-        seeds: of the members' initial weights; 0 to n - 1 if left out.
+        seeds: n seeds of the initial weights; 0 to n - 1 by default.
         exploit: hyper-steps between two exploits. At an exploit the worst fifth of the members copies the
             weights, optimiser state and hyperparameters of the best fifth. Members are ranked by the mean
-            validation loss since the last exploit. Afterwards, gradients of their own move the copies apart
-            again. None: members never copy.
+            validation loss since the last exploit. Their own gradients then move the copies apart again.
+            None: members never copy.
         bind, schedule, estimator, total_steps, hyper_optimizer: as for `Tuner`.
-        compile: use torch.compile to fuse the dozen operations of an optimiser step into one pass over
-            memory; the same for each of the two passes over the optimiser's state that a hyper-step adds.
-            This works for Adam and AdamW; other optimisers are not compiled. It takes half a minute at first,
-            and needs a C++ compiler, or Triton on a GPU. torch compiles two programs for a network and stops
-            after eight; `torch.compiler.reset()` lets it begin anew.
+        compile: whether torch.compile fuses the dozen operations of an optimiser step into one pass over
+            memory, and likewise the two passes over the optimiser's state in a hyper-step. This works for
+            Adam and AdamW; other optimisers are not compiled. It takes half a minute at first, and needs a
+            C++ compiler, or Triton on a GPU. torch compiles two programs per network and at most eight in a
+            process; `torch.compiler.reset()` removes them.
 
     Raises:
-        ValueError: n < 1, the number of starts or of seeds is not n, or another number is out of its range.
+        ValueError: n < 1, there are not n starts or seeds, or another number is out of its range.
         BindingError: as for `Tuner`, or a bound hyperparameter is not a single number.
         UnsupportedOptimizer: the optimiser has no update rule, or mixes the entries of a weight (Muon).
         UnsupportedParameter: the model has buffers, such as running averages, or complex weights.
@@ -99,7 +99,7 @@ class Population:
         models = [_seeded(build, space, seed) for seed in seeds]
         self._model = models[0]
         self.optimizer = optimizer(self._model.parameters())
-        """Its options, such as the learning rate, apply to all members and may be changed between steps."""
+        """The optimiser whose options, such as lr, all members use; they may be changed between steps."""
         self._rule = rule_for(self.optimizer)
         _require_batchable(self._model, self.optimizer, self._rule)
         if compile:
@@ -113,7 +113,7 @@ class Population:
         self._groups = _groups(self.optimizer, names)
         of_each = [dict(model.named_parameters()) for model in models]
         self.params: Tensors = {name: torch.stack([p[name].detach() for p in of_each]) for name in names}
-        """Weights of all members, name -> tensor of shape (n, ...)."""
+        """The weights of all members, name -> tensor of shape (n, ...)."""
         self.state: dict[str, State] = {name: {} for name in names}
         """The optimiser's state of all members, name -> state whose tensors have shape (n, ...)."""
         self.raws: Tensors = self._start(starts or {})
@@ -133,14 +133,14 @@ class Population:
         """Take one training step of every member, with a hyper-step if one is due.
 
         Args:
-            batch: the batches of all members; its tensors have n as their first dimension, see `stacked`.
+            batch: the batches of all members, as tensors of shape (n, ...); see `stacked`.
 
         Returns:
             training losses before the step, shape (n,).
 
         Raises:
             UnreachedHyperparameter: a hyperparameter reaches neither the training gradient nor the optimiser.
-            NotTwiceDifferentiable: the loss holds an operation that is differentiable once only.
+            NotTwiceDifferentiable: the loss contains an operation that is differentiable only once.
         """
         self._calls += 1
         hyper, params = self._hyper, leaves(self.params)
@@ -168,12 +168,17 @@ class Population:
         return losses.detach()
 
     def losses(self, batch: Any) -> Tensor:
-        """Validation losses of all members on a batch with n as its first dimension, shape (n,)."""
+        """Return the validation losses of all members, shape (n,), on a batch as for `step`."""
         return self.evaluate(self._validate, batch)
 
     @torch.no_grad()
     def evaluate(self, function: Loss, batch: Any) -> Tensor:
-        """`function` (model, batch of one member) -> scalar, of all members in eval mode, shape (n,)."""
+        """Return `function` of all members in eval mode, shape (n,).
+
+        Args:
+            function: (model, batch of one member) -> scalar.
+            batch: as for `step`.
+        """
         with evaluating(self._model):
             return self._losses(function, self.params, self.values, batch)
 
@@ -188,7 +193,7 @@ class Population:
         return {name: self.space[name].transform.value(raw.detach()) for name, raw in self.raws.items()}
 
     def member(self, i: int) -> tuple[nn.Module, Space]:
-        """A new model with the weights of member i, and a new space with its hyperparameters."""
+        """Return a new model with the weights of member i, and a new space with its hyperparameters."""
         space = copy.deepcopy(self.space)
         model = self._build(space).to(next(iter(self.params.values())))
         model.load_state_dict({name: p[i] for name, p in self.params.items()}, strict=False)
@@ -200,10 +205,10 @@ class Population:
         """Let the worst fifth copy the best fifth: weights, optimiser state, hyperparameters.
 
         Args:
-            losses: of the members, shape (n,); NaN counts as worst.
+            losses: of the members, shape (n,); NaN ranks last.
 
         Returns:
-            (index of the copying member, index of the copied one) for each that copies.
+            (index of the copying member, index of the copied one) for each copy.
         """
         order = losses.nan_to_num(nan=float("inf")).argsort()
         count = min(self.n // 2, max(1, round(self.SHARE * self.n)))
@@ -216,7 +221,7 @@ class Population:
         return list(zip(worst.tolist(), best.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to resume."""
+        """Return everything needed to resume."""
         return copy.deepcopy(
             {
                 "params": self.params,
@@ -301,9 +306,12 @@ class Population:
 
 
 def stacked(loaders: Sequence[Iterable[Any]]) -> Iterable[Any]:
-    """Batches for a `Population`: those of each member's own loader, with their tensors stacked.
+    """Return batches for a `Population`, in which the tensors of all members' loaders are stacked.
 
-    It ends with the shortest loader, and can be iterated again if the loaders can.
+    Iteration ends with the shortest loader. It can be repeated if that of the loaders can.
+
+    Args:
+        loaders: one iterable of batches for each member.
     """
     return _Stacked(loaders)
 
@@ -341,12 +349,14 @@ def _require_batchable(model: nn.Module, optimizer: torch.optim.Optimizer, rule:
 def _on_recorded_graph(estimator: str | Estimator) -> Estimator:
     found = estimator_for(estimator)
     if found.needs_train_loss or found.mixed not in (None, "double backward"):
-        raise ValueError("the estimator must work on the recorded graph, such as one_step.")
+        raise ValueError(
+            f"a population's estimator must use a recorded graph, but got {estimator!r}; use 'one_step'."
+        )
     return found
 
 
 def _groups(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> dict[str, int]:
-    """Weight -> the number of its param_group."""
+    """Return weight -> index of its param_group."""
     numbers = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     return {name: numbers[id(p)] for name, p in params.items()}
 
