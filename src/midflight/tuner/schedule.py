@@ -1,4 +1,4 @@
-"""When hyper-steps come: mostly early, at every n-th optimiser step, or within a share of the training time.
+"""Decide when hyper-steps come: mostly early, at each n-th optimiser step, or within a share of the time.
 
 A hyperparameter far from its best value harms the weights for as long as it stays there. So most hyper-steps
 should come early.
@@ -16,26 +16,25 @@ PER = 20
 
 
 class Schedule(Protocol):
-    """When hyper-steps come; a subclass inherits the usual length and no state."""
+    """Decides when hyper-steps come; a subclass inherits hyper-steps of the usual length, and no state."""
 
     @property
     def step_scale(self) -> float:
-        """The factor on how far a hyper-step moves the hyperparameters, read at each hyper-step.
+        """The factor on how far a hyper-step moves the hyperparameters; read at each hyper-step.
 
-        1 is the usual length. A schedule whose hyper-steps come more rarely than usual may return more.
+        1 is the usual length. A schedule with rarer hyper-steps than usual may return more.
         """
         return 1.0
 
     @abstractmethod
     def next_is_hyper(self, steps: int, hyper: bool, busy: bool = False) -> bool:
-        """Whether the coming optimiser step has a hyper-step.
+        """Return whether the coming optimiser step has a hyper-step.
 
-        Called once before the first optimiser step and once after each. `Tuner` also calls it after loading a
-        state.
+        It is called once before the first optimiser step and once after each. `Tuner` also calls it after
+        loading a state.
 
         Args:
-            steps: number of optimiser steps already taken; 0 before the first. So the coming one has the
-                number steps + 1.
+            steps: number of optimiser steps already taken, so the coming one has number steps + 1.
             hyper: whether the last optimiser step had a hyper-step; False after loading a state.
             busy: whether the tuner did other work after that step, such as averaging weights.
         """
@@ -45,7 +44,7 @@ class Schedule(Protocol):
         return
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to resume."""
+        """Return what `load_state_dict` needs to resume."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -54,7 +53,7 @@ class Schedule(Protocol):
 
 
 class Every(Schedule):
-    """Take a hyper-step at each n-th optimiser step.
+    """Takes a hyper-step at each n-th optimiser step.
 
     Args:
         n: optimiser steps per hyper-step, n >= 1.
@@ -68,10 +67,10 @@ class Every(Schedule):
 
 
 class FrontLoaded(Schedule):
-    """Take most hyper-steps early: the n-th of N comes after (n / N)^2 of the run.
+    """Takes most hyper-steps early: the n-th of N comes after the share (n / N)^2 of the run.
 
-    N is the number of optimiser steps over `per`. If the length of the run is not known, a hyper-step comes
-    at each `per`-th step.
+    N is the number of optimiser steps divided by `per`. If the length of the run is not known, a hyper-step
+    comes at each `per`-th step.
 
     Args:
         per: optimiser steps per hyper-step, over the whole run.
@@ -100,18 +99,18 @@ class FrontLoaded(Schedule):
 
 
 class TimeBudget(Schedule):
-    """Take hyper-steps so rarely that tuning stays within a share of the time of training without it.
+    """Takes hyper-steps so rarely that tuning costs at most a share of the time of training without it.
 
     A training step lasts from the end of one optimiser step to the end of the next, whatever the user's loop
     does in between. A step is plain if the tuner did nothing in it or just before it. The cost of tuning is
     the time that the other steps take beyond the mean plain step.
 
     The next hyper-step comes when share x (time of training without tuning so far) covers all tuning so far
-    and one more hyper-step. If the number of steps is known, part of the rest of the run's budget is spent
+    and one more hyper-step. If the number of steps is known, part of the budget of the coming steps is spent
     early: the allowance is share x time x sqrt(steps in the run / steps so far).
 
-    The first hyper-step comes at once and is slower than later ones. A second one follows soon and shows the
-    usual cost. What the first took beyond that is spread over the run.
+    The first hyper-step comes at once and is slower than later ones. A second one soon after shows the usual
+    cost. The excess of the first is spread over the run.
 
     Args:
         share: of the training time, in (0, 1]; 0.05 allows 5 %.
@@ -119,21 +118,21 @@ class TimeBudget(Schedule):
     """
 
     WARM_UP = 5
-    """The first steps of a run are unusually slow; this many are not counted."""
+    """How many steps at the beginning are not counted, because they are unusually slow."""
     AROUND = 100
-    """The mean time of a kind of step is over about this many of its last steps."""
+    """The mean time of plain steps, and of hyper-steps, is over about this many of the last ones."""
     PAUSE = 5.0
-    """A step that takes this many plain steps longer than its kind usually does contains a pause, such as an
-    evaluation. It is counted with the usual time of its kind."""
+    """A step contains a pause, such as an evaluation, if it takes this many plain steps longer than usual.
+    It is counted with the usual time."""
     AHEAD = 4.0
-    """Early in the run, at most this many times the share may be spent."""
+    """The largest factor on the share early in the run."""
     STEP_SCALES = 0.5, 4.0
-    """The shortest and the longest step scale."""
+    """The least and the greatest step scale."""
     REACH = 0.75
-    """The length of a hyper-step grows by this power of the optimiser steps between two of them. With 1/2,
+    """The power of the number of optimiser steps between hyper-steps by which their length grows. With 1/2,
     fewer hyper-steps would go as far in a random walk; with 1, as far in one direction."""
     AFTERMATH = 1
-    """This many steps after a hyper-step are not plain, because it has emptied the caches."""
+    """How many steps after a hyper-step are not plain, because it has emptied the caches."""
 
     def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
         if isinstance(share, bool) or not 0 < share <= 1:
@@ -153,7 +152,7 @@ class TimeBudget(Schedule):
 
     @property
     def spent(self) -> float:
-        """The time of tuning so far over that of training without it."""
+        """The time of tuning so far, divided by that of training without it."""
         return self._tuned / self._trained if self._trained else 0.0
 
     @property
@@ -214,7 +213,7 @@ class TimeBudget(Schedule):
 
 @dataclass
 class _Mean:
-    """The running mean of about the last `around` values."""
+    """A running mean of about the last `around` values."""
 
     value: float = 0.0
     count: int = 0
@@ -232,16 +231,16 @@ def whole(name: str, value: Any) -> int:
 
 
 def schedule_for(schedule: Schedule | int | None) -> Schedule:
-    """The schedule for the argument `schedule` of `Tuner`.
+    """Return the schedule for the argument `schedule` of `Tuner`.
 
     Raises:
-        TypeError: it is neither a schedule nor a number.
+        TypeError: `schedule` is neither a schedule nor a number.
         ValueError: it is a number that is not whole, or below 1.
     """
     if schedule is None:
         return FrontLoaded()
     if isinstance(schedule, int | float):
-        return Every(schedule)
+        return Every(whole("schedule", schedule))
     if not hasattr(schedule, "next_is_hyper"):
         raise TypeError(
             f"schedule must be a whole number or a schedule such as mf.Every(20), but got {schedule!r}."

@@ -1,4 +1,4 @@
-"""The tuner: hyperparameters move now and then inside `optimizer.step()`, and the loop stays as it was."""
+"""Tune hyperparameters inside `optimizer.step()`, while the training loop stays unchanged."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -27,9 +27,9 @@ from midflight.tuner.schedule import Schedule, schedule_for, whole
 from midflight.tuner.trajectory import Trajectory
 
 EXAMPLES = 128
-"""The most examples of a T1 batch that the mixed partial uses. With fewer, it is less certain."""
+"""The default number of examples of a T1 batch for the mixed partial. Fewer make it noisier."""
 MOST_ENTRIES = 10_000
-"""The most separate hyperparameters in one space, because each costs small operations of its own."""
+"""The most separate hyperparameters in a space, because each needs its own small operations."""
 
 
 class Tuner:
@@ -39,52 +39,54 @@ class Tuner:
         ...                     # the training loop, unchanged
         tuner.finish()
 
-    It hooks `optimizer.step`, where the gradient is what the optimiser really gets: accumulated, unscaled and
-    clipped. The loop's own forward and backward see plain numbers. Weights, buffers, modes, gradients and
-    random numbers are the same after a hyper-step as before.
+    It hooks `optimizer.step`, so it sees the gradient that the optimiser really gets: accumulated, unscaled
+    and clipped. The loop's own forward and backward passes see plain numbers. A hyper-step leaves weights,
+    buffers, modes, gradients and random numbers unchanged.
 
     Args:
         model: the model being trained, compiled or not.
         optimizer: the torch optimiser that trains it, or the wrapper of Accelerate, Lightning or Fabric
-            around it; a list if several train the model together, each stepping once in a training step. A
-            tuner that holds it already is detached, with a warning.
-        space: what is tuned.
+            around it. A list if several train the model together; each then steps once in a training step. A
+            tuner that is attached to it already is detached, with a warning.
+        space: the hyperparameters to tune.
         loss_fn: (model, batch) -> training loss, a scalar, the mean over the batch. It must be what the loop
             minimises over an optimiser step, and read the hyperparameters where the loop does. The tuner
-            calls it as well and puts back modules and random generators, so it must change nothing else.
-        train_loader: batches of T1, such as the loop's own loader, which is not disturbed.
-        valid_loader: batches of T2, validation data.
+            calls it as well and restores modules and random generators, so it must change nothing else.
+        train_loader: batches of T1, the training data. It may be the loop's own loader, which is not
+            disturbed.
+        valid_loader: batches of T2, the validation data.
         valid_loss_fn: (model, batch) -> validation loss, a scalar, on batches of either loader; `loss_fn` by
-            default. Called in eval mode, for the model and for other modules that it uses. It must read the
-            weights that the optimiser moves, and change no state of its own either.
-        bind: hyperparameters that are options of the optimiser, as names that are both or {hyperparameter:
-            option}. None binds every name of the space that is an option; the loss must not read one of those
-            as well. An option is the tuned value times the factor that the loop's scheduler gives, for the
-            length of a step. Param groups whose option is 0 while others' is not are left alone.
+            default. It is called with the model, and other modules that it uses, in eval mode. It must read
+            the weights that the optimiser moves, and change no state of its own either.
+        bind: hyperparameters that are options of the optimiser: names that are both, or {hyperparameter:
+            option}. None binds every name of the space that is an option; then the loss must not read it as
+            well. During a step, an option is the tuned value times the factor that the loop's scheduler
+            gives. A param_group whose option is 0, while another's is not, is not tuned.
         total_steps: optimiser steps of the whole run, over which hyper-steps anneal to zero. None: they
             shrink slowly and never end.
-        schedule: when hyper-steps come: `FrontLoaded()` (one for 20 optimiser steps, most of them early),
-            `Every(n)` or `TimeBudget(share)`; a whole number n is `Every(n)`.
+        schedule: when hyper-steps come: `FrontLoaded()` (the default: one per 20 optimiser steps, most of
+            them early), `Every(n)` or `TimeBudget(share)`; a whole number n is `Every(n)`.
         estimator: of the hypergradient, a name from `midflight.hypergrad.ESTIMATORS` or an `Estimator`.
-        horizon: "run" judges each step for the run, at averaged weights (`Averaged`); "step" at the weights
-            right after it (`NextStep`).
+        horizon: where the validation gradient is taken: "run" at averaged weights (`Averaged`), which judges
+            a step by the whole run; "step" at the weights right after the step (`NextStep`).
         hyper_optimizer: raw tensors -> torch optimiser that moves them.
-        max_grad_norm: the norm to which the loop clips, `math.inf` if it does not; None finds out, at the
-            price of a hyper-step or two.
-        examples: of a T1 batch for the mixed partial, the first ones along dimension 0 of its tensors. None
-            uses whole batches, and so does a model that holds a layer with `batch_first=False`.
-        rollback: keep a copy of model, optimiser and hyperparameters, renewed at every so many good
-            hyper-steps, and go back to it after three failed ones in a row. None keeps no copy.
+        max_grad_norm: the norm to which the loop clips, `math.inf` if it does not. None finds it out, which
+            takes a hyper-step or two.
+        examples: how many examples of a T1 batch the mixed partial uses, the first along dimension 0. None
+            uses whole batches, and so does a model that has a layer with `batch_first=False`.
+        rollback: good hyper-steps between two copies of model, optimiser and hyperparameters. The last copy
+            is restored after three failed hyper-steps in a row. None keeps no copy.
         on_hyperstep: called with (optimiser steps so far, `log()`) after each hyper-step.
 
     Raises:
         BindingError: a bound name is no hyperparameter, or no tunable option of the optimiser.
         UnsupportedOptimizer: there is no update rule for the optimiser.
         UnsupportedParameter: a weight is complex.
-        UnusableLoader: a loader is empty or no iterable, or `train_loader` keeps an iterator or an open file.
-        InvalidLoss: a loss reads an iterator; at a hyper-step, it is no scalar or not of these weights.
-        UnsupportedSetting: torch.distributed runs several processes.
-        UnknownName, SpaceError, ValueError: an argument is none of those that it may be.
+        UnusableLoader: a loader is empty or not iterable, or `train_loader` keeps an iterator or an open
+            file.
+        InvalidLoss: a loss reads an iterator. At a hyper-step: it is not a scalar, or not of these weights.
+        UnsupportedSetting: torch.distributed runs several processes, or the model is TorchScript.
+        TypeError, UnknownName, SpaceError, ValueError: an argument is not one of those allowed.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class Tuner:
     ) -> None:
         _require_arguments(model, space, loss_fn, valid_loss_fn, train_loader, valid_loader)
         self._total = None if total_steps is None else whole("total_steps", total_steps)
-        self.space, self.horizon, self.schedule = space, horizon_for(horizon), _schedule(schedule)
+        self.space, self.horizon, self.schedule = space, horizon_for(horizon), schedule_for(schedule)
         optimizers = unwrapped(optimizer)
         self._kinds = [type(o).__name__ for o in optimizers]
         self._binding = Binding(optimizers, space, bind)
@@ -140,34 +142,34 @@ class Tuner:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps so far; those of several optimisers in turn count as one."""
+        """Optimiser steps so far; one step of each of several optimisers counts as one."""
         return self._controller.steps
 
     @property
     def trajectory(self) -> Trajectory:
-        """The values after each hyper-step; see `midflight.Replay`."""
+        """The hyperparameters after each hyper-step; see `midflight.Replay`."""
         return self._controller.trajectory
 
     @property
     def hyper_optimizer(self) -> torch.optim.Optimizer:
-        """What moves the raw coordinates."""
+        """The optimiser that moves the raw coordinates."""
         return self._controller.move.optimizer
 
     @property
     def mixed_partial(self) -> str | None:
-        """How d/dlambda <w, g> is found; None before it is needed."""
+        """The method that computes d/dlambda <w, g>; None before it is needed."""
         return self._hyperstep.mixed.method
 
     def log(self) -> dict[str, float]:
-        """What a logger takes: values of the hyperparameters, losses and counts, name -> number."""
+        """Return numbers for a logger: values of hyperparameters, losses and counts, name -> number."""
         return report.numbers(self.space, self._binding, self._controller, self._hyperstep)
 
     def report(self, third: Iterable[Any] | None = None) -> list[str]:
-        """What a user should know about this run, one sentence each; says most after `finish`.
+        """Return what a user should know about this run, one sentence each; it says most after `finish`.
 
         Args:
-            third: batches of data that neither trained nor tuned, at least two, in the size of those of
-                `valid_loader`; both are gone through once, to see whether T2 is overfitted.
+            third: at least two batches of data used neither to train nor to tune, of the same size as those
+                of `valid_loader`. One pass over each shows whether T2 is overfitted.
 
         Raises:
             ValueError: one of the two loaders gives fewer than two batches.
@@ -176,10 +178,11 @@ class Tuner:
         return found if third is None else found + report.beside_third(self._hyperstep, third)
 
     def finish(self) -> dict[str, float]:
-        """End the run: stop tuning, and give the model the best of the weights that the run has to offer.
+        """Stop tuning, and give the model the weights with the least validation loss.
 
-        That is the last ones; with the horizon "run" also the average of the recent ones, and the one that
-        validated best. Each is evaluated in one pass through T2, or on 100 batches where T2 has no end.
+        Candidates are the last weights. The horizon "run" adds the average of recent weights, and the average
+        that had the least validation loss. Each is evaluated in one pass through T2, or on 100 batches if the
+        length of T2 is not known.
 
         Returns:
             "last", "average", "earlier" -> its validation loss, the mean over the examples, the best first.
@@ -189,7 +192,7 @@ class Tuner:
         return self._finished
 
     def detach(self) -> None:
-        """Stop tuning: remove every hook. The space keeps its values, and so do the optimiser's options."""
+        """Stop tuning and remove every hook; the space and the optimiser's options keep their values."""
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
@@ -197,7 +200,7 @@ class Tuner:
             self._binding.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to resume, the space's values and the place in the data included."""
+        """Return everything needed to resume, including the space's values and the place in the data."""
         own = {"optimizers": self._kinds, "binding": self._binding.state_dict()}
         return own | self._controller.state_dict()
 
@@ -205,8 +208,9 @@ class Tuner:
         """Resume from `state_dict`, before or after the optimiser's own.
 
         Raises:
-            ValueError: it is no state of a tuner, or of one with another kind of optimiser or of policy.
-            SpaceError, BindingError: it had other hyperparameters, or bound others.
+            ValueError: `state` is not of a tuner, or of one with other classes of optimiser, schedule,
+                horizon or hyper_optimizer.
+            SpaceError, BindingError: it has other hyperparameters, or bound others.
         """
         self._controller.require_fitting(state, self.state_dict())
         _require_same_kinds(state["optimizers"], self._kinds)
@@ -214,7 +218,6 @@ class Tuner:
         self._controller.load_state_dict(state)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, first: bool) -> None:
-        """The gradient is final, the weights are still those of the forward pass."""
         self._binding.restore()  # an earlier step that failed may have left values behind
         if not (first and self._controller.due and skips(optimizer)):
             self._controller.before_step(first)
@@ -229,18 +232,11 @@ class Tuner:
         if moved and self._on_hyperstep is not None:
             self._on_hyperstep(self.steps, self.log())
         if self.steps - 1 == self._total:
-            _say_longer(self._total)
-
-
-def _say_longer(total: int) -> None:
-    warnings.warn(
-        f"the run is longer than total_steps={total} optimiser steps; hyperparameters move no more.",
-        stacklevel=6,  # the loop, past this module, the hooks and torch
-    )
-
-
-def _schedule(schedule: Schedule | int | None) -> Schedule:
-    return schedule_for(whole("schedule", schedule) if isinstance(schedule, int | float) else schedule)
+            warnings.warn(
+                f"the run is longer than total_steps={self._total} optimiser steps; hyperparameters move no "
+                "more.",
+                stacklevel=5,  # the loop, past the hooks and torch
+            )
 
 
 def _require_same_kinds(saved: list[str], own: list[str]) -> None:
@@ -254,7 +250,7 @@ def _require_same_kinds(saved: list[str], own: list[str]) -> None:
 def _require_arguments(
     model: Any, space: Any, loss_fn: Any, valid_loss_fn: Any, train_loader: Any, valid_loader: Any
 ) -> None:
-    """Raise if an argument cannot be what its place asks for, or if several processes train."""
+    """Raise an error if an argument is of the wrong kind, or if several processes train."""
     for name, value, kind in (("model", model, nn.Module), ("space", space, Space)):
         if not isinstance(value, kind):
             raise TypeError(
@@ -283,5 +279,5 @@ def _require_arguments(
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise UnsupportedSetting(
             f"the tuner works in one process, but torch.distributed runs {distributed.get_world_size()}: "
-            "each would move its hyperparameters by its own gradient, and the ranks would part."
+            "each would move its hyperparameters by its own gradient, and they would differ."
         )
