@@ -1,7 +1,7 @@
-"""At each optimiser step: whether hyperparameters move, and their move.
+"""Decide at each optimiser step whether the hyperparameters move, and move them.
 
-before the step    hypergradients of the step about to be taken, if a hyper-step is due
-after the step     the hyperparameters move against them; the schedule plans the next hyper-step
+before the step    compute the hypergradients of the step about to be taken, if a hyper-step is due
+after the step     move the hyperparameters against them, and ask the schedule for the next hyper-step
 """
 
 import math
@@ -31,11 +31,18 @@ class Controller:
     Args:
         space: the hyperparameters.
         hyperstep: computes hypergradients.
-        horizon: follows the weights.
-        schedule: says when hyper-steps come.
+        horizon: decides at which weights the validation gradient is taken.
+        schedule: decides when hyper-steps come.
         guard: counts hyper-steps that fail.
         hyper_optimizer: raw tensors -> torch optimiser that moves them.
         total_steps: optimiser steps of the whole run; None if that is not known.
+
+    Attributes:
+        steps: optimiser steps so far.
+        hypersteps: hyper-steps that moved the hyperparameters so far.
+        undecided: hyper-steps left out so far because the gradient was unknown.
+        due: whether the coming optimiser step has a hyper-step.
+        log: losses and mean hypergradients of the last hyper-step, by name.
     """
 
     def __init__(
@@ -55,11 +62,11 @@ class Controller:
         self.trajectory = Trajectory()
         self.bounds, self.reach = Bounds(), Reach(space)
         self.log: dict[str, float] = {}
-        """What the last hyper-step found: losses and hypergradients."""
         self.due = False
-        """Whether the coming optimiser step has a hyper-step."""
         self._result: HyperStepResult | None = None
+        """Found before the present training step; None if there was no hyper-step, or it failed."""
         self._versions: list[tuple[Tensor, int]] = []
+        """The gradients that it used, with their versions."""
         self._standing = StandingWeights()
         self._said_incomplete = False
         self._schedule.begin(total_steps)
@@ -70,7 +77,7 @@ class Controller:
         self._plan(hyper=False)
 
     def progress(self) -> float | None:
-        """The share of the run that is over; None if its length is not known."""
+        """Return the share of the run that is over, in [0, 1]; None if its length is not known."""
         return None if self.total_steps is None else min(1.0, self.steps / self.total_steps)
 
     @property
@@ -85,7 +92,8 @@ class Controller:
             first: whether no other optimiser of the same training step has moved yet.
 
         Raises:
-            UnknownGradient: it could not be told what happened to the gradient, again and again.
+            UnknownGradient: no hyper-step so far, of at least PATIENCE, could tell what the loop does to the
+                gradient.
             UnreachedHyperparameter: a hyperparameter never reaches the loss or the optimiser.
         """
         self._standing.compare()
@@ -96,9 +104,9 @@ class Controller:
                 with signals_wait():
                     self._result = self._compute()
             except BaseException:
-                self._hyperstep.watch()  # the loop may go on
+                self._hyperstep.watch()  # the loop may catch this and go on
                 raise
-            if self._hyperstep.several:  # not all of them may step with this one
+            if self._hyperstep.several:  # the other optimisers may step later
                 self._hyperstep.watch()
             self._versions = self._hyperstep.gradient_versions()
         elif self._result is not None and not first and not self._same_gradients():
@@ -120,14 +128,14 @@ class Controller:
             )
 
     def has_work_after_step(self) -> bool:
-        """Whether `after_step` will do more than count."""
+        """Return whether `after_step` will do more than count."""
         return self.due or self.horizon.due(self.steps + 1)
 
     def after_step(self) -> bool:
-        """Count the optimiser step, move the hyperparameters if they have hypergradients, plan the next one.
+        """Count the optimiser step, apply its hyper-step if it has one, and plan the next.
 
         Returns:
-            whether they moved.
+            whether hyperparameters moved.
         """
         self.steps += 1
         hyper, busy = self.due, False
@@ -137,7 +145,7 @@ class Controller:
                 busy = self.horizon.follow(self._hyperstep.params(), self.steps, self.progress())
             if result is not None:
                 self._apply(result)
-                if self.hypersteps.bit_count() == 1:  # at 1, 2, 4, 8, ...: it costs a look at all weights
+                if self.hypersteps.bit_count() == 1:  # at 1, 2, 4, 8, ..., because it reads all weights
                     params = self._hyperstep.params().items()
                     self._standing.note({name: p for name, p in params if p.grad is not None})
         finally:
@@ -145,13 +153,13 @@ class Controller:
         return result is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to resume."""
+        """Return everything needed to resume."""
         counts = {"steps": self.steps, "hypersteps": self.hypersteps, "undecided": self.undecided}
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         return {"policies": self._policies(), "space": self._space.state_dict(), **counts, **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from `state_dict`; raises `SpaceError` if it had other hyperparameters."""
+        """Resume from `state_dict`; raise `SpaceError` if it has other hyperparameters."""
         same_range = state["space"]["range"] == self._space.state_dict()["range"]
         self._space.load_state_dict(state["space"])
         self.steps, self.hypersteps = state["steps"], state["hypersteps"]
@@ -166,7 +174,12 @@ class Controller:
         self._plan(hyper=False)
 
     def require_fitting(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Raise `ValueError` unless `state` has the entries of `own` and was saved with the same policies."""
+        """Raise `ValueError` unless `state` was saved by a tuner with the same policies.
+
+        Args:
+            state: what the user loads.
+            own: the present `state_dict` of the tuner.
+        """
         missing = set(own) - set(state or ())
         if missing:
             raise ValueError(
@@ -179,6 +192,7 @@ class Controller:
             )
 
     def _policies(self) -> dict[str, str]:
+        """Return policy -> its class, which a saved state must have too."""
         policies = {
             "schedule": self._schedule,
             "horizon": self.horizon,
@@ -209,13 +223,12 @@ class Controller:
         return None
 
     def _leave_out(self, error: UnknownGradient) -> None:
-        """This hyper-step does not come; raises the error if none ever does."""
+        """Count a hyper-step that is left out; raise the error if there were PATIENCE and no others."""
         self.undecided += 1
         if self.undecided >= PATIENCE and not self.hypersteps:
             raise error
 
     def _apply(self, result: HyperStepResult) -> None:
-        """Move the hyperparameters."""
         optimizer = self.move.optimizer
         if isinstance(optimizer, SignSteps) and self.horizon.needs_losses:
             optimizer.set_averaging(self.horizon.averaging)

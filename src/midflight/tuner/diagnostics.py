@@ -1,4 +1,4 @@
-"""Sentences on what a tuner noticed about a run."""
+"""Diagnose a run: hyperparameters that are unreached or at a bound, and overfitted validation data."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -16,17 +16,19 @@ PINNED = 0.25
 """A hyperparameter is reported if it was at its bound for more than this last share of the hyper-steps."""
 SIGNIFICANT = 3.0
 """T2 is reported as overfitted if the loss on a third split is higher by this many standard errors."""
-
 PATIENCE = 10
-"""Hyper-steps without ever reaching a hyperparameter, and it counts as unreachable; undecided gradients
-alike."""
+"""An error is raised if none of the first PATIENCE hyper-steps reached a hyperparameter, or if the gradient
+was unknown in all of them."""
 
 
 class Reach:
     """Counts the hyper-steps that did not reach a hyperparameter, until one does.
 
+    Args:
+        space: names of the hyperparameters.
+
     Attributes:
-        options: of the optimisers that can be tuned, for messages.
+        options: names of the optimisers' options that can be tuned, for messages.
     """
 
     def __init__(self, space: Iterable[str]) -> None:
@@ -34,7 +36,10 @@ class Reach:
         self.options: Iterable[str] = ()
 
     def observe(self, found: Tensors) -> None:
-        """Take in the hypergradients of a hyper-step. A miss is no error, for a branch may be random.
+        """Record which hyperparameters a hyper-step reached. One miss is no error, as a branch may be random.
+
+        Args:
+            found: hypergradients, name -> tensor, of the hyperparameters that were reached.
 
         Raises:
             UnreachedHyperparameter: a hyperparameter was not reached in the first PATIENCE hyper-steps.
@@ -52,7 +57,7 @@ class Reach:
             )
 
     def report(self) -> list[str]:
-        """A sentence on the hyperparameters that were never reached."""
+        """Return a sentence on the hyperparameters that were never reached; empty if there are none."""
         never = [name for name, count in self._unreached.items() if count]
         if not never:
             return []
@@ -62,7 +67,7 @@ class Reach:
         ]
 
     def _causes(self, names: Iterable[str]) -> str:
-        """What may be wrong, and what to do."""
+        """Return what may be wrong, and what to do."""
         options = sorted(self.options)
         meant = {name: match[0] for name in names if (match := get_close_matches(name, options, 1))}
         return "".join(f"Is {name} meant as the option {option}? " for name, option in meant.items()) + (
@@ -86,14 +91,14 @@ class Bounds:
         self._inside: dict[str, int] = {}  # the last move after which some entry was inside the bounds
 
     def observe(self, space: Space) -> None:
-        """Take in the values after a move."""
+        """Record the values after a move."""
         self._moves += 1
         for name, raw in space.raws.items():
             if bool(((raw > 0) & (raw < 1)).any()):
                 self._inside[name] = self._moves
 
     def report(self, space: Space) -> list[str]:
-        """One sentence per hyperparameter that has been at its bounds for long."""
+        """Return a sentence for each hyperparameter that has been at its bounds for long."""
         found = []
         for name, raw in space.raws.items():
             long = self._moves - self._inside.get(name, 0)

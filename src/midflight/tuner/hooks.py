@@ -1,4 +1,4 @@
-"""The one seam: hooks of `optimizer.step`, where the gradient is final."""
+"""Call the tuner in hooks of `optimizer.step`, where the gradient is final."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -9,12 +9,11 @@ import torch
 
 from midflight.tuner.gradient import calling_scaler, scaler_stage
 
-Before = Callable[[torch.optim.Optimizer, bool], None]
-After = Callable[[torch.optim.Optimizer, bool], None]
+Callback = Callable[[torch.optim.Optimizer, bool], None]
 
 
 def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """The hook, which runs outside where the user compiles a function that steps."""
+    """Return the hook, kept out of the graph of a function that the user compiles and that steps."""
     outside = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
 
     @wraps(hook)
@@ -25,28 +24,31 @@ def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class StepHooks:
-    """Calls back before and after the steps of some optimisers that train one model in turns.
+    """Calls back before and after each step of optimisers that train one model together.
 
-    A `closure` is wrapped: the gradient is there once it has run.
+    A `closure` is wrapped, because only after it the gradient is final.
 
     Args:
-        optimizers: each steps once in a training step.
-        before: (optimizer, whether it is the first of them in this training step), with the final gradient.
-        after: (optimizer, whether it is the last), once its weights have moved.
-        restore: called right after a step, before the hooks of the user, such as a scheduler's.
+        optimizers: those whose steps are hooked; each steps once in a training step.
+        before: (optimizer, whether it is the first to step in this training step) -> None, called when the
+            gradient is final and the weights have not moved.
+        after: (optimizer, whether it is the last) -> None, called when its weights have moved.
+        restore: called right after a step, before the user's own hooks, such as a scheduler's.
     """
 
     def __init__(
         self,
         optimizers: Sequence[torch.optim.Optimizer],
-        before: Before,
-        after: After,
+        before: Callback,
+        after: Callback,
         restore: Callable[[], None],
     ) -> None:
         self._optimizers = list(optimizers)
         self._before, self._after = before, after
         self._stepped: set[int] = set()
+        """Ids of the optimisers that have stepped in the present training step."""
         self._calling: torch.optim.Optimizer | None = None
+        """The optimiser for which `after` is running."""
         self._removed = False
         before_step, after_step = _untraced(self._on_step), _untraced(self._on_stepped)
         self._pre = {id(o): o.register_step_pre_hook(before_step) for o in self._optimizers}
@@ -59,9 +61,9 @@ class StepHooks:
             hooks.move_to_end(self._first[id(o)].id, last=False)
 
     def remove(self) -> None:
-        """Call back no more.
+        """Remove all hooks.
 
-        Called from `after`, it leaves hooks that do nothing: torch is going through them.
+        If `after` calls this, the hooks that torch is iterating over stay and do nothing.
         """
         self._removed = True
         for hook in self._pre.values():
@@ -88,15 +90,15 @@ class StepHooks:
         return (optimizer,), {**kwargs, "closure": with_gradient}
 
     def _begin(self, optimizer: torch.optim.Optimizer, final: bool = True) -> None:
-        """A step begins.
+        """Call `before` at the beginning of a step.
 
         Args:
-            final: whether no hook of the user's, which may clip, is still to come in this step.
+            final: whether no hook of the user, which may clip, follows in this step.
         """
-        if id(optimizer) in self._stepped:  # again, before the others: a new training step
+        if id(optimizer) in self._stepped:  # a second step before the others' first: a new training step
             self._stepped.clear()
         scaler = calling_scaler() if len(self._optimizers) > 1 else None
-        if scaler is not None:  # whose step it left out, for infinite gradients, counts as taken
+        if scaler is not None:  # a step that it skipped, for infinite gradients, counts as taken
             self._stepped |= {id(o) for o in self._optimizers if scaler_stage(scaler, o) == "STEPPED"}
         self._before(optimizer, not self._stepped and final)
 
@@ -111,7 +113,7 @@ class StepHooks:
         last = len(self._stepped) == len(self._optimizers)
         if last:
             self._stepped.clear()
-        # a user's own pre-hook, such as clipping, may have been added since: ours comes after it
+        # the user may have added a hook since, such as clipping; ours must run after it
         hooks = cast(OrderedDict[int, Any], optimizer._optimizer_step_pre_hooks)
         hooks.move_to_end(self._pre[id(optimizer)].id)
         self._calling = optimizer

@@ -1,7 +1,7 @@
-"""How far the hyperparameters move, given a hypergradient.
+"""Move the hyperparameters, given their hypergradients.
 
 The size of a hypergradient depends on the learning rate, the batch and the optimiser's state. Only its sign
-over time is informative. So the default step is a fraction of the range against the sign, annealed to zero
+over time is informative. So the default step is a fraction of the range against the sign. It anneals to zero
 over the run.
 """
 
@@ -19,10 +19,12 @@ MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 class SignSteps(torch.optim.Optimizer):
-    """raw -= lr ((1 - a) s + a m |m|),   s = sign(hypergradient), m = mean of the recent signs
+    """Steps by the sign of the hypergradient, further if recent signs agree.
 
-    Where recent signs agree, a step has the full length lr. Where they do not, its part a vanishes. The other
-    part, 1 - a, is always taken: it lets a value leave a bound, or a region of weak hypergradients.
+    raw -= lr ((1 - a) s + a m |m|),   s = sign(hypergradient), m = mean of the recent signs
+
+    If recent signs agree, a step has the full length lr. If they do not, its part a vanishes. The other part,
+    1 - a, is always taken. It lets a value leave a bound, or a region of weak hypergradients.
 
     Args:
         params: raw coordinates of a `Space`.
@@ -37,8 +39,8 @@ class SignSteps(torch.optim.Optimizer):
     MEMORY = 0.9
     """The decay of m per step."""
     ALONE, AVERAGED = 0.5, 0.75
-    """The default of a. It is lower without averaged weights: there only the part 1 - a lets a value leave a
-    region where signs disagree."""
+    """The defaults of a, without and with averaged weights. Without them a is lower, because only the part
+    1 - a lets a value leave a region where signs disagree."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.08, agreement: float | None = None) -> None:
         if isinstance(lr, bool) or not 0 < lr < math.inf:
@@ -49,9 +51,12 @@ class SignSteps(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "agreement": self.ALONE if agreement is None else agreement})
 
     def set_averaging(self, averaging: float) -> None:
-        """Set a to averaging times its usual value, for the horizon `Averaged`.
+        """Set a to its usual value times `averaging`, for the horizon `Averaged`.
 
-        Once a model memorises (averaging 0), signs disagree, but each step is needed in full.
+        Signs disagree once a model memorises its training data, but then each step is needed in full.
+
+        Args:
+            averaging: in [0, 1]; 0 if the model memorises.
         """
         for group in self.param_groups:
             group["agreement"] = averaging * (self.AVERAGED if self._given is None else self._given)
@@ -75,10 +80,11 @@ class SignSteps(torch.optim.Optimizer):
 
 
 def annealing(progress: Callable[[], float | None]) -> Callable[[int], float]:
-    """The factor on the step length after n hyper-steps.
+    """Return the function n -> factor on the step length after n hyper-steps.
 
-    It falls linearly to 0 with the share of the run that is over. If the length of the run is not known
-    (progress is None), it is 1/sqrt(1 + n/50), whose sum diverges, so any point of the range can be reached.
+    The factor falls linearly to 0 with the share of the run that is over. If the length of the run is not
+    known (progress is None), it is 1/sqrt(1 + n/50). The sum of these diverges, so any point of the range can
+    be reached.
     """
 
     def factor(n: int) -> float:
@@ -94,7 +100,7 @@ class Move:
     Args:
         raws: unit coordinates, name -> leaf tensor with entries in [0, 1]; changed in place.
         hyper_optimizer: raw tensors -> torch optimiser.
-        progress: the share of the run that is over; None where its length is not known.
+        progress: returns the share of the run that is over; None if its length is not known.
     """
 
     def __init__(
@@ -106,7 +112,7 @@ class Move:
         self._raws = raws
         self.optimizer = hyper_optimizer(list(raws.values()))
         self.scale = 1.0
-        """A factor on the length of the steps, besides annealing."""
+        """The factor on the length of the steps in addition to annealing."""
         factor = annealing(progress)
         self._annealing = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: factor(n) * self.scale)
 
@@ -131,14 +137,14 @@ class Move:
 
     def shrink(self, scale: float) -> None:
         """Set the factor on the length of the coming steps, without taking one."""
+        self.scale = scale
         for group, base, factor in zip(
             self.optimizer.param_groups, self._annealing.base_lrs, self._annealing.lr_lambdas, strict=True
         ):
-            self.scale = scale
             group["lr"] = base * factor(self._annealing.last_epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to resume."""
+        """Return everything needed to resume."""
         return {"optimizer": self.optimizer.state_dict(), "annealing": self._annealing.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

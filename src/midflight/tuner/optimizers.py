@@ -1,4 +1,4 @@
-"""The torch optimisers behind what a user passes, and the weights that they train."""
+"""Find the torch optimisers in what a user passes, and the weights that they train."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,17 +11,16 @@ from midflight.errors import UnknownName, UnsupportedOptimizer, UnsupportedParam
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 """One torch optimiser, a wrapper around one, or a list of those that train one model together."""
 
-
 WRAPPERS = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
-"""Packages whose optimisers step as the torch optimiser does that they hold as `.optimizer`."""
+"""Packages whose optimisers wrap a torch optimiser as `.optimizer` and step like it."""
 
 
 def unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The torch optimisers in what a user passes: wrappers of `WRAPPERS` hold theirs as `.optimizer`.
+    """Return the torch optimisers in what a user passes, without their wrappers.
 
     Raises:
-        UnsupportedOptimizer: there is no torch optimiser in it, or one comes twice, or a wrapper may have a
-            step of its own.
+        UnsupportedOptimizer: there is no torch optimiser in it, or one occurs twice, or a wrapper is not from
+            `WRAPPERS` and may step in its own way.
     """
     given = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
     found = [_innermost(entry) for entry in given]
@@ -55,7 +54,7 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def skips(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a `GradScaler` found infinite gradients and a fused optimiser is to leave out its step."""
+    """Return whether a fused optimiser will skip its step because a `GradScaler` found infinite gradients."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 
@@ -63,9 +62,9 @@ def skips(optimizer: torch.optim.Optimizer) -> bool:
 def named_parameters(
     model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
 ) -> Iterator[tuple[str, Tensor, int, int]]:
-    """Each weight of the optimisers once: its name in the model, itself, its optimiser and its group.
+    """Yield (name, weight, index of its optimiser, index of its group) for each weight of the optimisers.
 
-    A weight that is not the model's is named after its place in the optimiser.
+    A weight that the model does not have is named after its place in the optimiser.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     for o, optimizer in enumerate(optimizers):
@@ -84,7 +83,7 @@ def require_real(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) 
 
 
 def trained_parameters(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """The optimisers' weights that require a gradient, by their names in the model.
+    """Return the optimisers' weights that require a gradient, by their names in the model.
 
     Raises:
         UnsupportedParameter: a weight is complex.
@@ -95,17 +94,17 @@ def trained_parameters(model: nn.Module, optimizers: Optimizers) -> dict[str, Te
 
 
 def param_groups(model: nn.Module, per: str) -> list[dict[str, Any]]:
-    """Groups for a torch optimiser, one per "layer" or per "tensor" of the model, in its order.
+    """Return groups for a torch optimiser, one per layer or per tensor of the model, in its order.
 
-    A hyperparameter with as many entries then tunes an option of each group:
+    A hyperparameter with one entry per group then tunes an option of each group:
 
         groups = mf.param_groups(model, per="layer")
         space = mf.Space(weight_decay=mf.Float(1e-6, 1e-2, log=True, shape=(len(groups),)))
         optimizer = torch.optim.Adam(groups)
 
     Args:
-        model: its trainable parameters are grouped; a tied one stands in the first group that has it.
-        per: "layer": the parameters that one module holds itself; "tensor": each alone.
+        model: the model whose trainable parameters are grouped; a tied one is in its first group only.
+        per: "layer" groups the parameters that one module itself holds; "tensor" puts each in its own group.
 
     Raises:
         UnknownName: `per` is neither.

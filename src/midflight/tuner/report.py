@@ -1,4 +1,4 @@
-"""What a user should know about a run: numbers for a logger, and sentences."""
+"""Report what a user should know about a run: numbers for a logger, and sentences."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,21 +14,22 @@ from midflight.tuner.diagnostics import overfitted
 from midflight.tuner.hyperstep import HyperStep
 
 FEW = 10
-"""Hyper-steps in a whole run, and the report says that they are few."""
+"""The number of hyper-steps in a run below which the report says that they are few."""
 SHORT = 0.5
 """The share of `total_steps` below which the report says that the run was short."""
 EARLIER = 0.9
-"""The loss of earlier weights, over that of the best late ones, below which tuning did not finish."""
+"""The report says that tuning did not finish if earlier weights have less than this share of the loss of the
+last or average weights."""
 
 
 def numbers(space: Space, binding: Binding, controller: Controller, hyperstep: HyperStep) -> dict[str, float]:
-    """What a logger takes: values of the hyperparameters, losses and counts, name -> number."""
+    """Return numbers for a logger: values of hyperparameters, losses and counts, name -> number."""
     values = {f"value/{name}": float(space[name].value.detach().mean()) for name in space}
     options = {f"option/{name}": value for name, value in binding.actual().items()}
     counts = {"hypersteps": controller.hypersteps, "undecided": controller.undecided}
     found = {**values, **options, **controller.log, **counts}
     found |= {**controller.guard.counts(), **hyperstep.mixed.log(), **controller.horizon.log()}
-    if (used := "mixed_partial/examples") in found:  # 0 where they cannot be counted: the whole batch
+    if (used := "mixed_partial/examples") in found:  # 0 if they cannot be counted, so whole batches are used
         found[used] = min(found[used], hyperstep.t1.examples or 0)
     if controller.cost is not None:
         found["cost"] = controller.cost
@@ -38,10 +39,10 @@ def numbers(space: Space, binding: Binding, controller: Controller, hyperstep: H
 def sentences(
     space: Space, controller: Controller, hyperstep: HyperStep, finished: Mapping[str, float]
 ) -> list[str]:
-    """What a run shows without further data; empty if there is nothing to say.
+    """Return what a run shows without further data, one sentence each; empty if there is nothing to say.
 
     Args:
-        finished: the losses of `finish`; empty before it.
+        finished: what `Tuner.finish` returned; empty before it.
     """
     run, total = controller, controller.total_steps
     found = run.guard.report() + run.bounds.report(space)
@@ -84,7 +85,11 @@ def sentences(
 
 
 def beside_third(hyperstep: HyperStep, third: Iterable[Any]) -> list[str]:
-    """A sentence if T2 is overfitted; see `overfitted`."""
+    """Return a sentence if T2 is overfitted; see `overfitted`.
+
+    Args:
+        third: batches of data used neither to train nor to tune.
+    """
     live = hyperstep.live
     with live.borrowed(), torch.no_grad():
         loss = partial(live.valid_loss, hyperstep.valid_loss)

@@ -1,6 +1,6 @@
-"""What a tuner does when a loss or a hypergradient is not finite.
+"""Handle losses and hypergradients that are not finite.
 
-It leaves the hyper-step out. After PATIENCE such hyper-steps in a row it halves the length of hyper-steps,
+The tuner leaves such a hyper-step out. After PATIENCE of them in a row it halves the length of hyper-steps,
 and restores the last copy if there is one.
 """
 
@@ -14,7 +14,7 @@ from midflight.space import Space
 from midflight.tuner.schedule import whole
 
 PATIENCE = 3
-"""Failed hyper-steps in a row after which hyper-steps are halved and the last copy is restored."""
+"""Failed hyper-steps in a row after which their length is halved and the last copy is restored."""
 RECOVERY = 10
 """Good hyper-steps in a row after which a halved length doubles again."""
 
@@ -22,10 +22,11 @@ RECOVERY = 10
 class Rollback:
     """A copy of model, optimisers and hyperparameters, renewed at every n-th good hyper-step.
 
-    It takes the memory of the weights and of the optimiser's state a second time.
+    It takes as much memory as the weights and the optimiser's state.
 
     Args:
-        every: good hyper-steps between two copies, n >= 1.
+        model, optimizers, space: what is copied and restored.
+        every: good hyper-steps from one copy to the next, n >= 1.
     """
 
     def __init__(
@@ -66,10 +67,13 @@ class Rollback:
 
 
 class NonFiniteGuard:
-    """Counts hyper-steps that were not finite, and says how much shorter the next ones must be.
+    """Counts hyper-steps that were not finite, and shortens the next ones.
+
+    Args:
+        rollback: restores the last copy; None if no copies are kept.
 
     Attributes:
-        skipped: failed hyper-steps, all of them left out.
+        skipped: failed hyper-steps, which were left out.
         restored: how often the last good copy was restored.
         shrink: the factor on the length of hyper-steps. It halves after PATIENCE failures in a row, and
             doubles after RECOVERY good hyper-steps in a row, up to 1.
@@ -83,6 +87,7 @@ class NonFiniteGuard:
         self._row = 0  # > 0: failures in a row; < 0: good ones
 
     def good(self) -> None:
+        """Count a hyper-step with finite values."""
         self._row = min(self._row, 0) - 1
         if self._row % RECOVERY == 0:
             self.shrink = min(1.0, 2 * self.shrink)
@@ -98,7 +103,7 @@ class NonFiniteGuard:
         self._row = max(self._row, 0) + 1
         self.skipped += 1
         if self._row % PATIENCE:
-            return False  # a single bad batch costs its own hyper-step only
+            return False  # a single bad batch must not cost more than its own hyper-step
         self.shrink /= 2
         if not self._rollback or not self._rollback.restore():
             return False
@@ -106,11 +111,11 @@ class NonFiniteGuard:
         return True
 
     def counts(self) -> dict[str, int]:
-        """What a logger takes."""
+        """Return the counts for a logger."""
         return {"skipped": self.skipped, "restored": self.restored}
 
     def report(self) -> list[str]:
-        """A sentence if hyper-steps failed."""
+        """Return a sentence if hyper-steps failed."""
         if not self.skipped:
             return []
         went_back = f"; the last good copy was restored {self.restored} times" * bool(self.restored)
@@ -129,7 +134,7 @@ class NonFiniteGuard:
 
 
 def _copy(state: Any) -> Any:
-    """A copy of a state_dict that shares no tensor with it."""
+    """Return a copy of a state_dict that shares no tensor with it."""
     if isinstance(state, Tensor):
         return state.detach().clone()
     if isinstance(state, Mapping):

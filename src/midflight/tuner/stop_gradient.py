@@ -1,8 +1,8 @@
-"""Hyperparameters whose values a training loss takes out of the graph, and their mixed partial.
+"""Find hyperparameters whose values a training loss takes out of the graph, and their mixed partial.
 
-The gradient may depend on a hyperparameter through a value that autograd does not see. It may be a target
+The gradient g may depend on a hyperparameter through a value that autograd does not see. It may be a target
 computed under `no_grad`, as in self-distillation, or a detached weight in the loss. A derivative by autograd
-leaves this out and may have the wrong sign. The derivative of the step as the loop takes it is
+leaves this out and may have the wrong sign. The derivative of the step that the loop takes is
 
     d/draw <w, g>  =  (<w, g(raw + h)> - <w, g(raw - h)>) / 2h
 """
@@ -23,30 +23,33 @@ from midflight.space import Space
 STEP = 0.01
 """h, in unit coordinates."""
 MOST = 8
-"""Entries of a hyperparameter; one with more would cost too many gradients."""
-APART = 0.1
-"""A derivative is wrong if it is further than this share from the difference."""
-ALIKE = 0.1
-"""The difference is trusted if half the step changes that distance by less than this share."""
+"""The most entries of a hyperparameter that is differenced, because each needs two gradients."""
+WRONG = 0.1
+"""A derivative is wrong if its relative distance from the difference is larger than this."""
+CERTAIN = 0.1
+"""The difference is trusted if half its step changes this distance by at most this share."""
 
 _STOPS = {
     torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__, torch.Tensor.item, torch.Tensor.tolist,  # type: ignore[attr-defined]
     torch.Tensor.__float__,
 }  # fmt: skip
-
+"""Functions whose result has no graph."""
 
 Loss = Callable[[], Tensor]
 Slope = Callable[[Tensors], tuple[Tensor, Tensors]]
-"""leaves -> a loss and its gradient at them, without those that it does not reach"""
+"""leaves -> a loss and its gradient at them, without leaves that it does not reach"""
 
 
 class StoppedReads(TorchFunctionMode):
-    """Notes the hyperparameters whose values leave the graph within this block.
+    """Records the hyperparameters whose values leave the graph within this block.
 
-    The layers of `midflight.nn` do so on purpose, as part of an estimator, and do not count.
+    The layers of `midflight.nn` detach values on purpose, as part of an estimator. These do not count.
+
+    Args:
+        space: the hyperparameters.
 
     Attributes:
-        names: of these hyperparameters. Some may not matter, such as one that is only logged.
+        names: those whose values leave the graph. Some may not matter, such as one that is only logged.
     """
 
     def __init__(self, space: Space) -> None:
@@ -67,13 +70,14 @@ class StoppedReads(TorchFunctionMode):
 
 
 def _is_own(stops: bool) -> bool:
-    """Whether this library called torch, and not the loss; a layer that runs under `no_grad` is the loss's.
+    """Return whether this library called torch, and not the user's loss.
 
     Args:
-        stops: whether the call takes a value out of the graph by itself.
+        stops: whether the call is one of `_STOPS`. Otherwise it runs under `no_grad`; there a layer of
+            `midflight.nn` belongs to the loss that calls it.
     """
     frame = sys._getframe(2)
-    while frame is not None:  # past torch's own modes and the operators of `Space`
+    while frame is not None:  # skips torch's modes and the operators of `Space`
         name = str(frame.f_globals.get("__name__"))
         if not name.startswith(("midflight.tuner.", "midflight.space.", "torch.")):
             return name.startswith("midflight." if stops else "midflight.hypergrad.")
@@ -82,7 +86,7 @@ def _is_own(stops: bool) -> bool:
 
 
 class ByDifference:
-    """The mixed partial of hyperparameters whose values the loss takes out of the graph.
+    """Differences the mixed partial of hyperparameters whose values the loss takes out of the graph.
 
     Args:
         space: the hyperparameters.
@@ -96,26 +100,26 @@ class ByDifference:
         self.names: list[str] = []
 
     def judge(self, suspects: set[str], loss: Loss, slope: Slope, rounding: Callable[[], float]) -> None:
-        """Find the wrong ones among those of which a value leaves the graph.
+        """Set `names` to the suspects whose derivative by autograd is wrong.
 
-        The loss tells: its derivative by autograd is not its difference. Gradients would not tell, for those
-        of a ReLU network jump.
+        The derivative of the loss is compared with its difference. Differences of gradients would not do,
+        because the gradients of a ReLU network jump.
 
         Args:
-            suspects: from `StoppedReads`.
-            loss: the training loss; on one batch and with the same random numbers at each call.
-            slope: the same loss, and its derivatives by autograd.
-            rounding: gives the relative rounding of the loss.
+            suspects: `StoppedReads.names`.
+            loss: the training loss, with the same batch and random numbers at each call.
+            slope: returns the same loss and its derivatives by autograd.
+            rounding: returns the relative rounding of the loss.
         """
         self.names = [name for name in sorted(suspects) if self._is_wrong(name, loss, slope, rounding)]
 
     def __call__(self, found: Tensors, gradient: Callable[[], Tensors], w: Tensors) -> Tensors:
-        """`found` with the right entries for those hyperparameters.
+        """Return d/draw <w, g>, name -> tensor shaped like raw, with differences for `names`.
 
         Args:
             found: d/draw <w, g> by autograd.
-            gradient: g; on one batch and with the same random numbers at each call.
-            w: direction in the space of weights.
+            gradient: returns g, with the same batch and random numbers at each call.
+            w: a direction in the space of weights, name -> tensor.
         """
 
         def along() -> Tensor:
@@ -125,7 +129,7 @@ class ByDifference:
         return found | {name: self._difference(name, along) for name in self.names}
 
     def _is_wrong(self, name: str, loss: Loss, slope: Slope, rounding: Callable[[], float]) -> bool:
-        """Whether the loss changes along a raw coordinate otherwise than autograd says."""
+        """Return whether a central difference of the loss along `_signs` contradicts autograd."""
         raw = self._space[name].raw.detach()
         value, known = slope({name: self._space[name].raw})
         derivative = known.get(name, torch.zeros_like(raw))
@@ -137,8 +141,8 @@ class ByDifference:
             predicted.append(float((derivative * (sides[0] - sides[1])).sum()) / h)
         off = abs(changes[0] - predicted[0])
         noise = 10 * rounding() / STEP * abs(float(value))
-        certain = abs(off - abs(changes[1] - predicted[1])) <= ALIKE * off
-        wrong = certain and off > APART * abs(changes[0]) + noise
+        certain = abs(off - abs(changes[1] - predicted[1])) <= CERTAIN * off
+        wrong = certain and off > WRONG * abs(changes[0]) + noise
         if wrong and raw.numel() > MOST:
             warnings.warn(
                 f"the training loss takes values that depend on {name} out of the graph, by detach or "
@@ -152,7 +156,7 @@ class ByDifference:
             return f().detach()
 
     def _difference(self, name: str, f: Callable[[], Tensor]) -> Tensor:
-        """d/draw f, shaped like the raw coordinate."""
+        """Return d/draw f by central differences, shaped like raw."""
         raw = self._space[name].raw.detach()
         found = torch.zeros_like(raw)
         for i, at in enumerate(raw.view(-1).tolist()):
@@ -167,6 +171,6 @@ class ByDifference:
 
 
 def _signs(raw: Tensor) -> Tensor:
-    """Some direction with entries of 1 and -1, the same at each call."""
+    """Return a random direction with entries 1 and -1, the same at each call."""
     generator = torch.Generator().manual_seed(0)
     return (torch.randint(2, raw.shape, generator=generator) * 2 - 1).to(raw)

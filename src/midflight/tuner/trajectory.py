@@ -1,4 +1,4 @@
-"""The values of the hyperparameters over a run, and a replay of them in another run."""
+"""Record the hyperparameters over a run, and replay them in another run."""
 
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from midflight.tuner.optimizers import Optimizers, unwrapped
 from midflight.tuner.schedule import whole
 
 MOST_POINTS = 1000
-"""A longer trajectory is thinned: every other point is dropped."""
+"""The most points of a trajectory; if there are more, every other one is dropped."""
 MOST_ENTRIES = 1_000_000
-"""The same limit for the number of points times that of hyperparameters."""
+"""The most entries, which are points times entries of all hyperparameters."""
 
 
 class Trajectory:
@@ -26,14 +26,16 @@ class Trajectory:
         self._steps: list[int] = []
         self._raws: list[Tensors] = []
         self._stride = 1
+        """Every how many calls of `record` one is kept."""
         self._seen = 0
+        """How often `record` was called."""
 
     def __len__(self) -> int:
         return len(self._steps)
 
     @torch.no_grad()
     def record(self, steps: int, space: Space) -> None:
-        """Record the values that hold from optimiser step `steps` on."""
+        """Record the values that hold from optimiser step `steps` on, unless this point is thinned out."""
         self._seen += 1
         if (self._seen - 1) % self._stride:
             return
@@ -45,7 +47,13 @@ class Trajectory:
             self._stride *= 2
 
     def at(self, share: float) -> Tensors:
-        """Raw coordinates after this share of the recorded steps, in [0, 1]; interpolated linearly.
+        """Return the raw coordinates after a share of the recorded steps, interpolated linearly.
+
+        Args:
+            share: in [0, 1].
+
+        Returns:
+            name -> tensor with entries in [0, 1].
 
         Raises:
             ValueError: nothing was recorded, or the share is outside [0, 1].
@@ -62,7 +70,7 @@ class Trajectory:
         return {name: raw.lerp(self._raws[after][name], part) for name, raw in self._raws[before].items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to replay it later, or to continue recording."""
+        """Return everything needed to replay the trajectory, or to continue recording."""
         return {
             "steps": list(self._steps),
             "raws": list(self._raws),
@@ -77,7 +85,7 @@ class Trajectory:
 
 
 class Replay:
-    """Makes another training follow the trajectory of a tuned one, for example a training on T1 and T2.
+    """Makes another training follow the trajectory of a tuned one, for example one on T1 and T2.
 
     Source: Luketina et al. 2016, section 4, who retrain with T2 once the hyperparameters are found.
 
@@ -123,7 +131,7 @@ class Replay:
         self._binding.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to resume."""
+        """Return everything needed to resume."""
         return {
             "steps": self._steps,
             "trajectory": self._trajectory.state_dict(),
