@@ -58,12 +58,12 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
 
 
 def _fits(candidate: Tensors, params: Tensors) -> bool:
-    """Whether a candidate has all present weights; layers may have been pruned or replaced since."""
+    """Return whether a candidate has all present weights; layers may have been pruned or replaced since."""
     return all(name in candidate and candidate[name].shape == p.shape for name, p in params.items())
 
 
 def _means(found: Mapping[str, list[tuple[float, int]]]) -> dict[str, float]:
-    """The mean loss over the examples of all batches that are finite for at least one candidate."""
+    """Return each candidate's mean loss over the examples of batches that are finite for some candidate."""
     columns: list[Any] = list(zip(*found.values(), strict=False))
     kept = [n for n, column in enumerate(columns) if any(math.isfinite(loss) for loss, _ in column)]
     means = {}
