@@ -1,4 +1,4 @@
-"""The tuner in the user's loop, one file per policy."""
+"""Tune hyperparameters in the user's training loop; a file per policy."""
 
 from midflight.tuner.horizon import Averaged, NextStep
 from midflight.tuner.hyper_optimizer import SignSteps

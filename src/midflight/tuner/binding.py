@@ -191,7 +191,7 @@ class Binding:
         tuned = [  # all are read before the first is written, for groups may share one tensor
             (key, group, option, read_option(group, option), value)
             for key, group in self._groups()
-            if any(self._optimizers[key[0]] is o for o in optimizers)
+            if self._optimizers[key[0]] in optimizers
             for option, value in self._tuned(key, group, values).items()
         ]
         for key, group, option, own, value in tuned:

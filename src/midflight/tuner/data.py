@@ -160,8 +160,8 @@ def _copied(thing: Any, known: dict[int, Any], depth: int, room: int) -> Any:
         return known[id(thing)]
     if depth == 0 or _is_shared(thing):
         return thing
-    if isinstance(thing, list | tuple | dict | set):
-        if len(thing) > min(ENTRIES, room) or type(thing) not in (list, tuple, dict, set):
+    if type(thing) in _CONTAINERS:
+        if len(thing) > min(ENTRIES, room):
             return thing
         room //= max(1, len(thing))
         if isinstance(thing, dict):
@@ -184,15 +184,19 @@ def _copied(thing: Any, known: dict[int, Any], depth: int, room: int) -> Any:
     return own
 
 
-_SHARED = (Iterator, Tensor, np.ndarray, nn.Module, type, FunctionType, ModuleType, partial)
+_CONTAINERS = (list, tuple, dict, set)
+_SHARED = (
+    *_CONTAINERS, *GENERATORS, Iterator, Tensor, np.ndarray, nn.Module, type, FunctionType, ModuleType,
+    partial,
+)  # fmt: skip
 
 
 def _is_shared(thing: Any) -> bool:
     kind = type(thing)
-    if kind in (list, tuple, dict, set):
+    if kind in _CONTAINERS:  # subclasses of these may not be copied safely
         return False
     return (
-        isinstance(thing, (*_SHARED, *GENERATORS))
+        isinstance(thing, _SHARED)
         or kind.__module__ == "builtins"
         or hasattr(kind, "__del__")
         or not hasattr(thing, "__dict__")

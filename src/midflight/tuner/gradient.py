@@ -349,7 +349,7 @@ class ReceivedGradient:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The norms and factors learned so far about the loop."""
+        """Return the norms and factors learned so far about the loop."""
         return {
             "norms": [(sorted(names), norm) for names, norm in self._norms.items()],
             "factors": [(sorted(names), list(seen)) for names, seen in self._factors.items()],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -112,11 +112,12 @@ class NoRandomness(Randomness):
         self._states, self._seed, self._borrowed = [None], 0, True
 
 
-class _Source:
-    """One generator: how to read, write and seed it."""
+class _Source(NamedTuple):
+    """Functions that read, write and seed the state of one generator."""
 
-    def __init__(self, get: Callable[[], Any], set: Callable[[Any], Any], seed: Callable[[int], Any]) -> None:
-        self.get, self.set, self.seed = get, set, seed
+    get: Callable[[], Any]
+    set: Callable[[Any], Any]
+    seed: Callable[[int], Any]
 
 
 def _numpy() -> _Source:
