@@ -1,5 +1,7 @@
-"""Define the exceptions that midflight raises on purpose."""
+"""Define the exceptions that midflight raises on purpose, and how it warns."""
 
+import sys
+import warnings
 from importlib.util import find_spec
 
 
@@ -76,3 +78,11 @@ def require_extra(module: str, extra: str) -> None:
         raise MissingExtra(
             f"{module} must be installed for this, but is not; run pip install 'midflight[{extra}]'."
         )
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's code that led here: the first one outside midflight and torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("midflight", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -493,7 +493,7 @@ def and_then(after: Callable[[Loop], None], loop: Loop, batch: Any) -> None:
 def test_weights_that_are_changed_after_a_step_are_said_once(after):
     with pytest.warns(UserWarning, match="changed between two optimiser steps") as said:
         found(partial(noisy_loop, step=partial(and_then, after)), steps=6)
-    assert len(said) == 1
+    assert len([w for w in said if w.category is UserWarning]) == 1  # torch says that parts of it are old
 
 
 def test_weights_that_are_exchanged_and_put_back_are_no_change():
@@ -905,6 +905,7 @@ def test_an_optimiser_that_the_tuner_is_not_told_of_is_said_once():
     with pytest.warns(UserWarning, match="pass all optimisers as a list") as said:
         loop.run()
     assert len(said) == 1
+    assert said[0].filename.endswith("loops.py")  # the line of the step, not one of midflight or torch
 
 
 def test_muon_is_refused_for_what_the_loss_reads():

@@ -7,7 +7,6 @@ other members of an ensemble if that is better.
 
 import math
 import time
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Self
@@ -24,7 +23,7 @@ from midflight.automl.families import FAMILIES, Task, default_of, space_of
 from midflight.automl.judge import Judge, Problem, TimeIsUp
 from midflight.automl.network import warm_up
 from midflight.automl.validation import Array, folds_of, loss_of, predictions_of
-from midflight.errors import UnknownName
+from midflight.errors import UnknownName, warn
 from midflight.search.errors import SearchError
 from midflight.search.search import run
 
@@ -82,9 +81,8 @@ class _Auto(BaseEstimator):
             if judge.best is None:
                 raise
             interrupted = True
-            warnings.warn(
+            warn(
                 f"interrupted after {len(judge.rows)} configurations; the best one so far is fitted.",
-                stacklevel=3,
             )
         if judge.best is None:
             reason = judge.rows[-1].message if judge.rows else "there was no trial"

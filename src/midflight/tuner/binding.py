@@ -8,7 +8,6 @@ after it.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from midflight._tensors import Tensors
-from midflight.errors import BindingError
+from midflight.errors import BindingError, warn
 from midflight.space import Space
 from midflight.updates import Update, UpdateRule, read_option, read_options, rule_for, write_option
 
@@ -135,13 +134,12 @@ class Binding:
             holder = _HOLDERS.get(optimizer)
             detach_other = None if holder is None else holder()
             if detach_other is not None:
-                warnings.warn(
+                warn(
                     f"another tuner or replay holds this {type(optimizer).__name__}; it is detached, and the "
                     "new one takes its place. Call detach() or finish() on the old one first.",
-                    stacklevel=3,
                 )
                 detach_other()
-        self._references = self._find_references(warn=True)
+        self._references = self._find_references(say=True)
         for key, group in self._groups():
             for (g, option), left in _LEFT.get(self._optimizers[key[0]], {}).items():
                 if g == key[1] and option in self._bound_options():
@@ -368,7 +366,7 @@ class Binding:
         own = (w.own for w in self._written if w.group is group and w.option == place.option)
         return next(own, read_option(group, place.option)) / place.reference
 
-    def _find_references(self, warn: bool = False) -> dict[tuple[str, str], dict[Key, float]]:
+    def _find_references(self, say: bool = False) -> dict[tuple[str, str], dict[Key, float]]:
         """Return (hyperparameter, option) -> group -> reference; 0 where a group has no such option."""
         found: dict[tuple[str, str], dict[Key, float]] = {}
         for name, bound in self.options.items():
@@ -378,7 +376,7 @@ class Binding:
                 if left:
                     found[name, option] = {**now, **left}
                 elif option == "lr":
-                    found[name, option] = self._lr_references(name, now, warn)
+                    found[name, option] = self._lr_references(name, now, say)
                 else:
                     found[name, option] = {
                         key: now[key] and _at_factor_one(_scheduled(group), option, now[key])
@@ -402,7 +400,7 @@ class Binding:
                 found[o, g] = left.reference
         return found
 
-    def _lr_references(self, name: str, now: dict[Key, float], warn: bool) -> dict[Key, float]:
+    def _lr_references(self, name: str, now: dict[Key, float], say: bool) -> dict[Key, float]:
         """Return the learning rates at factor 1, which torch's schedulers keep as initial_lr or max_lr.
 
         A scheduler that is over leaves these behind. So if steps were taken and the groups have the tuned
@@ -422,13 +420,12 @@ class Binding:
             math.isclose(a, b, rel_tol=1e-6) for a, b in zip(own, values, strict=True)
         ):
             return now
-        if warn:
+        if say:
             key = next(key for key in now if now[key] != known[key])
-            warnings.warn(
+            warn(
                 f"lr of a param_group is {now[key]:g}, but its scheduler says that it was {known[key]:g} at "
                 f"first; the tuned value counts times {now[key] / known[key]:g}. If that scheduler is over, "
                 "delete initial_lr and max_lr from the param_groups before the tuner is made.",
-                stacklevel=5,
             )
         return known
 

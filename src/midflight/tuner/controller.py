@@ -5,14 +5,13 @@ after the step     move the hyperparameters against them, and ask the schedule f
 """
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from midflight._tensors import all_finite
-from midflight.errors import UnknownGradient
+from midflight.errors import UnknownGradient, warn
 from midflight.space import Space
 from midflight.tuner.diagnostics import PATIENCE, Bounds, Reach
 from midflight.tuner.gradient import StandingWeights
@@ -121,10 +120,9 @@ class Controller:
     def _warn_incomplete(self) -> None:
         if not self._said_incomplete:
             self._said_incomplete = True
-            warnings.warn(
+            warn(
                 "all optimisers must step once in each training step, but one stepped again before the "
                 "others did; only training steps of all of them count. Step all together, or tune one alone.",
-                stacklevel=2,
             )
 
     def has_work_after_step(self) -> bool:

@@ -1,13 +1,13 @@
 """Choose the best among the weights that a run can end with."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from midflight._tensors import Tensors
+from midflight.errors import warn
 from midflight.tuner.data import examples_of
 from midflight.tuner.hyperstep import HyperStep
 from midflight.tuner.live import signals_wait, weights_at
@@ -46,10 +46,9 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
     ranked = dict(sorted(losses.items(), key=lambda item: (math.isnan(item[1]), item[1])))
     best = next(iter(ranked))
     if math.isnan(ranked[best]):
-        warnings.warn(
+        warn(
             "no weights of this run have a finite validation loss, and the model keeps its last ones; lower "
             "the learning rate, or look for the step at which the loss became NaN.",
-            stacklevel=3,
         )
     with signals_wait(), torch.no_grad():
         for name, value in candidates.get(best, {}).items():

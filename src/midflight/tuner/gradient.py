@@ -18,7 +18,6 @@ raised if gradients did not come from `backward`, unless `max_grad_norm` shows t
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from midflight._tensors import Tensors
-from midflight.errors import UnknownGradient
+from midflight.errors import UnknownGradient, warn
 from midflight.tuner.data import examples_of
 
 EPSILON = 1e-6
@@ -416,10 +415,9 @@ class StandingWeights:
         self._weights, self._noted = {}, {}
         if changed:
             self._said = True
-            warnings.warn(
+            warn(
                 f"{len(changed)} weights, such as {changed[0]}, were changed between two optimiser steps, by "
                 "clamping or normalising them, say; hypergradients are those of the optimiser's step alone.",
-                stacklevel=2,
             )
 
 

@@ -6,7 +6,6 @@ Data flows from left to right. Nothing here moves a weight or a hyperparameter.
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from midflight._tensors import Tensors, all_finite, detach, norm
-from midflight.errors import UnsupportedOptimizer, UnsupportedParameter
+from midflight.errors import UnsupportedOptimizer, UnsupportedParameter, warn
 from midflight.hypergrad import Estimator
 from midflight.hypergrad.graph import graph_leaves
 from midflight.hypergrad.mixed import value_grads
@@ -329,10 +328,9 @@ class HyperStep:
                 losses.append(self.live.valid_loss(self.valid_loss, batch).detach())
             self.randomness.rewind(states)
         if bool((losses[0] - losses[1]).abs() > 16 * torch.finfo(losses[0].dtype).eps * losses[0].abs()):
-            warnings.warn(
+            warn(
                 f"training moves {', '.join(sorted(others))}, and hyperparameters reach the validation "
                 "loss that way as well; the hypergradient leaves this out.",
-                stacklevel=2,
             )
 
     @torch.no_grad()
@@ -368,10 +366,9 @@ class HyperStep:
         }
         if found and not self._said_standing:
             self._said_standing = True
-            warnings.warn(
+            warn(
                 f"{len(found)} weights of the model, such as {next(iter(found))}, are in no optimiser of the "
                 "tuner and count as standing still; pass all optimisers as a list.",
-                stacklevel=2,
             )
         return found
 

@@ -18,7 +18,6 @@ Other buffers have no derivative here, such as those of a hand-written norm. If 
 validation loss through them, the tuner warns.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from midflight._tensors import Tensors
+from midflight.errors import warn
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,9 @@ class Watched:
         self._read |= {name for name in passes.layers if _MEAN + name in passes.read}
         if passes.hidden and not self._said_hidden:
             self._said_hidden = True
-            warnings.warn(
+            warn(
                 f"validation reads the running statistics of {', '.join(sorted(passes.hidden))} without a "
                 "gradient, as in a reentrant checkpoint; the hypergradient leaves out what they do.",
-                stacklevel=2,
             )
         return {
             name: (taken[_MEAN + name], taken[_VAR + name])

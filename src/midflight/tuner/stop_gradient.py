@@ -8,7 +8,6 @@ leaves this out and may have the wrong sign. The derivative of the step that the
 """
 
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from midflight._tensors import Tensors, dot
+from midflight.errors import warn
 from midflight.hypergrad.graph import graph_leaves
 from midflight.space import Space
 
@@ -144,10 +144,9 @@ class ByDifference:
         certain = abs(off - abs(changes[1] - predicted[1])) <= CERTAIN * off
         wrong = certain and off > WRONG * abs(changes[0]) + noise
         if wrong and raw.numel() > MOST:
-            warnings.warn(
+            warn(
                 f"the training loss takes values that depend on {name} out of the graph, by detach or "
                 f"no_grad; its hypergradient leaves this out. With at most {MOST} entries it would not.",
-                stacklevel=2,
             )
         return wrong and raw.numel() <= MOST
 

@@ -1,6 +1,5 @@
 """Tune hyperparameters inside `optimizer.step()`, while the training loop stays unchanged."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -8,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from midflight.errors import SpaceError, UnsupportedSetting
+from midflight.errors import SpaceError, UnsupportedSetting, warn
 from midflight.hypergrad import Estimator, estimator_for
 from midflight.space import Space
 from midflight.tuner import report
@@ -232,10 +231,9 @@ class Tuner:
         if moved and self._on_hyperstep is not None:
             self._on_hyperstep(self.steps, self.log())
         if self.steps - 1 == self._total:
-            warnings.warn(
+            warn(
                 f"the run is longer than total_steps={self._total} optimiser steps; hyperparameters move no "
                 "more.",
-                stacklevel=5,  # the loop, past the hooks and torch
             )
 
 
@@ -270,10 +268,9 @@ def _require_arguments(
     if valid_loss_fn is not None:
         require_loss("valid_loss_fn", valid_loss_fn)
     if same_data(train_loader, valid_loader):
-        warnings.warn(
+        warn(
             "train_loader and valid_loader read the same data, so hyperparameters are tuned on training data "
             "and nothing keeps the model from memorising it; hold out data for valid_loader.",
-            stacklevel=3,
         )
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
