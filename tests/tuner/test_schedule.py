@@ -39,10 +39,30 @@ def test_front_loaded_takes_a_hyper_step_for_twenty_steps_most_of_them_at_first(
         assert n == -(-2000 * k**2 // 100**2)
 
 
+def hyper_steps(schedule, steps, total):
+    """Numbers of the optimiser steps that have a hyper-step."""
+    schedule.begin(total)
+    at, hyper = [], False
+    for n in range(steps):
+        hyper = schedule.next_is_hyper(n, hyper)
+        if hyper:
+            at.append(n + 1)
+    return at
+
+
 def test_front_loaded_without_an_end_comes_at_each_twentieth_step():
-    schedule = mf.FrontLoaded()
-    schedule.begin(None)
-    assert [n + 1 for n in range(100) if schedule.next_is_hyper(n, hyper=False)] == [20, 40, 60, 80, 100]
+    assert hyper_steps(mf.FrontLoaded(), 100, None) == [20, 40, 60, 80, 100]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(("steps", "expected"), [(2000, 100), (3000, 150), (12_000, 300), (27_000, 450)])
+def test_a_long_run_has_as_many_hyper_steps_as_the_square_root_of_its_length(known, steps, expected):
+    assert len(hyper_steps(mf.FrontLoaded(), steps, steps if known else None)) == expected
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_rate_that_was_asked_for_holds_in_a_long_run(known):
+    assert len(hyper_steps(mf.FrontLoaded(20), 12_000, 12_000 if known else None)) == 600
 
 
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.2])

@@ -69,26 +69,37 @@ class Every(Schedule):
 class FrontLoaded(Schedule):
     """Takes most hyper-steps early: the n-th of N comes after the share (n / N)^2 of the run.
 
-    N is the number of optimiser steps divided by `per`. If the length of the run is not known, a hyper-step
-    comes at each `per`-th step.
+    By default N is T / PER for a run of T optimiser steps, but from ENOUGH on it grows as the square root of
+    T: a long run needs more hyper-steps for precision only. If the length of the run is not known, N(T)
+    hyper-steps have come after T steps, at every T.
 
     Args:
-        per: optimiser steps per hyper-step, over the whole run.
+        per: optimiser steps per hyper-step over the whole run, whatever its length; None as above.
     """
 
-    def __init__(self, per: int = PER) -> None:
-        self.per = whole("per", per)
+    ENOUGH = 150
+    """The number of hyper-steps that comes at the full rate."""
+
+    def __init__(self, per: int | None = None) -> None:
+        self.per = None if per is None else whole("per", per)
         self._total: int | None = None
         self._taken = 0
 
     def begin(self, total_steps: int | None) -> None:
         self._total = total_steps
 
+    def planned(self, steps: int) -> int:
+        """Return N for a run of this many optimiser steps."""
+        at_full_rate = steps / (self.per or PER)
+        if self.per is None and at_full_rate > self.ENOUGH:
+            return int(math.sqrt(self.ENOUGH * at_full_rate))
+        return int(at_full_rate)
+
     def next_is_hyper(self, steps: int, hyper: bool, busy: bool = False) -> bool:
         self._taken += hyper
         if self._total is None:
-            return (steps + 1) % self.per == 0
-        planned = max(1, self._total // self.per)
+            return self.planned(steps + 1) > self._taken
+        planned = max(1, self.planned(self._total))
         return steps > 0 and (steps + 1) * planned**2 >= self._total * (self._taken + 1) ** 2
 
     def state_dict(self) -> dict[str, Any]:
