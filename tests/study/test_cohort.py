@@ -44,7 +44,7 @@ def test_a_cohort_equals_its_arms_run_alone(kind, estimator, hyper_optimizer, de
     arms = [Arm(NETWORK, kind, estimator, i) for i in range(3)]
     starts = [spec.grid_point(i) if kind == "landscape" else spec.start(i) for i in range(3)]
     data, told = prepare(spec), []
-    together = run_cohort(spec, arms, starts, data, lambda *epoch: told.append(epoch))
+    together = run_cohort(spec, arms, starts, data, told.append)
     for arm, start, row in zip(arms, starts, together, strict=True):
         alone = run_arm(spec, arm, start, data, lambda *_: None).result
         assert row.arm == arm
@@ -58,9 +58,9 @@ def test_a_cohort_equals_its_arms_run_alone(kind, estimator, hyper_optimizer, de
         assert len(row.result.trajectory) == len(alone.trajectory)
         for ours, theirs in zip(row.result.trajectory, alone.trajectory, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-3)
-        epoch, point, error = [t[1:] for t in told if t[0] == arm][-1]
-        assert (epoch, error) == (3, row.result.valid_error)
-        assert point == pytest.approx(row.result.end, abs=1e-6)
+        last = [done for done in told if done.arm == arm][-1]
+        assert (last.epoch, last.valid_error) == (3, row.result.valid_error)
+        assert last.point == pytest.approx(row.result.end, abs=1e-6)
 
 
 def test_without_a_compiler_a_cohort_runs_uncompiled(monkeypatch):

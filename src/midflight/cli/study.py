@@ -11,7 +11,7 @@ import tyro
 from midflight._reporting.machine import machine
 from midflight.cli._console import err, out
 from midflight.study.progress import showing_progress
-from midflight.study.run import LONG, estimate_seconds, may_be_long, run_study
+from midflight.study.run import LONG, estimate_seconds, run_study
 from midflight.study.spec import PRESETS, Spec, SpecError
 from midflight.study.store import Store
 from midflight.study.summary import summarise
@@ -71,11 +71,9 @@ def _announce(spec: Spec, preset: Spec, workers: int) -> None:
         err.print(f"Runs of the same kind train together on {spec.device}.")
         return
     err.print(f"Each run trains in its own process with one thread; {workers} run in parallel.")
-    if may_be_long(spec, workers) and (seconds := estimate_seconds(spec, workers)) > LONG:
+    if (seconds := estimate_seconds(spec, workers)) > LONG:
         err.print(f"The training steps alone will take about {_duration(seconds)} with {workers} workers.")
-    if spec == preset or not may_be_long(preset, workers):
-        return
-    if (whole := estimate_seconds(preset, workers)) > LONG:
+    if spec != preset and (whole := estimate_seconds(preset, workers)) > LONG:
         err.print(f"The whole preset would take about {_duration(whole)}.")
 
 

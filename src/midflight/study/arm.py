@@ -1,10 +1,15 @@
-"""One arm of the study: train a network once, fixed or tuned, and measure it."""
+"""Train the arms of a study and measure them.
+
+`train` is the only training loop. It trains a `SingleRun` on a CPU, and many runs as a `Cohort` on a GPU.
+A cohort of one would take about 1.5 times as long as a `SingleRun` (one thread, network 300-300-300).
+"""
 
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,11 +20,10 @@ from midflight.datasets import Shuffled, Split, evaluate, load
 from midflight.nn import GaussianNoise
 from midflight.space import Float, Space
 from midflight.study.spec import DEFAULT, Arm, Spec, SpecError, widths
-from midflight.study.store import Result, Row
+from midflight.study.store import Point, Result, Row
 from midflight.tuner import Every, SignSteps, Tuner
 
-Point = tuple[float, float]
-"""(log10 L2, noise)"""
+Batch: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,66 +60,132 @@ def prepare(spec: Spec) -> Data:
     )
 
 
-def run_arm(
-    spec: Spec, arm: Arm, start: Point, data: Data, on_epoch: Callable[[int, Point, float], None]
-) -> Row:
-    """Train one arm from the hyperparameters `start` and measure it.
+@dataclass(frozen=True)
+class EpochDone:
+    """Report an epoch of an arm, with the point and the validation error after it."""
+
+    arm: Arm
+    epoch: int
+    point: Point
+    valid_error: float
+
+
+OnEpoch: TypeAlias = Callable[[EpochDone], None]
+
+
+class Runs(ABC):
+    """n training runs that advance together.
+
+    Attributes:
+        optimizer: steps the weights; its learning rate applies to all runs.
+        batches: batches of T1; an iteration is an epoch.
+        path: (training step, `points`) after each hyperparameter step.
+    """
+
+    optimizer: torch.optim.Optimizer
+    batches: Iterable[Batch]
+    path: list[tuple[int, Tensor]]
+
+    @abstractmethod
+    def step(self, batch: Batch) -> None:
+        """Take a training step, with a hyperparameter step if one is due."""
+
+    @abstractmethod
+    def points(self) -> Tensor:
+        """Return the current (log10 L2, noise), shape (n, 2)."""
+
+    @abstractmethod
+    def evaluate(self, split: Split) -> list[tuple[float, float]]:
+        """Return (mean cross-entropy, share misclassified) of each run."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """End tuning; this may replace the weights."""
+
+    def train_epoch(self) -> None:
+        """Take a step per batch."""
+        for batch in self.batches:
+            self.step(batch)
+
+
+def train(
+    spec: Spec, arms: Sequence[Arm], starts: Sequence[Point], data: Data, runs: Runs, on_epoch: OnEpoch
+) -> list[Row]:
+    """Train `runs`, one per arm, and return a row per arm; runs that train together share the seconds."""
+    seconds: list[float] = []
+    valid_errors: list[list[float]] = []
+    for epoch in range(1, spec.epochs + 1):
+        seconds.append(_seconds(spec, runs.train_epoch) / len(arms))
+        for group in runs.optimizer.param_groups:
+            group["lr"] *= spec.lr_end ** (1 / spec.epochs)
+        valid_errors.append([error for _, error in runs.evaluate(data.t2)])
+        for arm, (l2, noise), error in zip(arms, runs.points().tolist(), valid_errors[-1], strict=True):
+            on_epoch(EpochDone(arm, epoch, (l2, noise), error))
+    seconds[-1] += _seconds(spec, runs.finish) / len(arms)
+
+    ends = [(l2, noise) for l2, noise in runs.points().tolist()] if arms[0].kind == "tuned" else starts
+    valid, path = runs.evaluate(data.t2), [(step, points.tolist()) for step, points in runs.path]
+    unread = [(None, None)] * len(arms)  # the landscape leaves the test set alone
+    test = unread if arms[0].kind == "landscape" else runs.evaluate(data.test)
+    results = [
+        Result(
+            start=starts[i],
+            end=ends[i],
+            valid_loss=valid[i][0],
+            valid_error=valid[i][1],
+            test_error=test[i][1],
+            valid_errors=[errors[i] for errors in valid_errors],
+            trajectory=[[step, *points[i]] for step, points in path],
+        )
+        for i in range(len(arms))
+    ]
+    return [Row(arm, result, list(seconds)) for arm, result in zip(arms, results, strict=True)]
+
+
+def run_arm(spec: Spec, arm: Arm, start: Point, data: Data, on_epoch: OnEpoch) -> Row:
+    """Train one arm from the hyperparameters `start`.
 
     Equal arguments give an equal `Result` on the same machine, in any process and any order.
-
-    Args:
-        on_epoch: called after each epoch with (epochs done, current point, validation error).
     """
-    seed = seed_of(spec, arm)
-    torch.manual_seed(seed)
-    space = space_of(spec, start)
-    model = noisy_mlp(spec, arm, data.t1.x.shape[1], space)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=spec.lr, weight_decay=float(space["weight_decay"]), fused=True
-    )
-    decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, spec.lr_end ** (1 / spec.epochs))
-    t1, t2 = Shuffled(data.t1, spec.batch, seed), Shuffled(data.t2, spec.batch, seed + 1)
-    trajectory: list[list[float]] = []
-    tuner = None
-    if arm.kind == "tuned":
-        tuner = Tuner(
-            model, optimizer, space, loss_fn, t1, t2, total_steps=spec.steps(), **_tuner_options(spec, arm),
-            on_hyperstep=lambda step, _: trajectory.append([step, *_point(space)]),
-        )  # fmt: skip
-
-    valid_errors: list[float] = []
-    epoch_seconds: list[float] = []
-    for epoch in range(spec.epochs):
-        epoch_seconds.append(_train_epoch(spec, model, optimizer, t1))
-        decay.step()
-        valid_errors.append(evaluate(model, data.t2)[1])
-        on_epoch(epoch + 1, _point(space), valid_errors[-1])
-    if tuner is not None:
-        began = device_time(spec)
-        tuner.finish()
-        epoch_seconds[-1] += device_time(spec) - began
-
-    valid_loss, valid_error = evaluate(model, data.t2)
-    result = Result(
-        start=start,
-        end=_point(space) if tuner is not None else start,
-        valid_loss=valid_loss,
-        valid_error=valid_error,
-        test_error=None if arm.kind == "landscape" else evaluate(model, data.test)[1],
-        valid_errors=valid_errors,
-        trajectory=trajectory,
-    )
-    return Row(arm, result, epoch_seconds)
+    (row,) = train(spec, [arm], [start], data, SingleRun(spec, arm, start, data), on_epoch)
+    return row
 
 
-def _train_epoch(spec: Spec, model: nn.Module, optimizer: torch.optim.Optimizer, t1: Shuffled) -> float:
-    """Train one epoch; return its seconds."""
-    began = device_time(spec)
-    for batch in t1:
-        optimizer.zero_grad()
-        loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return device_time(spec) - began
+class SingleRun(Runs):
+    """One run: a plain loop over an optimiser, beside a `Tuner` if the arm is tuned."""
+
+    def __init__(self, spec: Spec, arm: Arm, start: Point, data: Data) -> None:
+        seed = seed_of(spec, arm)
+        torch.manual_seed(seed)
+        self._space = space_of(spec, start)
+        self._model = noisy_mlp(spec, arm, data.t1.x.shape[1], self._space)
+        l2 = float(self._space["weight_decay"])
+        self.optimizer = torch.optim.Adam(self._model.parameters(), lr=spec.lr, weight_decay=l2, fused=True)
+        self.batches, t2 = Shuffled(data.t1, spec.batch, seed), Shuffled(data.t2, spec.batch, seed + 1)
+        self.path = []
+        self._tuner = None
+        if arm.kind == "tuned":
+            self._tuner = Tuner(
+                self._model, self.optimizer, self._space, loss_fn, self.batches, t2,
+                total_steps=spec.steps(), **_tuner_options(spec, arm),
+                on_hyperstep=lambda step, _: self.path.append((step, self.points())),
+            )  # fmt: skip
+
+    def step(self, batch: Batch) -> None:
+        self.optimizer.zero_grad()
+        loss_fn(self._model, batch).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+    def points(self) -> Tensor:
+        l2 = float(self._space["weight_decay"].value.detach().log10())
+        return torch.tensor([[l2, float(self._space["noise"])]], dtype=torch.float64)
+
+    def evaluate(self, split: Split) -> list[tuple[float, float]]:
+        return [evaluate(self._model, split)]
+
+    def finish(self) -> None:
+        if self._tuner is not None:
+            self._tuner.finish()
 
 
 def mlp(inputs: int, hidden: list[int], classes: int) -> nn.Sequential:
@@ -134,7 +204,7 @@ def noisy_mlp(spec: Spec, arm: Arm, inputs: int, space: Space) -> nn.Sequential:
     return nn.Sequential(noise, mlp(inputs, widths(arm.network), classes=10)).to(spec.device)
 
 
-def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean cross-entropy of a batch (x, y)."""
     return F.cross_entropy(model(batch[0]), batch[1])
 
@@ -169,18 +239,16 @@ def space_of(spec: Spec, start: Point) -> Space:
     )
 
 
-def _point(space: Space) -> Point:
-    return float(space["weight_decay"].value.detach().log10()), float(space["noise"])
-
-
 def seed_of(spec: Spec, arm: Arm) -> int:
     """Return the seed of weights and batches: one per start, and one for the whole landscape."""
     index = 0 if arm.kind == "landscape" else arm.index
     return int(np.random.default_rng([spec.seed, index, 1]).integers(2**32))
 
 
-def device_time(spec: Spec) -> float:
-    """Wait until the device is idle; return the time in seconds."""
+def _seconds(spec: Spec, work: Callable[[], None]) -> float:
+    """Return the seconds of `work`, with what it left running on the GPU."""
+    began = time.perf_counter()
+    work()
     if spec.device != "cpu":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.perf_counter() - began

@@ -6,7 +6,7 @@ distribution, but differ bit by bit; so do the remaining arms of an interrupted 
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
@@ -17,9 +17,19 @@ from torch import Tensor, nn
 
 from midflight.datasets import ShuffledForEach, Split
 from midflight.errors import NoCompiler
-from midflight.study.arm import Data, Point, device_time, hyper_optimizer, noisy_mlp, seed_of, space_of
+from midflight.study.arm import (
+    Batch,
+    Data,
+    OnEpoch,
+    Runs,
+    hyper_optimizer,
+    noisy_mlp,
+    seed_of,
+    space_of,
+    train,
+)
 from midflight.study.spec import Arm, Spec, widths
-from midflight.study.store import Result, Row
+from midflight.study.store import Point, Row
 from midflight.tuner import Population
 
 MEMORY_PER_WEIGHT = 16
@@ -43,79 +53,61 @@ def cohorts(spec: Spec, arms: Sequence[Arm], inputs: int) -> Iterator[list[Arm]]
 
 
 def run_cohort(
-    spec: Spec,
-    arms: Sequence[Arm],
-    starts: Sequence[Point],
-    data: Data,
-    on_epoch: Callable[[Arm, int, Point, float], None],
+    spec: Spec, arms: Sequence[Arm], starts: Sequence[Point], data: Data, on_epoch: OnEpoch
 ) -> list[Row]:
-    """Train arms of one network, kind and estimator together, each from its own hyperparameters.
+    """Train arms of one network, kind and estimator together, each from its own hyperparameters."""
+    return train(spec, arms, starts, data, Cohort(spec, arms, starts, data), on_epoch)
 
-    Args:
-        on_epoch: called per epoch and arm with (arm, epochs done, current point, validation error).
 
-    Returns:
-        One row per arm. The seconds of the cohort are shared equally.
-    """
-    first, n = arms[0], len(arms)
-    tuned = first.kind == "tuned"
-    seeds = [seed_of(spec, arm) for arm in arms]
-    population = _population(spec, first, starts, data, seeds)
-    batches = ShuffledForEach(data.t1, spec.batch, seeds)
-    paths: list[tuple[int, Tensor]] = []
-    valid_errors: list[list[float]] = []
-    seconds: list[float] = []
-    step = 0
-    for epoch in range(spec.epochs):
-        began = device_time(spec)
-        for batch in batches:
-            population.step(batch)
-            step += 1
-            if tuned and step % spec.every == 0:
-                paths.append((step, _points(population)))
-        seconds.append((device_time(spec) - began) / n)
-        for group in population.optimizer.param_groups:
-            group["lr"] *= spec.lr_end ** (1 / spec.epochs)
-        valid_errors.append(_mean(population, _error, data.t2))
-        for arm, point, error in zip(arms, _points(population).tolist(), valid_errors[-1], strict=True):
-            on_epoch(arm, epoch + 1, (point[0], point[1]), error)
+class Cohort(Runs):
+    """One run per arm, as the members of a `Population`."""
 
-    ends = [(l2, noise) for l2, noise in _points(population).tolist()] if tuned else starts
-    losses = _mean(population, _loss, data.t2)
-    test_errors = [None] * n if first.kind == "landscape" else _mean(population, _error, data.test)
-    results = [
-        Result(start, end, loss, errors[-1], test_error, list(errors), [])
-        for start, end, loss, test_error, *errors in zip(
-            starts, ends, losses, test_errors, *valid_errors, strict=True
+    def __init__(self, spec: Spec, arms: Sequence[Arm], starts: Sequence[Point], data: Data) -> None:
+        first, seeds = arms[0], [seed_of(spec, arm) for arm in arms]
+        torch.manual_seed(seeds[0])
+        spaces = [space_of(spec, start) for start in starts]
+        self._every = spec.every if first.kind == "tuned" else spec.steps() + 1
+        self._population = _compiled_if_possible(
+            spec,
+            len(starts),
+            partial(noisy_mlp, spec, first, data.t1.x.shape[1]),
+            spaces[0],
+            partial(torch.optim.Adam, lr=spec.lr),
+            loss_fn=_loss,
+            valid_loader=ShuffledForEach(data.t2, spec.batch, [seed + 1 for seed in seeds]),
+            starts={name: [float(space[name]) for space in spaces] for name in spaces[0]},
+            seeds=seeds,
+            schedule=self._every,
+            estimator=first.estimator or "one_step",
+            total_steps=spec.steps(),
+            hyper_optimizer=hyper_optimizer(spec),
         )
-    ]
-    for step, points in paths:
-        for result, point in zip(results, points.tolist(), strict=True):
-            result.trajectory.append([step, *point])
-    return [Row(arm, result, seconds) for arm, result in zip(arms, results, strict=True)]
+        self.optimizer = self._population.optimizer
+        self.batches = ShuffledForEach(data.t1, spec.batch, seeds)
+        self.path = []
+        self._steps = 0
 
+    def step(self, batch: Batch) -> None:
+        self._population.step(batch)
+        self._steps += 1
+        if self._steps % self._every == 0:
+            self.path.append((self._steps, self.points()))
 
-def _population(
-    spec: Spec, first: Arm, starts: Sequence[Point], data: Data, seeds: Sequence[int]
-) -> Population:
-    """Return one member per start, with the networks and the estimator of `first`."""
-    torch.manual_seed(seeds[0])
-    spaces = [space_of(spec, start) for start in starts]
-    return _compiled_if_possible(
-        spec,
-        len(starts),
-        partial(noisy_mlp, spec, first, data.t1.x.shape[1]),
-        spaces[0],
-        partial(torch.optim.Adam, lr=spec.lr),
-        loss_fn=_loss,
-        valid_loader=ShuffledForEach(data.t2, spec.batch, [seed + 1 for seed in seeds]),
-        starts={name: [float(space[name]) for space in spaces] for name in spaces[0]},
-        seeds=seeds,
-        schedule=spec.every if first.kind == "tuned" else spec.steps() + 1,
-        estimator=first.estimator or "one_step",
-        total_steps=spec.steps(),
-        hyper_optimizer=hyper_optimizer(spec),
-    )
+    def points(self) -> Tensor:
+        values = self._population.values
+        return torch.stack([values["weight_decay"].log10(), values["noise"]], 1)
+
+    def evaluate(self, split: Split) -> list[tuple[float, float]]:
+        n = self._population.n
+        total = torch.zeros(n, 2, device=split.x.device, dtype=torch.float64)
+        for start in range(0, len(split), EVALUATION_BATCH):
+            x, y = split.x[start : start + EVALUATION_BATCH], split.y[start : start + EVALUATION_BATCH]
+            batch = x.expand(n, *x.shape), y.expand(n, *y.shape)
+            total += len(y) * self._population.evaluate(_loss_and_error, batch)
+        return [(loss, error) for loss, error in (total / len(split)).tolist()]
+
+    def finish(self) -> None:
+        """Keep the weights; only a `Tuner` replaces them."""
 
 
 def _compiled_if_possible(spec: Spec, *args: Any, **options: Any) -> Population:
@@ -128,31 +120,20 @@ def _compiled_if_possible(spec: Spec, *args: Any, **options: Any) -> Population:
     return Population(*args, **options)
 
 
-def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the cross-entropy; written out, because vmap decomposes F.cross_entropy slowly."""
-    return -F.log_softmax(model(batch[0]), 1).gather(1, batch[1][:, None]).mean()
+    return _cross_entropy(model(batch[0]), batch[1])
 
 
-def _error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    wrong: Tensor = model(batch[0]).argmax(1) != batch[1]
-    return wrong.float().mean()
+def _loss_and_error(model: nn.Module, batch: Batch) -> Tensor:
+    """Return (cross-entropy, share misclassified), shape (2,)."""
+    logits = model(batch[0])
+    error = (logits.argmax(1) != batch[1]).float().mean()
+    return torch.stack([_cross_entropy(logits, batch[1]), error])
 
 
-def _mean(population: Population, function: Callable[..., Tensor], split: Split) -> list[float]:
-    """Return the mean of `function` over all images, for each member."""
-    total = torch.zeros(population.n, device=split.x.device, dtype=torch.float64)
-    pieces = zip(torch.split(split.x, EVALUATION_BATCH), torch.split(split.y, EVALUATION_BATCH), strict=True)
-    for x, y in pieces:
-        batch = x.expand(population.n, *x.shape), y.expand(population.n, *y.shape)
-        total += len(y) * population.evaluate(function, batch)
-    means: list[float] = (total / len(split)).tolist()
-    return means
-
-
-def _points(population: Population) -> Tensor:
-    """Return (log10 L2, noise) of each member, shape (n, 2)."""
-    values = population.values
-    return torch.stack([values["weight_decay"].log10(), values["noise"]], 1)
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return -F.log_softmax(logits, 1).gather(1, y[:, None]).mean()
 
 
 def _largest_cohort(spec: Spec, network: str, inputs: int) -> int:

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from midflight.study.run import EpochDone
+from midflight.study.arm import EpochDone
 from midflight.study.spec import Arm, Spec, products
 from midflight.study.store import Row
 

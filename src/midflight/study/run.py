@@ -5,18 +5,21 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from midflight._processes import begin_worker, fresh_processes
+from midflight.datasets import Split
 from midflight.errors import MidflightError
-from midflight.study.arm import Data, Point, mlp, prepare, run_arm
+from midflight.study.arm import Data, OnEpoch, SingleRun, prepare, run_arm
 from midflight.study.cohort import cohorts, run_cohort
-from midflight.study.spec import Arm, Spec, products, widths
-from midflight.study.store import Row, Store
+from midflight.study.spec import Arm, Spec
+from midflight.study.store import Point, Row, Store
+
+LONG = 3600.0
+"""Seconds from which the command announces a study's duration."""
 
 
 class WorkerDied(MidflightError, RuntimeError):
@@ -25,22 +28,12 @@ class WorkerDied(MidflightError, RuntimeError):
     exit_code = 1
 
 
-@dataclass(frozen=True)
-class EpochDone:
-    """A worker's message after each epoch of an arm."""
-
-    arm: Arm
-    epoch: int
-    point: Point
-    valid_error: float
-
-
 def run_study(
     spec: Spec,
     store: Store,
     run: str,
     workers: int,
-    on_epoch: Callable[[EpochDone], None] = lambda done: None,
+    on_epoch: OnEpoch = lambda done: None,
     on_row: Callable[[Row], None] = lambda row: None,
     together: bool | None = None,
 ) -> None:
@@ -81,7 +74,7 @@ def _run_together(
     data: Data,
     waiting: list[Arm],
     done: dict[Arm, Row],
-    on_epoch: Callable[[EpochDone], None],
+    on_epoch: OnEpoch,
     finish: Callable[[Row], None],
 ) -> None:
     before = torch.get_float32_matmul_precision()
@@ -94,7 +87,7 @@ def _run_together(
                 torch.compiler.reset()  # torch compiles at most eight shapes; a network needs two
                 network = cohort[0].network
             starts = [_start(spec, arm, done) for arm in cohort]
-            for row in run_cohort(spec, cohort, starts, data, lambda *told: on_epoch(EpochDone(*told))):
+            for row in run_cohort(spec, cohort, starts, data, on_epoch):
                 finish(row)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -105,7 +98,7 @@ def _run_in_processes(
     workers: int,
     waiting: list[Arm],
     done: dict[Arm, Row],
-    on_epoch: Callable[[EpochDone], None],
+    on_epoch: OnEpoch,
     finish: Callable[[Row], None],
 ) -> None:
     context = fresh_processes(__name__)
@@ -135,45 +128,27 @@ def _run_in_processes(
         messages.close()
 
 
-LONG = 3600.0
-"""Seconds from which the command announces a study's duration."""
-
-
-def may_be_long(spec: Spec, workers: int) -> bool:
-    """Whether a study could take over an hour on a slow machine; if so, measure it."""
-    arms = len(list(spec.arms())) / len(spec.networks)
-    # one step of each network: 1 ms of overhead each, and 3 passes at 10^9 multiply-adds per second
-    slow = 1e-3 * len(spec.networks) + 3 * spec.batch * sum(map(products, spec.networks)) / 1e9
-    return slow * spec.steps() * arms / workers > LONG
-
-
 def estimate_seconds(spec: Spec, workers: int, steps: int = 10) -> float:
-    """Estimate the seconds that all arms take on this machine, from a few training steps per network."""
-    total = 0.0
-    per_network = len(list(spec.arms())) / len(spec.networks)
+    """Estimate the time of all arms on this machine, from a few training steps of each network."""
+    arms = len(list(spec.arms())) / len(spec.networks)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
-        for network in spec.networks:
-            total += _seconds_per_step(spec, network, steps) * spec.steps() * per_network
-    return total / workers
+        per_step = sum(_seconds_per_step(spec, network, steps) for network in spec.networks)
+    torch.set_num_threads(threads)
+    return per_step * spec.steps() * arms / workers
 
 
 def _seconds_per_step(spec: Spec, network: str, steps: int) -> float:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    x = torch.rand(spec.batch, 64 if spec.dataset == "digits" else 784, device=spec.device)
-    y = torch.zeros(spec.batch, dtype=torch.int64, device=spec.device)
-    model = mlp(x.shape[1], widths(network), 10).to(spec.device)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    began = 0.0
-    for step in range(steps + 2):
-        if step == 2:
-            began = time.perf_counter()
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    seconds = (time.perf_counter() - began) / steps
-    torch.set_num_threads(threads)
-    return seconds
+    x = torch.rand(spec.batch, 64 if spec.dataset == "digits" else 784)
+    batch = Split(x, torch.zeros(spec.batch, dtype=torch.int64))
+    run = SingleRun(spec, Arm(network, "initial", "", 0), spec.start(0), Data(batch, batch, batch))
+    for _ in range(2):  # torch allocates memory in the first steps
+        run.train_epoch()
+    began = time.perf_counter()
+    for _ in range(steps):
+        run.train_epoch()
+    return (time.perf_counter() - began) / steps
 
 
 def _next_ready(waiting: list[Arm], done: dict[Arm, Row]) -> Arm | None:
@@ -191,7 +166,7 @@ def _tuned(rerun: Arm) -> Arm:
     return replace(rerun, kind="tuned")
 
 
-def _drain(messages: Any, on_epoch: Callable[[EpochDone], None]) -> None:
+def _drain(messages: Any, on_epoch: OnEpoch) -> None:
     while True:
         try:
             on_epoch(messages.get_nowait())
@@ -200,20 +175,15 @@ def _drain(messages: Any, on_epoch: Callable[[EpochDone], None]) -> None:
 
 
 _worker: dict[str, Any] = {}
-"""Set by `_begin_worker` and read by `_work`, in worker processes only."""
+"""Arguments of `run_arm`, set by `_begin_worker` in worker processes only."""
 
 
 def _begin_worker(spec: Spec, messages: Any) -> None:
     begin_worker()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    _worker.update(spec=spec, messages=messages, data=prepare(spec))
+    _worker.update(spec=spec, data=prepare(spec), on_epoch=messages.put)
 
 
 def _work(arm: Arm, start: Point) -> Row:
-    data: Data = _worker["data"]
-
-    def on_epoch(epoch: int, point: Point, valid_error: float) -> None:
-        _worker["messages"].put(EpochDone(arm, epoch, point, valid_error))
-
-    return run_arm(_worker["spec"], arm, start, data, on_epoch)
+    return run_arm(arm=arm, start=start, **_worker)

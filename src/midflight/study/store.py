@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
+from typing import TypeAlias
 
 from midflight.errors import MidflightError, UnknownName
 from midflight.study.spec import Arm, Spec, differences
+
+Point: TypeAlias = tuple[float, float]
+"""(log10 L2, noise)"""
 
 
 class StoreError(MidflightError, ValueError):
@@ -20,7 +24,7 @@ class StoreError(MidflightError, ValueError):
 
 
 class StoreUnavailable(MidflightError, OSError):
-    """the store cannot be written, for example because the disk is full."""
+    """The store cannot be written, for example because the disk is full."""
 
     exit_code = 1
 
@@ -41,8 +45,8 @@ class Result:
         trajectory: [step, log10 L2, noise] after each hyperparameter step; [] for a fixed arm.
     """
 
-    start: tuple[float, float]
-    end: tuple[float, float]
+    start: Point
+    end: Point
     valid_loss: float
     valid_error: float
     test_error: float | None
