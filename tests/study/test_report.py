@@ -5,10 +5,9 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,7 +17,7 @@ from midflight.study.figures import COLOURS, OTHER_COLOUR, all_figures
 from midflight.study.report import as_json, summary_table, write_report
 from midflight.study.spec import PRESETS, Arm, Kind, Spec
 from midflight.study.store import Result, Row, Store
-from midflight.study.summary import summarise
+from midflight.study.summary import Tuning, summarise
 
 NETWORK = "8-8"
 SPEC = Spec(
@@ -106,105 +105,105 @@ def no_pngs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("midflight._reporting.figures.as_png", lambda figure: b"")
 
 
-def tuning(rows: list[Row], estimator: str = "one_step") -> dict[str, Any]:
-    tunings = summarise(SPEC, rows)["networks"][0]["tunings"]
-    return next(t for t in tunings if t["estimator"] == estimator)
+def tuning(rows: list[Row], estimator: str = "one_step") -> Tuning:
+    tunings = summarise(SPEC, rows).networks[0].tunings
+    return next(t for t in tunings if t.estimator == estimator)
 
 
 def test_median_quartiles_and_extremes_of_an_arm_are_those_of_its_test_errors() -> None:
-    initial, one_step = summarise(SPEC, whole())["networks"][0]["arms"][:2]
-    assert (initial["kind"], initial["done"], initial["planned"]) == ("initial", 4, 4)
-    spread = initial["test_error_percent"]
-    assert spread["median"] == pytest.approx(2.5)
-    assert spread["quartile_low"] == pytest.approx(2.0)
-    assert spread["quartile_high"] == pytest.approx(3.25)
-    assert (spread["minimum"], spread["maximum"]) == pytest.approx((2.0, 4.0))
-    assert (one_step["kind"], one_step["estimator"]) == ("tuned", "one_step")
-    assert one_step["test_error_percent"]["median"] == pytest.approx((2.2 + 2.5) / 2)
+    initial, one_step = summarise(SPEC, whole()).networks[0].arms[:2]
+    assert (initial.kind, initial.done, initial.planned) == ("initial", 4, 4)
+    spread = initial.test_error_percent
+    assert spread.median == pytest.approx(2.5)
+    assert spread.quartile_low == pytest.approx(2.0)
+    assert spread.quartile_high == pytest.approx(3.25)
+    assert (spread.minimum, spread.maximum) == pytest.approx((2.0, 4.0))
+    assert (one_step.kind, one_step.estimator) == ("tuned", "one_step")
+    assert one_step.test_error_percent.median == pytest.approx((2.2 + 2.5) / 2)
 
 
 def test_starts_are_compared_with_themselves() -> None:
     t = tuning(whole())
-    assert t["pairs"] == t["reruns"] == 4
-    assert t["tuned_minus_initial_points"]["median"] == pytest.approx((-0.5 + 0.0) / 2)  # 0.2 -0.5 -1 0
-    assert t["tuned_minus_rerun_points"]["median"] == pytest.approx(-0.1)  # -0.1 -0.1 1 -0.5
+    assert t.pairs == t.reruns == 4
+    assert t.tuned_minus_initial_points.median == pytest.approx((-0.5 + 0.0) / 2)  # 0.2 -0.5 -1 0
+    assert t.tuned_minus_rerun_points.median == pytest.approx(-0.1)  # -0.1 -0.1 1 -0.5
 
 
 def test_worse_and_better_starts_are_counted_also_beyond_the_sampling_error() -> None:
     t = tuning(whole())
-    assert (t["worse"], t["better"]) == (1, 2)  # one start is equal
-    assert t["worse_beyond_sampling_error"] == 1  # 0.2 points; sqrt(.021 * .979 / 10000) is 0.143 points
+    assert (t.worse, t.better) == (1, 2)  # one start is equal
+    assert t.worse_beyond_sampling_error == 1  # 0.2 points; sqrt(.021 * .979 / 10000) is 0.143 points
     within = tuning(whole(), "paper")
-    assert within["worse"] == 2  # 2.00 to 2.05, and 3.0 to 3.5
-    assert within["worse_beyond_sampling_error"] == 1  # 0.05 points are less than 0.14
-    assert within["better_beyond_sampling_error"] == 2
+    assert within.worse == 2  # 2.00 to 2.05, and 3.0 to 3.5
+    assert within.worse_beyond_sampling_error == 1  # 0.05 points are less than 0.14
+    assert within.better_beyond_sampling_error == 2
 
 
 def test_the_sampling_error_is_that_of_the_dataset() -> None:
     rows = [row("initial", 0, 2.0), row("tuned", 0, 2.2, "one_step")]
     digits = replace(SPEC, dataset="digits")
-    t = summarise(digits, rows)["networks"][0]["tunings"][0]
-    assert (t["worse"], t["worse_beyond_sampling_error"]) == (1, 0)  # of 360 images: 0.76 points
+    t = summarise(digits, rows).networks[0].tunings[0]
+    assert (t.worse, t.worse_beyond_sampling_error) == (1, 0)  # of 360 images: 0.76 points
 
 
 def test_a_start_is_rescued_if_it_was_poor_and_tuned_is_not() -> None:
-    network = summarise(SPEC, whole())["networks"][0]
-    assert network["lowest_fixed_test_error_percent"] == pytest.approx(2.0)  # the tuned 1.0 does not count
-    assert network["poor_above_test_error_percent"] == pytest.approx(2.5)
+    network = summarise(SPEC, whole()).networks[0]
+    assert network.lowest_fixed_test_error_percent == pytest.approx(2.0)  # the tuned 1.0 does not count
+    assert network.poor_above_test_error_percent == pytest.approx(2.5)
     t = tuning(whole())
-    assert (t["poor_starts"], t["rescued"]) == (2, 1)  # 3.0 to 2.5, on the threshold; 4.0 to 3.0 is not
-    assert t["rescued_percent_of_starts"] == pytest.approx(25)
-    assert t["rescued_percent_of_poor_starts"] == pytest.approx(50)
+    assert (t.poor_starts, t.rescued) == (2, 1)  # 3.0 to 2.5, on the threshold; 4.0 to 3.0 is not
+    assert t.rescued_percent_of_starts == pytest.approx(25)
+    assert t.rescued_percent_of_poor_starts == pytest.approx(50)
 
 
 def test_runs_are_on_the_diagonal_within_one_sampling_error() -> None:
     t = tuning(whole())
-    assert t["on_diagonal"] == 2  # 0.1 points twice; 1.0 and 0.5 are more than 0.15
-    assert t["on_diagonal_percent"] == pytest.approx(50)
+    assert t.on_diagonal == 2  # 0.1 points twice; 1.0 and 0.5 are more than 0.15
+    assert t.on_diagonal_percent == pytest.approx(50)
 
 
 def test_overhead_is_paired_and_counts_every_epoch_but_the_one_in_which_a_gpu_compiles() -> None:
-    spread = tuning(whole())["overhead_percent"]
-    assert spread["median"] == pytest.approx(25)
-    assert spread["quartile_low"] == pytest.approx(17.5)
-    assert spread["maximum"] == pytest.approx(60)
+    spread = tuning(whole()).overhead_percent
+    assert spread.median == pytest.approx(25)
+    assert spread.quartile_low == pytest.approx(17.5)
+    assert spread.maximum == pytest.approx(60)
     rows = [row("initial", 0, 2.0, seconds=(1.0, 1.0)), row("tuned", 0, 2.0, "one_step", seconds=(3.0, 1.5))]
     for device, percent in (("cpu", 125), ("cuda", 50)):
-        t = summarise(replace(SPEC, device=device), rows)["networks"][0]["tunings"][0]
-        assert t["overhead_percent"]["median"] == pytest.approx(percent)
+        t = summarise(replace(SPEC, device=device), rows).networks[0].tunings[0]
+        assert t.overhead_percent.median == pytest.approx(percent)
 
 
 def test_noise_at_its_low_end_and_steps_down_are_counted() -> None:
     one_step, paper = tuning(whole()), tuning(whole(), "paper")
-    assert (one_step["noise_at_low_end"], paper["noise_at_low_end"]) == (0, 4)
-    assert one_step["noise_steps_down_percent"] == pytest.approx(100 * 2 / 3)
-    assert paper["noise_steps_down_percent"] == pytest.approx(50)
+    assert (one_step.noise_at_low_end, paper.noise_at_low_end) == (0, 4)
+    assert one_step.noise_steps_down_percent == pytest.approx(100 * 2 / 3)
+    assert paper.noise_steps_down_percent == pytest.approx(50)
 
 
 def test_good_starts_are_reported_where_they_end() -> None:
     rows = [row("initial", 0, 1.5), row("tuned", 0, 2.7, "one_step"), *whole()[1:]]
     t = tuning([r for i, r in enumerate(rows) if i < 2 or r.arm.index])
-    assert t["good_starts"] == 1
-    assert t["good_starts_tuned_test_error_percent"]["median"] == pytest.approx(2.7)
+    assert t.good_starts == 1
+    assert t.good_starts_tuned_test_error_percent.median == pytest.approx(2.7)
 
 
 def test_the_kept_run_is_chosen_by_validation() -> None:
-    best = summarise(SPEC, whole())["networks"][0]["arms"][0]["best"]
-    assert best["index"] == 2  # the lowest validation error, not the lowest test error
-    assert best["test_error_percent"] == pytest.approx(4.0)
-    assert best["valid_error_percent"] == pytest.approx(3.0)
+    best = summarise(SPEC, whole()).networks[0].arms[0].best
+    assert best.index == 2  # the lowest validation error, not the lowest test error
+    assert best.test_error_percent == pytest.approx(4.0)
+    assert best.valid_error_percent == pytest.approx(3.0)
 
 
 def test_estimators_are_compared_from_the_same_starts() -> None:
-    (comparison,) = summarise(SPEC, whole())["networks"][0]["comparisons"]
-    assert (comparison["estimator"], comparison["other"]) == ("one_step", "paper")
-    assert (comparison["pairs"], comparison["lower"], comparison["higher"]) == (4, 1, 3)
-    assert comparison["difference_points"]["median"] == pytest.approx((0.15 + 0.6) / 2)  # .15 -1 .6 1
+    (comparison,) = summarise(SPEC, whole()).networks[0].comparisons
+    assert (comparison.estimator, comparison.other) == ("one_step", "paper")
+    assert (comparison.pairs, comparison.lower, comparison.higher) == (4, 1, 3)
+    assert comparison.difference_points.median == pytest.approx((0.15 + 0.6) / 2)  # .15 -1 .6 1
 
 
 def test_midflights_default_is_compared_with_each_estimator_and_one_step_with_the_paper() -> None:
-    comparisons = summarise(WITH_DEFAULT, with_default())["networks"][0]["comparisons"]
-    assert [(c["estimator"], c["other"], c["lower"]) for c in comparisons] == [
+    comparisons = summarise(WITH_DEFAULT, with_default()).networks[0].comparisons
+    assert [(c.estimator, c.other, c.lower) for c in comparisons] == [
         ("default", "one_step", 4), ("default", "paper", 2), ("one_step", "paper", 1),
     ]  # fmt: skip
 
@@ -241,7 +240,7 @@ def test_colours_of_the_ways_to_tune_differ() -> None:
 
 def test_rows_of_no_planned_arm_are_left_out() -> None:
     summary = summarise(SPEC, [*whole(), row("initial", 99, 50.0)])
-    assert summary["complete"]
+    assert summary.complete
     assert summary == summarise(SPEC, whole())
 
 
@@ -262,7 +261,7 @@ def test_a_partial_study_gives_json_without_nan_and_a_report(
         text = as_json(store, "r")
         read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
         page = write_report(store, "r", tmp_path / "out").read_text()
-    assert read["summary"] == summarise(SPEC, rows)
+    assert read["summary"] == json.loads(json.dumps(asdict(summarise(SPEC, rows))))
     assert Spec.from_json(json.dumps(read["spec"])) == SPEC
     assert ("This study is incomplete" in page) == (len(rows) < len(list(SPEC.arms())))
     assert "nan" not in re.sub(r'src="[^"]*"', "", page).lower()
@@ -271,15 +270,15 @@ def test_a_partial_study_gives_json_without_nan_and_a_report(
 @pytest.mark.parametrize("kept", range(24))
 def test_json_of_any_part_of_a_study_is_json(kept: int) -> None:
     for rows in (whole()[:kept], whole()[kept:]):
-        json.dumps(summarise(SPEC, rows), allow_nan=False)
+        json.dumps(asdict(summarise(SPEC, rows)), allow_nan=False)
 
 
 def test_an_empty_study_has_null_for_every_spread() -> None:
     t = tuning([])
     for name in ("tuned_minus_initial_points", "rescued_percent_of_starts", "on_diagonal_percent",
                  "overhead_percent", "noise_end", "noise_steps_down_percent"):  # fmt: skip
-        assert t[name] is None
-    assert summarise(SPEC, [])["arms_planned"] == 4 * 5 + 4
+        assert getattr(t, name) is None
+    assert summarise(SPEC, []).arms_planned == 4 * 5 + 4
 
 
 class Fetches(HTMLParser):
@@ -334,7 +333,7 @@ def test_report_is_one_page_that_fetches_nothing_and_shows_every_number(report: 
         "20 %",
         "about 3 %",
         "Hypergradients against central differences",
-        "3.0·10⁻⁹",
+        "3.0·10<sup>−9</sup>",  # noqa: RUF001
         "Adam −0.380",  # noqa: RUF001
     ):
         assert number in text, number

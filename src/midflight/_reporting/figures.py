@@ -14,6 +14,8 @@ from midflight._reporting.files import replacing
 
 INK, MUTED, RULE = "#1f2933", "#667080", "#c9ced6"
 WORSE = "#d55e00"  # from Okabe and Ito's palette, which is safe for colour-blind readers
+BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
+"""Box behind words that are written over lines."""
 
 _STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -49,6 +51,15 @@ def style() -> Any:
     return matplotlib.rc_context(settings)
 
 
+def panels(
+    title: str, size: tuple[float, float], rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, Any]:
+    """Return a figure with a heading, and its panels as an array of shape (rows, columns)."""
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
 def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     """Write NAME.svg and NAME.png (160 dpi) of each figure; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +88,7 @@ def note(axis: Axes, words: str) -> None:
     axis.text(
         0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color=MUTED, zorder=9,
         in_layout=False,  # the text lies inside the panel
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+        bbox=BOX,
     )  # fmt: skip
 
 

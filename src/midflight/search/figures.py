@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from midflight._reporting.figures import INK, MUTED, RULE, WORSE, note, style
+from midflight._reporting.figures import BOX, INK, MUTED, RULE, WORSE, note, panels, style
 from midflight.search.ledger import Record, best
 from midflight.search.space import Config, Space, Spec, unit
 from midflight.space import Categorical, Float
@@ -34,7 +33,7 @@ def all_figures(space: Space, records: list[Record]) -> dict[str, Figure]:
 
 def history(records: list[Record]) -> Figure:
     """Draw the loss of each trial and the best loss so far against the epochs trained so far."""
-    figure, (axis,) = _figure(1, "Best validation loss so far", (8.2, 4.2))
+    figure, [[axis]] = panels("Best validation loss so far", (8.2, 4.2))
     epochs, lowest = 0, math.inf
     steps: list[tuple[int, float]] = []
     for r in records:
@@ -63,7 +62,7 @@ def history(records: list[Record]) -> Figure:
 def importance(space: Space, records: list[Record]) -> Figure:
     """Draw the permutation importance of each searched hyperparameter, see `importances`."""
     names = list(space.searched)
-    figure, (axis,) = _figure(1, "Importance of the searched hyperparameters", (7.2, 1.6 + 0.36 * len(names)))
+    figure, [[axis]] = panels("Importance of the searched hyperparameters", (7.2, 1.6 + 0.36 * len(names)))
     found = importances(space, records)
     if found is None:
         note(axis, f"Needs {MIN_TRIALS} finished trials with different losses.")
@@ -109,7 +108,7 @@ def importances(
 def configurations(space: Space, records: list[Record]) -> Figure:
     """Draw each trial as a line through its searched hyperparameters; darker is better."""
     names = list(space.searched)
-    figure, (axis,) = _figure(1, "Configurations", (max(7.0, 1.35 * (len(names) + 1)), 4.6))
+    figure, [[axis]] = panels("Configurations", (max(7.0, 1.35 * (len(names) + 1)), 4.6))
     shown = sorted((r for r in records if math.isfinite(r.loss)), key=lambda r: -r.loss)
     chosen = best(records)
     ranks = np.linspace(0, 1, max(2, len(shown)))
@@ -122,8 +121,7 @@ def configurations(space: Space, records: list[Record]) -> Figure:
     for n, name in enumerate(names):
         axis.axvline(n, color=RULE, lw=1, zorder=1)
         for at, label in _marks(space[name]):
-            axis.text(n + 0.04, at, label, fontsize=8, color=MUTED, va="center", zorder=10,
-                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.6})  # fmt: skip
+            axis.text(n + 0.04, at, label, fontsize=8, color=MUTED, va="center", zorder=10, bbox=BOX)
     axis.axvline(len(names), color=RULE, lw=1, zorder=1)
     axis.set_xticks(range(len(names) + 1), [*names, "rank of\nthe loss"], color=INK)
     axis.set(ylim=(INACTIVE - 0.08, 1.06), yticks=[], xlim=(-0.1, len(names) + 0.5))
@@ -139,7 +137,7 @@ def online(space: Space, records: list[Record]) -> Figure:
     chosen = best(records)
     names = list({**chosen.starts, **chosen.online}) if chosen else []
     size = (max(6.4, 3.3 * len(names)), 3.5)
-    figure, axes = _figure(max(1, len(names)), "Tuned during the best trial", size)
+    figure, [axes] = panels("Tuned during the best trial", size, columns=max(1, len(names)))
     if chosen is None or not names:
         note(axes[0], "No hyperparameter was tuned during the trials.")
         axes[0].set(xticks=[], yticks=[])
@@ -184,9 +182,3 @@ def _marks(spec: Spec) -> list[tuple[float, str]]:
     if isinstance(spec, Categorical):
         return [(_coordinate(spec, choice), str(choice)) for choice in spec.choices]
     return [(0.0, f"{spec.low:g}"), (1.0, f"{spec.high:g}")]
-
-
-def _figure(columns: int, title: str, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])

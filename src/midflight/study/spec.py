@@ -180,13 +180,9 @@ def products(network: str) -> int:
     return sum(m * n for m, n in pairwise([784, *widths(network), 10]))
 
 
-def differences(a: Spec, b: Spec) -> list[str]:
-    """Return the fields that differ, as "name: a -> b"."""
-    return [
-        f"{f.name}: {getattr(a, f.name)} -> {getattr(b, f.name)}"
-        for f in fields(Spec)
-        if getattr(a, f.name) != getattr(b, f.name)
-    ]
+def changed_fields(a: Spec, b: Spec) -> list[str]:
+    """Return the names of the fields that differ."""
+    return [f.name for f in fields(Spec) if getattr(a, f.name) != getattr(b, f.name)]
 
 
 def preset(name: str, **overrides: Any) -> Spec:

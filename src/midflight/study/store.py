@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from midflight.errors import MidflightError, UnknownName
-from midflight.study.spec import Arm, Spec, differences
+from midflight.study.spec import Arm, Spec, changed_fields
 
 Point: TypeAlias = tuple[float, float]
 """(log10 L2, noise)"""
@@ -123,7 +123,8 @@ class Store:
         """Start or resume a study; raises `StoreError` if `name` has another spec."""
         before = self._run(name)
         if before is not None:
-            changed = differences(Spec.from_json(before[0]), spec)
+            old = Spec.from_json(before[0])
+            changed = [f"{f}: {getattr(old, f)} -> {getattr(spec, f)}" for f in changed_fields(old, spec)]
             if changed:
                 raise StoreError(
                     f"the run {name!r} in {self.path} must have the same spec to be resumed, but it differs "
