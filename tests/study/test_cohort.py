@@ -85,14 +85,6 @@ def test_without_a_compiler_a_cohort_runs_uncompiled(monkeypatch):
     assert asked == [False, True, False]
 
 
-def test_members_are_told_apart():
-    """Other starts, other weights: three different rows."""
-    arms = [Arm(NETWORK, "tuned", "one_step", i) for i in range(3)]
-    rows = run_cohort(SPEC, arms, [SPEC.start(i) for i in range(3)], prepare(SPEC), lambda *_: None)
-    assert len({row.result.valid_loss for row in rows}) == 3
-    assert len({row.result.end for row in rows}) == 3
-
-
 def test_a_study_in_cohorts_is_whole_resumes_and_reruns_follow_their_tuned_twin(tmp_path):
     with Store(tmp_path / "s.sqlite") as store:
         store.open_run("r", SPEC, "here")

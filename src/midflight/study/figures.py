@@ -15,29 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator
 
 from midflight._reporting.figures import BOX, INK, MUTED, RULE, WORSE, note, panels, style
+from midflight.study import summary as numbers
 from midflight.study.spec import DEFAULT, Kind, Spec
 from midflight.study.store import Row
-from midflight.study.summary import (
-    INITIAL,
-    PAPER,
-    TEST_IMAGES,
-    ArmKind,
-    Network,
-    Tuning,
-    epoch_seconds,
-    error_pairs,
-    estimators,
-    main_estimator,
-    noise_path,
-    of_kind,
-    on_diagonal,
-    overheads_percent,
-    paired,
-    planned_rows,
-    reference,
-    sampling_error,
-    summarise,
-)
+from midflight.study.summary import INITIAL, PAPER, ArmKind, Network, Tuning
 
 Values: TypeAlias = npt.NDArray[np.float64]
 
@@ -69,13 +50,17 @@ class Study(NamedTuple):
     rows: list[Row]
     networks: list[Network]
 
-    def tuned(self, network: Network, estimator: str) -> list[Row]:
-        """Return the tuned arms in the order of their starts."""
-        return list(of_kind(self.rows, network.network, ("tuned", estimator)).values())
+    def finished(self, network: Network, kind: Kind, estimator: str = "") -> list[Row]:
+        """Return the finished arms in the order of their index."""
+        return list(numbers.of_kind(self.rows, network.network, (kind, estimator)).values())
+
+    def paired(self, network: Network, first: ArmKind, second: ArmKind) -> list[tuple[Row, Row]]:
+        """Return both arms of each start that has finished both."""
+        return numbers.paired(self.rows, network.network, first, second)
 
     def errors(self, network: Network, first: ArmKind, second: ArmKind) -> Values:
         """Return the test errors of two arms of the same start in percent, shape (starts, 2)."""
-        pairs = error_pairs(paired(self.rows, network.network, first, second))
+        pairs = numbers.error_pairs(self.paired(network, first, second))
         return 100 * np.array(pairs, dtype=float).reshape(-1, 2)
 
 
@@ -87,9 +72,9 @@ def all_figures(spec: Spec, rows: list[Row]) -> dict[str, Figure]:
         "fig3": end_and_rerun,
         "fig4": time_per_epoch,
     }
-    if "paper" in spec.estimator and reference(spec) != "paper":
+    if "paper" in spec.estimator and numbers.reference(spec) != "paper":
         draw["fig5"] = eq6
-    study = Study(spec, planned_rows(spec, rows), summarise(spec, rows).networks)
+    study = Study(spec, numbers.planned_rows(spec, rows), numbers.summarise(spec, rows).networks)
     with style():
         return {name: function(study) for name, function in draw.items()}
 
@@ -100,7 +85,7 @@ def trajectories(study: Study) -> Figure:
 
     def draw(axis: Axes, network: Network, tuning: Tuning) -> str:
         _landscape(study, network, axis)
-        tuned = study.tuned(network, tuning.estimator)
+        tuned = study.finished(network, "tuned", tuning.estimator)
         axis.set(xlim=l2, ylim=noise, xlabel="log₁₀ L2", ylabel="standard deviation of the input noise")
         if tuning.noise_end is None:
             note(axis, f"No tuned arm of {tuning.estimator} is stored yet.")
@@ -143,7 +128,7 @@ def before_and_after(study: Study) -> Figure:
 
 def end_and_rerun(study: Study) -> Figure:
     """Draw Fig. 3: test error at the end of tuning and of a re-run fixed at the tuned values."""
-    images = TEST_IMAGES[study.spec.dataset]
+    images = numbers.TEST_IMAGES[study.spec.dataset]
 
     def draw(axis: Axes, network: Network, tuning: Tuning) -> str:
         pairs = _scatter_axes(study, axis, network, tuning, "rerun")
@@ -151,9 +136,9 @@ def end_and_rerun(study: Study) -> Figure:
         if not len(pairs):
             note(axis, f"No start has a tuned and a re-run arm\nof {tuning.estimator} stored yet.")
             return ""
-        on = np.array([on_diagonal(a / 100, b / 100, images) for a, b in pairs], dtype=bool)
+        on = np.array([numbers.on_diagonal(a / 100, b / 100, images) for a, b in pairs], dtype=bool)
         x = np.linspace(*axis.get_xlim(), 200)
-        band = np.array([100 * sampling_error(p, p, images) for p in np.clip(x / 100, 0, 1)])
+        band = np.array([100 * numbers.sampling_error(p, p, images) for p in np.clip(x / 100, 0, 1)])
         axis.fill_between(x, x - band, x + band, color=RULE, alpha=0.6, lw=0, zorder=0)
         _diagonal(axis, ("re-run is better", MUTED), ("end of tuning is better", MUTED))
         colour = _colour(tuning.estimator)
@@ -177,7 +162,7 @@ def time_per_epoch(study: Study) -> Figure:
 
 def eq6(study: Study) -> Figure:
     """Draw Fig. 5: `paper` (Eq. 6 as printed) and the reference estimator, from the same starts."""
-    ours = reference(study.spec)
+    ours = numbers.reference(study.spec)
     size = (3 * NARROW_PANEL, (NARROW_PANEL + 0.5) * len(study.networks) + 0.5)
     figure, axes = _panels(study, f"Eq. 6 as printed (paper) and {ours}, from the same starts", size, 3)
     for network, (errors, *noise) in zip(study.networks, axes, strict=True):
@@ -205,7 +190,7 @@ def _panels(
 
 def _per_estimator(study: Study, title: str, draw: Callable[[Axes, Network, Tuning], str]) -> Figure:
     """Draw a panel per network and estimator; `draw` returns the finding for its title."""
-    rows, columns = len(study.networks), len(estimators(study.spec))
+    rows, columns = len(study.networks), len(numbers.estimators(study.spec))
     panel = PANEL if columns <= 2 else NARROW_PANEL  # the page shrinks wide figures together with their text
     size = (max(panel * columns + 0.9, 6.2), (panel + 0.25) * rows + 0.8)
     figure, axes = _panels(study, title, size, columns)
@@ -265,7 +250,7 @@ def _subsampled(path: Values, paths: int) -> Values:
 
 def _landscape(study: Study, network: Network, axis: Axes) -> None:
     """Draw the validation error of the grid: contours of a complete grid, points of a partial one."""
-    n, found = study.spec.landscape, of_kind(study.rows, network.network, ("landscape", ""))
+    n, found = study.spec.landscape, study.finished(network, "landscape")
     missing = "" if len(found) == n**2 else f"{len(found)} of {n**2} runs so far"
     if not found:
         missing = "no run stored yet" if n else "not run (--landscape)"
@@ -276,8 +261,8 @@ def _landscape(study: Study, network: Network, axis: Axes) -> None:
         )  # fmt: skip
     if not found:
         return
-    x, y = np.array([study.spec.grid_point(i) for i in found]).T
-    z = np.array([100 * row.result.valid_error for row in found.values()])
+    x, y = np.array([study.spec.grid_point(row.arm.index) for row in found]).T
+    z = np.array([100 * row.result.valid_error for row in found])
     low, high = float(z.min()), float(z.max())
     log = _is_wide(low, high)
     if high - low < 1e-9:
@@ -353,10 +338,10 @@ def _diagonal(axis: Axes, above: tuple[str, str], below: tuple[str, str]) -> Non
 
 def _seconds(study: Study, network: Network, axis: Axes) -> None:
     """Draw seconds per epoch: initial runs in the first column, then one column per estimator."""
-    initial = of_kind(study.rows, network.network, INITIAL).values()
-    columns = {"plain": (MUTED, epoch_seconds(initial))} | {
-        e: (_colour(e), epoch_seconds(study.tuned(network, e))) for e in estimators(study.spec)
-    }
+    columns = {"plain": (MUTED, numbers.epoch_seconds(study.finished(network, "initial")))}
+    for t in network.tunings:
+        seconds = numbers.epoch_seconds(study.finished(network, "tuned", t.estimator))
+        columns[t.estimator] = _colour(t.estimator), seconds
     axis.set_title("Seconds of training per epoch")
     axis.set_xlim(-0.4, len(columns) - 0.1)
     axis.set_xticks(range(len(columns)), list(columns), color=INK)
@@ -378,7 +363,7 @@ def _seconds(study: Study, network: Network, axis: Axes) -> None:
 
 def _overheads(study: Study, network: Network, axis: Axes) -> None:
     """Draw the time that tuning adds to an epoch, one line per estimator, beside the paper's number."""
-    main = main_estimator(study.spec)
+    main = numbers.main_estimator(study.spec)
     medians = {t.estimator: t.overhead_percent for t in network.tunings}
     of_main = medians[main]
     axis.set_title(f"Tuning {by(main)} adds {of_main.median:+.1f} %" if of_main else "What tuning adds")
@@ -394,7 +379,9 @@ def _overheads(study: Study, network: Network, axis: Axes) -> None:
             axis.text(1, y, "no start has both arms timed yet", va="center", color=MUTED, fontsize=9)
             continue
         colour = _colour(estimator)
-        added = overheads_percent(paired(study.rows, network.network, INITIAL, ("tuned", estimator)))
+        added = numbers.overheads_percent(
+            numbers.paired(study.rows, network.network, INITIAL, ("tuned", estimator))
+        )
         drawn += added
         axis.plot(added, y + 0.3 * _jitter(len(added)), "o", ms=5, mfc=colour, mec="none", alpha=0.4)
         axis.plot([spread.quartile_low, spread.quartile_high], [y, y], color=colour, lw=2.5)
@@ -422,7 +409,7 @@ def _jitter(n: int) -> Values:
 
 def _side_by_side(study: Study, network: Network, axis: Axes) -> None:
     """Draw the test errors at the end of tuning by `paper` and by the reference estimator."""
-    ours = reference(study.spec)
+    ours = numbers.reference(study.spec)
     pairs = study.errors(network, ("tuned", "paper"), ("tuned", ours))
     _square(axis, pairs)
     axis.set(xlabel="test error tuned by paper (%)", ylabel=f"test error tuned by {ours} (%)")
@@ -447,11 +434,11 @@ def _noise_over_steps(study: Study, network: Network, tuning: Tuning, axis: Axes
     axis.set(xlabel="training step", ylabel="input noise", xlim=(0, spec.steps()), ylim=spec.intervals()[1])
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    tuned = study.tuned(network, tuning.estimator)
+    tuned = study.finished(network, "tuned", tuning.estimator)
     if not tuned:
         note(axis, f"No tuned arm of {tuning.estimator} is stored yet.")
         return
-    paths = [_subsampled(np.array(noise_path(row)), len(tuned)) for row in tuned]
+    paths = [_subsampled(np.array(numbers.noise_path(row)), len(tuned)) for row in tuned]
     for path in paths:
         axis.plot(*path.T, color=colour, lw=1.1, alpha=0.45, clip_on=False)
         axis.plot(*path[-1], "o", ms=4.5, mfc=colour, mec="white", mew=0.6, clip_on=False, zorder=5)

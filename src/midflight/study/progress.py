@@ -5,15 +5,7 @@ from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from midflight.study.arm import EpochDone
@@ -22,18 +14,22 @@ from midflight.study.store import Row
 
 
 class StudyProgress:
-    """Update a rich progress bar from the callbacks of `run_study`."""
+    """Update a rich progress bar from the callbacks of `run_study`.
+
+    The bar counts epochs weighted by the size of the network, because time left is estimated from it.
+    """
 
     def __init__(self, progress: Progress, spec: Spec, done: list[Row]) -> None:
         self._progress = progress
-        self._spec = spec
-        self._epochs: dict[Arm, int] = {row.arm: spec.epochs for row in done}
-        arms = list(spec.arms())
-        self._work = progress.add_task("work", total=sum(map(self._cost, arms)) * spec.epochs, visible=False)
-        work = next(task for task in progress.tasks if task.id == self._work)
-        self._arms = progress.add_task("arms", total=len(arms), completed=len(done), work=work)
+        self._epochs = dict.fromkeys(spec.arms(), 0) | {row.arm: spec.epochs for row in done}
+        self._bar = progress.add_task(
+            "study",
+            total=spec.epochs * sum(map(_cost, self._epochs)),
+            done=len(done),
+            arms=len(self._epochs),
+        )
+        self._update()
         self.now = Text("starting the workers")
-        self._update_work()
 
     def on_epoch(self, done: EpochDone) -> None:
         """Show the epoch that was just trained."""
@@ -43,18 +39,15 @@ class StudyProgress:
             f"{_label(done.arm)}, epoch {done.epoch}: L2 10^{l2:.2f}, noise {noise:.2f}, "
             f"T2 error {100 * done.valid_error:.2f} %"
         )
-        self._update_work()
+        self._update()
 
     def on_row(self, row: Row) -> None:
         """Count an arm that was just stored."""
-        self._progress.advance(self._arms)
+        self._progress.update(self._bar, done=self._progress.tasks[0].fields["done"] + 1)
 
-    def _update_work(self) -> None:
-        done = sum(self._cost(arm) * epochs for arm, epochs in self._epochs.items())
-        self._progress.update(self._work, completed=done)
-
-    def _cost(self, arm: Arm) -> float:
-        return products(arm.network) / 1e6
+    def _update(self) -> None:
+        done = sum(epochs * _cost(arm) for arm, epochs in self._epochs.items())
+        self._progress.update(self._bar, completed=done)
 
 
 @contextmanager
@@ -63,24 +56,18 @@ def showing_progress(spec: Spec, done: list[Row], console: Console) -> Iterator[
     progress = Progress(
         TextColumn("arms"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("·"),
+        TextColumn("{task.fields[done]}/{task.fields[arms]} ·"),
         TimeElapsedColumn(),
         TextColumn("· left"),
-        _TimeLeft(),
+        TimeRemainingColumn(),
     )
     shown = StudyProgress(progress, spec, done)
     with Live(Group(progress, shown.now), console=console, refresh_per_second=4):
         yield shown
 
 
-class _TimeLeft(TimeRemainingColumn):
-    """Time left, estimated from epochs weighted by network size, which is finer than whole arms."""
-
-    max_refresh = 1.0
-
-    def render(self, task: Task) -> Text:
-        return super().render(task.fields["work"])
+def _cost(arm: Arm) -> float:
+    return products(arm.network) / 1e6
 
 
 def _label(arm: Arm) -> str:

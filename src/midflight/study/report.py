@@ -17,13 +17,12 @@ from markupsafe import Markup, escape
 from midflight._reporting.figures import save
 from midflight._reporting.page import data_uri, write_page
 from midflight.study.figures import DATASET_NAMES, all_figures, by
-from midflight.study.spec import DEFAULT, PRESETS, Spec, changed_fields
+from midflight.study.spec import PRESETS, Spec, changed_fields
 from midflight.study.store import Store
 from midflight.study.summary import (
     NEAR_LOW_END,
     POOR,
     ArmSummary,
-    Comparison,
     Network,
     Spread,
     Summary,
@@ -72,38 +71,27 @@ def write_report(store: Store, run: str, folder: Path, checks: list[dict[str, An
     """
     spec, rows = store.spec(run), store.rows(run)
     svgs = [p for p in save(all_figures(spec, rows), folder) if p.suffix == ".svg"]
-    summary = summarise(spec, rows)
     path = folder / "report.html"
     write_page(
         path,
         "midflight.study",
         "report.html.j2",
-        {"typeset": _typeset, "scientific": _scientific},
+        {"typeset": _typeset, "scientific": _scientific, "cosine": _cosine},
         run=run,
         machine=store.machine(run),
         spec=spec,
         dataset=DATASET_NAMES[spec.dataset],
-        summary=summary,
-        headline=_headline(summary, main_estimator(spec)),
-        others=[e for e in estimators(spec) if e != DEFAULT],
+        summary=summarise(spec, rows),
         estimators=estimators(spec),
+        main=main_estimator(spec),
         reference=reference(spec),
-        worse=_made_worse(summary),
-        networks=[
-            {
-                "name": network.network,
-                "landscape": "".join(_done(a) for a in network.arms if a.kind == "landscape"),
-                "comparisons": [_comparison(c) for c in network.comparisons if c.pairs],
-                "statements": _statements(summary, network),
-                "arms": _arms(network),
-                "eq6": _eq6(network),
-            }
-            for network in summary.networks
-        ],
+        by=by,
+        statements=_statements,
+        arms=_arms,
+        eq6=_eq6,
         figures={svg.stem: data_uri(svg) for svg in svgs},
-        checks=_checks(checks or []),
-        exact=[c["relative_error"] for c in checks or [] if c.get("exact")],
-        cosines=_paper_cosines(checks or []),
+        checks=checks or [],
+        check_table=_check_table(checks or []),
         settings=_settings(spec),
         commands=_commands(spec, run),
     )
@@ -158,38 +146,6 @@ def _table(head: Any, lines: Any, numbers: int = TEXT) -> Table:
     return Table(cells(head), [cells(line) for line in lines], numbers)
 
 
-def _headline(summary: Summary, estimator: str) -> str:
-    """Return one sentence on one estimator and the first network."""
-    network = summary.networks[0]
-    tuning = next(t for t in network.tunings if t.estimator == estimator)
-    before, after, added = (
-        tuning.initial_test_error_percent, tuning.tuned_test_error_percent, tuning.overhead_percent,
-    )  # fmt: skip
-    if before is None or after is None:
-        return "No start has both an initial and a tuned arm yet, so there is nothing to compare."
-    where = f" ({network.network})" if len(summary.networks) > 1 else ""
-    time = f", at {added.median:+.1f} % time per epoch" if added else ""
-    return (
-        f"Tuning {by(estimator)} while training took the median test error of {_starts(tuning.pairs)} from "
-        f"{before.median:.2f} % to {after.median:.2f} %{where}{time}; it made {_starts(tuning.better)} "
-        f"better and {tuning.worse} worse."
-    )
-
-
-def _made_worse(summary: Summary) -> list[str]:
-    lines = []
-    for network in summary.networks:
-        where = f" on {network.network}" if len(summary.networks) > 1 else ""
-        for t in network.tunings:
-            beyond = (
-                f", {t.worse_beyond_sampling_error} of them by more than one standard error of a test error"
-            )
-            if t.pairs:
-                made_worse = f"{t.worse} of {t.pairs} starts made worse{beyond if t.worse else ''}"
-                lines.append(f"{t.estimator}{where}: {made_worse}")
-    return lines
-
-
 def _arm(network: Network, arm: ArmSummary) -> dict[str, Cell]:
     """Return column -> cell of one kind of arm."""
     name = {"rerun": "re-run"}.get(arm.kind, arm.kind) + (f", {arm.estimator}" if arm.estimator else "")
@@ -197,7 +153,7 @@ def _arm(network: Network, arm: ArmSummary) -> dict[str, Cell]:
     kept = best.test_error_percent if best else None
     cells = {
         "Arm": Cell(name),
-        "Done": Cell(_done(arm), style="failed" if arm.done < arm.planned else ""),
+        "Done": Cell(f"{arm.done} of {arm.planned}", style="failed" if arm.done < arm.planned else ""),
         "Median": Cell(f"{errors.median:.2f}", style="strong") if errors else MISSING,
         "Quartiles": Cell(_quartiles(errors)) if errors else MISSING,
         "Extremes": Cell(f"{errors.minimum:.2f} to {errors.maximum:.2f}") if errors else MISSING,
@@ -214,10 +170,6 @@ def _arm(network: Network, arm: ArmSummary) -> dict[str, Cell]:
                 cells["Rescued"] = Cell(f"{t.rescued} of {t.pairs}")
                 cells["Made worse"] = Cell(f"{t.worse} of {t.pairs}")
     return cells
-
-
-def _done(arm: ArmSummary) -> str:
-    return f"{arm.done} of {arm.planned}"
 
 
 def _arms(network: Network) -> Table:
@@ -332,16 +284,6 @@ def _worse(t: Tuning, good: float) -> Cell:
     return Cell(f"{t.worse} of {t.pairs}", f"{beyond}; {of_good}")
 
 
-def _comparison(c: Comparison) -> str:
-    spread = c.difference_points
-    assert spread is not None
-    return (
-        f"Over {_starts(c.pairs)}, the test error of {c.estimator} minus that of {c.other} is "
-        f"{spread.median:+.2f} points in the median (quartiles {_quartiles(spread, '+.2f')}); it is lower in "
-        f"{c.lower}, higher in {c.higher}."
-    )
-
-
 def _share(percent: float | None, part: int, whole: int, more: str = "") -> Cell:
     return MISSING if percent is None else Cell(f"{percent:.0f} %", f"{part} of {whole}{more}")
 
@@ -356,18 +298,13 @@ def _quartiles(spread: Spread, form: str = ".2f") -> str:
     return f"{spread.quartile_low:{form}} to {spread.quartile_high:{form}}"
 
 
-def _starts(count: int) -> str:
-    return f"{count} start" if count == 1 else f"{count} starts"
-
-
 def _settings(spec: Spec) -> Table:
     """Return every setting of this study and of the preset "paper"."""
     lines = []
     for f in fields(Spec):
         here, paper = (_as_text(getattr(s, f.name)) for s in (spec, PRESETS["paper"]))
-        lines.append(
-            (Cell(f.name, style="code"), here, Cell(paper if paper != here else "the same", style="same"))
-        )
+        same = Cell("the same" if paper == here else paper, style="same")
+        lines.append((Cell(f.name, style="code"), here, same))
     return _table(("Field", "This study", "Preset “paper”"), lines)
 
 
@@ -376,9 +313,7 @@ def _as_text(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, tuple):
         return (" to " if isinstance(value[0], float) else ", ").join(map(_as_text, value))
-    return (
-        f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
-    )
+    return format(value, "," if isinstance(value, int) else "g" if isinstance(value, float) else "")
 
 
 def _commands(spec: Spec, run: str) -> list[str]:
@@ -394,7 +329,7 @@ def _commands(spec: Spec, run: str) -> list[str]:
     return [shlex.join([*words, "--run", run]), shlex.join(["midflight", "report", run])]
 
 
-def _checks(checks: list[dict[str, Any]]) -> Table:
+def _check_table(checks: list[dict[str, Any]]) -> Table:
     """Return the checks with one line per optimiser and hyperparameter, one column per estimator."""
     names = list(dict.fromkeys(c["estimator"] for c in checks))
     lines: dict[tuple[str, str], dict[str, Cell]] = {}
@@ -402,7 +337,7 @@ def _checks(checks: list[dict[str, Any]]) -> Table:
         failed = c.get("passed") is False
         lines.setdefault((c["rule"], c["hyperparameter"]), {})[c["estimator"]] = Cell(
             _scientific(c["relative_error"]) + (", failed" if failed else ""),
-            f"cos {_cosine(c)}",
+            f"cos {_cosine(c['cosine'])}",
             "failed" if failed else "strong" if c.get("exact") else "",
         )
     return _table(
@@ -412,13 +347,8 @@ def _checks(checks: list[dict[str, Any]]) -> Table:
     )
 
 
-def _paper_cosines(checks: list[dict[str, Any]]) -> str:
-    of_noise = (c for c in checks if (c["estimator"], c["hyperparameter"]) == ("paper", "noise"))
-    return ", ".join(f"{c['rule']} {_cosine(c)}" for c in of_noise)
-
-
-def _cosine(check: dict[str, Any]) -> str:
-    return f"{check['cosine']:.3f}" if isfinite(check["cosine"]) else MISSING.text
+def _cosine(value: float) -> str:
+    return f"{value:.3f}" if isfinite(value) else MISSING.text
 
 
 def _scientific(value: float) -> str:

@@ -2,9 +2,10 @@
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -55,28 +56,24 @@ def run_study(
     data = prepare(spec)
     done = {row.arm: row for row in store.rows(run)}
     waiting = [arm for arm in spec.arms() if arm not in done]
-
-    def finish(row: Row) -> None:
-        store.add(run, row)
-        done[row.arm] = row
-        on_row(row)
-
-    if together or (together is None and spec.device != "cpu"):
-        _run_together(spec, data, waiting, done, on_epoch, finish)
+    if not waiting:
         return
-    del data  # each process loads its own
-    if waiting:
-        _run_in_processes(spec, workers, waiting, done, on_epoch, finish)
+    if together or (together is None and spec.device != "cpu"):
+        rows = _run_together(spec, data, waiting, done, on_epoch)
+    else:
+        del data  # each process loads its own
+        rows = _run_in_processes(spec, workers, waiting, done, on_epoch)
+    with closing(rows):  # ends the processes if a row cannot be stored
+        for row in rows:
+            store.add(run, row)
+            done[row.arm] = row
+            on_row(row)
 
 
 def _run_together(
-    spec: Spec,
-    data: Data,
-    waiting: list[Arm],
-    done: dict[Arm, Row],
-    on_epoch: OnEpoch,
-    finish: Callable[[Row], None],
-) -> None:
+    spec: Spec, data: Data, waiting: list[Arm], done: dict[Arm, Row], on_epoch: OnEpoch
+) -> Generator[Row, None, None]:
+    """Yield each row when its cohort is done; the caller adds the row to `done`."""
     before = torch.get_float32_matmul_precision()
     if spec.device != "cpu":
         torch.set_float32_matmul_precision("high")
@@ -87,20 +84,15 @@ def _run_together(
                 torch.compiler.reset()  # torch compiles at most eight shapes; a network needs two
                 network = cohort[0].network
             starts = [_start(spec, arm, done) for arm in cohort]
-            for row in run_cohort(spec, cohort, starts, data, on_epoch):
-                finish(row)
+            yield from run_cohort(spec, cohort, starts, data, on_epoch)
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def _run_in_processes(
-    spec: Spec,
-    workers: int,
-    waiting: list[Arm],
-    done: dict[Arm, Row],
-    on_epoch: OnEpoch,
-    finish: Callable[[Row], None],
-) -> None:
+    spec: Spec, workers: int, waiting: list[Arm], done: dict[Arm, Row], on_epoch: OnEpoch
+) -> Generator[Row, None, None]:
+    """Yield each row when its arm is done; the caller adds the row to `done`."""
     context = fresh_processes(__name__)
     messages: Any = context.Queue()
     running: set[Future[Row]] = set()
@@ -113,9 +105,10 @@ def _run_in_processes(
                 waiting.remove(ready)
                 running.add(executor.submit(_work, ready, _start(spec, ready, done)))
             finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            for future in finished:
-                finish(future.result())
-            _drain(messages, on_epoch)
+            yield from (future.result() for future in finished)
+            with suppress(queue.Empty):
+                while True:
+                    on_epoch(messages.get_nowait())
     except BrokenProcessPool as error:
         raise WorkerDied(
             "a worker process was killed before it finished its arm, perhaps because memory ran out. "
@@ -164,14 +157,6 @@ def _start(spec: Spec, arm: Arm, done: dict[Arm, Row]) -> Point:
 def _tuned(rerun: Arm) -> Arm:
     """Return the tuned arm whose final values a re-run takes."""
     return replace(rerun, kind="tuned")
-
-
-def _drain(messages: Any, on_epoch: OnEpoch) -> None:
-    while True:
-        try:
-            on_epoch(messages.get_nowait())
-        except queue.Empty:
-            return
 
 
 _worker: dict[str, Any] = {}

@@ -94,36 +94,38 @@ class Spec:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.dataset not in DATASETS:
-            raise UnknownName("dataset", self.dataset, DATASETS)
+        for name, value, known in (
+            ("dataset", self.dataset, DATASETS),
+            ("hyper_optimizer", self.hyper_optimizer, ("sign", "adam")),
+            ("device", self.device.split(":")[0], ("cpu", "cuda")),
+            *(("estimator", estimator, TUNINGS) for estimator in self.estimator),
+        ):
+            if value not in known:
+                raise UnknownName(name, value, known)
         for name in ("train", "valid", "epochs", "batch", "every", "starts"):
-            _require(getattr(self, name) >= 1, f"{name} >= 1", name, getattr(self, name))
-        _require(self.landscape >= 0, "landscape >= 0", "landscape", self.landscape)
-        _require(self.seed >= 0, "seed >= 0", "seed", self.seed)
+            self._require(name, getattr(self, name) >= 1, f"{name} >= 1")
+        for name in ("landscape", "seed"):
+            self._require(name, getattr(self, name) >= 0, f"{name} >= 0")
         for name in ("lr", "lr_end", "hyper_lr"):
-            _require(0 < getattr(self, name) <= 1, f"0 < {name} <= 1", name, getattr(self, name))
+            self._require(name, 0 < getattr(self, name) <= 1, f"0 < {name} <= 1")
         for name in ("l2", "noise"):
             low, high = getattr(self, name)
-            _require(low < high, "low < high", name, (low, high))
-        _require(self.noise[0] >= 0, "low >= 0", "noise", self.noise)
-        _require(self.batch <= min(self.train, self.valid), "batch <= train and valid", "batch", self.batch)
-        _require(bool(self.networks), "at least one network", "networks", self.networks)
-        _require(bool(self.estimator), "at least one estimator", "estimator", self.estimator)
-        if self.hyper_optimizer not in ("sign", "adam"):
-            raise UnknownName("hyper_optimizer", self.hyper_optimizer, ("sign", "adam"))
-        for network in self.networks:
-            _require(bool(widths(network)), 'widths joined by "-", such as 500-500', "networks", network)
-        for estimator in self.estimator:
-            if estimator not in TUNINGS:
-                raise UnknownName("estimator", estimator, TUNINGS)
-        if self.device.split(":")[0] not in ("cpu", "cuda"):
-            raise UnknownName("device", self.device, ("cpu", "cuda"))
+            self._require(name, low < high, "low < high")
+        self._require("noise", self.noise[0] >= 0, "low >= 0")
+        self._require("batch", self.batch <= min(self.train, self.valid), "batch <= train and valid")
+        self._require("estimator", bool(self.estimator), "at least one estimator")
+        are_widths = bool(self.networks) and all(map(widths, self.networks))
+        self._require("networks", are_widths, 'at least one network, widths joined by "-", such as 500-500')
         if self.device != "cpu" and DEFAULT in self.estimator:
             others = " ".join(e for e in self.estimator if e != DEFAULT) or "one_step"
             raise SpecError(
                 "device=cpu must hold for the estimator default, because a GPU trains all runs together, but "
                 f"got {self.device}; use --estimator {others}, or --device cpu."
             )
+
+    def _require(self, name: str, holds: bool, condition: str) -> None:
+        if not holds:
+            raise SpecError(f"{name}: {condition} must hold, but got {getattr(self, name)}.")
 
     def intervals(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """Return the intervals of (log10 L2, noise); `wide` overrides `l2` and `noise`."""
@@ -163,10 +165,9 @@ class Spec:
     @classmethod
     def from_json(cls, text: str) -> "Spec":
         """Invert `to_json`."""
-        data: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()
-        }
-        return cls(**data)
+        values: dict[str, Any] = json.loads(text)
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**values | lists)
 
 
 def widths(network: str) -> list[int]:
@@ -190,11 +191,6 @@ def preset(name: str, **overrides: Any) -> Spec:
     if name not in PRESETS:
         raise UnknownName("preset", name, PRESETS)
     return replace(PRESETS[name], **overrides)
-
-
-def _require(holds: bool, condition: str, name: str, value: object) -> None:
-    if not holds:
-        raise SpecError(f"{name}: {condition} must hold, but got {value}.")
 
 
 PRESETS: dict[str, Spec] = {

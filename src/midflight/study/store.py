@@ -8,7 +8,7 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -80,7 +80,7 @@ COMMIT;
 
 
 class Store:
-    """A SQLite file of studies; a context manager that closes it.
+    """Read and write a SQLite file of studies; as a context manager, close it at the end.
 
     Args:
         path: the file.
@@ -121,43 +121,34 @@ class Store:
 
     def open_run(self, name: str, spec: Spec, machine: str) -> None:
         """Start or resume a study; raises `StoreError` if `name` has another spec."""
-        before = self._run(name)
-        if before is not None:
-            old = Spec.from_json(before[0])
-            changed = [f"{f}: {getattr(old, f)} -> {getattr(spec, f)}" for f in changed_fields(old, spec)]
-            if changed:
-                raise StoreError(
-                    f"the run {name!r} in {self.path} must have the same spec to be resumed, but it differs "
-                    f"({'; '.join(changed)}); name this study differently with --run."
-                )
+        if name not in self._runs():
+            with self._errors(), self._db:
+                self._db.execute("INSERT INTO runs VALUES (?, ?, ?)", (name, spec.to_json(), machine))
             return
-        with self._errors(), self._db:
-            self._db.execute("INSERT INTO runs VALUES (?, ?, ?)", (name, spec.to_json(), machine))
+        old = self.spec(name)
+        changed = [f"{f}: {getattr(old, f)} -> {getattr(spec, f)}" for f in changed_fields(old, spec)]
+        if changed:
+            raise StoreError(
+                f"the run {name!r} in {self.path} must have the same spec to be resumed, but it differs "
+                f"({'; '.join(changed)}); name this study differently with --run."
+            )
 
     def spec(self, name: str) -> Spec:
         """Return the spec of a run; raises `UnknownName`."""
-        return Spec.from_json(self._known(name)[0])
+        return Spec.from_json(self._run(name)[0])
 
     def machine(self, name: str) -> str:
         """Return the machine on which a run started; raises `UnknownName`."""
-        return self._known(name)[1]
-
-    def runs(self) -> list[str]:
-        """Return the names of all runs, sorted."""
-        with self._errors():
-            return [name for (name,) in self._db.execute("SELECT name FROM runs ORDER BY name")]
+        return self._run(name)[1]
 
     def add(self, run: str, row: Row) -> None:
         """Store a finished arm; an arm already stored stays unchanged."""
-        key = (run, *astuple(row.arm))
+        key, values = (run, *astuple(row.arm)), "VALUES (?, ?, ?, ?, ?, ?)"
+        result, seconds = json.dumps(asdict(row.result)), json.dumps(row.epoch_seconds)
         with self._errors(), self._db:
-            result = json.dumps(asdict(row.result))
-            added = self._db.execute("INSERT OR IGNORE INTO arms VALUES (?, ?, ?, ?, ?, ?)", (*key, result))
+            added = self._db.execute(f"INSERT OR IGNORE INTO arms {values}", (*key, result))
             if added.rowcount:
-                self._db.execute(
-                    "INSERT OR REPLACE INTO timings VALUES (?, ?, ?, ?, ?, ?)",
-                    (*key, json.dumps(row.epoch_seconds)),
-                )
+                self._db.execute(f"INSERT OR REPLACE INTO timings {values}", (*key, seconds))
 
     def rows(self, run: str) -> list[Row]:
         """Return the finished arms of a run, sorted by arm."""
@@ -170,18 +161,17 @@ class Store:
             ).fetchall()
         return [Row(Arm(*key), _result(result), json.loads(seconds)) for *key, result, seconds in found]
 
-    def _run(self, name: str) -> tuple[str, str] | None:
+    def _runs(self) -> dict[str, tuple[str, str]]:
+        """Return name -> (spec as JSON, machine) of all runs."""
         with self._errors():
-            found: tuple[str, str] | None = self._db.execute(
-                "SELECT spec, machine FROM runs WHERE name = ?", (name,)
-            ).fetchone()
-        return found
+            found = self._db.execute("SELECT name, spec, machine FROM runs ORDER BY name")
+            return {name: (spec, machine) for name, spec, machine in found}
 
-    def _known(self, name: str) -> tuple[str, str]:
-        found = self._run(name)
-        if found is None:
-            raise UnknownName(f"a run in {self.path}", name, self.runs() or ["(none yet)"])
-        return found
+    def _run(self, name: str) -> tuple[str, str]:
+        runs = self._runs()
+        if name not in runs:
+            raise UnknownName(f"a run in {self.path}", name, runs or ["(none yet)"])
+        return runs[name]
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -205,6 +195,4 @@ class Store:
 
 def _result(text: str) -> Result:
     data = json.loads(text)
-    return Result(
-        **{f.name: data[f.name] for f in fields(Result)} | {k: tuple(data[k]) for k in ("start", "end")}
-    )
+    return Result(**data | {key: tuple(data[key]) for key in ("start", "end")})
