@@ -15,7 +15,7 @@ import midflight as mf
 from midflight.nn import losses, penalties
 
 
-def tuned(spec, build, start, steps=40, every=1, seed=0, **options):
+def tuned(spec, build, start, steps=20, every=1, lr=0.08, seed=0, **options):
     """The raw coordinates after training from `start`, 0 or 1.
 
     Args:
@@ -37,7 +37,7 @@ def tuned(spec, build, start, steps=40, every=1, seed=0, **options):
         valid_loss_fn=lambda m, _: valid_loss(m),
         schedule=every,
         horizon="step",
-        hyper_optimizer=partial(mf.SignSteps, lr=0.04, agreement=0.0),
+        hyper_optimizer=partial(mf.SignSteps, lr=lr, agreement=0.0),
         **options,
     )
     for step in range(steps):
@@ -117,7 +117,7 @@ def test_beta1():
 
         return model, torch.optim.Adam(model.parameters(), lr=1e-2), train_loss, lambda m: -m.weight.sum()
 
-    assert_moves("high", mf.space.RANGES["beta1"], build, every=2, steps=120, bind={"h": "beta1"})
+    assert_moves("high", mf.space.RANGES["beta1"], build, every=2, steps=60, bind={"h": "beta1"})
 
 
 def test_beta2():
@@ -193,7 +193,7 @@ def test_activation_l2():
             out = model(x)
             return (out - x @ true.T).square().mean() + h * penalties.activation_l2(out)
 
-        return model, sgd(model), train_loss, lambda m: (m(x) - x @ true.T / 2).square().mean()
+        return model, sgd(model, 1e-3), train_loss, lambda m: (m(x) - x @ true.T / 2).square().mean()
 
     assert_moves("high", mf.space.RANGES["activation_l2"], build)
 
@@ -237,7 +237,7 @@ def test_noise_and_dropout(kind, layer):
 
         return model, sgd(model, 0.1), train_loss, lambda m: (m(x) - x @ true.T / 2).square().mean()
 
-    assert_moves("high", mf.space.RANGES[kind], build, steps=80)
+    assert_moves("high", mf.space.RANGES[kind], build, steps=40)
 
 
 def test_noise_per_unit():
@@ -259,7 +259,7 @@ def test_noise_per_unit():
         )
 
     for start in (0, 1):
-        wanted, unwanted = tuned(mf.Float(0, 0.8, shape=(2,)), build, start, steps=120)
+        wanted, unwanted = tuned(mf.Float(0, 0.8, shape=(2,)), build, start, steps=60)
         assert wanted < 0.4
         assert unwanted > 0.6
 
@@ -362,7 +362,7 @@ def test_example_weights():
         return model, sgd(model, 0.1), train_loss, lambda m: F.cross_entropy(m(x_valid), y_valid)
 
     for start in (0, 1):
-        raw = tuned(mf.default_range("example_weight", shape=(n,)), build, start, steps=200)
+        raw = tuned(mf.default_range("example_weight", shape=(n,)), build, start, steps=100)
         assert float((raw[flipped] < 0.5).float().mean()) > 0.8
         assert float((raw[~flipped] > 0.5).float().mean()) > 0.8
 
@@ -384,7 +384,7 @@ def test_mixup():
 
         return model, sgd(model, 0.1), train_loss, lambda m: F.cross_entropy(m(x_valid), y_valid)
 
-    assert_moves("high", mf.space.RANGES["mixup"], build)
+    assert_moves("high", mf.space.RANGES["mixup"], build, steps=40, lr=0.04)
 
 
 # ---- augmentation
@@ -418,4 +418,4 @@ def test_augmentation(kind, magnitude):
             lambda m: (m(changed) - 1).square().mean(),
         )
 
-    assert_moves("high", spec, build, steps=60)
+    assert_moves("high", spec, build, steps=40)
