@@ -1,7 +1,6 @@
 """A script as people have it, examples/train_gpt.py: its loop does not know that it is being tuned."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,11 +19,15 @@ def test_the_loop_has_no_word_of_the_tuner():
     assert not any(word in loop for word in ("tuner", "mf.", "space[", "args.tune"))
 
 
-def test_flash_attention_compiled_groups_schedule_accumulation_clipping_and_autocast_are_tuned():
+def test_flash_attention_compiled_groups_schedule_accumulation_clipping_and_autocast_are_tuned(
+    monkeypatch, capsys
+):
     options = ["--tune", "--steps", "8", "--backend", "aot_eager", "--dtype", "bfloat16"]
-    ran = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found = json.loads(ran.stdout.splitlines()[-1])
+    text, two_blocks = SCRIPT.read_text(), "n_embd, n_head, n_layer = 64, 8, 64, 4, 2\n"
+    assert two_blocks in text
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+    exec(compile(text.replace(two_blocks, two_blocks.replace("2\n", "1\n")), SCRIPT, "exec"), {})
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["hypersteps"] >= 1
     assert found["undecided"] == found["skipped"] == 0
     assert found["mixed_partial/double_backward"] == 1  # on plain attention, while the loop has the fused one
