@@ -64,8 +64,8 @@ def mixed():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_learns_from_numbers_categories_and_gaps(family, mixed, monkeypatch):
-    monkeypatch.setitem(FAMILIES["mlp"].space, "max_steps", mf.Int(100, 200))  # enough for this, and quick
-    monkeypatch.setitem(FAMILIES["mlp"].default, "max_steps", 100)
+    monkeypatch.setitem(FAMILIES["mlp"].space, "max_steps", mf.Int(50, 200))  # enough for this, and quick
+    monkeypatch.setitem(FAMILIES["mlp"].default, "max_steps", 50)
     frame, signal = mixed
     y = np.where(signal > np.median(signal), "high", "low")
     settings = {"seconds": None, "trials": 1, "families": [family], "random_state": 0}
@@ -79,7 +79,7 @@ def test_each_family_learns_from_numbers_categories_and_gaps(family, mixed, monk
 
 def test_the_best_equals_its_row_built_by_hand():
     X, y = WINE
-    auto = mf.AutoClassifier(seconds=None, trials=3, families=["boosting"], ensemble=1, random_state=0).fit(
+    auto = mf.AutoClassifier(seconds=None, trials=2, families=["boosting"], ensemble=1, random_state=0).fit(
         X, y
     )
     best = auto.leaderboard_[0]
@@ -106,7 +106,7 @@ def test_a_scaled_regression_equals_its_row_built_by_hand():
 
 def test_the_ensemble_predicts_the_weighted_mean_of_its_members():
     X, y = load_diabetes(return_X_y=True)
-    families = ["svm", "elastic_net", "forest", "knn"]
+    families = ["svm", "elastic_net", "tree", "knn"]
     auto = mf.AutoRegressor(seconds=None, trials=4, families=families, random_state=0).fit(X, y)
     members = [row for row in auto.leaderboard_ if row["weight"]]
     assert len(auto.members_) == len(members) > 1

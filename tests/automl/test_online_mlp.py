@@ -30,7 +30,7 @@ def moons(n=400, seed=0):
 
 def test_the_three_move_from_their_starts_and_stay_in_their_ranges():
     x, y = load_breast_cancer(return_X_y=True)
-    model = mf.OnlineMLPClassifier(max_steps=600, random_state=0).fit(x, y)
+    model = mf.OnlineMLPClassifier(max_steps=200, random_state=0).fit(x, y)
     for name, start in STARTS.items():
         low, high = mf.space.RANGES[name].low, mf.space.RANGES[name].high
         moved = abs(float(model.trajectory_.at(1.0)[name]) - float(model.trajectory_.at(0.0)[name]))
@@ -41,7 +41,7 @@ def test_the_three_move_from_their_starts_and_stay_in_their_ranges():
 
 def test_a_network_is_better_than_a_line_where_the_classes_are_moons():
     (x, y), (test_x, test_y) = (make_moons(400, noise=0.3, random_state=s) for s in (0, 1))
-    model = mf.OnlineMLPClassifier(random_state=0).fit(x, y)
+    model = mf.OnlineMLPClassifier(max_steps=500, random_state=0).fit(x, y)
     line = LogisticRegression().fit(x, y)
     losses = [log_loss(test_y, m.predict_proba(test_x)) for m in (model, line)]
     assert losses[0] < 0.8 * losses[1]
@@ -50,7 +50,7 @@ def test_a_network_is_better_than_a_line_where_the_classes_are_moons():
 
 def test_a_regression_comes_near_the_noise_of_friedman_1():
     (x, y), (test_x, test_y) = (make_friedman1(400, noise=1.0, random_state=s) for s in (0, 1))
-    model = mf.OnlineMLPRegressor(random_state=0).fit(x, 100 * y + 1000)  # a target of another scale
+    model = mf.OnlineMLPRegressor(max_steps=500, random_state=0).fit(x, 100 * y + 1000)  # a target of another scale
     error = mean_squared_error(test_y, (model.predict(test_x) - 1000) / 100)
     assert error < 4.0  # the noise has variance 1, the target 24
 
@@ -58,7 +58,7 @@ def test_a_regression_comes_near_the_noise_of_friedman_1():
 @pytest.mark.parametrize("refit", [True, False])
 def test_equal_seeds_give_equal_networks_and_leave_the_global_generator_alone(refit):
     x, y = make_moons(100, noise=0.3, random_state=0)
-    model = mf.OnlineMLPClassifier(max_steps=200, refit=refit, random_state=3)
+    model = mf.OnlineMLPClassifier(max_steps=60, refit=refit, random_state=3)
     before = torch.get_rng_state()
     first = clone(model).fit(x, y).predict_proba(x)
     assert torch.equal(torch.get_rng_state(), before)
@@ -76,7 +76,7 @@ def test_the_second_training_follows_the_first_on_all_rows(monkeypatch):
 
     monkeypatch.setattr(online_mlp, "followed", spy)
     x, y = make_moons(100, noise=0.3, random_state=0)
-    model = mf.OnlineMLPClassifier(max_steps=200, random_state=0).fit(x, y)
+    model = mf.OnlineMLPClassifier(max_steps=60, random_state=0).fit(x, y)
     ((n, trajectory, passes, stop),) = seen
     assert (n, trajectory) == (100, model.trajectory_)
     assert 0 < stop <= passes
@@ -137,9 +137,9 @@ def test_t2_is_stratified_and_leaves_one_row_of_each_class():
 def test_a_handful_of_rows_is_enough(n):
     x = np.linspace(0, 1, n)[:, None]
     y = (x[:, 0] > 0.4).astype(int)
-    classifier = mf.OnlineMLPClassifier(max_steps=200, random_state=0).fit(x, y)
+    classifier = mf.OnlineMLPClassifier(lr=1e-2, max_steps=60, random_state=0).fit(x, y)
     assert (classifier.predict(x) == y).mean() >= 0.8
-    regressor = mf.OnlineMLPRegressor(max_steps=400, random_state=0).fit(x, x[:, 0])
+    regressor = mf.OnlineMLPRegressor(lr=1e-2, max_steps=120, random_state=0).fit(x, x[:, 0])
     assert regressor.score(x, x[:, 0]) > DummyRegressor().fit(x, x[:, 0]).score(x, x[:, 0]) + 0.5
 
 

@@ -4,7 +4,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import midflight as mf
 
-SMALL = {"hidden": (16,), "lr": 1e-2, "max_steps": 50, "random_state": 0}
+SMALL = {"hidden": (8,), "lr": 3e-2, "max_steps": 24, "random_state": 0}
 CHEAP = {"seconds": None, "trials": 2, "families": ["linear", "tree"], "random_state": 0}
 
 
