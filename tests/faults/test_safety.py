@@ -307,13 +307,13 @@ def lines():
     return {horizon: lines_of_a_step(2, horizon=horizon) for horizon in ("run", "step")}
 
 
-@pytest.mark.parametrize("part", [0.4, pytest.param(4.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("part", [0.2, pytest.param(4.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("horizon", ["run", "step"])
 @pytest.mark.parametrize("do", [press_control_c, ring_alarm])
 def test_a_signal_at_any_line_of_the_step_leaves_no_trace(do, horizon, part, lines):
     """At evenly spread lines, and at many of those where a hyper-step begins and ends."""
     count = lines[horizon]
-    chosen = random.Random(0)
+    chosen = random.Random(do is ring_alarm)  # each signal at other lines
     places = [chosen.randrange(1, count + 1) for _ in range(int(20 * part))]
     places += [chosen.randrange(1, 400) for _ in range(int(10 * part))]
     places += [chosen.randrange(count - 1500, count) for _ in range(int(20 * part))]

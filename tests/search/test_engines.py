@@ -1,6 +1,7 @@
 """Each engine, by one table of what must hold for all of them."""
 
 import math
+from functools import cache
 
 import pytest
 
@@ -38,9 +39,14 @@ def objective(trial):
         trial.report(epoch, loss_of(trial.params, epoch), state=epoch, space=tuned, test_error=0.5)
 
 
-@pytest.fixture(params=IN_PROCESS, scope="module")
+@cache
+def found_by(engine):
+    return search.run(objective, SPACE, engine=engine, trials=30, epochs=9, seed=1)
+
+
+@pytest.fixture(params=IN_PROCESS)
 def found(request):
-    return search.run(objective, SPACE, engine=request.param, trials=30, epochs=9, seed=1)
+    return found_by(request.param)
 
 
 def test_an_engine_runs_exactly_the_trials_it_was_given(found):
@@ -85,7 +91,7 @@ def test_an_engine_repeats_itself_with_the_same_seed(engine):
     ("engine", "stops"), [("random", False), ("tpe", False), ("bohb", True), ("smac", True)]
 )
 def test_an_engine_with_fidelity_stops_most_trials_early(engine, stops):
-    records = search.run(objective, SPACE, engine=engine, trials=30, epochs=9).records
+    records = found_by(engine).records
     early = sum(r.epoch < 9 for r in records)
     assert (early > 10) if stops else early == 0
     spent = sum(r.epoch - r.from_epoch for r in records)
@@ -93,7 +99,7 @@ def test_an_engine_with_fidelity_stops_most_trials_early(engine, stops):
 
 
 def test_a_promoted_trial_starts_where_its_configuration_first_started():
-    records = search.run(objective, SPACE, engine="smac", trials=45, epochs=9).records
+    records = found_by("smac").records
     promoted = [r for r in records if r.root != r.number]
     assert any(r.starts["decay"] == pytest.approx(1e-3) for r in promoted)  # a warm one
     for r in promoted:
