@@ -32,12 +32,10 @@ def git(*arguments: str) -> str:
 
 def code_lines(source: str) -> int:
     """Count the lines that hold code."""
-    texts = {
-        line
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    }  # fmt: skip
+    texts: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            texts |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     code = {line for t in tokens if t.type not in SILENT for line in range(t.start[0], t.end[0] + 1)}
     return len(code - texts)

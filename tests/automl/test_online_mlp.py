@@ -50,7 +50,8 @@ def test_a_network_is_better_than_a_line_where_the_classes_are_moons():
 
 def test_a_regression_comes_near_the_noise_of_friedman_1():
     (x, y), (test_x, test_y) = (make_friedman1(400, noise=1.0, random_state=s) for s in (0, 1))
-    model = mf.OnlineMLPRegressor(max_steps=500, random_state=0).fit(x, 100 * y + 1000)  # a target of another scale
+    elsewhere = 100 * y + 1000  # a target of another scale
+    model = mf.OnlineMLPRegressor(max_steps=500, random_state=0).fit(x, elsewhere)
     error = mean_squared_error(test_y, (model.predict(test_x) - 1000) / 100)
     assert error < 4.0  # the noise has variance 1, the target 24
 

@@ -713,7 +713,11 @@ def load_into(run: Run, state: bytes, order: str = "model optimizer tuner") -> N
 
 
 def uninterrupted_and_resumed(
-    make: Callable[[], Any], *stops: int, steps: int = 14, order: str = "model optimizer tuner", **arguments: Any
+    make: Callable[[], Any],
+    *stops: int,
+    steps: int = 14,
+    order: str = "model optimizer tuner",
+    **arguments: Any,
 ) -> list[list[Any]]:
     """Weights and values after a run, and after those that were stopped at a step and built anew."""
     batches = list(load(rows(ROWS * 4)))

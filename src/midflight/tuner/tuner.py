@@ -64,7 +64,8 @@ class Tuner:
         total_steps: optimiser steps of the whole run, over which hyper-steps anneal to zero. None: they
             shrink slowly and never end.
         schedule: when hyper-steps come: `FrontLoaded()` (the default: one per 20 optimiser steps, most of
-            them early, and fewer in a run of over 3,000 steps), `Every(n)` or `TimeBudget(share)`; a whole number n is `Every(n)`.
+            them early; fewer in a run of over 3,000 steps), `Every(n)` or `TimeBudget(share)`. A whole
+            number n is `Every(n)`.
         estimator: of the hypergradient, a name from `midflight.hypergrad.ESTIMATORS` or an `Estimator`.
         horizon: where the validation gradient is taken: "run" at averaged weights (`Averaged`), which judges
             a step by the whole run; "step" at the weights right after the step (`NextStep`).
