@@ -47,21 +47,8 @@ class Study(NamedTuple):
     """Hold what the figures draw."""
 
     spec: Spec
-    rows: list[Row]
+    finished: numbers.Finished
     networks: list[Network]
-
-    def finished(self, network: Network, kind: Kind, estimator: str = "") -> list[Row]:
-        """Return the finished arms in the order of their index."""
-        return list(numbers.of_kind(self.rows, network.network, (kind, estimator)).values())
-
-    def paired(self, network: Network, first: ArmKind, second: ArmKind) -> list[tuple[Row, Row]]:
-        """Return both arms of each start that has finished both."""
-        return numbers.paired(self.rows, network.network, first, second)
-
-    def errors(self, network: Network, first: ArmKind, second: ArmKind) -> Values:
-        """Return the test errors of two arms of the same start in percent, shape (starts, 2)."""
-        pairs = numbers.error_pairs(self.paired(network, first, second))
-        return 100 * np.array(pairs, dtype=float).reshape(-1, 2)
 
 
 def all_figures(spec: Spec, rows: list[Row]) -> dict[str, Figure]:
@@ -74,7 +61,7 @@ def all_figures(spec: Spec, rows: list[Row]) -> dict[str, Figure]:
     }
     if "paper" in spec.estimator and numbers.reference(spec) != "paper":
         draw["fig5"] = eq6
-    study = Study(spec, numbers.planned_rows(spec, rows), numbers.summarise(spec, rows).networks)
+    study = Study(spec, numbers.Finished(spec, rows), numbers.summarise(spec, rows).networks)
     with style():
         return {name: function(study) for name, function in draw.items()}
 
@@ -85,7 +72,7 @@ def trajectories(study: Study) -> Figure:
 
     def draw(axis: Axes, network: Network, tuning: Tuning) -> str:
         _landscape(study, network, axis)
-        tuned = study.finished(network, "tuned", tuning.estimator)
+        tuned = study.finished.of_kind(network.network, ("tuned", tuning.estimator))
         axis.set(xlim=l2, ylim=noise, xlabel="log₁₀ L2", ylabel="standard deviation of the input noise")
         if tuning.noise_end is None:
             note(axis, f"No tuned arm of {tuning.estimator} is stored yet.")
@@ -250,7 +237,7 @@ def _subsampled(path: Values, paths: int) -> Values:
 
 def _landscape(study: Study, network: Network, axis: Axes) -> None:
     """Draw the validation error of the grid: contours of a complete grid, points of a partial one."""
-    n, found = study.spec.landscape, study.finished(network, "landscape")
+    n, found = study.spec.landscape, study.finished.of_kind(network.network, ("landscape", ""))
     missing = "" if len(found) == n**2 else f"{len(found)} of {n**2} runs so far"
     if not found:
         missing = "no run stored yet" if n else "not run (--landscape)"
@@ -298,12 +285,17 @@ def _colour_bar(axis: Axes, drawn: Any, low: float, high: float, log: bool) -> N
     bar.ax.yaxis.set_major_formatter("{x:g}")
 
 
+def _errors(study: Study, network: Network, first: ArmKind, second: ArmKind) -> Values:
+    """Return the test errors of two arms of the same start in percent, shape (starts, 2)."""
+    return 100 * np.array(study.finished.errors(network.network, first, second), dtype=float).reshape(-1, 2)
+
+
 def _scatter_axes(study: Study, axis: Axes, network: Network, tuning: Tuning, fixed: Kind) -> Values:
     """Return (test error of the fixed arm, of the tuned arm); the panels of a network share their limits."""
 
     def errors(estimator: str) -> Values:
         first = INITIAL if fixed == "initial" else (fixed, estimator)
-        return study.errors(network, first, ("tuned", estimator))
+        return _errors(study, network, first, ("tuned", estimator))
 
     _square(axis, np.concatenate([errors(t.estimator) for t in network.tunings]))
     return errors(tuning.estimator)
@@ -338,9 +330,9 @@ def _diagonal(axis: Axes, above: tuple[str, str], below: tuple[str, str]) -> Non
 
 def _seconds(study: Study, network: Network, axis: Axes) -> None:
     """Draw seconds per epoch: initial runs in the first column, then one column per estimator."""
-    columns = {"plain": (MUTED, numbers.epoch_seconds(study.finished(network, "initial")))}
+    columns = {"plain": (MUTED, numbers.epoch_seconds(study.finished.of_kind(network.network, INITIAL)))}
     for t in network.tunings:
-        seconds = numbers.epoch_seconds(study.finished(network, "tuned", t.estimator))
+        seconds = numbers.epoch_seconds(study.finished.of_kind(network.network, ("tuned", t.estimator)))
         columns[t.estimator] = _colour(t.estimator), seconds
     axis.set_title("Seconds of training per epoch")
     axis.set_xlim(-0.4, len(columns) - 0.1)
@@ -380,7 +372,7 @@ def _overheads(study: Study, network: Network, axis: Axes) -> None:
             continue
         colour = _colour(estimator)
         added = numbers.overheads_percent(
-            numbers.paired(study.rows, network.network, INITIAL, ("tuned", estimator))
+            study.finished.paired(network.network, INITIAL, ("tuned", estimator))
         )
         drawn += added
         axis.plot(added, y + 0.3 * _jitter(len(added)), "o", ms=5, mfc=colour, mec="none", alpha=0.4)
@@ -410,7 +402,7 @@ def _jitter(n: int) -> Values:
 def _side_by_side(study: Study, network: Network, axis: Axes) -> None:
     """Draw the test errors at the end of tuning by `paper` and by the reference estimator."""
     ours = numbers.reference(study.spec)
-    pairs = study.errors(network, ("tuned", "paper"), ("tuned", ours))
+    pairs = _errors(study, network, ("tuned", "paper"), ("tuned", ours))
     _square(axis, pairs)
     axis.set(xlabel="test error tuned by paper (%)", ylabel=f"test error tuned by {ours} (%)")
     axis.set_title("Test error at the end")
@@ -434,7 +426,7 @@ def _noise_over_steps(study: Study, network: Network, tuning: Tuning, axis: Axes
     axis.set(xlabel="training step", ylabel="input noise", xlim=(0, spec.steps()), ylim=spec.intervals()[1])
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    tuned = study.finished(network, "tuned", tuning.estimator)
+    tuned = study.finished.of_kind(network.network, ("tuned", tuning.estimator))
     if not tuned:
         note(axis, f"No tuned arm of {tuning.estimator} is stored yet.")
         return

@@ -5,7 +5,7 @@ the images, differences in percentage points. The initial, tuned and re-run arms
 weights and data order, so arms are compared start by start. A number that needs missing rows is None.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isfinite, sqrt
@@ -187,26 +187,48 @@ class Summary:
     networks: list[Network]
 
 
-def summarise(spec: Spec, rows: Sequence[Row]) -> Summary:
+class Finished:
+    """Look up the finished arms that a spec declares.
+
+    On a GPU, the seconds of the first epoch are dropped, because torch compiles in it.
+    """
+
+    def __init__(self, spec: Spec, rows: Iterable[Row]) -> None:
+        declared, first = set(spec.arms()), 0 if spec.device == "cpu" else 1
+        self.rows = {
+            row.arm: replace(row, epoch_seconds=row.epoch_seconds[first:])
+            for row in rows
+            if row.arm in declared
+        }
+
+    def of_kind(self, network: str, kind: ArmKind) -> list[Row]:
+        """Return the arms of a network and kind in the order of their index."""
+        found = [row for arm, row in self.rows.items() if arm == Arm(network, *kind, arm.index)]
+        return sorted(found, key=lambda row: row.arm.index)
+
+    def paired(self, network: str, first: ArmKind, second: ArmKind) -> list[tuple[Row, Row]]:
+        """Return both arms of each start that has finished both."""
+        both = ((a, self.rows.get(Arm(network, *second, a.arm.index))) for a in self.of_kind(network, first))
+        return [(a, b) for a, b in both if b is not None]
+
+    def errors(self, network: str, first: ArmKind, second: ArmKind) -> list[tuple[float, float]]:
+        """Return the test errors of both arms of each start, as shares in [0, 1]."""
+        pairs = self.paired(network, first, second)
+        errors = ((a.result.test_error, b.result.test_error) for a, b in pairs)
+        return [(a, b) for a, b in errors if a is not None and b is not None]
+
+
+def summarise(spec: Spec, rows: Iterable[Row]) -> Summary:
     """Compute every number of a study."""
-    planned, rows = len(set(spec.arms())), planned_rows(spec, rows)
+    planned, finished = len(set(spec.arms())), Finished(spec, rows)
     return Summary(
-        arms_done=len(rows),
+        arms_done=len(finished.rows),
         arms_planned=planned,
-        complete=len(rows) == planned,
+        complete=len(finished.rows) == planned,
         test_images=TEST_IMAGES[spec.dataset],
         paper=PAPER,
-        networks=[_network(spec, rows, network) for network in dict.fromkeys(spec.networks)],
+        networks=[_network(spec, finished, network) for network in dict.fromkeys(spec.networks)],
     )
-
-
-def planned_rows(spec: Spec, rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of arms that `spec` declares.
-
-    On a GPU, drop the seconds of the first epoch, in which torch compiles.
-    """
-    arms, first = set(spec.arms()), 0 if spec.device == "cpu" else 1
-    return [replace(row, epoch_seconds=row.epoch_seconds[first:]) for row in rows if row.arm in arms]
 
 
 def estimators(spec: Spec) -> list[str]:
@@ -222,24 +244,6 @@ def main_estimator(spec: Spec) -> str:
 def reference(spec: Spec) -> str:
     """Return the estimator that `paper` is compared with: the first other one."""
     return next((e for e in spec.estimator if e != "paper"), spec.estimator[0])
-
-
-def of_kind(rows: Iterable[Row], network: str, kind: ArmKind) -> dict[int, Row]:
-    """Return the finished arms of a network and kind by index, in order."""
-    found = {row.arm.index: row for row in rows if row.arm == Arm(network, *kind, row.arm.index)}
-    return dict(sorted(found.items()))
-
-
-def paired(rows: Sequence[Row], network: str, first: ArmKind, second: ArmKind) -> list[tuple[Row, Row]]:
-    """Return both arms of each start that has finished both."""
-    others = of_kind(rows, network, second)
-    return [(row, others[i]) for i, row in of_kind(rows, network, first).items() if i in others]
-
-
-def error_pairs(pairs: Iterable[tuple[Row, Row]]) -> list[tuple[float, float]]:
-    """Return the two test errors of each pair, as shares in [0, 1]."""
-    errors = ((a.result.test_error, b.result.test_error) for a, b in pairs)
-    return [(a, b) for a, b in errors if a is not None and b is not None]
 
 
 def sampling_error(a: float, b: float, images: int) -> float:
@@ -278,14 +282,14 @@ def _spread(values: Iterable[float]) -> Spread | None:
     return Spread(len(finite), median, low, high, float(min(finite)), float(max(finite)))
 
 
-def _network(spec: Spec, rows: list[Row], network: str) -> Network:
+def _network(spec: Spec, finished: Finished, network: str) -> Network:
     tuned: list[ArmKind] = [("tuned", e) for e in estimators(spec)]
     rerun: list[ArmKind] = [("rerun", e) for e in estimators(spec)]
     planned = dict.fromkeys([INITIAL, *tuned, *rerun], spec.starts)
     fixed = [
         row.result.test_error
         for kind in (INITIAL, *rerun)
-        for row in of_kind(rows, network, kind).values()
+        for row in finished.of_kind(network, kind)
         if row.result.test_error is not None
     ]
     poor = POOR * min(fixed) if fixed else inf
@@ -300,9 +304,9 @@ def _network(spec: Spec, rows: list[Row], network: str) -> Network:
         network=network,
         lowest_fixed_test_error_percent=100 * min(fixed) if fixed else None,
         poor_above_test_error_percent=100 * poor if fixed else None,
-        arms=[_arm(list(of_kind(rows, network, kind).values()), kind, n) for kind, n in planned.items()],
-        tunings=[_tuning(spec, rows, network, e, poor) for e in estimators(spec)],
-        comparisons=[_comparison(rows, network, *pair) for pair in compared],
+        arms=[_arm(finished.of_kind(network, kind), kind, n) for kind, n in planned.items()],
+        tunings=[_tuning(spec, finished, network, e, poor) for e in estimators(spec)],
+        comparisons=[_comparison(finished, network, *pair) for pair in compared],
     )
 
 
@@ -338,22 +342,22 @@ def _best(rows: list[Row]) -> Best | None:
 
 
 def _tuning(  # one table, so one long function
-    spec: Spec, rows: list[Row], network: str, estimator: str, poor: float
+    spec: Spec, finished: Finished, network: str, estimator: str, poor: float
 ) -> Tuning:
     images = TEST_IMAGES[spec.dataset]
-    of_start = paired(rows, network, INITIAL, ("tuned", estimator))
-    pairs = error_pairs(of_start)
+    tuned: ArmKind = ("tuned", estimator)
+    pairs = finished.errors(network, INITIAL, tuned)
     beyond = [(a, b) for a, b in pairs if not on_diagonal(a, b, images)]
-    reruns = error_pairs(paired(rows, network, ("rerun", estimator), ("tuned", estimator)))
+    reruns = finished.errors(network, ("rerun", estimator), tuned)
     diagonal = sum(on_diagonal(a, b, images) for a, b in reruns)
     from_poor = [after for before, after in pairs if before > poor]
     rescued = sum(after <= poor for after in from_poor)
     good = PAPER.good_starts_below_test_error_percent
     from_good = [after for before, after in pairs if 100 * before < good]
-    tuned = of_kind(rows, network, ("tuned", estimator)).values()
+    tuned_rows = finished.of_kind(network, tuned)
     low, high = spec.intervals()[1]
-    at_low = sum(row.result.end[1] <= low + NEAR_LOW_END * (high - low) for row in tuned)
-    down = [move < 0 for row in tuned for move in _noise_moves(row)]
+    at_low = sum(row.result.end[1] <= low + NEAR_LOW_END * (high - low) for row in tuned_rows)
+    down = [move < 0 for row in tuned_rows for move in _noise_moves(row)]
     return Tuning(
         estimator=estimator,
         pairs=len(pairs),
@@ -374,17 +378,17 @@ def _tuning(  # one table, so one long function
         tuned_minus_rerun_points=_spread(100 * (end - rerun) for rerun, end in reruns),
         on_diagonal=diagonal,
         on_diagonal_percent=_percent(diagonal, len(reruns)),
-        overhead_percent=_spread(overheads_percent(of_start)),
-        noise_end=_spread(row.result.end[1] for row in tuned),
-        log10_l2_end=_spread(row.result.end[0] for row in tuned),
+        overhead_percent=_spread(overheads_percent(finished.paired(network, INITIAL, tuned))),
+        noise_end=_spread(row.result.end[1] for row in tuned_rows),
+        log10_l2_end=_spread(row.result.end[0] for row in tuned_rows),
         noise_at_low_end=at_low,
-        noise_at_low_end_percent=_percent(at_low, len(tuned)),
+        noise_at_low_end_percent=_percent(at_low, len(tuned_rows)),
         noise_steps_down_percent=_percent(sum(down), len(down)),
     )
 
 
-def _comparison(rows: list[Row], network: str, estimator: str, other: str) -> Comparison:
-    pairs = error_pairs(paired(rows, network, ("tuned", estimator), ("tuned", other)))
+def _comparison(finished: Finished, network: str, estimator: str, other: str) -> Comparison:
+    pairs = finished.errors(network, ("tuned", estimator), ("tuned", other))
     return Comparison(
         estimator=estimator,
         other=other,
