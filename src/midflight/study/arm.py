@@ -28,7 +28,7 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Data:
-    """T1 trains the weights, T2 tunes the hyperparameters, the test set is only reported."""
+    """Hold the splits: T1 trains the weights, T2 tunes the hyperparameters, the test set is only reported."""
 
     t1: Split
     t2: Split
@@ -74,7 +74,7 @@ OnEpoch: TypeAlias = Callable[[EpochDone], None]
 
 
 class Runs(ABC):
-    """n training runs that advance together.
+    """Advance n training runs together.
 
     Attributes:
         optimizer: steps the weights; its learning rate applies to all runs.
@@ -152,7 +152,7 @@ def run_arm(spec: Spec, arm: Arm, start: Point, data: Data, on_epoch: OnEpoch) -
 
 
 class SingleRun(Runs):
-    """One run: a plain loop over an optimiser, beside a `Tuner` if the arm is tuned."""
+    """Train one run in a plain loop over an optimiser, beside a `Tuner` if the arm is tuned."""
 
     def __init__(self, spec: Spec, arm: Arm, start: Point, data: Data) -> None:
         seed = seed_of(spec, arm)

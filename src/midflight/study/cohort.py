@@ -60,7 +60,7 @@ def run_cohort(
 
 
 class Cohort(Runs):
-    """One run per arm, as the members of a `Population`."""
+    """Train one run per arm, as the members of a `Population`."""
 
     def __init__(self, spec: Spec, arms: Sequence[Arm], starts: Sequence[Point], data: Data) -> None:
         first, seeds = arms[0], [seed_of(spec, arm) for arm in arms]

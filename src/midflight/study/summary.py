@@ -253,7 +253,7 @@ def sampling_error(a: float, b: float, images: int) -> float:
 
 
 def on_diagonal(a: float, b: float, images: int) -> bool:
-    """Whether two test errors differ by at most one `sampling_error`."""
+    """Return whether two test errors differ by at most one `sampling_error`."""
     return abs(a - b) <= sampling_error(a, b, images)
 
 
