@@ -1,8 +1,10 @@
 """Read the graph that torch records of a loss: its nodes and its leaves."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from midflight.errors import NotTwiceDifferentiable
@@ -27,6 +29,18 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
 def graph_leaves(loss: Tensor) -> list[Tensor]:
     """Return the leaf tensors to which `loss.backward()` would give a gradient."""
     return [node.variable for node in graph_nodes([loss]) if hasattr(node, "variable")]
+
+
+def has_own_backward(loss: Tensor) -> bool:
+    """Return whether the gradient of a loss takes a backward pass of the user's own.
+
+    It is an `autograd.Function`, or a hook of a module.
+    """
+    functions: Iterator[Any] = (type(n) for n in graph_nodes([loss]) if isinstance(n, BackwardCFunction))
+    return any(
+        f.__name__.startswith("BackwardHook") or not f._forward_cls.__module__.startswith("torch.")
+        for f in functions
+    )
 
 
 _DEAD_ENDS = {f"torch::autograd::{name}" for name in ("Error", "DelayedError", "NotImplemented")}

@@ -10,6 +10,7 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
@@ -255,31 +256,52 @@ def _of_functions(thing: Any) -> list[Any]:
     return parts_of(thing) if isinstance(thing, FunctionType | MethodType | partial) else []
 
 
-def fresh(batch: Any) -> Any:
-    """Return the batch in new containers, because a loss may remove entries from them.
+def fresh(batch: Any, copies: bool = False) -> Any:
+    """Return the batch in new containers and objects, because a loss may change them.
 
     Inference tensors, which have no derivative, are copied.
+
+    Args:
+        copies: whether tensors are copied too, because a loss may write to them. Those that require a
+            gradient cannot be written in place.
     """
     if isinstance(batch, Tensor):
-        return batch.clone() if batch.is_inference() else batch
+        return batch.clone() if batch.is_inference() or (copies and not batch.requires_grad) else batch
     if isinstance(batch, MutableMapping):
         own = copy.copy(batch)
         for key, value in batch.items():
-            if (new := fresh(value)) is not value:
+            if (new := fresh(value, copies)) is not value:
                 own[key] = new
         return own
     if isinstance(batch, list | tuple):
-        parts = [fresh(value) for value in batch]
+        parts = [fresh(value, copies) for value in batch]
         if type(batch) is list:
             return parts
         if any(new is not value for new, value in zip(parts, batch, strict=True)):
             return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        return batch
+    if hasattr(batch, "__dict__") and not isinstance(batch, nn.Module | type) and not callable(batch):
+        own = copy.copy(batch)
+        for name in _parts_of_dataclass(batch):
+            own.__dict__[name] = fresh(getattr(batch, name), copies)  # also if the dataclass is frozen
+        return own
     return batch
 
 
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Return the tensors in a batch."""
+    return [array for array in _arrays(batch) if isinstance(array, Tensor)]
+
+
 def examples_of(batch: Any) -> int | None:
-    """Return how many examples a batch has: the length of its arrays; None if their lengths differ."""
-    sizes = {len(array) for array in _arrays(batch)}
+    """Return how many examples a batch has: the length of its arrays.
+
+    None if their lengths differ, or if one is sparse or nested, such as the adjacency of a graph.
+    """
+    arrays = list(_arrays(batch))
+    if any(isinstance(a, Tensor) and (a.is_nested or a.layout is not torch.strided) for a in arrays):
+        return None
+    sizes = {len(array) for array in arrays}
     return sizes.pop() if len(sizes) == 1 else None
 
 

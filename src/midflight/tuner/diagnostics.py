@@ -6,8 +6,6 @@ from difflib import get_close_matches
 from statistics import fmean, variance
 from typing import Any
 
-from torch import Tensor
-
 from midflight._tensors import Tensors
 from midflight.errors import UnreachedHyperparameter
 from midflight.space import Space
@@ -123,7 +121,7 @@ class Bounds:
         self._moves, self._inside = state["moves"], dict(state["inside"])
 
 
-def overfitted(loss: Callable[[Any], Tensor], tuned_on: Iterable[Any], third: Iterable[Any]) -> list[str]:
+def overfitted(loss: Callable[[Any], float], tuned_on: Iterable[Any], third: Iterable[Any]) -> list[str]:
     """Return a sentence if the loss on T2 is significantly lower than on data not used to train or tune.
 
     The weights were trained on neither split, so without tuning the two losses are alike up to chance. The
@@ -137,7 +135,7 @@ def overfitted(loss: Callable[[Any], Tensor], tuned_on: Iterable[Any], third: It
     Raises:
         ValueError: one of them has fewer than two batches.
     """
-    both = [[float(loss(batch)) for batch in batches] for batches in (tuned_on, third)]
+    both = [[loss(batch) for batch in batches] for batches in (tuned_on, third)]
     for name, values in zip(("T2", "the third split"), both, strict=True):
         if len(values) < 2:
             raise ValueError(

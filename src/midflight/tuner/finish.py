@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,11 +36,11 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
     with hyperstep.randomness.borrowed():
         states = hyperstep.randomness.snapshot()
     for name, at in {"last": {}, **candidates}.items():
-        with live.borrowed(), torch.no_grad(), weights_at(tensors, at):
+        with live.borrowed(), weights_at(tensors, at):
             hyperstep.randomness.rewind(states)
             stream = hyperstep.t2.whole_pass() if batches is None else batches
             found[name] = [
-                (float(live.valid_loss(hyperstep.valid_loss, batch)), examples_of(batch) or 1)
+                (live.number(partial(live.valid_loss, hyperstep.valid_loss, batch)), examples_of(batch) or 1)
                 for batch in stream
             ]
     losses = _means(found)

@@ -38,6 +38,8 @@ SAMPLED = 16
 """How many entries of a weight are compared, besides its largest."""
 FAR = 16
 """Gradients whose norms differ by more than this factor are not of the same loss."""
+LOOKS = 8
+"""How often the norm of the gradient is compared with that of `loss_fn`, if they differ by less."""
 
 OwnNorm = Callable[[frozenset[str]], float]
 """Names of weights -> the norm of the gradient of `loss_fn` at them."""
@@ -112,7 +114,9 @@ class ReceivedGradient:
         """How often `backward` added to the last gradient."""
         self._hooks: list[RemovableHandle] = []
         self._counter = _ExampleCounter()
+        self._params: Tensors = {}
         self._watched: list[str] = []
+        """Names of the weights that were not frozen when the recording began."""
 
         # recorded by the hooks, by weight
         self._fingerprints: Tensors = {}
@@ -134,13 +138,14 @@ class ReceivedGradient:
         """The norm to which the group is clipped."""
         self._factors: dict[frozenset[str], list[tuple[float, float]]] = {}
         """(factor, norm afterwards) at each hyper-step since the last contradiction."""
-        self._excess: dict[frozenset[str], float] = {}
-        """|gradient of `backward`| / |gradient of `loss_fn`|, where it was computed."""
+        self._excess: dict[frozenset[str], list[float]] = {}
+        """Logarithms of |gradient of `backward`| / |gradient of `loss_fn`|, where it was computed."""
 
     def watch(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
         """Start to record what `backward` leaves in `.grad`, and how many examples the model sees."""
         self.rest()
         self._counter = _ExampleCounter()
+        self._params = dict(params)
         self._watched = [name for name, p in params.items() if p.requires_grad]
         if getattr(model, "_compiled_call_impl", None) is None:  # a hook would recompile it
             self._hooks.append(model.register_forward_pre_hook(self._counter, with_kwargs=True))
@@ -170,12 +175,12 @@ class ReceivedGradient:
                 for records in (self._fingerprints, self._passes, self._changed):
                     records.pop(name, None)
             elif name in self._fingerprints and not p.grad.is_sparse:
-                now = _sample(p.grad.detach())
+                now = sampled(p.grad.detach())
                 before = self._fingerprints[name][:-2]
                 changed = ((now != before) & ~(now.isnan() & before.isnan())).any() & now.any()
                 self._changed[name] = changed | self._changed.get(name, torch.zeros_like(changed))
             if name not in self._fingerprints and not grad.is_sparse:
-                self._before[name] = _sample(grad).clone()  # `_after_pass` subtracts it from the sum
+                self._before[name] = sampled(grad).clone()  # `_after_pass` subtracts it from the sum
 
         return hook
 
@@ -184,11 +189,11 @@ class ReceivedGradient:
             grad = p.grad
             if grad is not None and not grad.is_sparse and grad.numel():
                 if name not in self._fingerprints and name in self._before:
-                    self._before[name] = _sample(grad) - self._before[name]
+                    self._before[name] = sampled(grad) - self._before[name]
                 self._fingerprints[name] = _fingerprint(grad)
                 self._passes[name] = self._passes.get(name, 0) + 1
                 self._weights[name] = p, p._version
-                self._entries[name] = _sample(p.detach()).clone()
+                self._entries[name] = sampled(p.detach()).clone()
 
         return hook
 
@@ -198,7 +203,7 @@ class ReceivedGradient:
 
         Args:
             grads: the gradients that the optimisers get, without loss scale, by weight.
-            own_norm: called if the gradient became FAR times shorter or longer.
+            own_norm: called at the first few hyper-steps at which the gradient was multiplied by a constant.
 
         Raises:
             UnknownGradient: what happened fits no known case, or another hyper-step is needed to tell.
@@ -207,6 +212,11 @@ class ReceivedGradient:
         self.examples = self._counter.count
         self.carried = any(bool(t.any()) for t in _fetched(self._before).values())
         self.passes = max(self._passes.values(), default=1)
+        if new := [n for n in grads if n not in self._watched and _is_trained(self._params.get(n))]:
+            raise UnknownGradient(
+                f"weights must not be unfrozen or added just before a hyper-step, but {new[0]} was; the next "
+                "hyper-step will tell what happens to its gradient."
+            )
         moved, changed = self._moved(), [name for name, flag in self._changed.items() if bool(flag)]
         self.rest()
         _require_unchanged(moved, changed)
@@ -234,7 +244,7 @@ class ReceivedGradient:
     def _moved(self) -> list[str]:
         """Return the weights that changed since their last backward pass."""
         before = _fetched(self._entries)
-        after = _fetched({name: _sample(p.detach()) for name, (p, _) in self._weights.items()})
+        after = _fetched({name: sampled(p.detach()) for name, (p, _) in self._weights.items()})
         return [
             name
             for name, (p, version) in self._weights.items()
@@ -277,35 +287,45 @@ class ReceivedGradient:
             except UnknownGradient as error:  # go on: the factors of the other groups are needed next time
                 unknown = error
                 continue
-            excess = self._excess_of(group, size, factor, own_norm)
             if clipped:
-                _require_scaler(excess)
+                _require_scaler(self._excess_of(group, size, factor, own_norm))
                 if self._divides:  # the sum was divided by the passes before it was clipped
                     factor *= passes
                 unit = {name: g / size for name, g in together.items()}
                 norms.append((unit, factor, size / (size + EPSILON * factor)))
             elif abs(factor * passes - 1) < SAME:
                 self._divides = True
-            elif abs(math.log(excess)) <= abs(math.log(excess * abs(factor))):  # no loss scaled by 1/factor
+            elif not self._scales_loss(group, size, factor, own_norm):
                 factors |= dict.fromkeys(names, factor)
         if unknown is not None:
             raise unknown
         return Clipped(norms=norms, factors=factors) if norms or factors else None
 
     def _excess_of(self, group: frozenset[str], size: float, factor: float, own_norm: OwnNorm) -> float:
-        """Return |gradient of `backward`| / |gradient of `loss_fn`|; 1 unless the factor is beyond FAR.
+        """Return |gradient of `backward`| / |gradient of `loss_fn`|, the geometric mean of a few hyper-steps.
+
+        It is 1 after clipping by a factor within FAR, where it is not needed.
 
         Args:
             size: norm of the gradient that the optimiser gets.
             factor: that norm / |gradient of `backward`|.
         """
-        if 1 / FAR < abs(factor) < FAR:
+        is_far = not 1 / FAR < abs(factor) < FAR
+        if group in self._norms and not is_far:
             return 1.0
-        if group not in self._excess:
+        seen = self._excess.setdefault(group, [])
+        if len(seen) < (
+            1 if is_far else LOOKS
+        ):  # the smaller the factor, the more batches it takes to see it
             own = own_norm(group)
             excess = size / abs(factor) / own if own else math.nan
-            self._excess[group] = excess if 0 < excess < math.inf else 1.0
-        return self._excess[group]
+            seen.append(math.log(excess) if 0 < excess < math.inf else 0.0)
+        return math.exp(sum(seen) / len(seen))
+
+    def _scales_loss(self, group: frozenset[str], size: float, factor: float, own_norm: OwnNorm) -> bool:
+        """Return whether a constant factor undoes the scale 1/factor that the loop puts on its loss."""
+        excess = self._excess_of(group, size, factor, own_norm)
+        return abs(math.log(excess)) > abs(math.log(excess * abs(factor)))
 
     def _is_clipped(
         self, group: frozenset[str], factor: float, size: float, passes: int, rounding: float
@@ -376,6 +396,11 @@ def _require_unchanged(moved: list[str], changed: list[str]) -> None:
         )
 
 
+def _is_trained(p: Tensor | None) -> bool:
+    """Return whether a weight is trained now; None is one that has just been added."""
+    return p is None or p.requires_grad
+
+
 def _require_scaler(excess: float) -> None:
     """Raise `UnknownGradient` if a loop that clips scales its loss without a `GradScaler`."""
     if excess > FAR:
@@ -398,7 +423,7 @@ class StandingWeights:
         """Remember some entries of the weights as the optimiser left them."""
         if not self._said:
             self._weights = dict(params)
-            self._noted = {name: _sample(p).clone() for name, p in params.items() if p.numel()}
+            self._noted = {name: sampled(p).clone() for name, p in params.items() if p.numel()}
 
     def forget(self) -> None:
         """Skip the next comparison, for instance because a state was loaded."""
@@ -409,7 +434,7 @@ class StandingWeights:
         if not self._noted:
             return
         before = _fetched(self._noted)
-        now = _fetched({name: _sample(self._weights[name]) for name in before})
+        now = _fetched({name: sampled(self._weights[name]) for name in before})
         finite = [n for n in before if bool(now[n].isfinite().all())]  # NaNs mean divergence, not clamping
         changed = [n for n in finite if before[n].shape != now[n].shape or not _close(before[n], now[n])]
         self._weights, self._noted = {}, {}
@@ -444,11 +469,16 @@ def scaler_stage(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer)
     return "READY" if state is None else str(state["stage"].name)
 
 
-def _sample(t: Tensor) -> Tensor:
+def sampled(t: Tensor) -> Tensor:
     """Return up to SAMPLED entries, spread evenly, as a vector."""
     flat = t.detach().reshape(-1)
     stride = max(1, flat.numel() // SAMPLED)
     return flat[: SAMPLED * stride : stride]
+
+
+def same_entries(one: Tensor, other: Tensor) -> bool:
+    """Return whether two vectors are equal, NaN to NaN."""
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _fingerprint(grad: Tensor) -> Tensor:
@@ -456,7 +486,7 @@ def _fingerprint(grad: Tensor) -> Tensor:
     grad = grad.detach()
     low, high = torch.aminmax(grad)
     largest = torch.maximum(-low, high)
-    return torch.cat([_sample(grad), largest[None], torch.linalg.vector_norm(grad)[None]])
+    return torch.cat([sampled(grad), largest[None], torch.linalg.vector_norm(grad)[None]])
 
 
 def _fetched(vectors: Tensors) -> Tensors:

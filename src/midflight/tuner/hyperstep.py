@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from midflight._tensors import Tensors, all_finite, detach, norm
-from midflight.errors import UnsupportedOptimizer, UnsupportedParameter, warn
+from midflight.errors import UnknownGradient, UnsupportedOptimizer, UnsupportedParameter, warn
 from midflight.hypergrad import Estimator
 from midflight.hypergrad.graph import graph_leaves
-from midflight.hypergrad.mixed import value_grads
+from midflight.hypergrad.mixed import rounding_of, value_grads
 from midflight.hypergrad.one_step import one_step
 from midflight.hypergrad.problem import Dependence, Step, added
 from midflight.space import Space
@@ -38,6 +38,7 @@ from midflight.tuner.running_statistics import (
     Watched,
     moved_statistics,
 )
+from midflight.tuner.slope import warn_unless_slope
 
 _RAW = "raw of "
 
@@ -110,7 +111,7 @@ class HyperStep:
         self._said_standing = self._judged_reading = False
         self.read_in_validation: list[str] = []
         """Hyperparameters that the validation loss is a function of; empty before the first hyper-step."""
-        self._buffers = Watched(model)
+        self._buffers = Watched(self.live.all)
 
     @property
     def several(self) -> bool:
@@ -156,6 +157,8 @@ class HyperStep:
         """
         params = self.params()
         grads = self._final_gradients(params)
+        if not grads:
+            raise UnknownGradient("some weight must have a gradient at a step, but .grad of all is None.")
         everywhere = {**grads, **self._standing(params)}
         if self._loss_reads is not False:
             self._buffers.end()
@@ -194,8 +197,8 @@ class HyperStep:
         """Return the norm of the training gradient of these weights, on a batch of T1."""
         at = {name: p for name, p in self._all_params().items() if name in names}
         with self.live.borrowed():
-            few = self.mixed.try_subsample(next(self.t1))
-            found = self.live.gradients(lambda: self.live.train_loss(self.train_loss, few), at)[1]
+            loss = partial(self.live.train_loss, self.train_loss, next(self.t1))
+            found = self.live.gradients(loss, at)[1]
         return float(norm(found)) if found else 0.0
 
     def _result(
@@ -285,6 +288,9 @@ class HyperStep:
     ) -> tuple[float, Tensors, Statistics]:
         """Return C2 at the weights `at`, and its gradients for the weights and the running statistics."""
         batch, passes = next(self.t2), Passes(layers)
+        if not self._judged_reading:
+            with weights_at(params, at):
+                self.live.choose_mode(self.valid_loss, batch)
         targets = {name: params[name] for name in grads}
         first = not self._judged_reading
         raws = {_RAW + name: raw for name, raw in self._space.raws.items()} if first else {}
@@ -305,8 +311,21 @@ class HyperStep:
             ]
             require_moved(self.valid_loss, targets, found)
             self._judged_reading = True
+            self._check_slope(batch, params, at, float(value), {n: found[n] for n in targets if n in found})
         v = {name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()}
         return float(value), v, statistics
+
+    def _check_slope(self, batch: Any, params: Tensors, at: Tensors, value: float, v: Tensors) -> None:
+        """Warn if v is not the slope of the validation loss, which is `value` at the weights `at`."""
+        loss, states = partial(self.live.valid_loss, self.valid_loss, batch), self.randomness.snapshot()
+
+        def loss_at(moved: Tensors) -> float:
+            self.randomness.rewind(states)
+            with weights_at(params, at | moved):
+                return self.live.number(loss)
+
+        warn_unless_slope(loss_at, at, v, rounding_of(loss, at) * abs(value))
+        self.randomness.rewind(states)
 
     def _through_statistics(self, batch: Any, layers: Layers, along: Statistics) -> Tensors:
         """Return the hypergradient through BatchNorm's running statistics, name -> d/draw."""
@@ -333,10 +352,9 @@ class HyperStep:
                 "loss that way as well; the hypergradient leaves this out.",
             )
 
-    @torch.no_grad()
     def _loss_at_average(self, params: Tensors, batch: Any) -> float:
         with weights_at(params, self.horizon.average()):
-            return float(self.live.valid_loss(self.valid_loss, batch))
+            return self.live.number(partial(self.live.valid_loss, self.valid_loss, batch))
 
     def _final_gradients(self, params: Tensors) -> Tensors:
         """Return the gradients as the optimisers use them: without a fused one's loss scale."""

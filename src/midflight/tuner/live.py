@@ -6,27 +6,36 @@ gradients and random numbers are as before, even if the user's function fails or
 
 import copy
 import inspect
+import math
 import operator
 import signal
 import sys
 import threading
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader, Dataset
 
 from midflight._tensors import Tensors
 from midflight.errors import InvalidLoss
 from midflight.hypergrad.graph import graph_nodes
-from midflight.tuner.data import fresh
+from midflight.tuner.data import fresh, tensors_of
+from midflight.tuner.gradient import same_entries, sampled
 from midflight.tuner.randomness import Randomness
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar."""
+DEPTH = 6
+"""Levels of containers and objects within a module that are restored."""
+SAME_LOSS = 1e-3
+"""Relative difference up to which two validation losses are the same but for rounding."""
 MOST_ENTRIES = 100_000
 """Containers of a module with more entries are not restored, because that takes too long."""
 
@@ -49,38 +58,73 @@ class LiveModel:
         beside: Iterable[nn.Module] = (),
     ) -> None:
         self.model = model
-        self._all, known = nn.ModuleList(), set[nn.Module]()
-        for module in [model, *beside]:
+        known, more = set(model.modules()), []
+        for module in beside:
             if module not in known:
-                self._all.append(module)
+                more.append(module)
                 known.update(module.modules())
+        self.all: nn.Module = nn.ModuleList([model, *more]) if more else model
+        """The model and the modules beside it."""
         self._others = list(others)
         self._randomness = randomness
-        self._versions: list[tuple[Tensor, int]] = []
-        self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._all.modules())
+        self._before: list[tuple[Tensor, int, Tensor | None]] = []
+        self._written: dict[int, Tensor] = {}
+        self._careful: dict[Any, bool] = {}
+        """Whether a loss writes in place to its batch, by loss and mode."""
+        self._by_flags = False
+        """Whether eval mode sets flags only, without the `train` of modules that have their own."""
+        self._derives = False
+        """Whether a loss computes derivatives itself, so that it needs a graph."""
+        self._recurrent = any(isinstance(m, nn.RNNBase) for m in self.all.modules())
 
     def watch(self) -> None:
-        """Begin to note which parameters the loop writes until the next hyper-step."""
-        self._versions = [(p, p._version) for p in self._all.parameters()]
+        """Begin to note which parameters the loop writes until the next hyper-step.
+
+        Entries of frozen ones are noted too, because a write by `.data` does not change the version.
+        """
+        self._before = [
+            (p, p._version, None if p.requires_grad else sampled(p).clone()) for p in self.all.parameters()
+        ]
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Let a hyper-step change the model and the modules beside it; restore them at the end."""
-        written = [p for p, version in self._versions if p._version != version]
+        for p, version, entries in self._before:
+            if p._version != version or (entries is not None and not same_entries(entries, sampled(p))):
+                self._written[id(p)] = p
         with ExitStack() as stack:
             stack.enter_context(signals_wait())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
             stack.enter_context(self._randomness.borrowed())
-            stack.enter_context(preserved(self._all, self._others, written))
+            stack.enter_context(preserved(self.all, self._others, self._written.values()))
             stack.enter_context(_uncompiled())
             stack.enter_context(_no_autocast_cache())
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_no_parametrize_cache())
             if self._recurrent:  # cuDNN's recurrent layers know neither eval mode nor second derivatives
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Put the model in eval mode, for a backward pass too, because checkpoints recompute in it."""
-        return evaluating(self._all)
+        return evaluating(self.all, self._by_flags)
+
+    def choose_mode(self, function: Loss, batch: Any) -> None:
+        """Choose how to put modules with a `train` of their own in eval mode.
+
+        Such a `train` may merge weights, as that of LoRA layers does. A merged weight has no gradient with
+        respect to its parts. So only the flags `training` are set if the validation loss is then the same.
+
+        Args:
+            function: the validation loss.
+            batch: of T2.
+        """
+        if any(type(m).train is not nn.Module.train for m in self.all.modules()):
+            states, losses = self._randomness.snapshot(), []
+            for self._by_flags in (False, True):
+                losses.append(self.number(lambda: self.valid_loss(function, batch)))
+                self._randomness.rewind(states)
+            self._by_flags = math.isclose(*losses, rel_tol=SAME_LOSS)
 
     def valid_loss(self, function: Loss, batch: Any) -> Tensor:
         """Return `function(model, batch)` in eval mode, shape ()."""
@@ -90,6 +134,20 @@ class LiveModel:
     def train_loss(self, function: Loss, batch: Any) -> Tensor:
         """Return `function(model, batch)` in the mode in which the model trains, shape ()."""
         return self._call(function, batch)
+
+    def number(self, loss: Callable[[], Tensor]) -> float:
+        """Return a loss as a number, without a graph unless the loss computes derivatives itself."""
+        if not self._derives:
+            states = self._randomness.snapshot()
+            try:
+                with torch.no_grad():
+                    return float(loss())
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+            self._derives = True
+            self._randomness.rewind(states)
+        return float(loss().detach())
 
     def gradients(
         self,
@@ -112,8 +170,10 @@ class LiveModel:
         value = loss()
         with nullcontext() if hooks else _without_hooks(at.values()):
             at = at | {name: t for name, t in inside().items() if t.requires_grad}
+            if not at:
+                return value.detach(), {}
             if not reenters(value):
-                found = torch.autograd.grad(value, list(at.values()), allow_unused=True)
+                found = _grad(value, list(at.values()))
                 return value.detach(), {n: g for n, g in zip(at, found, strict=True) if g is not None}
             for leaf in at.values():
                 leaf.grad = None
@@ -125,7 +185,24 @@ class LiveModel:
 
     def _call(self, function: Loss, batch: Any) -> Tensor:
         torch.clear_autocast_cache()  # it may hold casts of other weights
-        return scalar_loss(function, function(self.model, fresh(batch)))
+        key = function, self.model.training
+        own = fresh(batch, copies=self._careful.get(key, True))
+        tensors = [(t, t._version) for t in tensors_of(own)]
+        loss = scalar_loss(function, function(self.model, own))
+        self._careful[key] = self._careful.get(key, False) or any(t._version != v for t, v in tensors)
+        return loss
+
+
+def _grad(loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(loss, leaves, allow_unused=True)
+    except RuntimeError as error:
+        if "a second time" not in str(error):
+            raise
+        raise InvalidLoss(
+            "a loss that computes derivatives must keep their graph, but a part of it is freed; call "
+            "autograd.grad with create_graph=True, in eval mode too."
+        ) from error
 
 
 def reenters(loss: Tensor) -> bool:
@@ -167,7 +244,8 @@ def scalar_loss(function: Loss, loss: Any) -> Tensor:
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise InvalidLoss(
             f"{name} must return a loss with a gradient with respect to the weights, but it has none; remove "
-            "torch.no_grad(), .detach() or .item() from it."
+            "torch.no_grad(), .detach() or .item() from it. If it computes derivatives itself, it must do so "
+            "with create_graph=True, in eval mode too."
         )
     return loss.reshape(())
 
@@ -225,13 +303,32 @@ def _name(function: Loss) -> str:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode; restore each module's own mode at the end."""
+def evaluating(model: nn.Module, by_flags: bool = False) -> Iterator[None]:
+    """Put every module in eval mode; restore each module's own mode at the end.
+
+    The parameters and attributes of a module with a `train` of its own are restored as well.
+
+    Args:
+        by_flags: whether only the flags `training` are set.
+    """
     modes = [(m, m.training) for m in model.modules()]
+    own = [m for m, _ in modes if type(m).train is not nn.Module.train]
+    tensors = [(p, p.data) for m in own for p in m.parameters(recurse=False)]
+    attributes = [(m.__dict__, dict(m.__dict__)) for m in own]
     try:
-        model.eval()
+        for p, data in tensors:
+            p.data = data.clone()
+        if by_flags:
+            for module, _ in modes:
+                module.training = False
+        else:
+            model.eval()
         yield
     finally:
+        for table, before in attributes:
+            _restore_entries(table, before)
+        for p, data in tensors:
+            p.data = data
         for module, mode in modes:
             module.training = mode
 
@@ -269,10 +366,10 @@ def preserved(
         others: weights that the model does not have.
         written: parameters that forward passes write, such as those of a momentum encoder.
     """
-    tables = [m.__dict__ for m in model.modules()]
-    containers = [*tables, *(c for table in tables for c in table.values() if _is_container(c))]
-    entries = [(c, copy.copy(c)) for c in containers]
-    held = (t for c, _ in entries for t in (c.values() if isinstance(c, dict) else c) if _is_writable(t))
+    kept = list(_kept_by(m.__dict__ for m in model.modules()))
+    entries = [(c, copy.copy(c)) for c in kept if not isinstance(c, Tensor | np.ndarray)]
+    arrays = [(a, a.copy()) for a in kept if isinstance(a, np.ndarray) and a.flags.writeable]
+    held = [t for t in kept if isinstance(t, Tensor)]
     tensors = [(t, t.data) for t in {id(t): t for t in [*model.buffers(), *held, *written]}.values()]
     weights = {id(p): p for p in [*model.parameters(), *others]}.values()
     params = [(p, p.grad, p.requires_grad) for p in weights]
@@ -285,6 +382,8 @@ def preserved(
     finally:
         for container, before in entries:
             _restore_entries(container, before)
+        for array, values in arrays:
+            array[...] = values
         for t, data in tensors:
             t.data = data
         for p, grad, requires_grad in params:
@@ -293,9 +392,50 @@ def preserved(
             p.grad = grad
 
 
-def _is_container(thing: Any) -> bool:
-    kinds = (dict, OrderedDict, defaultdict, list, set, deque)
-    return type(thing) in kinds and len(thing) <= MOST_ENTRIES
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque, tuple)
+_NOT_WALKED = {"builtins", "torch", "numpy", "midflight", "functools", "weakref", "threading"}
+"""Packages whose objects have no state that a forward pass of the user's writes, or restore their own."""
+
+
+def _kept_by(tables: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    """Yield the containers, tensors and arrays that modules keep and that forward passes may write to.
+
+    They may lie in other containers and in plain objects, such as a meter, up to `DEPTH` levels deep. The
+    attributes of an object are a container.
+
+    Args:
+        tables: attributes of the modules.
+    """
+    known: set[int] = set()
+    level: list[Any] = list(tables)
+    for _ in range(DEPTH):
+        below: list[Any] = []
+        for thing in level:
+            if id(thing) in known:
+                continue
+            known.add(id(thing))
+            if isinstance(thing, Tensor | np.ndarray):
+                if not isinstance(thing, Tensor) or _is_writable(thing):
+                    yield thing
+            elif type(thing) in _CONTAINERS:
+                if len(thing) <= MOST_ENTRIES:
+                    below += thing.values() if isinstance(thing, dict) else thing
+                    if type(thing) is not tuple:
+                        yield thing
+            elif _is_plain_object(thing):
+                below.append(thing.__dict__)
+        level = below
+
+
+def _is_plain_object(thing: Any) -> bool:
+    kind = type(thing)
+    return (
+        hasattr(thing, "__dict__")
+        and not isinstance(thing, nn.Module | type | Iterator)
+        and not callable(thing)
+        and kind.__module__.partition(".")[0] not in _NOT_WALKED
+        and not isinstance(thing, torch.optim.Optimizer | DataLoader | Dataset)
+    )
 
 
 def _is_writable(thing: Any) -> bool:
@@ -317,6 +457,17 @@ def _restore_entries(container: Any, before: Any) -> None:
 def _uncompiled() -> Any:
     """Run compiled modules and functions eagerly, because other shapes would recompile them."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def _no_parametrize_cache() -> Iterator[None]:
+    """Leave `parametrize.cached()` of the loop's for the time of a hyper-step: it keeps other weights."""
+    before = parametrize._cache_enabled, parametrize._cache
+    try:
+        parametrize._cache_enabled, parametrize._cache = 0, {}
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = before
 
 
 @contextmanager

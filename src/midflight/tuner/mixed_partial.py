@@ -27,7 +27,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from midflight._tensors import Tensors, detach, leaves, norm
 from midflight.errors import InvalidLoss, NotTwiceDifferentiable
-from midflight.hypergrad.graph import graph_leaves, require_twice_differentiable
+from midflight.hypergrad.graph import graph_leaves, has_own_backward, require_twice_differentiable
 from midflight.hypergrad.mixed import (
     is_linear,
     knows_forward_mode,
@@ -157,6 +157,9 @@ class MixedPartial:
                     rounding = partial(self._rounding_of, batch, params)
                     self._stopped = ByDifference(self._space)
                     self._stopped.judge(suspects, loss, slope, rounding)
+                    hooked = _is_hooked(params) and self.method != DOUBLE_BACKWARD
+                    if hooked or has_own_backward(loss()):
+                        self._stopped.judge_backward(found, gradient, w, rounding())
                 found = self._stopped(found, gradient, w)
             self._randomness.rewind(after)
             return found
@@ -284,7 +287,8 @@ class MixedPartial:
             try:
                 train_loss = self.train_loss(batch)
                 linear = (
-                    set(params) <= names
+                    not _is_hooked(params)
+                    and set(params) <= names
                     and self._sees_all(train_loss, plain, at, values)
                     and is_linear(train_loss, at, values)
                     and knows_forward_mode(train_loss, at, values)
@@ -321,8 +325,7 @@ class MixedPartial:
             return few
         states = self._randomness.snapshot()
         try:
-            with torch.no_grad():
-                self._live.train_loss(self._loss_fn, few)
+            self._live.number(partial(self._live.train_loss, self._loss_fn, few))
         except Exception:  # errors not due to the cut will recur with the whole batch
             self.whole_batches = True
             few = batch
@@ -351,6 +354,11 @@ class MixedPartial:
             return {}
         examples = 0 if self.whole_batches else self._examples
         return {f"mixed_partial/{self.method.replace(' ', '_')}": 1.0, "mixed_partial/examples": examples}
+
+
+def _is_hooked(params: Mapping[str, Tensor]) -> bool:
+    """Return whether hooks of the user's may change gradients of weights; a double backward includes them."""
+    return any(p._backward_hooks for p in params.values())
 
 
 def _is_time_first(model: nn.Module) -> bool:

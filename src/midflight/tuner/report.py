@@ -5,8 +5,6 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
-
 from midflight.space import Space
 from midflight.tuner.binding import Binding
 from midflight.tuner.controller import Controller
@@ -91,6 +89,9 @@ def beside_third(hyperstep: HyperStep, third: Iterable[Any]) -> list[str]:
         third: batches of data used neither to train nor to tune.
     """
     live = hyperstep.live
-    with live.borrowed(), torch.no_grad():
-        loss = partial(live.valid_loss, hyperstep.valid_loss)
+
+    def loss(batch: Any) -> float:
+        return live.number(partial(live.valid_loss, hyperstep.valid_loss, batch))
+
+    with live.borrowed():
         return overfitted(loss, hyperstep.t2.whole_pass(), third)

@@ -26,6 +26,8 @@ MOST = 8
 """The most entries of a hyperparameter that is differenced, because each needs two gradients."""
 WRONG = 0.1
 """A derivative is wrong if its relative distance from the difference is larger than this."""
+SUSPECT = 0.02
+"""The same where the loss has a backward pass of the user's own."""
 CERTAIN = 0.1
 """The difference is trusted if half its step changes this distance by at most this share."""
 
@@ -100,7 +102,7 @@ class ByDifference:
         self.names: list[str] = []
 
     def judge(self, suspects: set[str], loss: Loss, slope: Slope, rounding: Callable[[], float]) -> None:
-        """Set `names` to the suspects whose derivative by autograd is wrong.
+        """Add to `names` the suspects whose derivative by autograd is wrong.
 
         The derivative of the loss is compared with its difference. Differences of gradients would not do,
         because the gradients of a ReLU network jump.
@@ -111,7 +113,35 @@ class ByDifference:
             slope: returns the same loss and its derivatives by autograd.
             rounding: returns the relative rounding of the loss.
         """
-        self.names = [name for name in sorted(suspects) if self._is_wrong(name, loss, slope, rounding)]
+        for name in sorted(suspects):
+            if self._is_wrong(name, loss, slope, rounding):
+                self._difference_or_warn(name, "takes out of the graph, by detach or no_grad, values of")
+
+    def judge_backward(
+        self, found: Tensors, gradient: Callable[[], Tensors], w: Tensors, rounding: float
+    ) -> None:
+        """Add to `names` the hyperparameters whose mixed partial contradicts the difference of gradients.
+
+        A backward pass of the user's own may not be the derivative of the forward pass: gradient reversal,
+        hooks that change gradients, kernels that autograd cannot differentiate again. Gradients of ReLU
+        networks jump, so a right mixed partial may be called wrong here. This costs time only.
+
+        Args:
+            found, gradient, w: as in `__call__`.
+            rounding: the relative rounding of the loss.
+        """
+        along = _along(gradient, w)
+        for name in [name for name in self._space if name not in self.names]:
+            raw = self._space[name].raw.detach()
+            derivative, slopes = found.get(name, torch.zeros_like(raw)), []
+            for h in (STEP, STEP / 2):
+                up, down = (raw + h * _signs(raw)).clamp(0, 1), (raw - h * _signs(raw)).clamp(0, 1)
+                change = float(self._at(name, up, along)) - float(self._at(name, down, along))
+                slopes.append((change / h, float((derivative * (up - down)).sum()) / h))
+            (first, _), (second, predicted) = slopes
+            off, noise = abs(second - predicted), 10 * rounding / STEP * abs(float(along()))
+            if off > SUSPECT * abs(second) + noise and abs(first - second) <= off / 2:
+                self._difference_or_warn(name, "has a backward pass of its own that changes gradients of")
 
     def __call__(self, found: Tensors, gradient: Callable[[], Tensors], w: Tensors) -> Tensors:
         """Return d/draw <w, g>, name -> tensor shaped like raw, with differences for `names`.
@@ -121,12 +151,17 @@ class ByDifference:
             gradient: returns g, with the same batch and random numbers at each call.
             w: a direction in the space of weights, name -> tensor.
         """
-
-        def along() -> Tensor:
-            g = {name: t for name, t in gradient().items() if name in w}
-            return dot({name: w[name] for name in g}, g)
-
+        along = _along(gradient, w)
         return found | {name: self._difference(name, along) for name in self.names}
+
+    def _difference_or_warn(self, name: str, what: str) -> None:
+        if self._space[name].raw.numel() <= MOST:
+            self.names.append(name)
+        else:
+            warn(
+                f"the training loss {what} {name}, and its hypergradient is wrong for that; with at most "
+                f"{MOST} entries it would be right."
+            )
 
     def _is_wrong(self, name: str, loss: Loss, slope: Slope, rounding: Callable[[], float]) -> bool:
         """Return whether a central difference of the loss along `_signs` contradicts autograd."""
@@ -142,13 +177,7 @@ class ByDifference:
         off = abs(changes[0] - predicted[0])
         noise = 10 * rounding() / STEP * abs(float(value))
         certain = abs(off - abs(changes[1] - predicted[1])) <= CERTAIN * off
-        wrong = certain and off > WRONG * abs(changes[0]) + noise
-        if wrong and raw.numel() > MOST:
-            warn(
-                f"the training loss takes values that depend on {name} out of the graph, by detach or "
-                f"no_grad; its hypergradient leaves this out. With at most {MOST} entries it would not.",
-            )
-        return wrong and raw.numel() <= MOST
+        return certain and off > WRONG * abs(changes[0]) + noise
 
     def _at(self, name: str, raw: Tensor, f: Callable[[], Tensor]) -> Tensor:
         with self._space.seeing({name: self._space[name].transform.value(raw)}):
@@ -167,6 +196,16 @@ class ByDifference:
                 sides.append(self._at(name, moved, f))
             found.view(-1)[i] = ((sides[0] - sides[1]) / (high - low)).to(found)
         return found
+
+
+def _along(gradient: Callable[[], Tensors], w: Tensors) -> Callable[[], Tensor]:
+    """Return the function () -> <w, g>."""
+
+    def along() -> Tensor:
+        g = {name: t for name, t in gradient().items() if name in w}
+        return dot({name: w[name] for name in g}, g)
+
+    return along
 
 
 def _signs(raw: Tensor) -> Tensor:
