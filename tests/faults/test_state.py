@@ -160,6 +160,7 @@ REACHED: dict[str, Callable[[nn.Module], Loss]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:training moves")
 @pytest.mark.parametrize("horizon", ["run", "step"])
 @pytest.mark.parametrize("way", REACHED)
 def test_a_criterion_with_a_buffer_that_moves_is_left_as_it_was(way, horizon):
@@ -194,6 +195,7 @@ def test_a_head_beside_the_model_counts_the_batches_of_the_loop_and_validates_in
     assert not any(any(mode) for mode in modes)
 
 
+@pytest.mark.filterwarnings("ignore:validation reads the running statistics")
 def test_a_teacher_with_batch_norm_in_training_mode_is_left_as_it_was():
     def run(tuned: bool) -> list[Tensor]:
         teacher = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))

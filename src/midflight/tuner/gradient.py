@@ -212,11 +212,7 @@ class ReceivedGradient:
         self.examples = self._counter.count
         self.carried = any(bool(t.any()) for t in _fetched(self._before).values())
         self.passes = max(self._passes.values(), default=1)
-        if new := [n for n in grads if n not in self._watched and _is_trained(self._params.get(n))]:
-            raise UnknownGradient(
-                f"weights must not be unfrozen or added just before a hyper-step, but {new[0]} was; the next "
-                "hyper-step will tell what happens to its gradient."
-            )
+        new = [n for n in grads if n not in self._watched and _is_trained(self._params.get(n))]
         moved, changed = self._moved(), [name for name, flag in self._changed.items() if bool(flag)]
         self.rest()
         _require_unchanged(moved, changed)
@@ -226,6 +222,11 @@ class ReceivedGradient:
         before, after = _fetched(left), _fetched({name: _fingerprint(grads[name]) for name in left})
         if all(_equal(before[name], after[name]) for name in left):
             return None
+        if new:
+            raise UnknownGradient(
+                "where the loop clips or scales, weights must not be unfrozen or added just before a hyper-step, "
+                f"but {new[0]} was; the next hyper-step will tell what happens to its gradient."
+            )
         scale = loss_scale()
         factors = _factors(before, after, scale)
         if not all(math.isfinite(number) for found in factors.values() for number in found):

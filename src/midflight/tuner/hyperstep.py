@@ -324,7 +324,8 @@ class HyperStep:
             with weights_at(params, at | moved):
                 return self.live.number(loss)
 
-        warn_unless_slope(loss_at, at, v, rounding_of(loss, at) * abs(value))
+        rounding = rounding_of(lambda: self.live.number(loss), at)
+        warn_unless_slope(loss_at, at, v, rounding * abs(value))
         self.randomness.rewind(states)
 
     def _through_statistics(self, batch: Any, layers: Layers, along: Statistics) -> Tensors:

@@ -11,6 +11,7 @@ import operator
 import signal
 import sys
 import threading
+import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -140,7 +141,8 @@ class LiveModel:
         if not self._derives:
             states = self._randomness.snapshot()
             try:
-                with torch.no_grad():
+                with torch.no_grad(), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # checkpoints
                     return float(loss())
             except RuntimeError as error:
                 if "does not require grad" not in str(error):
