@@ -224,7 +224,7 @@ class ReceivedGradient:
             return None
         if new:
             raise UnknownGradient(
-                "where the loop clips or scales, weights must not be unfrozen or added just before a hyper-step, "
+                "where a loop clips or scales, no weight may be unfrozen or added just before a hyper-step, "
                 f"but {new[0]} was; the next hyper-step will tell what happens to its gradient."
             )
         scale = loss_scale()
