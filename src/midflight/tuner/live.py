@@ -4,7 +4,6 @@ The tuner computes on the model only inside `LiveModel.borrowed`. Afterwards wei
 gradients and random numbers are as before, even if the user's function fails or Ctrl-C stops it.
 """
 
-import copy
 import inspect
 import math
 import operator
@@ -369,7 +368,7 @@ def preserved(
         written: parameters that forward passes write, such as those of a momentum encoder.
     """
     kept = list(_kept_by(m.__dict__ for m in model.modules()))
-    entries = [(c, copy.copy(c)) for c in kept if not isinstance(c, Tensor | np.ndarray)]
+    entries = [(c, c.copy()) for c in kept if not isinstance(c, Tensor | np.ndarray)]
     arrays = [(a, a.copy()) for a in kept if isinstance(a, np.ndarray) and a.flags.writeable]
     held = [t for t in kept if isinstance(t, Tensor)]
     tensors = [(t, t.data) for t in {id(t): t for t in [*model.buffers(), *held, *written]}.values()]
