@@ -595,6 +595,7 @@ def encoded(steps: int, tuned: bool) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:1 weights, such as words.weight, were changed")  # by max_norm
+@pytest.mark.filterwarnings("ignore:the validation loss itself reads level")
 def test_whatever_a_forward_pass_writes_to_its_modules_is_put_back():
     torch.testing.assert_close(encoded(6, tuned=True), encoded(6, tuned=False), rtol=0, atol=0)
 

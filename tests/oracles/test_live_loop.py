@@ -390,6 +390,11 @@ def ignore_the_jacobian(patch):
     patch.setattr(ReceivedGradient, "jacobian", lambda self, grads, own_norm: None)
 
 
+def trust_the_factor(patch):
+    """Otherwise the norm of the tuner's own gradient shows that the loop scales its loss."""
+    patch.setattr(ReceivedGradient, "_scales_loss", lambda *_: False)
+
+
 def count_one_pass(patch):
     """The mean of four accumulated gradients is then a gradient divided by four."""
     real = ReceivedGradient._of_groups
@@ -398,11 +403,13 @@ def count_one_pass(patch):
         return real(self, groups, grads, 1, own_norm)
 
     patch.setattr(ReceivedGradient, "_of_groups", of_groups)
+    trust_the_factor(patch)
 
 
 def read_the_scale_of_the_step_before(patch):
     real = gradient.loss_scale
     patch.setattr(gradient, "loss_scale", lambda: real() / 2)
+    trust_the_factor(patch)
 
 
 def ignore_the_scale_of_a_fused_step(patch):

@@ -113,7 +113,8 @@ def test_a_validation_loss_that_reads_a_hyperparameter_is_reported():
         return mf.nn.losses.cross_entropy(model(batch[0]), batch[1], label_smoothing=s["smoothing"])
 
     t, model, optimizer = digits_like(loss_fn, s, schedule=2)
-    train(model, optimizer, 6)
+    with pytest.warns(UserWarning, match="validation loss itself reads smoothing, .* pass a valid_loss_fn"):
+        train(model, optimizer, 6)
     assert any("the validation loss itself reads smoothing" in line for line in t.report())
     t, model, optimizer = digits_like(loss_fn, s, schedule=2, valid_loss_fn=cross_entropy)
     train(model, optimizer, 6)

@@ -273,7 +273,7 @@ def test_a_users_own_function_of_a_hyperparameter_needs_no_registration():
     def loss(model, batch):
         return cross_entropy(model, batch) + s["l1"] * model.weight.abs().sum()
 
-    tuner(model, optimizer, s, loss)
+    tuner(model, optimizer, s, loss, valid_loss_fn=cross_entropy)
     start = s.as_dict()
     train(model, optimizer, 3, loss_fn=loss)
     assert s.as_dict() != start

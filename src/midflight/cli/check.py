@@ -18,7 +18,8 @@ def run(arguments: list[str]) -> int:
     """Print the table; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="midflight check",
-        description="Compare hypergradients with central differences of the one-step map, in float64.",
+        description="Compare hypergradients of built-in models with central differences, in float64. For "
+        "your own model, call midflight.check in Python.",
     )
     parser.add_argument(
         "--all", action="store_true", help="check every estimator, update rule and kind of hyperparameter"

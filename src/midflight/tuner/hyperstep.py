@@ -310,6 +310,11 @@ class HyperStep:
                 name for name in self._space if found.pop(_RAW + name, None) is not None
             ]
             require_moved(self.valid_loss, targets, found)
+            if self.read_in_validation:
+                warn(
+                    f"the validation loss itself reads {', '.join(self.read_in_validation)}, which is then "
+                    "tuned to make it small; pass a valid_loss_fn that does not."
+                )
             self._judged_reading = True
             self._check_slope(batch, params, at, float(value), {n: found[n] for n in targets if n in found})
         v = {name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()}
@@ -355,7 +360,11 @@ class HyperStep:
 
     def _loss_at_average(self, params: Tensors, batch: Any) -> float:
         with weights_at(params, self.horizon.average()):
-            return self.live.number(partial(self.live.valid_loss, self.valid_loss, batch))
+            try:
+                return self.live.number(partial(self.live.valid_loss, self.valid_loss, batch))
+            except Exception as error:
+                error.add_note("The tuner calls the validation loss on batches of train_loader as well.")
+                raise
 
     def _final_gradients(self, params: Tensors) -> Tensors:
         """Return the gradients as the optimisers use them: without a fused one's loss scale."""

@@ -11,8 +11,10 @@ from midflight.tuner.controller import Controller
 from midflight.tuner.diagnostics import overfitted
 from midflight.tuner.hyperstep import HyperStep
 
-FEW = 10
+FEW = 20
 """The number of hyper-steps in a run below which the report says that they are few."""
+NORMALLY_UNDECIDED = 2
+"""So many hyper-steps are left out where a loop clips, until the norm is known."""
 SHORT = 0.5
 """The share of `total_steps` below which the report says that the run was short."""
 EARLIER = 0.9
@@ -44,7 +46,7 @@ def sentences(
     """
     run, total = controller, controller.total_steps
     found = run.guard.report() + run.bounds.report(space)
-    if run.undecided:
+    if run.undecided > NORMALLY_UNDECIDED:
         found.append(
             f"hyper-steps left out: {run.undecided}, since it was not clear what happened to the gradient "
             "before the step; pass max_grad_norm= if it is clipped."
@@ -59,7 +61,7 @@ def sentences(
             f"the run had {run.steps} optimiser steps, but total_steps={total}; hyper-steps "
             f"anneal over total_steps.{other * (run.steps < total)}"
         )
-    if run.hypersteps < FEW and run.steps >= 10 * FEW:
+    if run.hypersteps < FEW and run.steps >= 5 * FEW:
         took = "" if run.cost is None else f", which took {run.cost:.1%} of the training time"
         found.append(
             f"only {run.hypersteps} of {run.steps} optimiser steps had a hyper-step{took}; "
