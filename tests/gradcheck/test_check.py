@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import midflight as mf
 from once_only import Fused
@@ -234,3 +235,11 @@ def test_bad_bindings_are_refused_as_the_tuner_does():
     s = space()
     with pytest.raises(mf.errors.BindingError):
         checked(network(s), s, bind=["decay"])
+
+
+def test_exchanged_arguments_and_a_loader_for_a_batch_are_refused_in_a_sentence():
+    model, s = nn.Linear(8, 3), mf.Space(weight_decay=mf.Float(1e-5, 1e-1, log=True))
+    with pytest.raises(TypeError, match=r"loss_fn must be a function of \(model, batch\)"):
+        checked(model, s, loss=(X, Y))
+    with pytest.raises(TypeError, match=r"batch must be one batch.*next\(iter\(loader\)\)"):
+        checked(model, s, batch=DataLoader(TensorDataset(X, Y)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from midflight._reporting.text import aligned
 from midflight._tensors import Tensors, leaves
@@ -22,7 +23,7 @@ from midflight.hypergrad.problem import Problem
 from midflight.nn.magnitude import held_constants
 from midflight.space import Space
 from midflight.tuner.binding import Bind, Binding
-from midflight.tuner.live import LiveModel, Loss, with_tensors
+from midflight.tuner.live import LiveModel, Loss, require_loss, with_tensors
 from midflight.tuner.mixed_partial import plain_attention
 from midflight.tuner.optimizers import Optimizers, trained_parameters, unwrapped
 from midflight.tuner.randomness import Randomness
@@ -129,7 +130,12 @@ def check(
 
     Raises:
         BindingError, UnsupportedOptimizer, UnsupportedParameter, UnknownName: as for `Tuner`.
+        TypeError: `loss_fn` cannot be called as (model, batch), or a batch is a DataLoader.
     """
+    require_loss("loss_fn", loss_fn)
+    for name, value in (("batch", batch), ("valid_batch", valid_batch)):
+        if isinstance(value, DataLoader):
+            raise TypeError(f"{name} must be one batch, but got a DataLoader; pass next(iter(loader)).")
     hints: list[str] = []
     trial = _Trial(model, optimizer, space, (loss_fn, valid_loss_fn or loss_fn), (batch, valid_batch), bind)
     chosen = [(_name(e), estimator_for(e)) for e in estimators]
