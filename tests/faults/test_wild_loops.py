@@ -4,6 +4,7 @@ backward passes, hooks, batches changed in place."""
 import copy
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -359,6 +360,19 @@ def test_a_loss_may_change_its_batch_in_place(norm, horizon):
         return loop
 
     assert found(lambda: build(True), horizon=horizon) == found(lambda: build(False), horizon=horizon)
+
+
+def test_a_loss_may_be_an_object_without_a_hash():
+    @dataclass
+    class Weighted:
+        weight: float
+
+        def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+            return self.weight * inner(model, batch)
+
+    loop = noisy_loop()
+    inner, loop.loss_fn = noisy_loss(loop.space), Weighted(1.0)
+    assert loop.attach().run().hypergradients() == found(noisy_loop)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested tensors")

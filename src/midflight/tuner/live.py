@@ -69,8 +69,8 @@ class LiveModel:
         self._randomness = randomness
         self._before: list[tuple[Tensor, int, Tensor | None]] = []
         self._written: dict[int, Tensor] = {}
-        self._careful: dict[Any, bool] = {}
-        """Whether a loss writes in place to its batch, by loss and mode."""
+        self._careful: dict[tuple[int, bool], bool] = {}
+        """Whether a loss writes to its batch in place, by loss and mode; a new one gets copies."""
         self._by_flags = False
         """Whether eval mode sets flags only, without the `train` of modules that have their own."""
         self._derives = False
@@ -186,7 +186,7 @@ class LiveModel:
 
     def _call(self, function: Loss, batch: Any) -> Tensor:
         torch.clear_autocast_cache()  # it may hold casts of other weights
-        key = function, self.model.training
+        key = id(function), self.model.training  # a callable object may have no hash
         own = fresh(batch, copies=self._careful.get(key, True))
         tensors = [(t, t._version) for t in tensors_of(own)]
         loss = scalar_loss(function, function(self.model, own))
