@@ -32,9 +32,9 @@ def graph_leaves(loss: Tensor) -> list[Tensor]:
 
 
 def has_own_backward(loss: Tensor) -> bool:
-    """Return whether the gradient of a loss takes a backward pass of the user's own.
+    """Return whether code of the user's computes a part of the gradient of a loss.
 
-    It is an `autograd.Function`, or a hook of a module.
+    This code is an `autograd.Function`, or a hook of a module.
     """
     functions: Iterator[Any] = (type(n) for n in graph_nodes([loss]) if isinstance(n, BackwardCFunction))
     return any(

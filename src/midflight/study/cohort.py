@@ -5,7 +5,6 @@ run alone. The noise is drawn for all members together. Rows therefore agree wit
 distribution, but differ bit by bit; so do the remaining arms of an interrupted cohort.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby, pairwise
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midflight.datasets import ShuffledForEach, Split
-from midflight.errors import NoCompiler
+from midflight.errors import NoCompiler, warn
 from midflight.study.arm import (
     Batch,
     Data,
@@ -116,7 +115,7 @@ def _compiled_if_possible(spec: Spec, *args: Any, **options: Any) -> Population:
         try:
             return Population(*args, **options, compile=True)
         except NoCompiler as error:
-            warnings.warn(f"the study continues without compilation, so it is slower: {error}", stacklevel=2)
+            warn(f"the study continues without compilation, so it is slower: {error}")
     return Population(*args, **options)
 
 

@@ -220,7 +220,7 @@ class ReceivedGradient:
         if any(bool(g.any()) for g in unseen.values()):
             self._require_not_clipped(unseen)
         before, after = _fetched(left), _fetched({name: _fingerprint(grads[name]) for name in left})
-        if all(_equal(before[name], after[name]) for name in left):
+        if all(same_entries(before[name], after[name]) for name in left):
             return None
         if new:
             raise UnknownGradient(
@@ -249,7 +249,7 @@ class ReceivedGradient:
         return [
             name
             for name, (p, version) in self._weights.items()
-            if p._version != version or not _equal(before[name], after[name])
+            if p._version != version or not same_entries(before[name], after[name])
         ]
 
     def _require_not_clipped(self, grads: Tensors) -> None:
@@ -499,11 +499,6 @@ def _fetched(vectors: Tensors) -> Tensors:
         parts = whole.split([len(v) for v in there.values()])  # type: ignore[no-untyped-call]
         found |= dict(zip(there, parts, strict=True))
     return {name: found[name] for name in vectors}
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether two vectors on the CPU are equal, NaN to NaN."""
-    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

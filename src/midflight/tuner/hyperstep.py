@@ -130,6 +130,15 @@ class HyperStep:
         """Return the model's buffers, name -> live tensor."""
         return dict(self._model.named_buffers())
 
+    def about_validation(self) -> list[str]:
+        """Return a sentence if the validation loss reads hyperparameters, once that is known."""
+        if not self.read_in_validation:
+            return []
+        return [
+            f"the validation loss itself reads {', '.join(self.read_in_validation)}, which is then tuned to "
+            "make it small; pass a valid_loss_fn that does not."
+        ]
+
     def gradient_versions(self) -> list[tuple[Tensor, int]]:
         """Return the gradients with their version counters; [] unless several optimisers step in turn."""
         if not self.several:
@@ -310,11 +319,8 @@ class HyperStep:
                 name for name in self._space if found.pop(_RAW + name, None) is not None
             ]
             require_moved(self.valid_loss, targets, found)
-            if self.read_in_validation:
-                warn(
-                    f"the validation loss itself reads {', '.join(self.read_in_validation)}, which is then "
-                    "tuned to make it small; pass a valid_loss_fn that does not."
-                )
+            for sentence in self.about_validation():
+                warn(sentence)
             self._judged_reading = True
             self._check_slope(batch, params, at, float(value), {n: found[n] for n in targets if n in found})
         v = {name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()}

@@ -68,7 +68,7 @@ class LiveModel:
         self._others = list(others)
         self._randomness = randomness
         self._before: list[tuple[Tensor, int, Tensor | None]] = []
-        self._written: dict[int, Tensor] = {}
+        self._written: list[Tensor] = []
         self._careful: dict[tuple[int, bool], bool] = {}
         """Whether a loss writes to its batch in place, by loss and mode; a new one gets copies."""
         self._by_flags = False
@@ -89,21 +89,32 @@ class LiveModel:
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Let a hyper-step change the model and the modules beside it; restore them at the end."""
-        for p, version, entries in self._before:
-            if p._version != version or (entries is not None and not same_entries(entries, sampled(p))):
-                self._written[id(p)] = p
+        self._find_written()
         with ExitStack() as stack:
             stack.enter_context(signals_wait())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self._randomness.borrowed())
-            stack.enter_context(preserved(self.all, self._others, self._written.values()))
+            stack.enter_context(preserved(self.all, self._others, self._written))
             stack.enter_context(_uncompiled())
             stack.enter_context(_no_autocast_cache())
             stack.enter_context(_no_parametrize_cache())
             if self._recurrent:  # cuDNN's recurrent layers know neither eval mode nor second derivatives
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield
+
+    def _find_written(self) -> None:
+        """Find the parameters that were written since `watch`, once; frozen ones stay known."""
+        if not self._before:
+            return
+        written = [
+            p
+            for p, version, entries in self._before
+            if p._version != version or (entries is not None and not same_entries(entries, sampled(p)))
+        ]
+        frozen = [p for p in self._written if not p.requires_grad]
+        self._written = list({id(p): p for p in [*frozen, *written]}.values())
+        self._before = []
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Put the model in eval mode, for a backward pass too, because checkpoints recompute in it."""
@@ -462,7 +473,7 @@ def _uncompiled() -> Any:
 
 @contextmanager
 def _no_parametrize_cache() -> Iterator[None]:
-    """Leave `parametrize.cached()` of the loop's for the time of a hyper-step: it keeps other weights."""
+    """Switch off the cache of `parametrize.cached()`, which keeps values of the loop's own weights."""
     before = parametrize._cache_enabled, parametrize._cache
     try:
         parametrize._cache_enabled, parametrize._cache = 0, {}

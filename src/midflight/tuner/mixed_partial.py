@@ -192,7 +192,10 @@ class MixedPartial:
     def _try_double_backward(
         self, batch: Any, params: Mapping[str, Tensor], failures: _Failures
     ) -> tuple[Tensors, Callable[[Tensors], Tensors]] | None:
-        """Try the double backward. None: its first half fails. If its second half fails, use a difference."""
+        """Return the double backward, or None if its first half fails.
+
+        If its second half fails, a difference takes its place.
+        """
         states = self._randomness.snapshot()
         along: Callable[[Tensors], Tensors] | None
         try:

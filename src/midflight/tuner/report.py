@@ -75,13 +75,7 @@ def sentences(
                 f"{min(others):.4g}: tuning did not finish; train longer, allow more hyper-steps with "
                 "schedule=, or start from the values that tuning ended with."
             )
-    found += run.reach.report()
-    if hyperstep.read_in_validation:
-        found.append(
-            f"the validation loss itself reads {', '.join(hyperstep.read_in_validation)}, which is "
-            "then tuned to make it small; pass a valid_loss_fn that does not."
-        )
-    return found
+    return found + run.reach.report() + hyperstep.about_validation()
 
 
 def beside_third(hyperstep: HyperStep, third: Iterable[Any]) -> list[str]:

@@ -69,12 +69,12 @@ class Every(Schedule):
 class FrontLoaded(Schedule):
     """Takes most hyper-steps early: the n-th of N comes after the share (n / N)^2 of the run.
 
-    By default N is T / PER for a run of T optimiser steps, but from ENOUGH on it grows as the square root of
-    T: a long run needs more hyper-steps for precision only. If the length of the run is not known, N(T)
-    hyper-steps have come after T steps, at every T.
+    By default N is T / PER for a run of T optimiser steps. Beyond ENOUGH hyper-steps it grows as the square
+    root of T, because a long run needs more of them for precision only. If the length of the run is not
+    known, the n-th hyper-step comes as soon as N of the steps so far is n.
 
     Args:
-        per: optimiser steps per hyper-step over the whole run, whatever its length; None as above.
+        per: optimiser steps per hyper-step, over a whole run of any length. None follows the rule above.
     """
 
     ENOUGH = 150

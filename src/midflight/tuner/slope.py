@@ -1,7 +1,7 @@
 """Check that a gradient is the slope of its loss.
 
-It is not if hooks change gradients, a layer reverses them, or a part of the loss is detached. v = dC2/dtheta
-must be the slope, or hypergradients are wrong.
+Hooks may change a gradient, a layer may reverse it, or a part of the loss may be detached. Then the gradient
+v = dC2/dtheta is not the slope, and hypergradients are wrong.
 """
 
 import math
@@ -19,7 +19,7 @@ WRONG = 0.2
 
 
 def warn_unless_slope(loss: Callable[[Tensors], float], at: Tensors, v: Tensors, rounding: float) -> None:
-    """Warn if the validation loss does not rise along its gradient as that says.
+    """Warn if the validation loss rises along its gradient faster or more slowly than the gradient says.
 
     The direction has equal parts along the gradient of each weight, so that each counts.
 

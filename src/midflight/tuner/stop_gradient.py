@@ -115,7 +115,9 @@ class ByDifference:
         """
         for name in sorted(suspects):
             if self._is_wrong(name, loss, slope, rounding):
-                self._difference_or_warn(name, "takes out of the graph, by detach or no_grad, values of")
+                self._difference_or_warn(
+                    name, f"takes values of {name} out of the graph, by detach or no_grad"
+                )
 
     def judge_backward(
         self, found: Tensors, gradient: Callable[[], Tensors], w: Tensors, rounding: float
@@ -132,16 +134,10 @@ class ByDifference:
         """
         along = _along(gradient, w)
         for name in [name for name in self._space if name not in self.names]:
-            raw = self._space[name].raw.detach()
-            derivative, slopes = found.get(name, torch.zeros_like(raw)), []
-            for h in (STEP, STEP / 2):
-                up, down = (raw + h * _signs(raw)).clamp(0, 1), (raw - h * _signs(raw)).clamp(0, 1)
-                change = float(self._at(name, up, along)) - float(self._at(name, down, along))
-                slopes.append((change / h, float((derivative * (up - down)).sum()) / h))
-            (first, _), (second, predicted) = slopes
+            (first, _), (second, predicted) = self._slopes(name, along, found)
             off, noise = abs(second - predicted), 10 * rounding / STEP * abs(float(along()))
             if off > SUSPECT * abs(second) + noise and abs(first - second) <= off / 2:
-                self._difference_or_warn(name, "has a backward pass of its own that changes gradients of")
+                self._difference_or_warn(name, "has a backward pass of its own")
 
     def __call__(self, found: Tensors, gradient: Callable[[], Tensors], w: Tensors) -> Tensors:
         """Return d/draw <w, g>, name -> tensor shaped like raw, with differences for `names`.
@@ -159,25 +155,28 @@ class ByDifference:
             self.names.append(name)
         else:
             warn(
-                f"the training loss {what} {name}, and its hypergradient is wrong for that; with at most "
-                f"{MOST} entries it would be right."
+                f"the training loss {what}, so the hypergradient of {name} is wrong; with at most {MOST} "
+                "entries it would be right."
             )
 
     def _is_wrong(self, name: str, loss: Loss, slope: Slope, rounding: Callable[[], float]) -> bool:
         """Return whether a central difference of the loss along `_signs` contradicts autograd."""
-        raw = self._space[name].raw.detach()
         value, known = slope({name: self._space[name].raw})
-        derivative = known.get(name, torch.zeros_like(raw))
-        changes, predicted = [], []
+        (first, predicted), (second, predicted_second) = self._slopes(name, loss, known)
+        off = abs(first - predicted)
+        noise = 10 * rounding() / STEP * abs(float(value))
+        certain = abs(off - abs(second - predicted_second)) <= CERTAIN * off
+        return certain and off > WRONG * abs(first) + noise
+
+    def _slopes(self, name: str, f: Callable[[], Tensor], found: Tensors) -> list[tuple[float, float]]:
+        """Return (difference of f along `_signs`, the same by `found`), for STEP and for half of it."""
+        raw = self._space[name].raw.detach()
+        derivative, slopes = found.get(name, torch.zeros_like(raw)), []
         for h in (STEP, STEP / 2):
             sides = [(raw + h * _signs(raw)).clamp(0, 1), (raw - h * _signs(raw)).clamp(0, 1)]
-            up, down = (float(self._at(name, side, loss)) for side in sides)
-            changes.append((up - down) / h)
-            predicted.append(float((derivative * (sides[0] - sides[1])).sum()) / h)
-        off = abs(changes[0] - predicted[0])
-        noise = 10 * rounding() / STEP * abs(float(value))
-        certain = abs(off - abs(changes[1] - predicted[1])) <= CERTAIN * off
-        return certain and off > WRONG * abs(changes[0]) + noise
+            up, down = (float(self._at(name, side, f)) for side in sides)
+            slopes.append(((up - down) / h, float((derivative * (sides[0] - sides[1])).sum()) / h))
+        return slopes
 
     def _at(self, name: str, raw: Tensor, f: Callable[[], Tensor]) -> Tensor:
         with self._space.seeing({name: self._space[name].transform.value(raw)}):
