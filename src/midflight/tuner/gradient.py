@@ -479,7 +479,7 @@ def sampled(t: Tensor) -> Tensor:
 
 def same_entries(one: Tensor, other: Tensor) -> bool:
     """Return whether two vectors are equal, NaN to NaN."""
-    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _fingerprint(grad: Tensor) -> Tensor:
