@@ -108,7 +108,8 @@ def test_time_ends_a_search(call):
     code, *_ = call("search", "mlp", *options)
     assert code == 0
     with read_study("runs/search.sqlite", "mlp-digits-200-bohb") as (ledger, _):
-        assert len(ledger.records()) > 1
+        first, *others = ledger.records()
+        assert others or first.state == "unfinished"  # a slow machine may not end one trial in that time
 
 
 SPACES = {
