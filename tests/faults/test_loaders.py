@@ -684,7 +684,7 @@ def test_the_length_of_a_hyperstep_is_kept_through_single_bad_batches():
     for batch in itertools.islice(itertools.cycle(load()), 60):
         run.step(batch)
     assert tuner.log()["skipped"] == 6
-    assert tuner._controller.guard.shrink == 1
+    assert tuner._controller.failures.shrink == 1
 
 
 # --- resuming -----------------------------------------------------------------------------------------------

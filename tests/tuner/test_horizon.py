@@ -1,5 +1,6 @@
 """Where the tuner judges a step, and the two regimes that the averaged horizon tells apart."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -229,43 +230,46 @@ def test_under_extrapolation_steps_wait_less_for_agreement(extrapolation, agreem
     assert t.hyper_optimizer.param_groups[0]["agreement"] == pytest.approx(agreement)
 
 
-def test_a_learning_rate_is_judged_at_the_weights_after_the_step(in_float64):
+@pytest.mark.parametrize(
+    ("option", "log_length"), [("lr", math.log), ("momentum", lambda x: -math.log(1 - x))]
+)
+def test_the_length_of_steps_is_judged_along_the_way_from_the_average(in_float64, option, log_length):
     batch, (xv, yv), layers = in_float64
     space = mf.Space(
         {
-            "weight_decay": mf.Float(1e-4, 1e-1, log=True, init=1e-2),
             "lr": mf.Float(1e-4, 1e-1, log=True, init=1e-2),
+            "momentum": mf.Float(0.5, 0.99, logit=True, init=0.8),
             "noise": mf.Float(0.0, 1.0, init=0.2),
         },
         dtype=torch.float64,
     )
     model = nn.Sequential(mf.nn.GaussianNoise(space["noise"]), *layers)
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.8)
     t = tuner(
         model, optimizer, space, train_loader=[batch], valid_loader=[(xv, yv)], horizon="run",
-        hyper_optimizer=Recorder,
+        hyper_optimizer=Recorder, total_steps=40,
     )  # fmt: skip
     train(model, optimizer, 19, batch)
-    optimizer.zero_grad()
-    cross_entropy(model, batch).backward()
-    named = dict(model.named_parameters())
-    before = {n: p.detach().clone() for n, p in named.items()}
-    state = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in named.items()}
-    grads = {n: p.grad.clone() for n, p in named.items()}
-    optimizer.step()
-    options = dict(
-        optimizer.param_groups[0], beta1=0.9, beta2=0.999, weight_decay=float(space["weight_decay"])
-    )
-    raw, rule = float(space["lr"].raw), rule_for(optimizer)
+    average = {n: a.clone() for n, a in t.horizon.average().items()}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    raw, transform = float(space[option].raw), space[option].transform
+    done = t.horizon._progress
+    count = len(t.hyper_optimizer.seen)
+    while len(t.hyper_optimizer.seen) == count:
+        average = {n: a.clone() for n, a in t.horizon.average().items()}
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        done = t.horizon._progress
+        train(model, optimizer, 1, batch)
 
     def loss_after(shift):
-        lr = float(space["lr"].transform.value(torch.tensor(raw + shift, dtype=torch.float64)))
-        at = {n: rule.step(before[n], grads[n], state[n], {**options, "lr": lr})[0] for n in before}
+        longer = log_length(float(transform.value(torch.tensor(raw + shift, dtype=torch.float64))))
+        longer -= log_length(float(transform.value(torch.tensor(raw, dtype=torch.float64))))
+        at = {n: average[n] + (done + longer) * (before[n] - average[n]) for n in before}
         model.eval()
         return float(F.cross_entropy(torch.func.functional_call(model, at, (xv,)), yv))
 
     truth, _ = derivative(loss_after)
-    assert float(t.hyper_optimizer.seen[-1][1]) == pytest.approx(truth, rel=1e-6)
+    assert float(t.hyper_optimizer.seen[-1][list(space).index(option)]) == pytest.approx(truth, rel=1e-6)
 
 
 def run(train_rows, steps):

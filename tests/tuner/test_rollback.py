@@ -127,7 +127,7 @@ def test_bad_batches_among_good_ones_are_left_out_and_tuning_goes_on_at_full_len
             if bad or step % 10 != 9:
                 train(model, optimizer, 1)
         ends.append(t.log())
-        assert t._controller.guard.shrink == 1
+        assert t._controller.failures.shrink == 1
     assert ends[0]["skipped"] == 4
     assert ends[0]["hypersteps"] == ends[1]["hypersteps"] == 36
 

@@ -1,11 +1,13 @@
 """Maps from unit coordinates to values: value = transform(raw), from raw in [0, 1] onto [low, high].
 
-A step of a given length is the same fraction of every range. So one step size suits all hyperparameters.
+A step of a given length is the same fraction of every usual range. So one step size suits all
+hyperparameters. A range wider than usual has no longer steps: `stride` is the fraction that counts as whole.
 """
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,8 +16,25 @@ from torch import Tensor
 class Transform(ABC):
     """A differentiable, increasing map from [0, 1] onto [low, high]."""
 
+    USUAL: ClassVar[float]
+    """The width of a usual range, in units of the scale."""
+
     low: float
     high: float
+
+    @property
+    @abstractmethod
+    def width(self) -> float:
+        """The width of this range, in units of the scale."""
+
+    def stride(self, raw: Tensor, usual: float | None = None) -> float | Tensor:
+        """Return min(1, usual width / width of this range), a number or shaped like raw.
+
+        Args:
+            raw: the unit coordinate now.
+            usual: another width in place of USUAL.
+        """
+        return min(1.0, (usual or self.USUAL) / self.width)
 
     @abstractmethod
     def value(self, raw: Tensor) -> Tensor:
@@ -27,7 +46,22 @@ class Transform(ABC):
 
 
 class Linear(Transform):
-    """value = low + (high - low) raw."""
+    """value = low + (high - low) raw. A usual range is 45 wide, as for angles in degrees.
+
+    It is twice the value now if that is more.
+    """
+
+    USUAL = 45.0
+
+    @property
+    def width(self) -> float:
+        return self.high - self.low
+
+    def stride(self, raw: Tensor, usual: float | None = None) -> float | Tensor:
+        least = usual or self.USUAL
+        if least >= self.width:
+            return 1.0
+        return ((2 * self.value(raw).abs()).clamp(min=least) / self.width).clamp(max=1)
 
     def value(self, raw: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * raw
@@ -37,7 +71,13 @@ class Linear(Transform):
 
 
 class Log(Transform):
-    """value = low (high / low)^raw."""
+    """value = low (high / low)^raw. A usual range spans 6.5 powers of 10."""
+
+    USUAL = 6.5 * math.log(10)
+
+    @property
+    def width(self) -> float:
+        return math.log(self.high / self.low)
 
     def value(self, raw: Tensor) -> Tensor:
         return self.low * (math.log(self.high / self.low) * raw).exp()
@@ -47,7 +87,16 @@ class Log(Transform):
 
 
 class Logit(Transform):
-    """logit(value) = logit(low) + (logit(high) - logit(low)) raw; for rates close to 0 or 1."""
+    """logit(value) = logit(low) + (logit(high) - logit(low)) raw; for rates close to 0 or 1.
+
+    A usual range is 6 wide, as from 0.05 to 0.95.
+    """
+
+    USUAL = 6.0
+
+    @property
+    def width(self) -> float:
+        return _logit(self.high) - _logit(self.low)
 
     def value(self, raw: Tensor) -> Tensor:
         low, high = _logit(self.low), _logit(self.high)

@@ -15,12 +15,14 @@ from midflight.errors import UnknownGradient, warn
 from midflight.space import Space
 from midflight.tuner.diagnostics import PATIENCE, Bounds, Reach
 from midflight.tuner.gradient import StandingWeights
+from midflight.tuner.guard import LOOKS, Guard
 from midflight.tuner.horizon import Horizon
 from midflight.tuner.hyper_optimizer import MakeOptimizer, Move, SignSteps
 from midflight.tuner.hyperstep import HyperStep, HyperStepResult
 from midflight.tuner.live import signals_wait
 from midflight.tuner.rollback import NonFiniteGuard
 from midflight.tuner.schedule import Schedule
+from midflight.tuner.step_options import stride
 from midflight.tuner.trajectory import Trajectory
 
 
@@ -32,7 +34,9 @@ class Controller:
         hyperstep: computes hypergradients.
         horizon: decides at which weights the validation gradient is taken.
         schedule: decides when hyper-steps come.
-        guard: counts hyper-steps that fail.
+        failures: counts hyper-steps that fail.
+        guard: goes back if the run diverges; None leaves it alone.
+        options: hyperparameter -> option, of those that change how a step is taken.
         hyper_optimizer: raw tensors -> torch optimiser that moves them.
         total_steps: optimiser steps of the whole run; None if that is not known.
 
@@ -50,14 +54,19 @@ class Controller:
         hyperstep: HyperStep,
         horizon: Horizon,
         schedule: Schedule,
-        guard: NonFiniteGuard,
+        failures: NonFiniteGuard,
+        guard: Guard | None,
+        options: Mapping[str, str],
         hyper_optimizer: MakeOptimizer,
         total_steps: int | None,
     ) -> None:
         self._space, self._hyperstep, self.horizon = space, hyperstep, horizon
-        self._schedule, self.guard, self.total_steps = schedule, guard, total_steps
+        self._schedule, self.failures, self.total_steps = schedule, failures, total_steps
+        self.guard, self._options = guard, dict(options)
         self.steps, self.hypersteps, self.undecided = 0, 0, 0
-        self.move = Move(space.raws, hyper_optimizer, self.progress)
+        self.move = Move(space.raws, hyper_optimizer, self.progress, self._stride)
+        if isinstance(self.move.optimizer, SignSteps) and horizon.needs_losses:
+            self.move.optimizer.move_by_agreement([space.raws[name] for name in options])
         self.trajectory = Trajectory()
         self.bounds, self.reach = Bounds(), Reach(space)
         self.log: dict[str, float] = {}
@@ -96,6 +105,8 @@ class Controller:
             UnreachedHyperparameter: a hyperparameter never reaches the loss or the optimiser.
         """
         self._standing.compare()
+        if first and self.guard is not None and self.guard.watching and self._went_back(self.guard):
+            return
         if self.due and first:
             if self._result is not None and self._hyperstep.several:
                 self._warn_incomplete()
@@ -116,6 +127,41 @@ class Controller:
                     "some changed after that; step the optimisers together, or tune one alone."
                 )
             )
+
+    def _went_back(self, guard: Guard) -> bool:
+        """Look at the run, if that is due; return whether it diverged and went back."""
+        look = self.steps in LOOKS or not guard.begun
+        if not (look or self.due or self.horizon.due(self.steps + 1)):
+            return False
+        found = {name: p.grad for name, p in self._hyperstep.params().items()}
+        grads = {name: g for name, g in found.items() if g is not None and not g.is_sparse}
+        if not grads:
+            return False
+        lost = guard.begun and guard.lost(grads)
+        if look and not lost:
+            loss = self._hyperstep.look(again=guard.begun)
+            if not guard.begun:
+                guard.begin(loss, grads)
+            lost = guard.begun and guard.diverged_early(loss)
+        return lost and self._go_back(guard)
+
+    def _diverged(self, result: HyperStepResult) -> bool:
+        """Return whether a hyper-step shows that the run diverges or got worse, so that it went back."""
+        guard, now, best = self.guard, result.loss_now, result.loss_at_best
+        if guard is None or not guard.begun or now is None or best is None:
+            return False
+        if guard.diverged(now, result.valid_loss):
+            return self._go_back(guard)
+        return guard.got_worse(result.valid_loss, best) and self._go_back(guard, diverged=False)
+
+    def _go_back(self, guard: Guard, diverged: bool = True) -> bool:
+        with signals_wait():
+            if not guard.restore(diverged):
+                return False
+            self.horizon.forget()
+            self.move.forget()
+            self._result = None
+        return True
 
     def _warn_incomplete(self) -> None:
         if not self._said_incomplete:
@@ -200,9 +246,18 @@ class Controller:
 
     def _parts(self) -> dict[str, Any]:
         return {
-            "guard": self.guard, "bounds": self.bounds, "reach": self.reach, "trajectory": self.trajectory,
-            "move": self.move, "hyperstep": self._hyperstep, "schedule": self._schedule,
+            "failures": self.failures, "bounds": self.bounds, "reach": self.reach,
+            "trajectory": self.trajectory, "move": self.move, "hyperstep": self._hyperstep,
+            "schedule": self._schedule,
+            **({} if self.guard is None else {"guard": self.guard}),
         }  # fmt: skip
+
+    def _stride(self, name: str, raw: Tensor) -> float | Tensor:
+        """Return the fraction of a step that this coordinate takes; less in a range wider than usual."""
+        transform = self._space[name].transform
+        if self.horizon.needs_losses and name in self._options:
+            return stride(self._options[name], transform, raw)
+        return transform.stride(raw)
 
     def _compute(self) -> HyperStepResult | None:
         try:
@@ -211,13 +266,16 @@ class Controller:
             self._leave_out(error)
             return None
         losses = [result.valid_loss, *([] if result.train_loss is None else [result.train_loss])]
+        if self._diverged(result):
+            return None
         if all(map(math.isfinite, losses)) and all_finite(result.hypergradients.values()):
-            self.guard.good()
+            self.failures.good()
             self.reach.observe(result.hypergradients)
             return result
-        if self.guard.failed():
+        if self.failures.failed():
             self.horizon.forget()
-        self.move.shrink(self.guard.shrink)
+            self.move.forget()
+        self.move.shrink(self.failures.shrink)
         return None
 
     def _leave_out(self, error: UnknownGradient) -> None:
@@ -230,11 +288,16 @@ class Controller:
         optimizer = self.move.optimizer
         if isinstance(optimizer, SignSteps) and self.horizon.needs_losses:
             optimizer.set_averaging(self.horizon.averaging)
-        self.move(result.hypergradients, self.guard.shrink * self._schedule.step_scale)
+        self.move(result.hypergradients, self.failures.shrink * self._schedule.step_scale)
+        if self.guard is not None:
+            self.guard.limit()
         if result.train_loss is not None:
+            least = getattr(self.horizon, "best_loss", None)
             self.horizon.observe(
                 result.train_loss, result.valid_loss, self.progress(), self._hyperstep.buffers()
             )
+            if self.guard is not None and getattr(self.horizon, "best_loss", None) != least:
+                self.guard.note_best()
             self.log["train_loss"] = result.train_loss
         self.hypersteps += 1
         self.bounds.observe(self._space)

@@ -20,8 +20,8 @@ hypergradients themselves must not be averaged: a sign step would follow their n
 Towards the end of a run, the average of the weights covers fewer steps. Little is left to judge then, and a
 long average would lag behind as the final weights of the run.
 
-All this is for hyperparameters that regularise. Options that say how a step is taken, such as the learning
-rate, have their effect at once. They are judged at theta', the weights after the step.
+All this is for hyperparameters that regularise. For options that say how a step is taken, such as the
+learning rate, v is taken between the average and theta, nearer to theta the later in the run.
 """
 
 import math
@@ -32,7 +32,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from midflight._tensors import Tensors, unalias
+from midflight._tensors import Tensors, detach, unalias
 from midflight.errors import UnknownName
 
 WINDOW = 0.1
@@ -51,6 +51,8 @@ MEMORISED = 0.35
 """A model counts as memorising if C1 / C2 is below this at the end of the run."""
 OPEN_END = 0.5
 """The same throughout a run whose length is not known."""
+UNKNOWN = 0.5
+"""The share of the run that is taken to be over if its length is not known."""
 GAIN = 10.0
 """Extrapolation per unit of C1 / C2 below the line."""
 MOST = 3.0
@@ -92,6 +94,12 @@ class Horizon(Protocol):
             params: the weights before the optimiser step.
             at: computes the weights at which the estimator would take v.
         """
+
+    def ahead(self, params: Tensors) -> Tensors:
+        """Return the weights at which v is taken for options that say how a step is taken, such as lr."""
+
+    def drift(self, params: Tensors) -> Tensors:
+        """Return the way from the average to the weights, name -> tensor."""
 
     def smoothed(self, v: Tensors) -> Tensors:
         """Return the v to use, given v at the weights of `valid_at`, which is overwritten."""
@@ -138,6 +146,12 @@ class NextStep:
     def valid_at(self, params: Tensors, at: Callable[[], Tensors]) -> Tensors:
         return at()
 
+    def ahead(self, params: Tensors) -> Tensors:
+        return params
+
+    def drift(self, params: Tensors) -> Tensors:
+        return {}
+
     def smoothed(self, v: Tensors) -> Tensors:
         return v
 
@@ -173,6 +187,7 @@ class Averaged:
     Attributes:
         extrapolation: in [0, MOST]; 0 judges at the average, 1 at the weights.
         best: the average and the buffers with the least validation loss so far; empty before the first.
+        best_loss: that loss.
     """
 
     needs_losses = True
@@ -180,7 +195,7 @@ class Averaged:
     def __init__(self) -> None:
         self.extrapolation = 0.0
         self.best: Tensors = {}
-        self._best_loss = math.inf
+        self.best_loss = math.inf
         self._count = 0
         self._steps = 0
         self._progress: float | None = None
@@ -215,7 +230,7 @@ class Averaged:
         now = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for n, p in params.items()}
         self._dtypes = {name: p.dtype for name, p in params.items()}
         if any(name not in now or now[name].shape != a.shape for name, a in self._average.items()):
-            self._average, self.best, self._best_loss = {}, {}, math.inf  # of other weights: pruned, grown
+            self._average, self.best, self.best_loss = {}, {}, math.inf  # of other weights: pruned, grown
             self._mean, self._weight = {}, 0.0
         known = [name for name in now if name in self._average]
         if known:
@@ -258,9 +273,14 @@ class Averaged:
         c1, c2 = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))
         if c2 > 0:
             self.extrapolation = min(MOST, max(0.0, GAIN * (_line(progress) - c1 / c2)))
-        if c2 <= self._best_loss:
-            self._best_loss = c2
+        if c2 <= self.best_loss:
+            self.best_loss = c2
             self._keep({**self.average(), **(buffers or {})})
+
+    def keep(self, loss: float, params: Tensors, buffers: Tensors) -> None:
+        """Store the initial weights, with their validation loss, as the best so far."""
+        self.best_loss, self._dtypes = loss, {name: p.dtype for name, p in params.items()}
+        self._keep({name: t.detach() for name, t in {**params, **buffers}.items()})
 
     def _keep(self, tensors: Tensors) -> None:
         """Store these as the best so far, weights in the types of KEPT."""
@@ -293,9 +313,37 @@ class Averaged:
             return self.average()
         return params | {
             name: self._average[name].lerp(p.to(self._average[name]), self.extrapolation).to(p)
-            for name, p in params.items()
-            if name in self._average and self._average[name].shape == p.shape
+            for name, p in self._known(params).items()
         }
+
+    @torch.no_grad()
+    def ahead(self, params: Tensors) -> Tensors:
+        """Return average + p (theta - average), p the share of the run that is over.
+
+        At the average, v shows whether the run moves in a good direction, and not the cost of its noise. At
+        the weights it shows both. Early, only the first matters; at the end, both do.
+        """
+        return detach(params) | {
+            name: self._average[name].lerp(p.to(self._average[name]), self._at_progress).to(p)
+            for name, p in self._known(params).items()
+        }
+
+    def drift(self, params: Tensors) -> Tensors:
+        """Return theta - average, name -> tensor.
+
+        This is d theta / d log lr over the recent steps, whose average is exponential, if the gradients are
+        held still: each of these steps is proportional to lr.
+        """
+        return {name: p.detach() - self._average[name].to(p) for name, p in self._known(params).items()}
+
+    @property
+    def _at_progress(self) -> float:
+        return UNKNOWN if self._progress is None else self._progress
+
+    def _known(self, params: Tensors) -> Tensors:
+        """Return those weights that have an average."""
+        average = self._average
+        return {n: p for n, p in params.items() if n in average and average[n].shape == p.shape}
 
     @torch.no_grad()
     def smoothed(self, v: Tensors) -> Tensors:
@@ -318,8 +366,11 @@ class Averaged:
         """Return the average now, and the average with the least validation loss so far."""
         if not self.best:
             return {}
-        earlier = {name: t.to(self._dtypes.get(name, t.dtype)) for name, t in self.best.items()}
-        return {"average": self.average(), "earlier": earlier}
+        return {"average": self.average(), "earlier": self.earlier()}
+
+    def earlier(self) -> Tensors:
+        """Return the average with the least validation loss so far, and its buffers, in their own types."""
+        return {name: t.to(self._dtypes.get(name, t.dtype)) for name, t in self.best.items()}
 
     def log(self) -> dict[str, float]:
         """Return the extrapolation now."""
@@ -331,7 +382,7 @@ class Averaged:
             "extrapolation": self.extrapolation,
             "best": dict(self.best),
             "dtypes": dict(self._dtypes),
-            "best_loss": self._best_loss,
+            "best_loss": self.best_loss,
             "count": self._count,
             "steps": self._steps,
             "progress": self._progress,
@@ -344,7 +395,7 @@ class Averaged:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict`."""
         self.extrapolation = state["extrapolation"]
-        self.best, self._best_loss = dict(state["best"]), state["best_loss"]
+        self.best, self.best_loss = dict(state["best"]), state["best_loss"]
         self._dtypes = dict(state["dtypes"])
         self._count, self._steps, self._progress = state["count"], state["steps"], state["progress"]
         self._average = {name: a.clone() for name, a in state["average"].items()}

@@ -1,8 +1,11 @@
 """Move the hyperparameters, given their hypergradients.
 
 The size of a hypergradient depends on the learning rate, the batch and the optimiser's state. Only its sign
-over time is informative. So the default step is a fraction of the range against the sign. It anneals to zero
-over the run.
+over time is informative. So the default step is a fraction of a usual range against the sign. It anneals to
+zero over the run.
+
+The optimiser's own options, such as lr, can ruin a run in one step. They move as far as their signs agree,
+and faster the longer these agree.
 """
 
 import math
@@ -38,6 +41,9 @@ class SignSteps(torch.optim.Optimizer):
 
     MEMORY = 0.9
     """The decay of m per step."""
+    STEADY, EARLY, FASTER, FASTEST = 0.9, 5, 1.2, 3.0
+    """An option that moves fully by agreement goes FASTER with each step while |m| > STEADY, up to FASTEST
+    times as fast, but not in the first EARLY steps."""
     ALONE, AVERAGED = 0.5, 0.75
     """The defaults of a, without and with averaged weights. Without them a is lower, because only the part
     1 - a lets a value leave a region where signs disagree."""
@@ -48,6 +54,7 @@ class SignSteps(torch.optim.Optimizer):
         if agreement is not None and not 0 <= agreement <= 1:
             raise ValueError(f"0 <= agreement <= 1 must hold, but agreement={agreement}.")
         self._given = agreement
+        self._by_agreement: list[Tensor] = []
         super().__init__(params, {"lr": lr, "agreement": self.ALONE if agreement is None else agreement})
 
     def set_averaging(self, averaging: float) -> None:
@@ -60,6 +67,10 @@ class SignSteps(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             group["agreement"] = averaging * (self.AVERAGED if self._given is None else self._given)
+
+    def move_by_agreement(self, params: Iterable[Tensor]) -> None:
+        """Move these with a = 1, and faster while their signs agree, unless `agreement` was given."""
+        self._by_agreement = [] if self._given is not None else list(params)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -75,8 +86,19 @@ class SignSteps(torch.optim.Optimizer):
                     state["step"], state["signs"] = 0, torch.zeros_like(p)
                 state["step"] += 1
                 m = state["signs"].lerp_(sign, 1 - self.MEMORY) / (1 - self.MEMORY ** state["step"])
-                p.sub_(lr * ((1 - a) * sign + a * m * m.abs()))
+                if any(p is other for other in self._by_agreement):
+                    p.sub_(lr * self._pace(state, m) * m * m.abs())
+                else:
+                    p.sub_(lr * ((1 - a) * sign + a * m * m.abs()))
         return loss
+
+    def _pace(self, state: dict[str, Any], m: Tensor) -> Tensor:
+        """Return how many times as fast a coordinate moves, given the mean m of its recent signs."""
+        before: Tensor = state.get("pace", torch.ones_like(m))
+        steady = (m.abs() > self.STEADY) & (state["step"] > self.EARLY)
+        pace = torch.where(steady, (self.FASTER * before).clamp(max=self.FASTEST), 1.0)
+        state["pace"] = pace
+        return pace
 
 
 def annealing(progress: Callable[[], float | None]) -> Callable[[int], float]:
@@ -101,6 +123,7 @@ class Move:
         raws: unit coordinates, name -> leaf tensor with entries in [0, 1]; changed in place.
         hyper_optimizer: raw tensors -> torch optimiser.
         progress: returns the share of the run that is over; None if its length is not known.
+        stride: (name, raw) -> the fraction of a step to take, a number or shaped like raw; by default 1.
     """
 
     def __init__(
@@ -108,8 +131,9 @@ class Move:
         raws: Tensors,
         hyper_optimizer: MakeOptimizer,
         progress: Callable[[], float | None],
+        stride: Callable[[str, Tensor], float | Tensor] | None = None,
     ) -> None:
-        self._raws = raws
+        self._raws, self._stride = raws, stride
         self.optimizer = hyper_optimizer(list(raws.values()))
         self.scale = 1.0
         """The factor on the length of the steps in addition to annealing."""
@@ -128,12 +152,26 @@ class Move:
         try:
             for name, hypergradient in hypergradients.items():
                 self._raws[name].grad = hypergradient.to(self._raws[name])
+            before = self._limited(hypergradients)
             self.optimizer.step()
+            for name, (raw, stride) in before.items():
+                self._raws[name].copy_(torch.lerp(raw, self._raws[name], stride))
             self._annealing.step()
         finally:
             for raw in self._raws.values():
                 raw.grad = None
                 raw.clamp_(0, 1)
+
+    def _limited(self, names: Iterable[str]) -> dict[str, tuple[Tensor, float | Tensor]]:
+        """Return (raw now, stride) of the coordinates that take less than whole steps."""
+        if self._stride is None:
+            return {}
+        strides = {name: self._stride(name, self._raws[name]) for name in names}
+        return {name: (self._raws[name].clone(), s) for name, s in strides.items() if not _is_one(s)}
+
+    def forget(self) -> None:
+        """Drop what the optimiser knows of earlier hypergradients, because the weights have jumped."""
+        self.optimizer.state.clear()
 
     def shrink(self, scale: float) -> None:
         """Set the factor on the length of the coming steps, without taking one."""
@@ -151,3 +189,7 @@ class Move:
         """Resume from `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self._annealing.load_state_dict(state["annealing"])
+
+
+def _is_one(stride: float | Tensor) -> bool:
+    return isinstance(stride, float) and stride == 1

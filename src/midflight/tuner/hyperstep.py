@@ -39,6 +39,7 @@ from midflight.tuner.running_statistics import (
     moved_statistics,
 )
 from midflight.tuner.slope import warn_unless_slope
+from midflight.tuner.step_options import LENGTHS, slopes_of_length
 
 _RAW = "raw of "
 
@@ -52,11 +53,15 @@ class HyperStepResult:
             reached.
         valid_loss: C2 where v was taken; NaN counts as a failed hyper-step.
         train_loss: C1 at the averaged weights; None if nobody asked.
+        loss_now, loss_at_best: C2 at the weights and at the best average so far, on the batch of
+            `valid_loss`; None unless an option such as lr is tuned.
     """
 
     hypergradients: Tensors
     valid_loss: float
     train_loss: float | None = None
+    loss_now: float | None = None
+    loss_at_best: float | None = None
 
 
 class HyperStep:
@@ -111,6 +116,8 @@ class HyperStep:
         self._said_standing = self._judged_reading = False
         self.read_in_validation: list[str] = []
         """Hyperparameters that the validation loss is a function of; empty before the first hyper-step."""
+        self._looked_at: Any = None
+        """The batch of the last look."""
         self._buffers = Watched(self.live.all)
 
     @property
@@ -223,14 +230,53 @@ class HyperStep:
             valid_loss, found = self._at_horizon(_only(step, others), params, batch)
             if not math.isfinite(valid_loss):
                 return HyperStepResult({}, valid_loss, train_loss)
+        if not self.horizon.needs_losses or (not options and self.horizon.at_average):
+            return HyperStepResult(found, valid_loss, train_loss)
+        loss_now = loss_at_best = None
         if options:
-            after_step = replace(_only(step, options), dependence=_independent)
-            loss, v, _ = self._valid_gradient(params, one_step.at(after_step), grads, {})
-            found |= one_step(after_step, v)
-            valid_loss = valid_loss if others else loss
-        if self.horizon.needs_losses and not (others and self.horizon.at_average):
-            valid_loss = self._loss_at_average(params, next(self.t2))
-        return HyperStepResult(found, valid_loss, train_loss)
+            _, v, _ = self._valid_gradient(params, self.horizon.ahead(params), grads, {})
+            found |= self._of_options(step, options, v)
+        batch = next(self.t2)
+        if options:
+            loss_now = self._loss_at({}, batch)
+            loss_at_best = self._loss_at(self.horizon.candidates().get("earlier", {}), batch)
+        at_average = self._loss_at_average(params, batch)
+        return HyperStepResult(found, at_average, train_loss, loss_now, loss_at_best)
+
+    def _of_options(self, step: Step, options: list[str], v: Tensors) -> Tensors:
+        """Return the hypergradients of options that say how a step is taken.
+
+        Those of LENGTHS are taken over the recent steps, along the drift of the horizon. The others are taken
+        over one step, and all are before the first average.
+        """
+        drift = self.horizon.drift(step.params)
+        lengths = [name for name in options if drift and self._binding.options[name] in LENGTHS]
+        pairs = [
+            (option, (v[name] * drift[name]).sum() * slope)
+            for name, update in step.updates.items()
+            if name in drift
+            for option, slope in slopes_of_length(update.options)
+        ]
+        found = _only(step, lengths).chain(pairs) if lengths else {}
+        if others := [name for name in options if name not in lengths]:
+            found |= one_step(replace(_only(step, others), dependence=_independent), v)
+        return found
+
+    def look(self, again: bool) -> float:
+        """Return C2 at the weights, on the next batch of T2.
+
+        Args:
+            again: whether to use the batch of the last look, if there was one.
+        """
+        with self.live.borrowed():
+            if not again or self._looked_at is None:
+                self._looked_at = next(self.t2)
+            return self._loss_at({}, self._looked_at)
+
+    def _loss_at(self, tensors: Tensors, batch: Any) -> float:
+        """Return C2 with these weights and buffers in place of the model's own."""
+        with weights_at({**self.buffers(), **self.params()}, tensors):
+            return self.live.number(partial(self.live.valid_loss, self.valid_loss, batch))
 
     def _at_horizon(self, step: Step, params: Tensors, batch: Any) -> tuple[float, Tensors]:
         """Return C2 where the horizon takes v, and the hypergradients; none if C2 or v is not finite."""

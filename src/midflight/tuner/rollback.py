@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from midflight.space import Space
+from midflight.tuner.guard import Guard
 from midflight.tuner.schedule import whole
 
 PATIENCE = 3
@@ -70,7 +71,7 @@ class NonFiniteGuard:
     """Counts hyper-steps that were not finite, and shortens the next ones.
 
     Args:
-        rollback: restores the last copy; None if no copies are kept.
+        rollback: restores a copy; None if none is kept.
 
     Attributes:
         skipped: failed hyper-steps, which were left out.
@@ -79,7 +80,7 @@ class NonFiniteGuard:
             doubles after RECOVERY good hyper-steps in a row, up to 1.
     """
 
-    def __init__(self, rollback: Rollback | None) -> None:
+    def __init__(self, rollback: "Rollback | Guard | None") -> None:
         self._rollback = rollback
         self.skipped = 0
         self.restored = 0

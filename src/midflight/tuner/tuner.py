@@ -15,6 +15,7 @@ from midflight.tuner.binding import Bind, Binding
 from midflight.tuner.controller import Controller
 from midflight.tuner.data import same_data
 from midflight.tuner.finish import choose
+from midflight.tuner.guard import Guard
 from midflight.tuner.hooks import StepHooks
 from midflight.tuner.horizon import Horizon, horizon_for
 from midflight.tuner.hyper_optimizer import MakeOptimizer, SignSteps
@@ -74,6 +75,9 @@ class Tuner:
             takes a hyper-step or two.
         examples: how many examples of a T1 batch the mixed partial uses, the first along dimension 0. None
             uses whole batches, and so does a model that has a layer with `batch_first=False`.
+        guard: whether a run that diverges goes on from its best average so far, with a lower learning rate
+            and momentum if these are tuned. It takes no memory of its own, and one pass of validation per
+            hyper-step where such an option is tuned. Not with `horizon="step"`.
         rollback: good hyper-steps between two copies of model, optimiser and hyperparameters. The last copy
             is restored after three failed hyper-steps in a row. None keeps no copy.
         on_hyperstep: called with (optimiser steps so far, `log()`) after each hyper-step.
@@ -107,6 +111,7 @@ class Tuner:
         hyper_optimizer: MakeOptimizer = SignSteps,
         max_grad_norm: float | None = None,
         examples: int | None = EXAMPLES,
+        guard: bool = True,
         rollback: int | None = None,
         on_hyperstep: Callable[[int, dict[str, float]], Any] | None = None,
     ) -> None:
@@ -121,10 +126,17 @@ class Tuner:
             (train_loader, valid_loader), estimator_for(estimator), self.horizon,
             None if examples is None else whole("examples", examples), max_grad_norm,
         )  # fmt: skip
-        guard = NonFiniteGuard(None if rollback is None else Rollback(model, optimizers, space, rollback))
-        self._controller = Controller(
-            space, self._hyperstep, self.horizon, self.schedule, guard, hyper_optimizer, self._total
+        options = {name: self._binding.options[name] for name in self._binding.step_options}
+        watch = (
+            Guard(space, self.horizon, self._hyperstep.params, self._hyperstep.buffers, optimizers, options)
+            if guard
+            else None
         )
+        copies = None if rollback is None else Rollback(model, optimizers, space, rollback)
+        self._controller = Controller(
+            space, self._hyperstep, self.horizon, self.schedule, NonFiniteGuard(copies or watch), watch,
+            options, hyper_optimizer, self._total,
+        )  # fmt: skip
         self._controller.reach.options = self._binding.tunable
         self._on_hyperstep = on_hyperstep
         self._finished: dict[str, float] = {}

@@ -1,0 +1,215 @@
+"""Notice a run that diverges, and go back to the best weights before it is lost.
+
+The optimiser's own options, such as lr, can ruin a run within a few steps. While such an option is tuned,
+each hyper-step compares the validation loss at the weights with that at their average on the same batch, and
+the average with the best one so far. The first steps of a run have such looks too. Every few steps the
+gradient must be finite.
+
+A run that diverges goes on from the best average so far, which may be the initial weights. The options that
+can ruin a run step back and rise above that only slowly. Other hyperparameters return to their values at that
+time.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from midflight._tensors import Tensors
+from midflight.space import Space
+from midflight.tuner.horizon import Averaged, Horizon
+from midflight.tuner.step_options import RISKY, stepped_back
+
+LOOKS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64})
+"""Optimiser steps after which the first part of a run is looked at."""
+JUMP, START = 1.0, 0.1
+"""A run diverges if its loss is above that at the average by JUMP times that; or early, if it is above the
+initial loss on the same batch by START times that."""
+RISEN, TWICE = 0.25, 2
+"""A run has got worse if, at TWICE hyper-steps in a row, the loss at the average is above that at the best
+average, on the same batch, by RISEN times that."""
+MARGIN = 0.05
+"""No difference below this share of what the run has gained so far is a divergence."""
+SLOWER = 0.5
+"""The factor on lr after a run has got worse."""
+DEAD = 0.5
+"""A run is lost if more than this share of the weight tensors have a gradient of exactly 0, but had none
+before."""
+BELOW, RISE = 0.7, 0.01
+"""lr stays below BELOW times the value with which the run diverged. This bound rises by the factor 1 + RISE
+per hyper-step."""
+
+
+class Guard:
+    """Restores the best average of a run that diverges, and makes risky options step back.
+
+    It needs no memory of its own, for `Averaged` keeps the best average.
+
+    Args:
+        space: the hyperparameters.
+        horizon: keeps the best average.
+        params, buffers: return the weights and the model's buffers, name -> live tensor.
+        optimizers: of the weights.
+        options: hyperparameter -> option, of those that change how a step is taken.
+
+    Attributes:
+        restored: how often the run went back.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        horizon: Horizon,
+        params: Callable[[], Tensors],
+        buffers: Callable[[], Tensors],
+        optimizers: Sequence[torch.optim.Optimizer],
+        options: Mapping[str, str],
+    ) -> None:
+        self._space, self._horizon, self._optimizers = space, horizon, list(optimizers)
+        self._params, self._buffers, self._options = params, buffers, dict(options)
+        self.restored = 0
+        self._initial: float | None = None
+        """C2 at the initial weights."""
+        self._worse = 0
+        """For how many hyper-steps in a row the average has been worse than the best."""
+        self._at_best: Tensors = {}
+        """The raw coordinates at the time of the best average."""
+        self._highest: Tensors = {}
+        """Name of a risky option -> its largest allowed value."""
+        self._zero = 0
+        """How many weight tensors had a gradient of 0 at the first step."""
+
+    @property
+    def watching(self) -> bool:
+        """Whether this run is looked at: an option of the optimiser is tuned, and averages are kept."""
+        return bool(self._options) and isinstance(self._horizon, Averaged)
+
+    def begin(self, loss: float, grads: Tensors) -> None:
+        """Note the initial weights, C2 there, and the gradients of the first step.
+
+        A loss that is not finite is passed over; the next step tries again.
+        """
+        if not math.isfinite(loss):
+            return
+        assert isinstance(self._horizon, Averaged)
+        self._initial = loss
+        self._horizon.keep(loss, self._params(), self._buffers())
+        self._at_best = self._raws()
+        self._zero = _largest(grads).count(0)
+
+    @property
+    def begun(self) -> bool:
+        return self._initial is not None
+
+    def lost(self, grads: Tensors) -> bool:
+        """Return whether gradients of a step show that the weights are lost."""
+        sizes = _largest(grads)
+        return not all(map(math.isfinite, sizes)) or sizes.count(0) > self._zero + DEAD * len(sizes)
+
+    def diverged_early(self, loss: float) -> bool:
+        """Return whether C2 at the weights is too far above the initial one; NaN may be due to its batch."""
+        assert self._initial is not None
+        return loss > self._initial + START * abs(self._initial)
+
+    def diverged(self, loss: float, at_average: float) -> bool:
+        """Return whether the run diverges, given C2 at the weights and at their average, on one batch."""
+        if not math.isfinite(at_average):  # the batch may be to blame
+            return False
+        return not loss - at_average <= JUMP * abs(at_average) + self._margin()
+
+    def got_worse(self, at_average: float, at_best: float) -> bool:
+        """Return whether the run has got worse, given C2 at the average and at the best one, on one batch."""
+        risen = at_average - at_best > RISEN * abs(at_best) + self._margin()
+        self._worse = self._worse + 1 if risen else 0
+        return self._worse >= TWICE
+
+    def note_best(self) -> None:
+        """Take in that the average now is the best so far."""
+        self._at_best = self._raws()
+
+    def _margin(self) -> float:
+        assert isinstance(self._horizon, Averaged)
+        assert self._initial is not None
+        return float(MARGIN * max(0.0, self._initial - self._horizon.best_loss))
+
+    @torch.no_grad()
+    def restore(self, diverged: bool = True) -> bool:
+        """Go back to the best average, with a new state of the optimisers and gradients of 0.
+
+        Args:
+            diverged: whether the run diverged, so that risky options must step back from their present
+                values and stay below them. Otherwise it got worse, and lr goes on at SLOWER times its value
+                at the best average.
+
+        Returns:
+            whether there was one.
+        """
+        best = self._horizon.best if isinstance(self._horizon, Averaged) else {}
+        params = self._params()
+        if not all(name in best and best[name].shape == p.shape for name, p in params.items()):
+            return False
+        self.restored += 1
+        self._worse = 0
+        for name, value in {**params, **self._buffers()}.items():
+            if name in best:
+                value.copy_(best[name])
+        for optimizer in self._optimizers:
+            optimizer.state.clear()  # old second moments would make the first steps too long
+        for p in params.values():
+            if p.grad is not None:
+                p.grad.zero_()
+        for name, raw in self._space.raws.items():
+            option, transform = self._options.get(name), self._space[name].transform
+            if option == "lr" and not diverged:
+                value = SLOWER * torch.minimum(transform.value(raw), transform.value(self._at_best[name]))
+                raw.copy_(transform.raw(value).clamp(0, 1))
+                self._at_best[name] = raw.clone()
+            elif option in RISKY and diverged:
+                value = transform.value(raw)
+                self._highest[name] = BELOW * value if option == "lr" else value
+                raw.copy_(transform.raw(stepped_back(option, value)).clamp(0, 1))
+            elif name in self._at_best:
+                raw.copy_(self._at_best[name])
+        return True
+
+    @torch.no_grad()
+    def limit(self) -> None:
+        """Keep risky options below their largest allowed values, which rise; call after each move."""
+        for name, highest in self._highest.items():
+            raw, transform = self._space.raws[name], self._space[name].transform
+            raw.copy_(torch.minimum(raw, transform.raw(highest).clamp(0, 1)))
+            if self._options[name] == "lr":
+                highest.mul_(1 + RISE)
+
+    def good(self) -> None:
+        """Do nothing at a hyper-step with finite values; `Rollback` renews its copy there."""
+
+    def _raws(self) -> Tensors:
+        return {name: raw.detach().clone() for name, raw in self._space.raws.items()}
+
+    def report(self) -> list[str]:
+        """Return a sentence if the run went back."""
+        if not self.restored:
+            return []
+        times = "once" if self.restored == 1 else f"{self.restored} times"
+        risky = [name for name, option in self._options.items() if option in RISKY]
+        lowered = f", with lower {', '.join(risky)}" if risky else ""
+        return [f"the run diverged or got worse {times}, and went on from its best average so far{lowered}."]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "restored": self.restored, "initial": self._initial, "worse": self._worse,
+            "at_best": dict(self._at_best), "highest": dict(self._highest), "zero": self._zero,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.restored, self._initial, self._worse = state["restored"], state["initial"], state["worse"]
+        self._at_best = dict(state["at_best"])
+        self._highest, self._zero = {n: t.clone() for n, t in state["highest"].items()}, state["zero"]
+
+
+def _largest(tensors: Tensors) -> list[float]:
+    """Return the size of the largest entry of each tensor; one synchronisation with a GPU."""
+    sizes = torch._foreach_norm([t for t in tensors.values() if t.numel()], math.inf)
+    return torch.stack([size.to(sizes[0]) for size in sizes]).tolist() if sizes else []
