@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,12 +94,22 @@ class Setting:
 
 
 def settings(tasks: list[str], seed: int) -> list[Setting]:
-    """Return all settings of these tasks that exist: SGD and RMSprop here have no momentum to tune."""
+    """Return all settings of these tasks that tune something."""
     found = [
         Setting(*choice, seed=seed)
         for choice in product(tasks, OPTIMIZERS, TUNED, (False, True), SCHEDULES, range(5))
     ]
-    return [s for s in found if s.tuned != "momentum" or s.optimizer not in ("sgd", "rmsprop")]
+    return [s for s in found if tuned(s)]
+
+
+def tuned(setting: Setting) -> list[str]:
+    """Return what a setting tunes. SGD and RMSprop have no momentum here, and a regression has no labels."""
+    missing = set()
+    if setting.optimizer in ("sgd", "rmsprop"):
+        missing.add("momentum")
+    if TASKS[setting.task].loss is F.mse_loss:
+        missing.add("label_smoothing")
+    return [name for name in TUNED[setting.tuned] if name not in missing]
 
 
 def values(setting: Setting) -> dict[str, float]:
@@ -109,14 +120,10 @@ def values(setting: Setting) -> dict[str, float]:
     if setting.start > 1:
         units = random.Random(f"{setting.start} {setting.seed}")
         for name in found:
-            spec, unit = mf.default_range(kind(name)), units.random()
+            spec, unit = mf.default_range(name), units.random()
             if name in TUNED[setting.tuned]:
                 found[name] = float(spec.transform.value(torch.tensor(unit)))
     return found
-
-
-def kind(name: str) -> str:
-    return name
 
 
 class Training:
@@ -128,10 +135,8 @@ class Training:
         t1, self.t2, _ = splits(setting.task)
         torch.manual_seed(setting.seed)
         start = values(setting)
-        names = [n for n in TUNED[setting.tuned] if n != "label_smoothing" or task.loss is not F.mse_loss]
-        if setting.optimizer in ("sgd", "rmsprop"):
-            names = [n for n in names if n != "momentum"]
-        self.space = mf.Space({name: spec(name, start[name], setting.wide) for name in names or ["noise"]})
+        names = tuned(setting)
+        self.space = mf.Space({name: spec(name, start[name], setting.wide) for name in names})
         self.start = start
         network = with_dropout(task.network(), self.hyperparameter("dropout"))
         self.model = nn.Sequential(mf.nn.GaussianNoise(self.hyperparameter("noise"), floor=0.0), network)
@@ -203,13 +208,13 @@ def spec(name: str, init: float, wide: bool) -> mf.Float:
 def pair(setting: Setting) -> Row:
     """Run a setting without and with a tuner; return its row."""
     without, _ = Training(setting, tune=False).run()
-    tuned = Training(setting, tune=True)
-    last, finished = tuned.run()
-    assert tuned.tuner is not None
-    log = tuned.tuner.log()
+    with_tuner = Training(setting, tune=True)
+    last, finished = with_tuner.run()
+    assert with_tuner.tuner is not None
+    log = with_tuner.tuner.log()
     return {
         **asdict(setting), "index": setting.start, "untouched": without, "last": last, "finish": finished,
-        "restored": log["restored"], "values": tuned.space.as_dict(),
+        "restored": log["restored"], "values": with_tuner.space.as_dict(),
     }  # fmt: skip
 
 
@@ -248,7 +253,7 @@ def ratio(row: Row) -> float:
     return row["finish"] / row["untouched"] if finite(row["finish"]) else math.inf
 
 
-def figure(found: list[Row]) -> None:
+def figure(found: list[Row], path: Path) -> None:
     """Draw the finished loss of each pair over the untouched one, per tuned hyperparameter."""
     fig = Figure(figsize=(9, 3.6), layout="constrained")
     ax = fig.add_subplot()
@@ -273,7 +278,7 @@ def figure(found: list[Row]) -> None:
     ax.set_xticks(range(len(TUNED)), list(TUNED), rotation=20)
     ax.set_ylabel("finished over untouched loss")
     ax.legend(fontsize=7)
-    fig.savefig(ROWS.with_suffix(".png"), dpi=110)
+    fig.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -285,7 +290,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches, starts and sample")
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--table", action="store_true", help="run nothing; table and figure of stored rows")
-    parser.add_argument("--rows", type=type(ROWS), default=ROWS, help="file of the rows")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows")
     options = parser.parse_args()
     if not options.table:
         chosen = [s for s in settings(options.tasks, options.seed) if s.tuned in options.tuned]
@@ -296,7 +301,7 @@ def main() -> None:
         )
     found = rows(options.rows)
     print(summary(found))
-    figure(found)
+    figure(found, options.rows.with_suffix(".png"))
 
 
 if __name__ == "__main__":

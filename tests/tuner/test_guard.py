@@ -1,5 +1,6 @@
 """The guard: a run that diverges is noticed and goes on from its best average."""
 
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import midflight as mf
+from midflight.tuner.guard import Guard
 
 torch.manual_seed(0)
 RULE = torch.randn(12, 4)
@@ -111,7 +113,6 @@ def test_a_run_that_overfits_goes_back_and_its_last_weights_are_good():
 
 def test_bad_validation_batches_are_no_divergence():
     bad = [*[(X[i : i + 25], Y[i : i + 25]) for i in range(200, 375, 25)], (X[375:] * math.nan, Y[375:])]
-    torch.manual_seed(1)
     loop = Loop(lr(0.05), tune=False)
     tuner = mf.Tuner(loop.model, loop.optimizer, loop.space, loss_fn, TRAIN, bad, total_steps=600)
     loop.run()
@@ -145,8 +146,8 @@ def test_a_resumed_run_is_guarded_as_before():
 
     whole = Loop(lr(0.05), steps=200)
     whole.run(100)
-    saved = whole.tuner.state_dict(), whole.model.state_dict(), whole.optimizer.state_dict()
-    saved = _copied(saved)
+    parts = whole.tuner, whole.model, whole.optimizer
+    saved = copy.deepcopy([part.state_dict() for part in parts])
     whole.run(100, spoil(whole))
     again = Loop(lr(0.05), steps=200)
     again.model.load_state_dict(saved[1])
@@ -156,9 +157,123 @@ def test_a_resumed_run_is_guarded_as_before():
     assert again.tuner.log()["restored"] == whole.tuner.log()["restored"] >= 1
     for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
+    assert again.tuner.state_dict()["guard"] == whole.tuner.state_dict()["guard"]
 
 
-def _copied(state):
-    from midflight.tuner.rollback import _copy
+def noisy(valid_loss_fn=loss_fn):
+    """A run that tunes only noise, with a guard."""
+    torch.manual_seed(1)
+    space = mf.Space(noise=mf.Float(0.0, 0.8, init=0.1))
+    model = nn.Sequential(mf.nn.GaussianNoise(space["noise"]), nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tuner = mf.Tuner(
+        model,
+        optimizer,
+        space,
+        loss_fn,
+        TRAIN,
+        VALID,
+        valid_loss_fn=valid_loss_fn,
+        total_steps=400,
+        schedule=5,
+    )
+    return tuner, model, optimizer
 
-    return _copy(state)
+
+def train(model, optimizer, steps):
+    for n in range(steps):
+        optimizer.zero_grad()
+        loss_fn(model, TRAIN[n % len(TRAIN)]).backward()
+        optimizer.step()
+
+
+def test_bad_validation_batches_in_a_row_do_not_touch_the_weights():
+    class Sometimes:
+        bad = False
+
+        def __call__(self, model, batch):
+            return loss_fn(model, batch) * (math.nan if self.bad else 1.0)
+
+    sometimes = Sometimes()
+    tuner, model, optimizer = noisy(sometimes)
+    train(model, optimizer, 100)
+    sometimes.bad = True
+    train(model, optimizer, 100)
+    assert tuner.log()["skipped"] >= 15
+    assert tuner.log()["restored"] == 0
+
+
+def test_weights_that_become_nan_come_back_if_only_noise_is_tuned():
+    tuner, model, optimizer = noisy()
+    train(model, optimizer, 100)
+    with torch.no_grad():
+        model[1].weight.fill_(math.nan)
+    train(model, optimizer, 100)
+    assert tuner.log()["restored"] == 1
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def guarded(option="lr", value=0.1, loss=2.0):
+    """A guard of one weight that has begun at this loss, with the average and an optimiser."""
+    space = mf.Space({option: mf.default_range(option, init=value)})
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([weight], lr=0.1)
+    horizon = mf.Averaged()
+    guard = Guard(space, horizon, lambda: {"w": weight}, dict, [optimizer], {option: option})
+    guard.begin(loss, {"w": torch.ones(3), "b": torch.ones(2), "c": torch.ones(2)})
+    return guard, space, weight, optimizer
+
+
+@pytest.mark.parametrize(
+    ("loss", "at_average", "diverged"),
+    [
+        (1.0, 0.9, False),
+        (1.0, 0.4, True),
+        (math.inf, 0.9, True),
+        (math.nan, 0.9, True),
+        (math.nan, math.nan, False),
+    ],
+)
+def test_a_loss_of_twice_that_at_the_average_is_a_divergence_but_a_bad_batch_is_none(
+    loss, at_average, diverged
+):
+    assert guarded()[0].diverged(loss, at_average) == diverged
+
+
+def test_an_early_loss_above_the_initial_one_is_a_divergence():
+    guard, *_ = guarded(loss=2.0)
+    assert [guard.diverged_early(loss) for loss in (1.5, 2.1, 2.3, math.inf, math.nan)] == [
+        False, False, True, True, False,
+    ]  # fmt: skip
+
+
+def test_gradients_that_are_not_finite_or_mostly_zero_show_that_weights_are_lost():
+    guard, *_ = guarded()
+    one, zero = torch.ones(2), torch.zeros(2)
+    assert not guard.lost({"w": one, "b": zero, "c": one})
+    assert guard.lost({"w": one, "b": zero, "c": zero})
+    assert guard.lost({"w": one, "b": one * math.nan, "c": one})
+    assert guard.lost({"w": one, "b": one, "c": one * math.inf})
+
+
+def test_going_back_restores_the_weights_and_clears_the_optimisers_state():
+    guard, _, weight, optimizer = guarded()
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert guard.restore()
+    assert torch.equal(weight, torch.ones(3))
+    assert not optimizer.state
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize(("option", "value", "after"), [("lr", 0.1, 0.03), ("momentum", 0.9, 0.768)])
+def test_a_risky_option_steps_back_and_stays_below_the_value_that_failed(option, value, after):
+    guard, space, *_ = guarded(option, value)
+    guard.restore()
+    assert float(space[option]) == pytest.approx(after, rel=1e-3)
+    space[option].raw.fill_(1.0)
+    guard.limit()
+    assert float(space[option]) == pytest.approx(0.07 if option == "lr" else value, rel=1e-3)
+    space[option].raw.fill_(1.0)
+    guard.limit()
+    assert float(space[option]) == pytest.approx(0.0707 if option == "lr" else value, rel=1e-3)

@@ -250,10 +250,7 @@ def test_the_length_of_steps_is_judged_along_the_way_from_the_average(in_float64
         hyper_optimizer=Recorder, total_steps=40,
     )  # fmt: skip
     train(model, optimizer, 19, batch)
-    average = {n: a.clone() for n, a in t.horizon.average().items()}
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
     raw, transform = float(space[option].raw), space[option].transform
-    done = t.horizon._progress
     count = len(t.hyper_optimizer.seen)
     while len(t.hyper_optimizer.seen) == count:
         average = {n: a.clone() for n, a in t.horizon.average().items()}

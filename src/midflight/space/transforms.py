@@ -64,10 +64,10 @@ class Linear(Transform):
         return ((2 * self.value(raw).abs()).clamp(min=least) / self.width).clamp(max=1)
 
     def value(self, raw: Tensor) -> Tensor:
-        return self.low + (self.high - self.low) * raw
+        return self.low + self.width * raw
 
     def raw(self, value: Tensor) -> Tensor:
-        return (value - self.low) / (self.high - self.low)
+        return (value - self.low) / self.width
 
 
 class Log(Transform):
@@ -80,10 +80,10 @@ class Log(Transform):
         return math.log(self.high / self.low)
 
     def value(self, raw: Tensor) -> Tensor:
-        return self.low * (math.log(self.high / self.low) * raw).exp()
+        return self.low * (self.width * raw).exp()
 
     def raw(self, value: Tensor) -> Tensor:
-        return (value / self.low).log() / math.log(self.high / self.low)
+        return (value / self.low).log() / self.width
 
 
 class Logit(Transform):
@@ -99,12 +99,10 @@ class Logit(Transform):
         return _logit(self.high) - _logit(self.low)
 
     def value(self, raw: Tensor) -> Tensor:
-        low, high = _logit(self.low), _logit(self.high)
-        return (low + (high - low) * raw).sigmoid()
+        return (_logit(self.low) + self.width * raw).sigmoid()
 
     def raw(self, value: Tensor) -> Tensor:
-        low, high = _logit(self.low), _logit(self.high)
-        return (value.logit() - low) / (high - low)
+        return (value.logit() - _logit(self.low)) / self.width
 
 
 def _logit(p: float) -> float:

@@ -63,6 +63,7 @@ class Controller:
         self._space, self._hyperstep, self.horizon = space, hyperstep, horizon
         self._schedule, self.failures, self.total_steps = schedule, failures, total_steps
         self.guard, self._options = guard, dict(options)
+        hyperstep.compares = guard is not None
         self.steps, self.hypersteps, self.undecided = 0, 0, 0
         self.move = Move(space.raws, hyper_optimizer, self.progress, self._stride)
         if isinstance(self.move.optimizer, SignSteps) and horizon.needs_losses:
@@ -133,16 +134,13 @@ class Controller:
         look = self.steps in LOOKS or not guard.begun
         if not (look or self.due or self.horizon.due(self.steps + 1)):
             return False
-        found = {name: p.grad for name, p in self._hyperstep.params().items()}
-        grads = {name: g for name, g in found.items() if g is not None and not g.is_sparse}
+        grads = self._hyperstep.gradients()
         if not grads:
             return False
-        lost = guard.begun and guard.lost(grads)
-        if look and not lost:
-            loss = self._hyperstep.look(again=guard.begun)
-            if not guard.begun:
-                guard.begin(loss, grads)
-            lost = guard.begun and guard.diverged_early(loss)
+        if not guard.begun:
+            guard.begin(self._hyperstep.look(again=False), grads)
+            return False
+        lost = guard.lost(grads) or (look and guard.diverged_early(self._hyperstep.look(again=True)))
         return lost and self._go_back(guard)
 
     def _diverged(self, result: HyperStepResult) -> bool:
@@ -153,6 +151,10 @@ class Controller:
         if guard.diverged(now, result.valid_loss):
             return self._go_back(guard)
         return guard.got_worse(result.valid_loss, best) and self._go_back(guard, diverged=False)
+
+    def _weights_are_lost(self) -> bool:
+        """Return whether a training gradient is not finite; otherwise a batch of T2 is to blame."""
+        return not all_finite(self._hyperstep.gradients().values())
 
     def _go_back(self, guard: Guard, diverged: bool = True) -> bool:
         with signals_wait():
@@ -225,14 +227,14 @@ class Controller:
             own: the present `state_dict` of the tuner.
         """
         missing = set(own) - set(state or ())
-        if missing:
-            raise ValueError(
-                f"state must be what state_dict() of a tuner gave, but has no {', '.join(sorted(missing))}."
-            )
-        if state["policies"] != own["policies"]:
+        if "policies" not in missing and state["policies"] != own["policies"]:
             raise ValueError(
                 f"the saved tuner was made with {state['policies']}, this one with {own['policies']}; "
                 "make it with the same arguments."
+            )
+        if missing:
+            raise ValueError(
+                f"state must be what state_dict() of a tuner gave, but has no {', '.join(sorted(missing))}."
             )
 
     def _policies(self) -> dict[str, str]:
@@ -275,6 +277,8 @@ class Controller:
         if self.failures.failed():
             self.horizon.forget()
             self.move.forget()
+        elif self.guard is not None and not self.failures.has_copies and self._weights_are_lost():
+            self._go_back(self.guard)
         self.move.shrink(self.failures.shrink)
         return None
 
@@ -292,11 +296,10 @@ class Controller:
         if self.guard is not None:
             self.guard.limit()
         if result.train_loss is not None:
-            least = getattr(self.horizon, "best_loss", None)
-            self.horizon.observe(
+            best = self.horizon.observe(
                 result.train_loss, result.valid_loss, self.progress(), self._hyperstep.buffers()
             )
-            if self.guard is not None and getattr(self.horizon, "best_loss", None) != least:
+            if best and self.guard is not None:
                 self.guard.note_best()
             self.log["train_loss"] = result.train_loss
         self.hypersteps += 1

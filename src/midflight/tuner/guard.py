@@ -6,8 +6,10 @@ the average with the best one so far. The first steps of a run have such looks t
 gradient must be finite.
 
 A run that diverges goes on from the best average so far, which may be the initial weights. The options that
-can ruin a run step back and rise above that only slowly. Other hyperparameters return to their values at that
-time.
+can ruin a run step back, and rise again only slowly. Other hyperparameters return to the values that they had
+with that average.
+
+If no such option is tuned, only weights that are not finite send a run back.
 """
 
 import math
@@ -18,7 +20,7 @@ import torch
 
 from midflight._tensors import Tensors
 from midflight.space import Space
-from midflight.tuner.horizon import Averaged, Horizon
+from midflight.tuner.horizon import Averaged
 from midflight.tuner.step_options import RISKY, stepped_back
 
 LOOKS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64})
@@ -44,7 +46,7 @@ per hyper-step."""
 class Guard:
     """Restores the best average of a run that diverges, and makes risky options step back.
 
-    It needs no memory of its own, for `Averaged` keeps the best average.
+    It needs no copy of the weights, because `Averaged` keeps the best average.
 
     Args:
         space: the hyperparameters.
@@ -60,7 +62,7 @@ class Guard:
     def __init__(
         self,
         space: Space,
-        horizon: Horizon,
+        horizon: Averaged,
         params: Callable[[], Tensors],
         buffers: Callable[[], Tensors],
         optimizers: Sequence[torch.optim.Optimizer],
@@ -82,8 +84,8 @@ class Guard:
 
     @property
     def watching(self) -> bool:
-        """Whether this run is looked at: an option of the optimiser is tuned, and averages are kept."""
-        return bool(self._options) and isinstance(self._horizon, Averaged)
+        """Whether this run is looked at, because an option of the optimiser is tuned."""
+        return bool(self._options)
 
     def begin(self, loss: float, grads: Tensors) -> None:
         """Note the initial weights, C2 there, and the gradients of the first step.
@@ -92,7 +94,6 @@ class Guard:
         """
         if not math.isfinite(loss):
             return
-        assert isinstance(self._horizon, Averaged)
         self._initial = loss
         self._horizon.keep(loss, self._params(), self._buffers())
         self._at_best = self._raws()
@@ -129,9 +130,8 @@ class Guard:
         self._at_best = self._raws()
 
     def _margin(self) -> float:
-        assert isinstance(self._horizon, Averaged)
         assert self._initial is not None
-        return float(MARGIN * max(0.0, self._initial - self._horizon.best_loss))
+        return MARGIN * max(0.0, self._initial - self._horizon.best_loss)
 
     @torch.no_grad()
     def restore(self, diverged: bool = True) -> bool:
@@ -145,8 +145,7 @@ class Guard:
         Returns:
             whether there was one.
         """
-        best = self._horizon.best if isinstance(self._horizon, Averaged) else {}
-        params = self._params()
+        best, params = self._horizon.best, self._params()
         if not all(name in best and best[name].shape == p.shape for name, p in params.items()):
             return False
         self.restored += 1
@@ -181,9 +180,6 @@ class Guard:
             raw.copy_(torch.minimum(raw, transform.raw(highest).clamp(0, 1)))
             if self._options[name] == "lr":
                 highest.mul_(1 + RISE)
-
-    def good(self) -> None:
-        """Do nothing at a hyper-step with finite values; `Rollback` renews its copy there."""
 
     def _raws(self) -> Tensors:
         return {name: raw.detach().clone() for name, raw in self._space.raws.items()}

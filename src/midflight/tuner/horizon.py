@@ -109,8 +109,8 @@ class Horizon(Protocol):
 
     def observe(
         self, train_loss: float, valid_loss: float, progress: float | None, buffers: Mapping[str, Tensor]
-    ) -> None:
-        """Take in C1 and C2 at the average."""
+    ) -> bool:
+        """Take in C1 and C2 at the average; return whether it is the best so far."""
 
     def candidates(self) -> dict[str, Tensors]:
         """Return weights that the run could end with instead of its last ones, by name."""
@@ -160,8 +160,8 @@ class NextStep:
 
     def observe(
         self, train_loss: float, valid_loss: float, progress: float | None, buffers: Mapping[str, Tensor]
-    ) -> None:
-        pass
+    ) -> bool:
+        return False
 
     def candidates(self) -> dict[str, Tensors]:
         return {}
@@ -257,7 +257,7 @@ class Averaged:
         valid_loss: float,
         progress: float | None,
         buffers: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    ) -> bool:
         """Set the extrapolation from C1 and C2 at the average, one batch each; keep the best average.
 
         Args:
@@ -265,6 +265,9 @@ class Averaged:
             valid_loss: C2.
             progress: share of the run that is over, in [0, 1]; None if its length is not known.
             buffers: of the model, stored with the best average.
+
+        Returns:
+            whether the average now is the best so far.
         """
         self._count += 1
         self._losses.append((self._count, train_loss, valid_loss))
@@ -273,9 +276,10 @@ class Averaged:
         c1, c2 = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))
         if c2 > 0:
             self.extrapolation = min(MOST, max(0.0, GAIN * (_line(progress) - c1 / c2)))
-        if c2 <= self.best_loss:
+        if best := c2 <= self.best_loss:
             self.best_loss = c2
             self._keep({**self.average(), **(buffers or {})})
+        return best
 
     def keep(self, loss: float, params: Tensors, buffers: Tensors) -> None:
         """Store the initial weights, with their validation loss, as the best so far."""
@@ -321,7 +325,7 @@ class Averaged:
         """Return average + p (theta - average), p the share of the run that is over.
 
         At the average, v shows whether the run moves in a good direction, and not the cost of its noise. At
-        the weights it shows both. Early, only the first matters; at the end, both do.
+        the weights, v shows both. Early in a run only the direction matters, at its end the noise does too.
         """
         return detach(params) | {
             name: self._average[name].lerp(p.to(self._average[name]), self._at_progress).to(p)
@@ -331,8 +335,8 @@ class Averaged:
     def drift(self, params: Tensors) -> Tensors:
         """Return theta - average, name -> tensor.
 
-        This is d theta / d log lr over the recent steps, whose average is exponential, if the gradients are
-        held still: each of these steps is proportional to lr.
+        This is d theta / d log lr, as each recent step is proportional to lr. It leaves out that another lr
+        would have changed the gradients.
         """
         return {name: p.detach() - self._average[name].to(p) for name, p in self._known(params).items()}
 

@@ -54,7 +54,7 @@ class HyperStepResult:
         valid_loss: C2 where v was taken; NaN counts as a failed hyper-step.
         train_loss: C1 at the averaged weights; None if nobody asked.
         loss_now, loss_at_best: C2 at the weights and at the best average so far, on the batch of
-            `valid_loss`; None unless an option such as lr is tuned.
+            `valid_loss`; None unless `compares` is set and an option such as lr is tuned.
     """
 
     hypergradients: Tensors
@@ -118,6 +118,8 @@ class HyperStep:
         """Hyperparameters that the validation loss is a function of; empty before the first hyper-step."""
         self._looked_at: Any = None
         """The batch of the last look."""
+        self.compares = False
+        """Whether a result holds `loss_now` and `loss_at_best`."""
         self._buffers = Watched(self.live.all)
 
     @property
@@ -145,6 +147,11 @@ class HyperStep:
             f"the validation loss itself reads {', '.join(self.read_in_validation)}, which is then tuned to "
             "make it small; pass a valid_loss_fn that does not."
         ]
+
+    def gradients(self) -> Tensors:
+        """Return the dense gradients of the weights now, name -> tensor."""
+        found = {name: p.grad for name, p in self.params().items()}
+        return {name: g for name, g in found.items() if g is not None and not g.is_sparse}
 
     def gradient_versions(self) -> list[tuple[Tensor, int]]:
         """Return the gradients with their version counters; [] unless several optimisers step in turn."""
@@ -224,7 +231,7 @@ class HyperStep:
         step = self._step(params, grads, clipped, live, batch)
         options = self._binding.step_options if self.horizon.needs_losses else []
         others = [name for name in self._space if name not in options]
-        train_loss = self._loss_at_average(params, batch) if self.horizon.needs_losses else None
+        train_loss = self._loss_at_average(batch) if self.horizon.needs_losses else None
         valid_loss, found = math.nan, dict[str, Tensor]()
         if others:
             valid_loss, found = self._at_horizon(_only(step, others), params, batch)
@@ -237,17 +244,17 @@ class HyperStep:
             _, v, _ = self._valid_gradient(params, self.horizon.ahead(params), grads, {})
             found |= self._of_options(step, options, v)
         batch = next(self.t2)
-        if options:
+        if options and self.compares:
             loss_now = self._loss_at({}, batch)
             loss_at_best = self._loss_at(self.horizon.candidates().get("earlier", {}), batch)
-        at_average = self._loss_at_average(params, batch)
+        at_average = self._loss_at_average(batch)
         return HyperStepResult(found, at_average, train_loss, loss_now, loss_at_best)
 
     def _of_options(self, step: Step, options: list[str], v: Tensors) -> Tensors:
         """Return the hypergradients of options that say how a step is taken.
 
         Those of LENGTHS are taken over the recent steps, along the drift of the horizon. The others are taken
-        over one step, and all are before the first average.
+        over one step. Before the first average, all are.
         """
         drift = self.horizon.drift(step.params)
         lengths = [name for name in options if drift and self._binding.options[name] in LENGTHS]
@@ -410,13 +417,12 @@ class HyperStep:
                 "loss that way as well; the hypergradient leaves this out.",
             )
 
-    def _loss_at_average(self, params: Tensors, batch: Any) -> float:
-        with weights_at(params, self.horizon.average()):
-            try:
-                return self.live.number(partial(self.live.valid_loss, self.valid_loss, batch))
-            except Exception as error:
-                error.add_note("The tuner calls the validation loss on batches of train_loader as well.")
-                raise
+    def _loss_at_average(self, batch: Any) -> float:
+        try:
+            return self._loss_at(self.horizon.average(), batch)
+        except Exception as error:
+            error.add_note("The tuner calls the validation loss on batches of train_loader as well.")
+            raise
 
     def _final_gradients(self, params: Tensors) -> Tensors:
         """Return the gradients as the optimisers use them: without a fused one's loss scale."""

@@ -30,7 +30,7 @@ def numbers(space: Space, binding: Binding, controller: Controller, hyperstep: H
     found = {**values, **options, **controller.log, **counts}
     found |= {**controller.failures.counts(), **hyperstep.mixed.log(), **controller.horizon.log()}
     if controller.guard is not None:
-        found["restored"] = max(found["restored"], controller.guard.restored)
+        found["restored"] += controller.guard.restored
     if (used := "mixed_partial/examples") in found:  # 0 if they cannot be counted, so whole batches are used
         found[used] = min(found[used], hyperstep.t1.examples or 0)
     if controller.cost is not None:
@@ -47,9 +47,9 @@ def sentences(
         finished: what `Tuner.finish` returned; empty before it.
     """
     run, total = controller, controller.total_steps
-    found = (
-        run.failures.report() + ([] if run.guard is None else run.guard.report()) + run.bounds.report(space)
-    )
+    found = run.failures.report() + run.bounds.report(space)
+    if run.guard is not None:
+        found = run.guard.report() + found
     if run.undecided > NORMALLY_UNDECIDED:
         found.append(
             f"hyper-steps left out: {run.undecided}, since it was not clear what happened to the gradient "

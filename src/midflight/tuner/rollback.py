@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from midflight.space import Space
-from midflight.tuner.guard import Guard
 from midflight.tuner.schedule import whole
 
 PATIENCE = 3
@@ -71,7 +70,7 @@ class NonFiniteGuard:
     """Counts hyper-steps that were not finite, and shortens the next ones.
 
     Args:
-        rollback: restores a copy; None if none is kept.
+        rollback: restores the last copy; None if no copies are kept.
 
     Attributes:
         skipped: failed hyper-steps, which were left out.
@@ -80,12 +79,17 @@ class NonFiniteGuard:
             doubles after RECOVERY good hyper-steps in a row, up to 1.
     """
 
-    def __init__(self, rollback: "Rollback | Guard | None") -> None:
+    def __init__(self, rollback: Rollback | None) -> None:
         self._rollback = rollback
         self.skipped = 0
         self.restored = 0
         self.shrink = 1.0
         self._row = 0  # > 0: failures in a row; < 0: good ones
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether copies are kept."""
+        return self._rollback is not None
 
     def good(self) -> None:
         """Count a hyper-step with finite values."""

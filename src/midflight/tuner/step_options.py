@@ -31,9 +31,7 @@ def stride(option: str, transform: Transform, raw: Tensor) -> float | Tensor:
     usual = USUAL if option in LENGTHS else USUAL_OF_OTHERS
     if not isinstance(transform, Linear):
         return transform.stride(raw, usual)
-    value = transform.value(raw).abs()
-    unit = 1 - value if option in BELOW_ONE else value
-    return (usual * unit / transform.width).clamp(LEAST, 1.0)
+    return (usual * _unit(option, transform.value(raw).abs()) / transform.width).clamp(LEAST, 1.0)
 
 
 def stepped_back(option: str, value: Tensor) -> Tensor:
@@ -47,8 +45,12 @@ def slopes_of_length(options: Mapping[str, Any]) -> list[tuple[Tensor, float]]:
     """Return (option, d log(length of a step) / d option) for the tuned options of LENGTHS."""
     found = []
     for name in LENGTHS & set(tuned_options(options)):
-        value = float(options[name].detach())
-        unit = 1 - value if name == "momentum" else value
+        unit = float(_unit(name, options[name].detach()))
         if unit > 0:
             found.append((options[name], 1 / unit))
     return found
+
+
+def _unit(option: str, value: Tensor) -> Tensor:
+    """Return d value / d logarithm of the value, or of 1 / (1 - value) for what must stay below 1."""
+    return 1 - value if option in BELOW_ONE else value

@@ -17,7 +17,7 @@ from midflight.tuner.data import same_data
 from midflight.tuner.finish import choose
 from midflight.tuner.guard import Guard
 from midflight.tuner.hooks import StepHooks
-from midflight.tuner.horizon import Horizon, horizon_for
+from midflight.tuner.horizon import Averaged, Horizon, horizon_for
 from midflight.tuner.hyper_optimizer import MakeOptimizer, SignSteps
 from midflight.tuner.hyperstep import HyperStep
 from midflight.tuner.live import ORDER, Loss, require_loss, signals_wait
@@ -76,8 +76,8 @@ class Tuner:
         examples: how many examples of a T1 batch the mixed partial uses, the first along dimension 0. None
             uses whole batches, and so does a model that has a layer with `batch_first=False`.
         guard: whether a run that diverges goes on from its best average so far, with a lower learning rate
-            and momentum if these are tuned. It takes no memory of its own, and one pass of validation per
-            hyper-step where such an option is tuned. Not with `horizon="step"`.
+            and momentum if these are tuned. If an option such as `lr` is tuned, it takes two more forward
+            passes on a T2 batch per hyper-step. `horizon="step"` has no guard.
         rollback: good hyper-steps between two copies of model, optimiser and hyperparameters. The last copy
             is restored after three failed hyper-steps in a row. None keeps no copy.
         on_hyperstep: called with (optimiser steps so far, `log()`) after each hyper-step.
@@ -127,15 +127,14 @@ class Tuner:
             None if examples is None else whole("examples", examples), max_grad_norm,
         )  # fmt: skip
         options = {name: self._binding.options[name] for name in self._binding.step_options}
-        watch = (
-            Guard(space, self.horizon, self._hyperstep.params, self._hyperstep.buffers, optimizers, options)
-            if guard
-            else None
-        )
-        copies = None if rollback is None else Rollback(model, optimizers, space, rollback)
+        watch = None
+        if guard and isinstance(self.horizon, Averaged):
+            tensors = self._hyperstep.params, self._hyperstep.buffers
+            watch = Guard(space, self.horizon, *tensors, optimizers, options)
+        failures = NonFiniteGuard(None if rollback is None else Rollback(model, optimizers, space, rollback))
         self._controller = Controller(
-            space, self._hyperstep, self.horizon, self.schedule, NonFiniteGuard(copies or watch), watch,
-            options, hyper_optimizer, self._total,
+            space, self._hyperstep, self.horizon, self.schedule, failures, watch, options, hyper_optimizer,
+            self._total,
         )  # fmt: skip
         self._controller.reach.options = self._binding.tunable
         self._on_hyperstep = on_hyperstep
