@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import signal
+import sys
 import threading
 import time
 
@@ -125,6 +126,31 @@ def test_the_alarm_rings_again_if_it_was_not_heard(monkeypatch):
     with pytest.raises(OutOfTime), limit(0.1):
         deaf()
     assert time.monotonic() - began >= 0.2
+
+
+class InDestructor:
+    """The alarm that rings in its destructor is dropped by Python."""
+
+    def __del__(self):
+        began = time.monotonic()
+        while time.monotonic() - began < 0.2:
+            pass
+
+
+def test_a_dropped_alarm_is_not_reported_and_rings_again(monkeypatch):
+    monkeypatch.setattr(module, "REPEAT", 0.3)
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: reported.append(dropped.exc_type))
+
+    class Broken:
+        def __del__(self):
+            raise KeyError
+
+    with pytest.raises(OutOfTime), limit(0.1):
+        Broken()
+        InDestructor()
+        time.sleep(100)
+    assert reported == [KeyError]
 
 
 def test_a_block_that_is_quick_enough_and_another_thread_are_left_alone():

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,12 @@ def limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, REPEAT)
         raise OutOfTime(f"not done within {seconds:.3g} s")
 
+    def not_ours(dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, OutOfTime):  # the next alarm comes in `REPEAT` seconds
+            report_dropped(dropped)
+
     grad = torch.is_grad_enabled()
+    report_dropped, sys.unraisablehook = sys.unraisablehook, not_ours
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -42,6 +48,7 @@ def limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        sys.unraisablehook = report_dropped
         torch.set_grad_enabled(grad)  # an alarm inside torch.no_grad().__enter__ would leave it off
 
 
