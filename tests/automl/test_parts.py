@@ -146,10 +146,13 @@ def test_a_dropped_alarm_is_not_reported_and_rings_again(monkeypatch):
         def __del__(self):
             raise KeyError
 
-    with pytest.raises(OutOfTime), limit(0.1):
+    def broken_and_deaf():
         Broken()
         InDestructor()
         time.sleep(100)
+
+    with pytest.raises(OutOfTime), limit(0.1):
+        broken_and_deaf()
     assert reported == [KeyError]
 
 

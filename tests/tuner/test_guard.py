@@ -111,6 +111,18 @@ def test_a_run_that_overfits_goes_back_and_its_last_weights_are_good():
     assert loop.tuner.log()["restored"] >= 1
 
 
+def test_steps_that_a_scaler_skips_are_no_divergence():
+    loop = Loop(lr(1e-3), torch.optim.Adam, {"fused": True})
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    for n in range(100):
+        loop.optimizer.zero_grad()
+        scaler.scale(8 * loss_fn(loop.model, TRAIN[n % len(TRAIN)])).backward()
+        scaler.step(loop.optimizer)
+        scaler.update()
+    assert loop.tuner.steps < 100  # some were skipped
+    assert loop.tuner.log()["restored"] == 0
+
+
 def test_bad_validation_batches_are_no_divergence():
     bad = [*[(X[i : i + 25], Y[i : i + 25]) for i in range(200, 375, 25)], (X[375:] * math.nan, Y[375:])]
     loop = Loop(lr(0.05), tune=False)

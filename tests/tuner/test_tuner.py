@@ -738,7 +738,7 @@ def test_sparse_and_complex_weights_and_foreign_optimizers_are_refused():
 
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, math.nan, math.inf, True, "3"])
-@pytest.mark.parametrize("name", ["schedule", "total_steps", "examples", "rollback"])
+@pytest.mark.parametrize("name", ["schedule", "total_steps", "examples"])
 def test_a_count_must_be_a_whole_number_of_at_least_one(name, number):
     s = space()
     model = network(s)

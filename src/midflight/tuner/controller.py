@@ -14,13 +14,13 @@ from midflight._tensors import all_finite
 from midflight.errors import UnknownGradient, warn
 from midflight.space import Space
 from midflight.tuner.diagnostics import PATIENCE, Bounds, Reach
+from midflight.tuner.failures import Failures
 from midflight.tuner.gradient import StandingWeights
 from midflight.tuner.guard import LOOKS, Guard
 from midflight.tuner.horizon import Horizon
 from midflight.tuner.hyper_optimizer import MakeOptimizer, Move, SignSteps
 from midflight.tuner.hyperstep import HyperStep, HyperStepResult
 from midflight.tuner.live import signals_wait
-from midflight.tuner.rollback import NonFiniteGuard
 from midflight.tuner.schedule import Schedule
 from midflight.tuner.step_options import stride
 from midflight.tuner.trajectory import Trajectory
@@ -54,7 +54,7 @@ class Controller:
         hyperstep: HyperStep,
         horizon: Horizon,
         schedule: Schedule,
-        failures: NonFiniteGuard,
+        failures: Failures,
         guard: Guard | None,
         options: Mapping[str, str],
         hyper_optimizer: MakeOptimizer,
@@ -81,6 +81,18 @@ class Controller:
         self._schedule.begin(total_steps)
         self.trajectory.record(0, space)
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether the gradients of the coming optimiser step are read before it."""
+        return self.due or self._looks
+
+    @property
+    def _looks(self) -> bool:
+        """Whether the guard looks at the run before the coming optimiser step."""
+        if self.guard is None or not self.guard.watching:
+            return False
+        return self.due or not self.guard.begun or self.steps in LOOKS or self.horizon.due(self.steps + 1)
+
     def begin(self) -> None:
         """Plan the first hyper-step."""
         self._plan(hyper=False)
@@ -106,7 +118,7 @@ class Controller:
             UnreachedHyperparameter: a hyperparameter never reaches the loss or the optimiser.
         """
         self._standing.compare()
-        if first and self.guard is not None and self.guard.watching and self._went_back(self.guard):
+        if first and self.guard is not None and self._looks and self._went_back(self.guard):
             return
         if self.due and first:
             if self._result is not None and self._hyperstep.several:
@@ -130,17 +142,16 @@ class Controller:
             )
 
     def _went_back(self, guard: Guard) -> bool:
-        """Look at the run, if that is due; return whether it diverged and went back."""
-        look = self.steps in LOOKS or not guard.begun
-        if not (look or self.due or self.horizon.due(self.steps + 1)):
-            return False
+        """Look at the run; return whether it diverged and went back."""
         grads = self._hyperstep.gradients()
         if not grads:
             return False
         if not guard.begun:
             guard.begin(self._hyperstep.look(again=False), grads)
             return False
-        lost = guard.lost(grads) or (look and guard.diverged_early(self._hyperstep.look(again=True)))
+        lost = guard.lost(grads) or (
+            self.steps in LOOKS and guard.diverged_early(self._hyperstep.look(again=True))
+        )
         return lost and self._go_back(guard)
 
     def _diverged(self, result: HyperStepResult) -> bool:
@@ -274,10 +285,8 @@ class Controller:
             self.failures.good()
             self.reach.observe(result.hypergradients)
             return result
-        if self.failures.failed():
-            self.horizon.forget()
-            self.move.forget()
-        elif self.guard is not None and not self.failures.has_copies and self._weights_are_lost():
+        self.failures.failed()
+        if self.guard is not None and self._weights_are_lost():
             self._go_back(self.guard)
         self.move.shrink(self.failures.shrink)
         return None

@@ -26,11 +26,14 @@ def numbers(space: Space, binding: Binding, controller: Controller, hyperstep: H
     """Return numbers for a logger: values of hyperparameters, losses and counts, name -> number."""
     values = {f"value/{name}": float(space[name].value.detach().mean()) for name in space}
     options = {f"option/{name}": value for name, value in binding.actual().items()}
-    counts = {"hypersteps": controller.hypersteps, "undecided": controller.undecided}
+    counts = {
+        "hypersteps": controller.hypersteps,
+        "undecided": controller.undecided,
+        "skipped": controller.failures.skipped,
+        "restored": controller.guard.restored if controller.guard else 0,
+    }
     found = {**values, **options, **controller.log, **counts}
-    found |= {**controller.failures.counts(), **hyperstep.mixed.log(), **controller.horizon.log()}
-    if controller.guard is not None:
-        found["restored"] += controller.guard.restored
+    found |= {**hyperstep.mixed.log(), **controller.horizon.log()}
     if (used := "mixed_partial/examples") in found:  # 0 if they cannot be counted, so whole batches are used
         found[used] = min(found[used], hyperstep.t1.examples or 0)
     if controller.cost is not None:

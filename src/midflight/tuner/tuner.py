@@ -14,6 +14,7 @@ from midflight.tuner import report
 from midflight.tuner.binding import Bind, Binding
 from midflight.tuner.controller import Controller
 from midflight.tuner.data import same_data
+from midflight.tuner.failures import Failures
 from midflight.tuner.finish import choose
 from midflight.tuner.guard import Guard
 from midflight.tuner.hooks import StepHooks
@@ -22,7 +23,6 @@ from midflight.tuner.hyper_optimizer import MakeOptimizer, SignSteps
 from midflight.tuner.hyperstep import HyperStep
 from midflight.tuner.live import ORDER, Loss, require_loss, signals_wait
 from midflight.tuner.optimizers import Optimizers, skips, unwrapped
-from midflight.tuner.rollback import NonFiniteGuard, Rollback
 from midflight.tuner.schedule import Schedule, schedule_for, whole
 from midflight.tuner.trajectory import Trajectory
 
@@ -78,8 +78,6 @@ class Tuner:
         guard: whether a run that diverges goes on from its best average so far, with a lower learning rate
             and momentum if these are tuned. If an option such as `lr` is tuned, it takes two more forward
             passes on a T2 batch per hyper-step. `horizon="step"` has no guard.
-        rollback: good hyper-steps between two copies of model, optimiser and hyperparameters. The last copy
-            is restored after three failed hyper-steps in a row. None keeps no copy.
         on_hyperstep: called with (optimiser steps so far, `log()`) after each hyper-step.
 
     Raises:
@@ -112,7 +110,6 @@ class Tuner:
         max_grad_norm: float | None = None,
         examples: int | None = EXAMPLES,
         guard: bool = True,
-        rollback: int | None = None,
         on_hyperstep: Callable[[int, dict[str, float]], Any] | None = None,
     ) -> None:
         _require_arguments(model, space, loss_fn, valid_loss_fn, train_loader, valid_loader)
@@ -131,10 +128,9 @@ class Tuner:
         if guard and isinstance(self.horizon, Averaged):
             tensors = self._hyperstep.params, self._hyperstep.buffers
             watch = Guard(space, self.horizon, *tensors, optimizers, options)
-        failures = NonFiniteGuard(None if rollback is None else Rollback(model, optimizers, space, rollback))
         self._controller = Controller(
-            space, self._hyperstep, self.horizon, self.schedule, failures, watch, options, hyper_optimizer,
-            self._total,
+            space, self._hyperstep, self.horizon, self.schedule, Failures(), watch, options,
+            hyper_optimizer, self._total,
         )  # fmt: skip
         self._controller.reach.options = self._binding.tunable
         self._on_hyperstep = on_hyperstep
@@ -230,7 +226,7 @@ class Tuner:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, first: bool) -> None:
         self._binding.restore()  # an earlier step that failed may have left values behind
-        if not (first and self._controller.due and skips(optimizer)):
+        if not (first and self._controller.reads_gradients and skips(optimizer)):
             self._controller.before_step(first)
         self._binding.write(optimizer)
 
