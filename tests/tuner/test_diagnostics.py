@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorData
 from toys import X, Y, cross_entropy, network, space, train, tuner
 
 import midflight as mf
+from midflight.tuner.diagnostics import DECISIONS, Signal
 
 
 def reports(**options):
@@ -153,8 +154,37 @@ def test_weights_of_an_earlier_moment_that_win_clearly_are_reported():
         ({"last": 0.5}, False),
     ]:
         t._finished = losses
-        assert any("tuning did not finish" in sentence for sentence in t.report()) == clear
+        assert any("Tuning did not finish" in sentence for sentence in t.report()) == clear
     assert t.finish() == t._finished
+
+
+def test_a_validation_loss_that_rises_is_reported_with_the_step_of_its_least_value():
+    x, y = torch.randn(20, 30), torch.randint(0, 3, (20,))  # nothing to learn but the rows themselves
+    s = mf.Space(weight_decay=mf.Float(1e-6, 1e-5, log=True))
+    model = torch.nn.Sequential(torch.nn.Linear(30, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    t = mf.Tuner(model, optimizer, s, cross_entropy, [(x, y)], [(-x, y)], total_steps=200)
+    for done in range(2):
+        train(model, optimizer, 100, (x, y))
+        said = [line for line in t.report() if line.startswith("the validation loss has risen from")]
+        assert len(said) == 1, done
+    assert f"at step {t._controller.best_step} to" in said[0]
+    t.finish()
+    (said,) = [line for line in t.report() if line.startswith("finish kept the average weights of step")]
+    assert "weight_decay" in said
+
+
+def test_a_hyperparameter_whose_signs_are_random_is_reported_and_one_that_moves_is_not():
+    signal = Signal()
+    flips = torch.tensor([1.0, -1.0])
+    for n in range(DECISIONS):
+        assert signal.report() == []
+        signal.observe({"random": flips[n % 2], "steady": flips[int(n % 4 == 0)]})
+    (sentence,) = signal.report()
+    assert sentence.startswith(f"random had hypergradients of random signs, {DECISIONS} in all")
+    again = Signal()
+    again.load_state_dict(signal.state_dict())
+    assert again.report() == signal.report()
 
 
 def test_a_run_without_a_finite_loss_ends_with_a_warning_at_the_users_line():

@@ -13,7 +13,7 @@ from torch import Tensor
 from midflight._tensors import all_finite
 from midflight.errors import UnknownGradient, warn
 from midflight.space import Space
-from midflight.tuner.diagnostics import PATIENCE, Bounds, Reach
+from midflight.tuner.diagnostics import PATIENCE, Bounds, Reach, Signal
 from midflight.tuner.failures import Failures
 from midflight.tuner.gradient import StandingWeights
 from midflight.tuner.guard import LOOKS, Guard
@@ -24,6 +24,8 @@ from midflight.tuner.live import signals_wait
 from midflight.tuner.schedule import Schedule
 from midflight.tuner.step_options import stride
 from midflight.tuner.trajectory import Trajectory
+
+_COUNTS = "steps", "hypersteps", "undecided", "best_step"
 
 
 class Controller:
@@ -44,6 +46,7 @@ class Controller:
         steps: optimiser steps so far.
         hypersteps: hyper-steps that moved the hyperparameters so far.
         undecided: hyper-steps left out so far because the gradient was unknown.
+        best_step: the optimiser step at which the average validated best.
         due: whether the coming optimiser step has a hyper-step.
         log: losses and mean hypergradients of the last hyper-step, by name.
     """
@@ -69,7 +72,8 @@ class Controller:
         if isinstance(self.move.optimizer, SignSteps) and horizon.needs_losses:
             self.move.optimizer.move_by_agreement([space.raws[name] for name in options])
         self.trajectory = Trajectory()
-        self.bounds, self.reach = Bounds(), Reach(space)
+        self.bounds, self.reach, self.signal = Bounds(), Reach(space), Signal()
+        self.best_step = 0
         self.log: dict[str, float] = {}
         self.due = False
         self._result: HyperStepResult | None = None
@@ -211,7 +215,7 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume."""
-        counts = {"steps": self.steps, "hypersteps": self.hypersteps, "undecided": self.undecided}
+        counts = {name: getattr(self, name) for name in _COUNTS}
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         return {"policies": self._policies(), "space": self._space.state_dict(), **counts, **parts}
 
@@ -219,8 +223,8 @@ class Controller:
         """Resume from `state_dict`; raise `SpaceError` if it has other hyperparameters."""
         same_range = state["space"]["range"] == self._space.state_dict()["range"]
         self._space.load_state_dict(state["space"])
-        self.steps, self.hypersteps = state["steps"], state["hypersteps"]
-        self.undecided = state["undecided"]
+        for name in _COUNTS:
+            setattr(self, name, state[name])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         if not same_range:  # the recorded coordinates are of another range
@@ -260,6 +264,7 @@ class Controller:
     def _parts(self) -> dict[str, Any]:
         return {
             "failures": self.failures, "bounds": self.bounds, "reach": self.reach,
+            "signal": self.signal,
             "trajectory": self.trajectory, "move": self.move, "hyperstep": self._hyperstep,
             "schedule": self._schedule,
             **({} if self.guard is None else {"guard": self.guard}),
@@ -308,11 +313,14 @@ class Controller:
             best = self.horizon.observe(
                 result.train_loss, result.valid_loss, self.progress(), self._hyperstep.buffers()
             )
-            if best and self.guard is not None:
-                self.guard.note_best()
+            if best:
+                self.best_step = self.steps
+                if self.guard is not None:
+                    self.guard.note_best()
             self.log["train_loss"] = result.train_loss
         self.hypersteps += 1
         self.bounds.observe(self._space)
+        self.signal.observe(result.hypergradients)
         self.trajectory.record(self.steps, self._space)
         self.log["valid_loss"] = result.valid_loss
         for name, g in result.hypergradients.items():

@@ -1,4 +1,4 @@
-"""Diagnose a run: hyperparameters that are unreached or at a bound, and overfitted validation data."""
+"""Diagnose a run: hyperparameters that are unreached, at a bound or without a signal, and overfitted T2."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +14,9 @@ PINNED = 0.25
 """A hyperparameter is reported if it was at its bound for more than this last share of the hyper-steps."""
 SIGNIFICANT = 3.0
 """T2 is reported as overfitted if the loss on a third split is higher by this many standard errors."""
+AGREEMENT, DECISIONS = 2.0, 30
+"""A hyperparameter is reported if it had DECISIONS hypergradients, and their signs never added up to
+AGREEMENT standard deviations of random ones."""
 PATIENCE = 10
 """An error is raised if none of the first PATIENCE hyper-steps reached a hyperparameter, or if the gradient
 was unknown in all of them."""
@@ -119,6 +122,44 @@ class Bounds:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._moves, self._inside = state["moves"], dict(state["inside"])
+
+
+class Signal:
+    """Judges whether the signs of a hyperparameter's hypergradients agree more than random ones would."""
+
+    FIRST = 5
+    """The number of signs from which on their sum is judged."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[int, int, float]] = {}
+        """Name -> count, sum of signs, the largest |sum| / sqrt(count)."""
+
+    def observe(self, found: Tensors) -> None:
+        """Take in the hypergradients of a hyper-step, name -> tensor; the sum of several entries counts."""
+        for name, g in found.items():
+            count, total, most = self._sums.get(name, (0, 0, 0.0))
+            count, total = count + 1, total + int(g.sum().sign())
+            if count >= self.FIRST:
+                most = max(most, abs(total) / math.sqrt(count))
+            self._sums[name] = count, total, most
+
+    def report(self) -> list[str]:
+        """Return a sentence on the hyperparameters whose hypergradients had random signs."""
+        found = self._sums.items()
+        noisy = {name: n for name, (n, _, most) in found if n >= DECISIONS and most < AGREEMENT}
+        if not noisy:
+            return []
+        count = max(noisy.values())
+        return [
+            f"{', '.join(noisy)} had hypergradients of random signs, {count} in all: the start was as "
+            "good as any value nearby, or batches of valid_loader are too small to tell."
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self._sums)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sums = dict(state["sums"])
 
 
 def overfitted(loss: Callable[[Any], float], tuned_on: Iterable[Any], third: Iterable[Any]) -> list[str]:

@@ -188,6 +188,7 @@ class Averaged:
         extrapolation: in [0, MOST]; 0 judges at the average, 1 at the weights.
         best: the average and the buffers with the least validation loss so far; empty before the first.
         best_loss: that loss.
+        recent_loss: the mean validation loss of the average over the recent hyper-steps.
     """
 
     needs_losses = True
@@ -196,6 +197,7 @@ class Averaged:
         self.extrapolation = 0.0
         self.best: Tensors = {}
         self.best_loss = math.inf
+        self.recent_loss = math.nan
         self._count = 0
         self._steps = 0
         self._progress: float | None = None
@@ -274,6 +276,7 @@ class Averaged:
         while len(self._losses) > 1 and self._losses[0][0] <= (1 - RECENT) * self._count:
             self._losses.popleft()
         c1, c2 = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))
+        self.recent_loss = c2
         if c2 > 0:
             self.extrapolation = min(MOST, max(0.0, GAIN * (_line(progress) - c1 / c2)))
         if best := c2 <= self.best_loss:
@@ -377,8 +380,9 @@ class Averaged:
         return {name: t.to(self._dtypes.get(name, t.dtype)) for name, t in self.best.items()}
 
     def log(self) -> dict[str, float]:
-        """Return the extrapolation now."""
-        return {"extrapolation": self.extrapolation}
+        """Return the extrapolation now, and the losses of the average."""
+        losses = {"recent_loss": self.recent_loss, "best_loss": self.best_loss} if self.best else {}
+        return {"extrapolation": self.extrapolation, **losses}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume."""
@@ -387,6 +391,7 @@ class Averaged:
             "best": dict(self.best),
             "dtypes": dict(self._dtypes),
             "best_loss": self.best_loss,
+            "recent_loss": self.recent_loss,
             "count": self._count,
             "steps": self._steps,
             "progress": self._progress,
@@ -400,6 +405,7 @@ class Averaged:
         """Resume from `state_dict`."""
         self.extrapolation = state["extrapolation"]
         self.best, self.best_loss = dict(state["best"]), state["best_loss"]
+        self.recent_loss = state["recent_loss"]
         self._dtypes = dict(state["dtypes"])
         self._count, self._steps, self._progress = state["count"], state["steps"], state["progress"]
         self._average = {name: a.clone() for name, a in state["average"].items()}

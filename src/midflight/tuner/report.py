@@ -18,8 +18,8 @@ NORMALLY_UNDECIDED = 2
 SHORT = 0.5
 """The share of `total_steps` below which the report says that the run was short."""
 EARLIER = 0.9
-"""The report says that tuning did not finish if earlier weights have less than this share of the loss of the
-last or average weights."""
+"""The report says that validation rises, or after `finish` that tuning did not finish, if earlier weights
+have less than this share of the loss of the last or average weights."""
 
 
 def numbers(space: Space, binding: Binding, controller: Controller, hyperstep: HyperStep) -> dict[str, float]:
@@ -74,15 +74,38 @@ def sentences(
             f"only {run.hypersteps} of {run.steps} optimiser steps had a hyper-step{took}; "
             "hyperparameters hardly move in so few: train longer, or allow more with schedule=."
         )
-    if finished:
-        earlier, *others = (finished.get(n, math.inf) for n in ("earlier", "average", "last"))
-        if earlier < EARLIER * min(others):
-            found.append(
-                f"weights of an earlier moment validate at {earlier:.4g}, those of the end at "
-                f"{min(others):.4g}: tuning did not finish; train longer, allow more hyper-steps with "
-                "schedule=, or start from the values that tuning ended with."
-            )
-    return found + run.reach.report() + hyperstep.about_validation()
+    found += _earlier(space, run, finished) if finished else _rising(run)
+    return found + run.signal.report() + run.reach.report() + hyperstep.about_validation()
+
+
+def _earlier(space: Space, run: Controller, finished: Mapping[str, float]) -> list[str]:
+    """Return a sentence if weights of an earlier moment won clearly, with the values at that moment."""
+    earlier, *others = (finished.get(n, math.inf) for n in ("earlier", "average", "last"))
+    if not earlier < EARLIER * min(others):
+        return []
+    then = run.trajectory.at(min(1.0, run.best_step / max(1, run.steps)))
+    values = ", ".join(
+        f"{name} {float(space[name].transform.value(raw).mean()):.3g} there and "
+        f"{float(space[name].value.detach().mean()):.3g} now"
+        for name, raw in then.items()
+    )
+    return [
+        f"finish kept the average weights of step {run.best_step} of {run.steps}: they validate at "
+        f"{earlier:.4g}, those of the end at {min(others):.4g} ({values}). Tuning did not finish: train "
+        "longer, allow more hyper-steps with schedule=, or start from the values now."
+    ]
+
+
+def _rising(run: Controller) -> list[str]:
+    """Return a sentence if the validation loss has risen since an earlier moment."""
+    losses = run.horizon.log()
+    best, now = (losses.get(name, math.nan) for name in ("best_loss", "recent_loss"))
+    if not (0 < best < EARLIER * now):
+        return []
+    return [
+        f"the validation loss has risen from {best:.4g} at step {run.best_step} to {now:.4g}; "
+        "finish() takes the weights of that step."
+    ]
 
 
 def beside_third(hyperstep: HyperStep, third: Iterable[Any]) -> list[str]:
