@@ -123,6 +123,18 @@ def test_steps_that_a_scaler_skips_are_no_divergence():
     assert loop.tuner.log()["restored"] == 0
 
 
+def test_a_run_that_overfits_without_finish_ends_with_its_best_average():
+    """Tuning moves nothing here, so the whole gain is the guard's."""
+    s = mf.Space(lr=mf.Float(2.99e-3, 3.01e-3, log=True, init=3e-3))
+    loop = Loop(s, torch.optim.Adam).run(590)
+    before = loop.valid_loss()
+    loop.run(9)
+    assert loop.valid_loss() > 0.95 * before
+    loop.run(1)
+    assert loop.valid_loss() < 0.8 * before
+    assert any("which replaced them" in sentence for sentence in loop.tuner.report())
+
+
 def test_bad_validation_batches_are_no_divergence():
     bad = [*[(X[i : i + 25], Y[i : i + 25]) for i in range(200, 375, 25)], (X[375:] * math.nan, Y[375:])]
     loop = Loop(lr(0.05), tune=False)

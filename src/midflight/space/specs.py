@@ -97,7 +97,10 @@ class Float:
     @property
     def transform(self) -> Transform:
         """The map from the unit interval onto [low, high]."""
-        return (Log if self.log else Logit if self.logit else Linear)(self.low, self.high)
+        if self.log or self.logit:
+            return (Log if self.log else Logit)(self.low, self.high)
+        init = 0.0 if self.init is None else float(self.check(self.init).abs().max())
+        return Linear(self.low, self.high, init)
 
 
 def _as_shape(shape: Any) -> tuple[int, ...]:

@@ -45,23 +45,28 @@ class Transform(ABC):
         """Return the unit coordinate of a value; the inverse of the method `value`."""
 
 
+@dataclass(frozen=True)
 class Linear(Transform):
-    """value = low + (high - low) raw. A usual range is 45 wide, as for angles in degrees.
+    """value = low + (high - low) raw.
 
-    It is twice the value now if that is more.
+    A linear scale has no unit of its own. So a usual range is TIMES_INIT times the initial value, or 45, as
+    for angles in degrees, if that is 0 or unknown. It is GROWTH times the value now if that is more.
     """
 
-    USUAL = 45.0
+    USUAL, TIMES_INIT, GROWTH = 45.0, 10.0, 6.0
+
+    init: float = 0.0
+    """The size of the initial value."""
 
     @property
     def width(self) -> float:
         return self.high - self.low
 
     def stride(self, raw: Tensor, usual: float | None = None) -> float | Tensor:
-        least = usual or self.USUAL
+        least = usual or self.TIMES_INIT * self.init or self.USUAL
         if least >= self.width:
             return 1.0
-        return ((2 * self.value(raw).abs()).clamp(min=least) / self.width).clamp(max=1)
+        return ((self.GROWTH * self.value(raw).abs()).clamp(min=least) / self.width).clamp(max=1)
 
     def value(self, raw: Tensor) -> Tensor:
         return self.low + self.width * raw

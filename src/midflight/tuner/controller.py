@@ -190,7 +190,7 @@ class Controller:
 
     def has_work_after_step(self) -> bool:
         """Return whether `after_step` will do more than count."""
-        return self.due or self.horizon.due(self.steps + 1)
+        return self.due or self.horizon.due(self.steps + 1) or self.steps + 1 == self.total_steps
 
     def after_step(self) -> bool:
         """Count the optimiser step, apply its hyper-step if it has one, and plan the next.
@@ -209,9 +209,17 @@ class Controller:
                 if self.hypersteps.bit_count() == 1:  # at 1, 2, 4, 8, ..., because it reads all weights
                     params = self._hyperstep.params().items()
                     self._standing.note({name: p for name, p in params if p.grad is not None})
+            if self.steps == self.total_steps:
+                self._end()
         finally:
             self._plan(hyper, busy)
         return result is not None
+
+    def _end(self) -> None:
+        """Give the model the best average if the guard watches the run and its last weights are worse."""
+        guard = self.guard
+        if guard is not None and guard.watching and guard.begun:
+            guard.end(self._hyperstep.losses_beside)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume."""

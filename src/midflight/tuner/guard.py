@@ -7,7 +7,7 @@ gradient must be finite.
 
 A run that diverges goes on from the best average so far, which may be the initial weights. The options that
 can ruin a run step back, and rise again only slowly. Other hyperparameters return to the values that they had
-with that average.
+with that average. At the last of `total_steps`, the best average replaces weights that validate worse.
 
 If no such option is tuned, only weights that are not finite send a run back.
 """
@@ -38,6 +38,9 @@ SLOWER = 0.5
 DEAD = 0.5
 """A run is lost if more than this share of the weight tensors have a gradient of exactly 0, but had none
 before."""
+WORSE_AT_END, BATCHES_AT_END = 0.05, 4
+"""The last weights of a run are replaced if, on so many batches of T2, their mean loss is above that of the
+best average by WORSE_AT_END times that."""
 BELOW, RISE = 0.7, 0.01
 """lr stays below BELOW times the value with which the run diverged. This bound rises by the factor 1 + RISE
 per hyper-step."""
@@ -57,6 +60,7 @@ class Guard:
 
     Attributes:
         restored: how often the run went back.
+        replaced: whether the best average replaced the last weights.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class Guard:
     ) -> None:
         self._space, self._horizon, self._optimizers = space, horizon, list(optimizers)
         self._params, self._buffers, self._options = params, buffers, dict(options)
-        self.restored = 0
+        self.restored, self.replaced = 0, False
         self._initial: float | None = None
         """C2 at the initial weights."""
         self._worse = 0
@@ -125,6 +129,19 @@ class Guard:
         self._worse = self._worse + 1 if risen else 0
         return self._worse >= TWICE
 
+    def end(self, compare: Callable[[Tensors, int], tuple[float, float]]) -> None:
+        """Replace the last weights by the best average if that validates better.
+
+        Args:
+            compare: (other weights, n) -> C2 at the weights and at the others, means over n batches of T2.
+        """
+        if not self._best_fits():
+            return
+        at_end, at_best = compare(self._horizon.earlier(), BATCHES_AT_END)
+        if math.isfinite(at_best) and not at_end <= at_best + WORSE_AT_END * abs(at_best):
+            self._take_best()
+            self.replaced = True
+
     def note_best(self) -> None:
         """Take in that the average now is the best so far."""
         self._at_best = self._raws()
@@ -132,6 +149,18 @@ class Guard:
     def _margin(self) -> float:
         assert self._initial is not None
         return MARGIN * max(0.0, self._initial - self._horizon.best_loss)
+
+    @torch.no_grad()
+    def _take_best(self) -> None:
+        """Give the model the weights and buffers of the best average."""
+        for name, value in {**self._params(), **self._buffers()}.items():
+            if name in self._horizon.best:
+                value.copy_(self._horizon.best[name])
+
+    def _best_fits(self) -> bool:
+        """Return whether there is a best average of all present weights."""
+        best = self._horizon.best
+        return all(n in best and best[n].shape == p.shape for n, p in self._params().items())
 
     @torch.no_grad()
     def restore(self, diverged: bool = True) -> bool:
@@ -145,17 +174,14 @@ class Guard:
         Returns:
             whether there was one.
         """
-        best, params = self._horizon.best, self._params()
-        if not all(name in best and best[name].shape == p.shape for name, p in params.items()):
+        if not self._best_fits():
             return False
+        self._take_best()
         self.restored += 1
         self._worse = 0
-        for name, value in {**params, **self._buffers()}.items():
-            if name in best:
-                value.copy_(best[name])
         for optimizer in self._optimizers:
             optimizer.state.clear()  # old second moments would make the first steps too long
-        for p in params.values():
+        for p in self._params().values():
             if p.grad is not None:
                 p.grad.zero_()
         for name, raw in self._space.raws.items():
@@ -185,22 +211,28 @@ class Guard:
         return {name: raw.detach().clone() for name, raw in self._space.raws.items()}
 
     def report(self) -> list[str]:
-        """Return a sentence if the run went back."""
+        """Return what the guard did, one sentence each."""
+        ended = ["the last weights validated worse than the best average, which replaced them."]
         if not self.restored:
-            return []
+            return ended * self.replaced
         times = "once" if self.restored == 1 else f"{self.restored} times"
         risky = [name for name, option in self._options.items() if option in RISKY]
         lowered = f", with lower {', '.join(risky)}" if risky else ""
-        return [f"the run diverged or got worse {times}, and went on from its best average so far{lowered}."]
+        went_back = (
+            f"the run diverged or got worse {times}, and went on from its best average so far{lowered}."
+        )
+        return [went_back] + ended * self.replaced
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "restored": self.restored, "initial": self._initial, "worse": self._worse,
-            "at_best": dict(self._at_best), "highest": dict(self._highest), "zero": self._zero,
+            "restored": self.restored, "replaced": self.replaced, "initial": self._initial,
+            "worse": self._worse, "at_best": dict(self._at_best), "highest": dict(self._highest),
+            "zero": self._zero,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.restored, self._initial, self._worse = state["restored"], state["initial"], state["worse"]
+        self.restored, self.replaced = state["restored"], state["replaced"]
+        self._initial, self._worse = state["initial"], state["worse"]
         self._at_best = dict(state["at_best"])
         self._highest, self._zero = {n: t.clone() for n, t in state["highest"].items()}, state["zero"]
 

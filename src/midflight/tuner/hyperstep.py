@@ -280,6 +280,16 @@ class HyperStep:
                 self._looked_at = next(self.t2)
             return self._loss_at({}, self._looked_at)
 
+    def losses_beside(self, tensors: Tensors, batches: int) -> tuple[float, float]:
+        """Return C2 at the weights, and with these tensors in place, means over the next batches of T2."""
+        found = []
+        with self.live.borrowed():
+            for _ in range(batches):
+                batch = next(self.t2)
+                found.append((self._loss_at({}, batch), self._loss_at(tensors, batch)))
+        now, there = (sum(losses) / batches for losses in zip(*found, strict=True))
+        return now, there
+
     def _loss_at(self, tensors: Tensors, batch: Any) -> float:
         """Return C2 with these weights and buffers in place of the model's own."""
         with weights_at({**self.buffers(), **self.params()}, tensors):

@@ -15,7 +15,7 @@ from midflight.updates.base import tuned_options
 
 LENGTHS = {"lr", "momentum"}
 """Options that set the length of steps: they are proportional to lr and to 1 / (1 - momentum)."""
-USUAL, USUAL_OF_OTHERS = 2.5, 0.5
+USUAL, USUAL_OF_OTHERS = 2.5, 0.1
 """The width of a range that counts as whole, as a natural logarithm, of LENGTHS and of other options. It is
 small for others, because one step does not show what a longer memory does, such as a higher beta1."""
 LEAST = 1e-3
