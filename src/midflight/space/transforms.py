@@ -6,7 +6,7 @@ hyperparameters. A range wider than usual has no longer steps: `stride` is the f
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -55,7 +55,7 @@ class Linear(Transform):
 
     USUAL, TIMES_INIT, GROWTH = 45.0, 10.0, 6.0
 
-    init: float = 0.0
+    init: float = field(default=0.0, compare=False)
     """The size of the initial value."""
 
     @property

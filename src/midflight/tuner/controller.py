@@ -5,7 +5,8 @@ after the step     move the hyperparameters against them, and ask the schedule f
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -93,9 +94,11 @@ class Controller:
     @property
     def _looks(self) -> bool:
         """Whether the guard looks at the run before the coming optimiser step."""
-        if self.guard is None or not self.guard.watching:
+        guard = self.guard
+        if guard is None or not guard.watching:
             return False
-        return self.due or not self.guard.begun or self.steps in LOOKS or self.horizon.due(self.steps + 1)
+        often = not guard.begun or guard.beginning.due or self.steps in LOOKS
+        return often or self.due or self.horizon.due(self.steps + 1)
 
     def begin(self) -> None:
         """Plan the first hyper-step."""
@@ -130,6 +133,8 @@ class Controller:
             try:
                 with signals_wait():
                     self._result = self._compute()
+                    if self._result is not None and self.guard is not None:
+                        self.guard.begin_step()
             except BaseException:
                 self._hyperstep.watch()  # the loop may catch this and go on
                 raise
@@ -156,7 +161,7 @@ class Controller:
         lost = guard.lost(grads) or (
             self.steps in LOOKS and guard.diverged_early(self._hyperstep.look(again=True))
         )
-        return lost and self._go_back(guard)
+        return (lost and self._go_back(guard.restore)) or self._go_back(guard.begin_again)
 
     def _diverged(self, result: HyperStepResult) -> bool:
         """Return whether a hyper-step shows that the run diverges or got worse, so that it went back."""
@@ -164,16 +169,18 @@ class Controller:
         if guard is None or not guard.begun or now is None or best is None:
             return False
         if guard.diverged(now, result.valid_loss):
-            return self._go_back(guard)
-        return guard.got_worse(result.valid_loss, best) and self._go_back(guard, diverged=False)
+            return self._go_back(guard.restore)
+        worse = guard.got_worse(result.valid_loss, best)
+        return worse and self._go_back(partial(guard.restore, diverged=False))
 
     def _weights_are_lost(self) -> bool:
         """Return whether a training gradient is not finite; otherwise a batch of T2 is to blame."""
         return not all_finite(self._hyperstep.gradients().values())
 
-    def _go_back(self, guard: Guard, diverged: bool = True) -> bool:
+    def _go_back(self, restore: Callable[[], bool]) -> bool:
+        """Let the guard go back; return whether it did."""
         with signals_wait():
-            if not guard.restore(diverged):
+            if not restore():
                 return False
             self.horizon.forget()
             self.move.forget()
@@ -199,6 +206,8 @@ class Controller:
             whether hyperparameters moved.
         """
         self.steps += 1
+        if self.guard is not None:
+            self.guard.beginning.count_step()
         hyper, busy = self.due, False
         result, self._result = self._result, None
         try:
@@ -300,7 +309,7 @@ class Controller:
             return result
         self.failures.failed()
         if self.guard is not None and self._weights_are_lost():
-            self._go_back(self.guard)
+            self._go_back(self.guard.restore)
         self.move.shrink(self.failures.shrink)
         return None
 
@@ -314,7 +323,10 @@ class Controller:
         optimizer = self.move.optimizer
         if isinstance(optimizer, SignSteps) and self.horizon.needs_losses:
             optimizer.set_averaging(self.horizon.averaging)
-        self.move(result.hypergradients, self.failures.shrink * self._schedule.step_scale)
+        found = result.hypergradients
+        if self.guard is not None:
+            found = self.guard.restrained(found, self.steps)
+        self.move(found, self.failures.shrink * self._schedule.step_scale)
         if self.guard is not None:
             self.guard.limit()
         if result.train_loss is not None:

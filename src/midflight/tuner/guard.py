@@ -7,7 +7,8 @@ gradient must be finite.
 
 A run that diverges goes on from the best average so far, which may be the initial weights. The options that
 can ruin a run step back, and rise again only slowly. Other hyperparameters return to the values that they had
-with that average. At the last of `total_steps`, the best average replaces weights that validate worse.
+with that average. A run whose first steps ruin its initial weights begins again. At the last of
+`total_steps`, the best average replaces weights that validate worse.
 
 If no such option is tuned, only weights that are not finite send a run back.
 """
@@ -21,7 +22,8 @@ import torch
 from midflight._tensors import Tensors
 from midflight.space import Space
 from midflight.tuner.horizon import Averaged
-from midflight.tuner.step_options import RISKY, stepped_back
+from midflight.tuner.movement import Beginning, Speed
+from midflight.tuner.step_options import LENGTHS, RISKY, stepped_back
 
 LOOKS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64})
 """Optimiser steps after which the first part of a run is looked at."""
@@ -85,6 +87,8 @@ class Guard:
         """Name of a risky option -> its largest allowed value."""
         self._zero = 0
         """How many weight tensors had a gradient of 0 at the first step."""
+        self.beginning, self._speed = Beginning(params, buffers), Speed()
+        self._lengths = [name for name, option in self._options.items() if option in LENGTHS]
 
     @property
     def watching(self) -> bool:
@@ -102,6 +106,8 @@ class Guard:
         self._horizon.keep(loss, self._params(), self._buffers())
         self._at_best = self._raws()
         self._zero = _largest(grads).count(0)
+        if "lr" in self._options.values():
+            self.beginning.keep(self._raws())
 
     @property
     def begun(self) -> bool:
@@ -177,13 +183,7 @@ class Guard:
         if not self._best_fits():
             return False
         self._take_best()
-        self.restored += 1
-        self._worse = 0
-        for optimizer in self._optimizers:
-            optimizer.state.clear()  # old second moments would make the first steps too long
-        for p in self._params().values():
-            if p.grad is not None:
-                p.grad.zero_()
+        self._forget_steps()
         for name, raw in self._space.raws.items():
             option, transform = self._options.get(name), self._space[name].transform
             if option == "lr" and not diverged:
@@ -197,6 +197,58 @@ class Guard:
             elif name in self._at_best:
                 raw.copy_(self._at_best[name])
         return True
+
+    @torch.no_grad()
+    def begin_again(self) -> bool:
+        """Go back to the initial weights, with a lower lr, if the first steps have moved them too far.
+
+        Returns:
+            whether they have.
+        """
+        factor = self.beginning.slower()
+        if factor is None:
+            return False
+        assert self._initial is not None
+        self.beginning.restore()
+        self._forget_steps()
+        for name, raw in self._space.raws.items():
+            transform = self._space[name].transform
+            if self._options.get(name) == "lr":
+                value = transform.value(raw)
+                self._highest[name] = BELOW * value
+                raw.copy_(transform.raw(factor * value).clamp(0, 1))
+            else:
+                raw.copy_(self.beginning.raws[name])
+        self._horizon.keep(self._initial, self._params(), self._buffers())
+        self._at_best = self._raws()
+        return True
+
+    def _forget_steps(self) -> None:
+        """Clear the optimisers' state and the gradients, because the weights have jumped."""
+        self.restored += 1
+        self._worse = 0
+        for optimizer in self._optimizers:
+            optimizer.state.clear()  # old second moments would make the first steps too long
+        for p in self._params().values():
+            if p.grad is not None:
+                p.grad.zero_()
+
+    def begin_step(self) -> None:
+        """Note the weights before a step that has a hyper-step."""
+        if self._lengths:
+            self._speed.begin(self._params())
+
+    def restrained(self, hypergradients: Tensors, steps: int) -> Tensors:
+        """Leave out the hypergradients that would lengthen steps if the present one was fast already.
+
+        Args:
+            hypergradients: name -> tensor.
+            steps: the number of the present step.
+        """
+        if not self._lengths or not self._speed.is_fast(self._params(), steps):
+            return hypergradients
+        longer = [n for n in self._lengths if n in hypergradients and bool((hypergradients[n] <= 0).all())]
+        return {name: g for name, g in hypergradients.items() if name not in longer}
 
     @torch.no_grad()
     def limit(self) -> None:
@@ -225,13 +277,15 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "restored": self.restored, "replaced": self.replaced, "initial": self._initial,
+            "beginning": self.beginning.state_dict(), "restored": self.restored,
+            "replaced": self.replaced, "initial": self._initial,
             "worse": self._worse, "at_best": dict(self._at_best), "highest": dict(self._highest),
             "zero": self._zero,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.restored, self.replaced = state["restored"], state["replaced"]
+        self.beginning.load_state_dict(state["beginning"])
         self._initial, self._worse = state["initial"], state["worse"]
         self._at_best = dict(state["at_best"])
         self._highest, self._zero = {n: t.clone() for n, t in state["highest"].items()}, state["zero"]

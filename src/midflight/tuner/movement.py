@@ -1,0 +1,127 @@
+"""Judge a learning rate by how far steps move the weights, relative to the weights.
+
+A validation loss shows what a learning rate does now. If it is too high, the loss falls at first, and the
+final model is worse. On ten tasks, the best fixed learning rate moved a weight matrix by 1 to 5 % of its norm
+in step 10, by about 1 % in step 50, and by about 0.5 % in steps 200 and 500.
+
+If the first steps move the weights by their initial size or more, nothing that comes later repairs this.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midflight._tensors import Tensors
+from midflight.tuner.horizon import KEPT
+
+MOVED = {16: 1.2, 64: 3.0}
+"""Optimiser steps -> the largest relative change of the weights over these first steps."""
+AIM, LEAST = 0.5, 0.01
+"""A run that begins again aims at this relative change. Its lr falls by the factor LEAST at most."""
+MOST_RESTARTS = 2
+"""How often a run may begin again for this reason."""
+FAST, FAST_AT_FIRST = 0.005, 1.0
+"""A step is fast if it changes the weights by more than FAST, and by more than FAST_AT_FIRST over the number
+of the step."""
+ENTRIES = 2**16
+"""The most entries of a weight matrix that are compared."""
+
+
+class Beginning:
+    """Keeps the initial weights during the first steps of a run, and judges how far they have moved.
+
+    They are kept in half precision, and dropped after the last of the steps in MOVED.
+
+    Args:
+        params, buffers: return the weights and the model's buffers, name -> live tensor.
+
+    Attributes:
+        raws: the raw coordinates of the space at the beginning.
+    """
+
+    def __init__(self, params: Callable[[], Tensors], buffers: Callable[[], Tensors]) -> None:
+        self._params, self._buffers = params, buffers
+        self._steps, self._restarts = 0, 0
+        self._kept: Tensors = {}
+        self.raws: Tensors = {}
+
+    def keep(self, raws: Tensors) -> None:
+        """Keep the weights and buffers of now, and these raw coordinates, as the initial ones."""
+        tensors = {**self._params(), **self._buffers()}
+        self._kept = {n: t.detach().to(KEPT.get(t.dtype, t.dtype), copy=True) for n, t in tensors.items()}
+        self.raws = raws
+
+    def count_step(self) -> None:
+        """Count an optimiser step."""
+        self._steps += bool(self._kept)
+        if self._steps > max(MOVED):
+            self._kept = {}
+
+    @property
+    def due(self) -> bool:
+        """Whether the weights are judged before the coming step."""
+        return bool(self._kept) and self._steps in MOVED and self._restarts < MOST_RESTARTS
+
+    @torch.no_grad()
+    def slower(self) -> float | None:
+        """Return the factor on lr with which to begin again, if the weights have changed too much."""
+        if not self.due:
+            return None
+        change = _relative_change(_samples(self._kept), _samples(self._params()))
+        return max(LEAST, AIM / change) if change > MOVED[self._steps] else None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model its initial weights and buffers, and count again from the first step."""
+        self._steps = 0
+        self._restarts += 1
+        for name, value in {**self._params(), **self._buffers()}.items():
+            if name in self._kept:
+                value.copy_(self._kept[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {"steps": self._steps, "restarts": self._restarts}
+        return {**counts, "kept": dict(self._kept), "raws": dict(self.raws)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._steps, self._restarts = state["steps"], state["restarts"]
+        self._kept, self.raws = dict(state["kept"]), dict(state["raws"])
+
+
+class Speed:
+    """Measures how far a step moves the weights, relative to the weights."""
+
+    def __init__(self) -> None:
+        self._before: Tensors = {}
+
+    def begin(self, params: Tensors) -> None:
+        """Note the weights before a step, ENTRIES of each matrix."""
+        self._before = {name: sample.clone() for name, sample in _samples(params).items()}
+
+    def is_fast(self, params: Tensors, steps: int) -> bool:
+        """Return whether the step since `begin` was fast, given the weights and the number of the step."""
+        before, self._before = self._before, {}
+        return _relative_change(before, _samples(params)) > max(FAST, FAST_AT_FIRST / max(1, steps))
+
+
+def _samples(params: Tensors) -> Tensors:
+    """Return up to ENTRIES entries of each matrix, at equal distances, name -> vector."""
+    return {n: _sample(p.detach()) for n, p in params.items() if p.dim() > 1 and p.is_floating_point()}
+
+
+def _sample(matrix: Tensor) -> Tensor:
+    flat = matrix.flatten()
+    return flat[:: -(-flat.numel() // ENTRIES)]
+
+
+def _relative_change(before: Tensors, after: Tensors) -> float:
+    """Return the norm of the change of a matrix over its norm before; the median of those that were not 0."""
+    found = []
+    for name, then in before.items():
+        now = after.get(name)
+        if now is not None and now.shape == then.shape and bool(then.any()):
+            then = then.to(now)
+            found.append(float((now - then).norm() / then.norm()))
+    return sorted(found)[(len(found) - 1) // 2] if found else 0.0
