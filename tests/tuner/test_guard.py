@@ -76,6 +76,16 @@ def test_without_the_guard_the_same_start_is_lost():
     assert "went on from" not in " ".join(loop.tuner.report())
 
 
+def test_a_run_whose_first_steps_ruin_the_weights_begins_again_with_a_lower_rate():
+    loop = Loop(lr(0.05), torch.optim.Adam)
+    start = [p.detach().clone() for p in loop.model.parameters()]
+    loop.run(17)  # weights are judged before step 17
+    assert loop.tuner.log()["restored"] == 1
+    assert float(loop.space["lr"]) < 0.03
+    for p, then in zip(loop.model.parameters(), start, strict=True):
+        torch.testing.assert_close(p.detach(), then, rtol=1e-3, atol=1e-4)
+
+
 def test_a_divergence_is_logged_and_reported():
     loop = Loop(lr(30.0)).run()
     assert loop.tuner.log()["restored"] >= 1
@@ -280,6 +290,22 @@ def test_gradients_that_are_not_finite_or_mostly_zero_show_that_weights_are_lost
     assert guard.lost({"w": one, "b": zero, "c": zero})
     assert guard.lost({"w": one, "b": one * math.nan, "c": one})
     assert guard.lost({"w": one, "b": one, "c": one * math.inf})
+
+
+@pytest.mark.parametrize("option", ["lr", "momentum", "beta1"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_fast_step_is_made_no_longer(option, fast):
+    space = mf.Space({option: mf.default_range(option), "noise": mf.default_range("noise")})
+    weight = nn.Parameter(torch.eye(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    guard = Guard(space, mf.Averaged(), lambda: {"w": weight}, dict, [optimizer], {option: option})
+    longer, shorter = ({name: sign * torch.ones(()) for name in space} for sign in (-1, 1))
+    for found in (longer, shorter):
+        guard.begin_step()
+        with torch.no_grad():
+            weight.mul_(1.02 if fast else 1.0001)
+        left_out = fast and found is longer and option != "beta1"
+        assert set(guard.restrained(found, 1000)) == ({"noise"} if left_out else set(space))
 
 
 def test_going_back_restores_the_weights_and_clears_the_optimisers_state():
