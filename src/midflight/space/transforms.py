@@ -53,7 +53,7 @@ class Linear(Transform):
     for angles in degrees, if that is 0 or unknown. It is GROWTH times the value now if that is more.
     """
 
-    USUAL, TIMES_INIT, GROWTH = 45.0, 10.0, 6.0
+    USUAL, TIMES_INIT, GROWTH = 45.0, 20.0, 6.0
 
     init: float = field(default=0.0, compare=False)
     """The size of the initial value."""
