@@ -63,6 +63,7 @@ def test_going_back_gives_the_initial_weights_and_buffers_and_ends_after_some_ti
         m(torch.randn(5, 6))
         assert first.slower()
         first.restore()
+        first.count_anew()
         for name, t in m.state_dict().items():
             torch.testing.assert_close(t, start[name], rtol=1e-3, atol=1e-3)
     for _ in range(STEPS):

@@ -227,6 +227,7 @@ class Guard:
         """Clear the optimisers' state and the gradients, because the weights have jumped."""
         self.restored += 1
         self._worse = 0
+        self.beginning.count_anew()
         for optimizer in self._optimizers:
             optimizer.state.clear()  # old second moments would make the first steps too long
         for p in self._params().values():

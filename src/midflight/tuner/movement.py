@@ -22,7 +22,7 @@ AIM, LEAST = 0.5, 0.01
 """A run that begins again aims at this relative change. Its lr falls by the factor LEAST at most."""
 MOST_RESTARTS = 2
 """How often a run may begin again for this reason."""
-FAST, FAST_AT_FIRST = 0.005, 1.0
+FAST, FAST_AT_FIRST = 0.0035, 1.0
 """A step is fast if it changes the weights by more than FAST, and by more than FAST_AT_FIRST over the number
 of the step."""
 ENTRIES = 2**16
@@ -59,6 +59,10 @@ class Beginning:
         if self._steps > max(MOVED):
             self._kept = {}
 
+    def count_anew(self) -> None:
+        """Count from the first step again, because the weights have jumped."""
+        self._steps = 0
+
     @property
     def due(self) -> bool:
         """Whether the weights are judged before the coming step."""
@@ -74,8 +78,7 @@ class Beginning:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the model its initial weights and buffers, and count again from the first step."""
-        self._steps = 0
+        """Give the model its initial weights and buffers."""
         self._restarts += 1
         for name, value in {**self._params(), **self._buffers()}.items():
             if name in self._kept:
