@@ -81,8 +81,9 @@ class Beginning:
         """Give the model its initial weights and buffers."""
         self._restarts += 1
         for name, value in {**self._params(), **self._buffers()}.items():
-            if name in self._kept:
-                value.copy_(self._kept[name])
+            kept = self._kept.get(name)
+            if kept is not None and kept.shape == value.shape:
+                value.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"steps": self._steps, "restarts": self._restarts}
@@ -116,15 +117,21 @@ def _samples(params: Tensors) -> Tensors:
 
 def _sample(matrix: Tensor) -> Tensor:
     flat = matrix.flatten()
-    return flat[:: -(-flat.numel() // ENTRIES)]
+    return flat[:: max(1, -(-flat.numel() // ENTRIES))]
 
 
 def _relative_change(before: Tensors, after: Tensors) -> float:
     """Return the norm of the change of a matrix over its norm before; the median of those that were not 0."""
-    found = []
-    for name, then in before.items():
-        now = after.get(name)
-        if now is not None and now.shape == then.shape and bool(then.any()):
-            then = then.to(now)
-            found.append(float((now - then).norm() / then.norm()))
+    names = [n for n, then in before.items() if n in after and after[n].shape == then.shape]
+    if not names:
+        return 0.0
+    then = [before[n].to(after[n]) for n in names]
+    changes = torch._foreach_norm(torch._foreach_sub([after[n] for n in names], then))
+    both = [
+        torch.stack([t.float().to(changes[0].device) for t in norms])
+        for norms in (changes, torch._foreach_norm(then))
+    ]
+    found = [
+        change / norm for change, norm in torch.stack(both, 1).tolist() if norm > 0
+    ]  # one synchronisation
     return sorted(found)[(len(found) - 1) // 2] if found else 0.0
