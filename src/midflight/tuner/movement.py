@@ -1,8 +1,8 @@
 """Judge a learning rate by how far steps move the weights, relative to the weights.
 
 A validation loss shows what a learning rate does now. If it is too high, the loss falls at first, and the
-final model is worse. On ten tasks, the best fixed learning rate moved a weight matrix by 1 to 5 % of its norm
-in step 10, by about 1 % in step 50, and by about 0.5 % in steps 200 and 500.
+final model is worse. The best fixed learning rates of several tasks move a weight matrix by 1 to 5 % of its
+norm in step 10, by about 1 % in step 50, and by about 0.5 % in steps 200 and 500 (`benchmarks/movement.py`).
 
 If the first steps move the weights by their initial size or more, nothing that comes later repairs this.
 """
@@ -73,7 +73,7 @@ class Beginning:
         """Return the factor on lr with which to begin again, if the weights have changed too much."""
         if not self.due:
             return None
-        change = _relative_change(_samples(self._kept), _samples(self._params()))
+        change = relative_change(_samples(self._kept), _samples(self._params()))
         return max(LEAST, AIM / change) if change > MOVED[self._steps] else None
 
     @torch.no_grad()
@@ -107,7 +107,7 @@ class Speed:
     def is_fast(self, params: Tensors, steps: int) -> bool:
         """Return whether the step since `begin` was fast, given the weights and the number of the step."""
         before, self._before = self._before, {}
-        return _relative_change(before, _samples(params)) > max(FAST, FAST_AT_FIRST / max(1, steps))
+        return relative_change(before, _samples(params)) > max(FAST, FAST_AT_FIRST / max(1, steps))
 
 
 def _samples(params: Tensors) -> Tensors:
@@ -120,7 +120,7 @@ def _sample(matrix: Tensor) -> Tensor:
     return flat[:: max(1, -(-flat.numel() // ENTRIES))]
 
 
-def _relative_change(before: Tensors, after: Tensors) -> float:
+def relative_change(before: Tensors, after: Tensors) -> float:
     """Return the norm of the change of a matrix over its norm before; the median of those that were not 0."""
     names = [n for n, then in before.items() if n in after and after[n].shape == then.shape]
     if not names:
@@ -131,7 +131,6 @@ def _relative_change(before: Tensors, after: Tensors) -> float:
         torch.stack([t.float().to(changes[0].device) for t in norms])
         for norms in (changes, torch._foreach_norm(then))
     ]
-    found = [
-        change / norm for change, norm in torch.stack(both, 1).tolist() if norm > 0
-    ]  # one synchronisation
+    pairs = torch.stack(both, 1).tolist()  # the one synchronisation with a GPU
+    found = [change / norm for change, norm in pairs if norm > 0]
     return sorted(found)[(len(found) - 1) // 2] if found else 0.0
