@@ -77,7 +77,8 @@ class Tuner:
             uses whole batches, and so does a model that has a layer with `batch_first=False`.
         guard: whether a run that diverges goes on from its best average so far, with a lower learning rate
             and momentum if these are tuned. If an option such as `lr` is tuned, it takes two more forward
-            passes on a T2 batch per hyper-step. `horizon="step"` has no guard.
+            passes on a T2 batch per hyper-step, and the last weights of a run of `total_steps` are replaced
+            by the best average if they validate worse. `horizon="step"` has no guard.
         on_hyperstep: called with (optimiser steps so far, `log()`) after each hyper-step.
 
     Raises:
