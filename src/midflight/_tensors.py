@@ -47,8 +47,17 @@ def add_scaled(a: Mapping[str, Tensor], b: Mapping[str, Tensor], scale: Tensor |
     return {name: a[name] + scale * b[name] for name in a}
 
 
+def write(source: Tensor, into: Tensor) -> None:
+    """Copy a tensor into another one, unless that has another shape or is expanded from fewer entries."""
+    if source.shape == into.shape and not (0 in into.stride() and into.numel() > 1):
+        into.copy_(source)
+
+
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether no entry is NaN or infinite."""
-    largest = torch._foreach_norm([t for t in tensors if t.numel()] or [torch.zeros(1)], math.inf)
+    largest = torch._foreach_norm(
+        [t for t in tensors if t.numel() and (t.is_floating_point() or t.is_complex())] or [torch.zeros(1)],
+        math.inf,
+    )
     together = torch.stack([x.to(largest[0]) for x in largest])  # one synchronisation with a GPU
     return bool(torch.isfinite(together).all())

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import midflight as mf
-from midflight.tuner.guard import Guard
+from midflight.tuner.guard import MOST_IN_VAIN, Guard
 
 torch.manual_seed(0)
 RULE = torch.randn(12, 4)
@@ -284,12 +285,76 @@ def test_an_early_loss_above_the_initial_one_is_a_divergence():
 
 
 def test_gradients_that_are_not_finite_or_mostly_zero_show_that_weights_are_lost():
-    guard, *_ = guarded()
+    guard, *_ = guarded(loss=1.0)
     one, zero = torch.ones(2), torch.zeros(2)
-    assert not guard.lost({"w": one, "b": zero, "c": one})
-    assert guard.lost({"w": one, "b": zero, "c": zero})
-    assert guard.lost({"w": one, "b": one * math.nan, "c": one})
-    assert guard.lost({"w": one, "b": one, "c": one * math.inf})
+    for loss, still in ((0.95, True), (0.5, False)):  # a loss that has fallen has other causes for zeros
+        look = partial(float, loss)
+        assert not guard.lost({"w": one, "b": zero, "c": one}, look)
+        assert not guard.lost({"w": zero, "b": zero, "c": zero}, look)  # nothing is left to learn
+        assert guard.lost({"w": one, "b": zero, "c": zero}, look) == still
+        assert guard.lost({"w": one, "b": one * math.nan, "c": one}, look)
+        assert guard.lost({"w": one, "b": one, "c": one * math.inf}, look)
+
+
+def test_weights_too_large_for_half_precision_come_back_as_they_were():
+    guard, _, weight, optimizer = guarded()
+    with torch.no_grad():
+        weight.fill_(2e5)
+    guard._horizon.keep(0.0, {"w": weight}, {"cache": torch.zeros(2)})
+    guard._horizon.keep(0.0, {"w": weight}, {"cache": torch.zeros(3)})  # a buffer that has grown
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert guard.restore()
+    assert torch.equal(weight, torch.full((3,), 2e5))
+
+
+def test_the_guard_leaves_a_run_alone_that_it_cannot_help():
+    guard, _, weight, _ = guarded()
+    assert [guard.restore() for _ in range(MOST_IN_VAIN + 1)] == [True] * MOST_IN_VAIN + [False]
+    with torch.no_grad():
+        weight.fill_(math.nan)
+    assert guard.restore()
+
+
+def test_a_lower_rate_that_learns_much_less_is_given_back():
+    """Small initial weights move by many times their size in a good run, as those of LoRA do."""
+    for loss, back in ((1.6, False), (1.8, True)):
+        space = mf.Space(lr=mf.default_range("lr", init=1e-2))
+        weight = nn.Parameter(torch.eye(3))
+        guard = Guard(
+            space,
+            mf.Averaged(),
+            lambda w=weight: {"w": w},
+            dict,
+            [torch.optim.SGD([weight], 0.1)],
+            {"lr": "lr"},
+        )
+        guard.begin(2.0, {"w": torch.ones(3, 3)})
+        for _ in range(16):
+            guard.beginning.count_step()
+        with torch.no_grad():
+            weight.mul_(5)
+        assert guard.begin_again(lambda: 1.5)
+        assert float(space["lr"]) < 5e-3
+        for _ in range(16):
+            assert not guard.trial_due
+            guard.beginning.count_step()
+        assert guard.trial_due
+        guard.end_trial(loss)
+        assert (float(space["lr"]) > 9e-3) == back
+
+
+def test_looks_at_a_random_validation_loss_use_the_same_draws():
+    loop = Loop(lr(1e-3), tune=False)
+    noisy = lambda model, batch: loss_fn(model, batch) + torch.rand(())  # noqa: E731
+    tuner = mf.Tuner(
+        loop.model, loop.optimizer, loop.space, loss_fn, TRAIN, VALID, valid_loss_fn=noisy, total_steps=100
+    )
+    hyperstep = tuner._hyperstep
+    first, between = hyperstep.look(), [hyperstep.look_again() for _ in range(2)]
+    assert between == [first, first]
+    now, best = hyperstep.losses_beside({}, 2)
+    assert now == best
 
 
 @pytest.mark.parametrize("option", ["lr", "momentum", "beta1"])

@@ -97,7 +97,7 @@ class Controller:
         guard = self.guard
         if guard is None or not guard.watching:
             return False
-        often = not guard.begun or guard.beginning.due or self.steps in LOOKS
+        often = not guard.begun or guard.beginning.due or guard.trial_due or self.steps in LOOKS
         return often or self.due or self.horizon.due(self.steps + 1)
 
     def begin(self) -> None:
@@ -156,12 +156,17 @@ class Controller:
         if not grads:
             return False
         if not guard.begun:
-            guard.begin(self._hyperstep.look(again=False), grads)
+            guard.begin(self._hyperstep.look(), grads)
             return False
-        lost = guard.lost(grads) or (
-            self.steps in LOOKS and guard.diverged_early(self._hyperstep.look(again=True))
+        look = self._hyperstep.look_again
+        lost = guard.lost(grads, partial(look, on_any=True)) or (
+            self.steps in LOOKS and guard.diverged_early(look())
         )
-        return (lost and self._go_back(guard.restore)) or self._go_back(guard.begin_again)
+        if lost and self._go_back(guard.restore):
+            return True
+        if guard.trial_due:
+            guard.end_trial(look())
+        return self._go_back(partial(guard.begin_again, look))
 
     def _diverged(self, result: HyperStepResult) -> bool:
         """Return whether a hyper-step shows that the run diverges or got worse, so that it went back."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from midflight._tensors import Tensors
+from midflight._tensors import Tensors, all_finite, write
 from midflight.space import Space
 from midflight.tuner.horizon import Averaged
 from midflight.tuner.movement import Beginning, Speed
@@ -37,9 +37,15 @@ MARGIN = 0.05
 """No difference below this share of what the run has gained so far is a divergence."""
 SLOWER = 0.5
 """The factor on lr after a run has got worse."""
-DEAD = 0.5
-"""A run is lost if more than this share of the weight tensors have a gradient of exactly 0, but had none
-before."""
+DEAD, FALLEN = 0.5, 0.2
+"""A run is lost if more than the share DEAD of the weight tensors have a gradient of exactly 0, but had none
+before, and C2 has not fallen by the share FALLEN of the initial one."""
+MOST_IN_VAIN = 8
+"""So many returns after divergences may follow each other without a better average. The run is then left
+alone, as long as its weights are finite."""
+LEARNS = 0.5
+"""A run that began again with a lower lr gets its lr back if, in as many steps, C2 falls by less than this
+share of its fall before."""
 WORSE_AT_END, BATCHES_AT_END = 0.05, 4
 """The last weights of a run are replaced if, on so many batches of T2, their mean loss is above that of the
 best average by WORSE_AT_END times that."""
@@ -81,12 +87,16 @@ class Guard:
         """C2 at the initial weights."""
         self._worse = 0
         """For how many hyper-steps in a row the average has been worse than the best."""
+        self._in_vain = 0
+        """How often the run has gone back since the last better average."""
         self._at_best: Tensors = {}
         """The raw coordinates at the time of the best average."""
         self._highest: Tensors = {}
         """Name of a risky option -> its largest allowed value."""
         self._zero = 0
         """How many weight tensors had a gradient of 0 at the first step."""
+        self._trial: tuple[int, float, Tensors] | None = None
+        """Steps, C2 and raw coordinates when the run began again, until the two can be compared."""
         self.beginning, self._speed = Beginning(params, buffers), Speed()
         self._lengths = [name for name, option in self._options.items() if option in LENGTHS]
 
@@ -113,15 +123,30 @@ class Guard:
     def begun(self) -> bool:
         return self._initial is not None
 
-    def lost(self, grads: Tensors) -> bool:
-        """Return whether gradients of a step show that the weights are lost."""
-        sizes = _largest(grads)
-        return not all(map(math.isfinite, sizes)) or sizes.count(0) > self._zero + DEAD * len(sizes)
+    def lost(self, grads: Tensors, look: Callable[[], float | None]) -> bool:
+        """Return whether gradients of a step show that the weights are lost.
 
-    def diverged_early(self, loss: float) -> bool:
+        Gradients of 0 show it only if C2 has hardly fallen: a loss of 0, a part of the model that is not used
+        and a frozen layer have such gradients too.
+
+        Args:
+            grads: of the weights.
+            look: returns C2 at the weights, on the batch of `begin` if that is known.
+        """
+        sizes = _largest(grads)
+        if not all(map(math.isfinite, sizes)):
+            return True
+        zero = sizes.count(0)
+        if not self._zero + DEAD * len(sizes) < zero < len(sizes):
+            return False
+        assert self._initial is not None
+        loss = look()
+        return loss is not None and not loss < self._initial - FALLEN * abs(self._initial)
+
+    def diverged_early(self, loss: float | None) -> bool:
         """Return whether C2 at the weights is too far above the initial one; NaN may be due to its batch."""
         assert self._initial is not None
-        return loss > self._initial + START * abs(self._initial)
+        return loss is not None and loss > self._initial + START * abs(self._initial)
 
     def diverged(self, loss: float, at_average: float) -> bool:
         """Return whether the run diverges, given C2 at the weights and at their average, on one batch."""
@@ -151,6 +176,7 @@ class Guard:
     def note_best(self) -> None:
         """Take in that the average now is the best so far."""
         self._at_best = self._raws()
+        self._in_vain = 0
 
     def _margin(self) -> float:
         assert self._initial is not None
@@ -161,12 +187,13 @@ class Guard:
         """Give the model the weights and buffers of the best average."""
         for name, value in {**self._params(), **self._buffers()}.items():
             if name in self._horizon.best:
-                value.copy_(self._horizon.best[name])
+                write(self._horizon.best[name], value)
 
     def _best_fits(self) -> bool:
-        """Return whether there is a best average of all present weights."""
+        """Return whether there is a finite best average of all present weights."""
         best = self._horizon.best
-        return all(n in best and best[n].shape == p.shape for n, p in self._params().items())
+        fits = all(n in best and best[n].shape == p.shape for n, p in self._params().items())
+        return fits and all_finite(best.values())
 
     @torch.no_grad()
     def restore(self, diverged: bool = True) -> bool:
@@ -181,6 +208,9 @@ class Guard:
             whether there was one.
         """
         if not self._best_fits():
+            return False
+        self._in_vain += diverged
+        if self._in_vain > MOST_IN_VAIN and all_finite(self._params().values()):
             return False
         self._take_best()
         self._forget_steps()
@@ -199,16 +229,21 @@ class Guard:
         return True
 
     @torch.no_grad()
-    def begin_again(self) -> bool:
+    def begin_again(self, look: Callable[[], float | None]) -> bool:
         """Go back to the initial weights, with a lower lr, if the first steps have moved them too far.
+
+        Args:
+            look: returns C2 at the weights, on the batch of `begin`; None if that is not known.
 
         Returns:
             whether they have.
         """
         factor = self.beginning.slower()
-        if factor is None:
+        loss = None if factor is None else look()
+        if factor is None or loss is None:
             return False
         assert self._initial is not None
+        self._trial = self.beginning.steps, loss, self._raws()
         self.beginning.restore()
         self._forget_steps()
         for name, raw in self._space.raws.items():
@@ -222,6 +257,25 @@ class Guard:
         self._horizon.keep(self._initial, self._params(), self._buffers())
         self._at_best = self._raws()
         return True
+
+    @property
+    def trial_due(self) -> bool:
+        """Whether a run that began again has taken as many steps as before."""
+        return self._trial is not None and self.beginning.steps >= self._trial[0]
+
+    @torch.no_grad()
+    def end_trial(self, loss: float | None) -> None:
+        """Give lr its value back if the run has learnt much less since it began again; `loss` is C2 now."""
+        assert self._trial is not None
+        assert self._initial is not None
+        (_, before, raws), self._trial = self._trial, None
+        if loss is None or self._initial - loss >= LEARNS * (self._initial - before):
+            return
+        for name, option in self._options.items():
+            if option == "lr":
+                self._space.raws[name].copy_(raws[name])
+                self._highest.pop(name, None)
+        self.beginning.end()
 
     def _forget_steps(self) -> None:
         """Clear the optimisers' state and the gradients, because the weights have jumped."""
@@ -281,14 +335,14 @@ class Guard:
             "beginning": self.beginning.state_dict(), "restored": self.restored,
             "replaced": self.replaced, "initial": self._initial,
             "worse": self._worse, "at_best": dict(self._at_best), "highest": dict(self._highest),
-            "zero": self._zero,
+            "zero": self._zero, "in_vain": self._in_vain, "trial": self._trial,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.restored, self.replaced = state["restored"], state["replaced"]
         self.beginning.load_state_dict(state["beginning"])
-        self._initial, self._worse = state["initial"], state["worse"]
-        self._at_best = dict(state["at_best"])
+        self._initial, self._worse, self._in_vain = state["initial"], state["worse"], state["in_vain"]
+        self._at_best, self._trial = dict(state["at_best"]), state["trial"]
         self._highest, self._zero = {n: t.clone() for n, t in state["highest"].items()}, state["zero"]
 
 

@@ -32,7 +32,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from midflight._tensors import Tensors, detach, unalias
+from midflight._tensors import Tensors, all_finite, detach, unalias
 from midflight.errors import UnknownName
 
 WINDOW = 0.1
@@ -293,11 +293,13 @@ class Averaged:
         """Store these as the best so far, weights in the types of KEPT."""
         for name, t in tensors.items():
             kept = self.best.get(name)
-            if kept is None:
+            if kept is None or kept.shape != t.shape:
                 half = name in self._dtypes  # weights only; buffers take little memory
                 self.best[name] = t.to(KEPT.get(t.dtype, t.dtype) if half else t.dtype, copy=True)
             else:
                 kept.copy_(t)
+        if not all_finite(self.best.values()):  # some weights are too large for half precision
+            self.best |= {n: t.clone() for n, t in tensors.items() if not all_finite([self.best[n]])}
 
     @property
     def at_average(self) -> bool:

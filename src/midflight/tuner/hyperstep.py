@@ -116,8 +116,8 @@ class HyperStep:
         self._said_standing = self._judged_reading = False
         self.read_in_validation: list[str] = []
         """Hyperparameters that the validation loss is a function of; empty before the first hyper-step."""
-        self._looked_at: Any = None
-        """The batch of the last look."""
+        self._looked_at: tuple[Any, list[Any]] | None = None
+        """The batch of the first look, and the random states there."""
         self.compares = False
         """Whether a result holds `loss_now` and `loss_at_best`."""
         self._buffers = Watched(self.live.all)
@@ -245,8 +245,11 @@ class HyperStep:
             found |= self._of_options(step, options, v)
         batch = next(self.t2)
         if options and self.compares:
+            states = self.randomness.snapshot()
             loss_now = self._loss_at({}, batch)
+            self.randomness.rewind(states)
             loss_at_best = self._loss_at(self.horizon.candidates().get("earlier", {}), batch)
+            self.randomness.rewind(states)
         at_average = self._loss_at_average(batch)
         return HyperStepResult(found, at_average, train_loss, loss_now, loss_at_best)
 
@@ -269,26 +272,39 @@ class HyperStep:
             found |= one_step(replace(_only(step, others), dependence=_independent), v)
         return found
 
-    def look(self, again: bool) -> float:
-        """Return C2 at the weights, on the next batch of T2.
-
-        Args:
-            again: whether to use the batch of the last look, if there was one.
-        """
+    def look(self) -> float:
+        """Return C2 at the weights, on the next batch of T2."""
         with self.live.borrowed():
-            if not again or self._looked_at is None:
-                self._looked_at = next(self.t2)
-            return self._loss_at({}, self._looked_at)
+            self._looked_at = next(self.t2), self.randomness.snapshot()
+            return self._loss_at({}, self._looked_at[0])
+
+    def look_again(self, on_any: bool = False) -> float | None:
+        """Return C2 at the weights, on the batch and with the random draws of `look`.
+
+        After a resume that batch is not known. The result is then of another batch if `on_any`, or None.
+        """
+        if self._looked_at is None and not on_any:
+            return None
+        with self.live.borrowed():
+            if self._looked_at is None:
+                return self._loss_at({}, next(self.t2))
+            states = self.randomness.snapshot()
+            self.randomness.rewind(self._looked_at[1])
+            loss = self._loss_at({}, self._looked_at[0])
+            self.randomness.rewind(states)
+            return loss
 
     def losses_beside(self, tensors: Tensors, batches: int) -> tuple[float, float]:
         """Return C2 at the weights, and with these tensors in place, means over the next batches of T2."""
         found = []
         with self.live.borrowed():
             for _ in range(batches):
-                batch = next(self.t2)
-                found.append((self._loss_at({}, batch), self._loss_at(tensors, batch)))
-        now, there = (sum(losses) / batches for losses in zip(*found, strict=True))
-        return now, there
+                batch, states = next(self.t2), self.randomness.snapshot()
+                now = self._loss_at({}, batch)
+                self.randomness.rewind(states)
+                found.append((now, self._loss_at(tensors, batch)))
+        at_weights, there = (sum(losses) / batches for losses in zip(*found, strict=True))
+        return at_weights, there
 
     def _loss_at(self, tensors: Tensors, batch: Any) -> float:
         """Return C2 with these weights and buffers in place of the model's own."""

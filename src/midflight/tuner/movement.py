@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midflight._tensors import Tensors
+from midflight._tensors import Tensors, all_finite, write
 from midflight.tuner.horizon import KEPT
 
 MOVED = {16: 1.2, 64: 3.0}
@@ -38,12 +38,13 @@ class Beginning:
         params, buffers: return the weights and the model's buffers, name -> live tensor.
 
     Attributes:
+        steps: optimiser steps since the beginning, or since the weights have jumped.
         raws: the raw coordinates of the space at the beginning.
     """
 
     def __init__(self, params: Callable[[], Tensors], buffers: Callable[[], Tensors]) -> None:
         self._params, self._buffers = params, buffers
-        self._steps, self._restarts = 0, 0
+        self.steps, self._restarts = 0, 0
         self._kept: Tensors = {}
         self.raws: Tensors = {}
 
@@ -51,22 +52,28 @@ class Beginning:
         """Keep the weights and buffers of now, and these raw coordinates, as the initial ones."""
         tensors = {**self._params(), **self._buffers()}
         self._kept = {n: t.detach().to(KEPT.get(t.dtype, t.dtype), copy=True) for n, t in tensors.items()}
+        if not all_finite(self._kept.values()):  # some are too large for half precision
+            self._kept = {n: t.detach().clone() for n, t in tensors.items()}
         self.raws = raws
 
     def count_step(self) -> None:
         """Count an optimiser step."""
-        self._steps += bool(self._kept)
-        if self._steps > max(MOVED):
+        self.steps += bool(self._kept)
+        if self.steps > max(MOVED):
             self._kept = {}
 
     def count_anew(self) -> None:
         """Count from the first step again, because the weights have jumped."""
-        self._steps = 0
+        self.steps = 0
+
+    def end(self) -> None:
+        """Drop the initial weights; the run begins again no more."""
+        self._kept = {}
 
     @property
     def due(self) -> bool:
         """Whether the weights are judged before the coming step."""
-        return bool(self._kept) and self._steps in MOVED and self._restarts < MOST_RESTARTS
+        return bool(self._kept) and self.steps in MOVED and self._restarts < MOST_RESTARTS
 
     @torch.no_grad()
     def slower(self) -> float | None:
@@ -74,23 +81,22 @@ class Beginning:
         if not self.due:
             return None
         change = relative_change(_samples(self._kept), _samples(self._params()))
-        return max(LEAST, AIM / change) if change > MOVED[self._steps] else None
+        return max(LEAST, AIM / change) if change > MOVED[self.steps] else None
 
     @torch.no_grad()
     def restore(self) -> None:
         """Give the model its initial weights and buffers."""
         self._restarts += 1
         for name, value in {**self._params(), **self._buffers()}.items():
-            kept = self._kept.get(name)
-            if kept is not None and kept.shape == value.shape:
-                value.copy_(kept)
+            if name in self._kept:
+                write(self._kept[name], value)
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {"steps": self._steps, "restarts": self._restarts}
+        counts = {"steps": self.steps, "restarts": self._restarts}
         return {**counts, "kept": dict(self._kept), "raws": dict(self.raws)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._steps, self._restarts = state["steps"], state["restarts"]
+        self.steps, self._restarts = state["steps"], state["restarts"]
         self._kept, self.raws = dict(state["kept"]), dict(state["raws"])
 
 
