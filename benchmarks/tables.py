@@ -252,7 +252,7 @@ def finite(loss: float) -> float:
 
 def figure(found: list[Row], path: Path) -> None:
     """Draw per table the sorted test errors of each arm, over that of the best constant setting."""
-    whole = [t for t in TABLES if best_constant([r for r in found if r["task"] == t])]
+    whole = [t for t in TABLES if {"constant", "tuned"} <= {r["arm"] for r in found if r["task"] == t}]
     if not whole:
         return
     fig = Figure(figsize=(2.6 * len(whole), 3.2), layout="constrained")
@@ -264,6 +264,8 @@ def figure(found: list[Row], path: Path) -> None:
         assert best is not None
         for arm, colour in colours.items():
             ends = sorted(min(100.0, r["test"] / best["test"]) for r in here if r["arm"] == arm)
+            if not ends:
+                continue
             ax.plot(range(1, len(ends) + 1), ends, ".-", color=colour, markersize=4, linewidth=1, label=arm)
         ax.axhspan(0.5, 1.1, color="tab:green", alpha=0.2, label="best constant, + 10 %")
         ax.set_yscale("log")
