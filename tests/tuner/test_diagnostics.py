@@ -176,7 +176,7 @@ def test_a_validation_loss_that_rises_is_reported_with_the_step_of_its_least_val
 
 def test_a_hyperparameter_whose_signs_are_random_is_reported_and_one_that_moves_is_not():
     signal = Signal()
-    flips = torch.tensor([1.0, -1.0])
+    flips = 1.0, -1.0
     for n in range(DECISIONS):
         assert signal.report() == []
         signal.observe({"random": flips[n % 2], "steady": flips[int(n % 4 == 0)]})

@@ -345,11 +345,11 @@ class Controller:
             self.log["train_loss"] = result.train_loss
         self.hypersteps += 1
         self.bounds.observe(self._space)
-        self.signal.observe(result.hypergradients)
         self.trajectory.record(self.steps, self._space)
         self.log["valid_loss"] = result.valid_loss
-        for name, g in result.hypergradients.items():
-            self.log[f"hypergradient/{name}"] = float(g.mean())
+        means = {name: float(g.mean()) for name, g in result.hypergradients.items()}
+        self.log |= {f"hypergradient/{name}": mean for name, mean in means.items()}
+        self.signal.observe(means)
 
     def _plan(self, hyper: bool, busy: bool = False) -> None:
         self.due = self._schedule.next_is_hyper(self.steps, hyper, busy)

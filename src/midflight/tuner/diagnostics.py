@@ -134,11 +134,11 @@ class Signal:
         self._sums: dict[str, tuple[int, int, float]] = {}
         """Name -> count, sum of signs, the largest |sum| / sqrt(count)."""
 
-    def observe(self, found: Tensors) -> None:
-        """Take in the hypergradients of a hyper-step, name -> tensor; the sum of several entries counts."""
-        for name, g in found.items():
+    def observe(self, means: Mapping[str, float]) -> None:
+        """Take in the mean hypergradients of a hyper-step, by name."""
+        for name, mean in means.items():
             count, total, most = self._sums.get(name, (0, 0, 0.0))
-            count, total = count + 1, total + int(g.sum().sign())
+            count, total = count + 1, total + (mean > 0) - (mean < 0)
             if count >= self.FIRST:
                 most = max(most, abs(total) / math.sqrt(count))
             self._sums[name] = count, total, most
