@@ -308,6 +308,26 @@ def test_weights_too_large_for_half_precision_come_back_as_they_were():
     assert torch.equal(weight, torch.full((3,), 2e5))
 
 
+def test_buffers_come_back_as_they_were_whatever_they_hold():
+    """A causal mask holds -inf; half precision would round a table of positions."""
+    torch.manual_seed(0)
+    mask, table = torch.full((4, 4), -math.inf).triu(1), torch.rand(50)
+    buffers = {"mask": mask.clone(), "table": table.clone()}
+    weight = nn.Parameter(torch.eye(3))
+    space = mf.Space(lr=mf.default_range("lr", init=1e-2))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    guard = Guard(space, mf.Averaged(), lambda: {"w": weight}, lambda: buffers, [optimizer], {"lr": "lr"})
+    guard.begin(2.0, {"w": torch.ones(3, 3)})
+    for go_back in (guard.restore, guard.beginning.restore):
+        buffers["table"].zero_()
+        with torch.no_grad():
+            weight.fill_(math.nan)
+        assert go_back() in (True, None)
+        assert torch.equal(weight, torch.eye(3))
+        assert torch.equal(buffers["table"], table)
+        assert torch.equal(buffers["mask"], mask)
+
+
 def test_the_guard_leaves_a_run_alone_that_it_cannot_help():
     guard, _, weight, _ = guarded()
     assert [guard.restore() for _ in range(MOST_IN_VAIN + 1)] == [True] * MOST_IN_VAIN + [False]

@@ -191,9 +191,9 @@ class Guard:
 
     def _best_fits(self) -> bool:
         """Return whether there is a finite best average of all present weights."""
-        best = self._horizon.best
-        fits = all(n in best and best[n].shape == p.shape for n, p in self._params().items())
-        return fits and all_finite(best.values())
+        best, params = self._horizon.best, self._params()
+        fits = all(name in best and best[name].shape == p.shape for name, p in params.items())
+        return fits and all_finite(best[name] for name in params)  # a buffer may hold -inf, as a mask does
 
     @torch.no_grad()
     def restore(self, diverged: bool = True) -> bool:

@@ -32,7 +32,7 @@ ENTRIES = 2**16
 class Beginning:
     """Keeps the initial weights during the first steps of a run, and judges how far they have moved.
 
-    They are kept in half precision, and dropped after the last of the steps in MOVED.
+    Weights are kept in half precision, buffers whole. All are dropped after the last of the steps in MOVED.
 
     Args:
         params, buffers: return the weights and the model's buffers, name -> live tensor.
@@ -50,10 +50,11 @@ class Beginning:
 
     def keep(self, raws: Tensors) -> None:
         """Keep the weights and buffers of now, and these raw coordinates, as the initial ones."""
-        tensors = {**self._params(), **self._buffers()}
-        self._kept = {n: t.detach().to(KEPT.get(t.dtype, t.dtype), copy=True) for n, t in tensors.items()}
+        params = {name: p.detach() for name, p in self._params().items()}
+        self._kept = {name: p.to(KEPT.get(p.dtype, p.dtype), copy=True) for name, p in params.items()}
         if not all_finite(self._kept.values()):  # some are too large for half precision
-            self._kept = {n: t.detach().clone() for n, t in tensors.items()}
+            self._kept = {name: p.clone() for name, p in params.items()}
+        self._kept |= {name: b.clone() for name, b in self._buffers().items()}
         self.raws = raws
 
     def count_step(self) -> None:
