@@ -298,10 +298,9 @@ class Averaged:
                 self.best[name] = t.to(KEPT.get(t.dtype, t.dtype) if half else t.dtype, copy=True)
             else:
                 kept.copy_(t)
-        smaller = [t for n, t in self.best.items() if n in tensors and t.dtype != tensors[n].dtype]
-        sizes = torch._foreach_norm(smaller, math.inf) if smaller else ()
-        if sizes and not float(torch.stack([s.to(sizes[0]) for s in sizes]).max()) < math.inf:
-            self.best |= {n: t.clone() for n, t in tensors.items() if not all_finite([self.best[n]])}
+        smaller = {n: t for n, t in tensors.items() if t.dtype != self.best[n].dtype}
+        if not all_finite(self.best[name] for name in smaller):  # some are too large for half precision
+            self.best |= {n: t.clone() for n, t in smaller.items() if not all_finite([self.best[n]])}
 
     @property
     def at_average(self) -> bool:
