@@ -13,12 +13,9 @@ The table compares test errors start by start.
 A training on T1 + T2 has the same number of epochs, hence more steps. Rows: docs/results/all_data_seam.jsonl.
 """
 
-import argparse
-import multiprocessing
-
 import numpy as np
 from any_start import point
-from tasks import RESULTS, Point, Row, Training, compute, rows
+from tasks import RESULTS, Point, Row, Training, compute, parser_of, rows
 
 import midflight as mf
 
@@ -71,10 +68,7 @@ def table(found: list[Row]) -> str:
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--table", action="store_true", help="compute nothing")
+    parser = parser_of(__doc__)
     options = parser.parse_args()
     if not options.table:
         done = {(row["task"], row["index"]) for row in rows(ROWS)}

@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from lattice import CHECKPOINTS
 from matplotlib.figure import Figure
-from tasks import HIGH_OF_FOUR, LOW_OF_FOUR, RESULTS, TASKS, Point, Row, Training, compute, rows
+from tasks import HIGH_OF_FOUR, LOW_OF_FOUR, RESULTS, TASKS, Point, Row, Training, compute, finite, rows
 
 import midflight as mf
 from midflight.tuner.live import weights_at
@@ -145,10 +145,6 @@ def losses(found: list[Row], task: str, arm: str, finished: bool = False) -> lis
     """Return index -> validation loss of the last or the finished weights; infinite if the run diverged."""
     chosen = sorted((r for r in found if (r["task"], r["arm"]) == (task, arm)), key=lambda r: r["index"])
     return [finite(r["finish"][0] if finished else r["valid_loss"]) for r in chosen]
-
-
-def finite(loss: float | None) -> float:
-    return float("inf") if loss is None or loss != loss else loss
 
 
 COMPARED = {

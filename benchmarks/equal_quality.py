@@ -21,9 +21,7 @@ for the mixed partial derivative. Constants were chosen on some of the six seeds
 its own `train`): docs/results/equal_quality.jsonl. A row of a GPU names it, and so does its pair.
 """
 
-import argparse
 import math
-import multiprocessing
 import os
 from collections.abc import Callable
 from statistics import fmean
@@ -31,7 +29,7 @@ from typing import Any
 
 import any_start
 from equal_compute import beside_a_fixed_one
-from tasks import HIGH, LOW, RESULTS, TASKS, Row, Training, append, compute, rows
+from tasks import HIGH, LOW, RESULTS, TASKS, Row, Training, append, compute, parser_of, rows
 
 import midflight as mf
 
@@ -120,15 +118,12 @@ def pairs(first: list[Row], ours: list[Row]) -> str:
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser = parser_of(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--examples", nargs="+", type=int, default=[], help="also run the default with these")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--device", default="cpu", help="of model and data")
-    parser.add_argument("--table", action="store_true", help="run nothing; print the table")
     parser.add_argument("--pair", action="store_true", help="run nothing; compare with the first edition")
     options = parser.parse_args()
     if options.pair:

@@ -20,9 +20,7 @@ start          0 and 1 are good, 2 to 4 are random in the default range
 Rows: docs/results/harm.jsonl.
 """
 
-import argparse
 import math
-import multiprocessing
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +32,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from tasks import RESULTS, TASKS, Row, Task, cnn, compute, endless, images, rows, splits, with_dropout
+from tasks import (
+    RESULTS,
+    TASKS,
+    Row,
+    Task,
+    cnn,
+    compute,
+    endless,
+    images,
+    parser_of,
+    rows,
+    splits,
+    with_dropout,
+)
 from torch import Tensor, nn
 
 import midflight as mf
@@ -282,15 +293,11 @@ def figure(found: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser = parser_of(__doc__, ROWS)
     parser.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=TASK_NAMES, help="default: all")
     parser.add_argument("--tuned", nargs="+", choices=list(TUNED), default=list(TUNED), help="default: all")
     parser.add_argument("--sample", type=int, help="how many settings, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches, starts and sample")
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--table", action="store_true", help="run nothing; table and figure of stored rows")
-    parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows")
     options = parser.parse_args()
     if not options.table:
         chosen = [s for s in settings(options.tasks, options.seed) if s.tuned in options.tuned]

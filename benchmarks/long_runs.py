@@ -13,16 +13,14 @@ seeds:
     over fixed         the last loss of the same run without a tuner
 """
 
-import argparse
 import math
-import multiprocessing
 import os
 from dataclasses import replace
 from statistics import fmean
 
 import any_start
 from equal_quality import STARTS
-from tasks import RESULTS, TASKS, Row, Training, compute, rows
+from tasks import RESULTS, TASKS, Row, Training, compute, parser_of, rows
 
 import midflight as mf
 
@@ -78,10 +76,7 @@ def table(found: list[Row]) -> str:
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--table", action="store_true", help="run nothing; print the table")
+    parser = parser_of(__doc__)
     options = parser.parse_args()
     if not options.table:
         os.environ["OMP_NUM_THREADS"] = "1"

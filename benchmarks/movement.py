@@ -11,16 +11,14 @@ runs.
 Rows: docs/results/movement.jsonl.
 """
 
-import argparse
 import math
-import multiprocessing
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from recipes import BATCH, NETWORKS, data
-from tasks import RESULTS, TASKS, Batch, Row, compute, endless, rows, splits
+from tasks import RESULTS, TASKS, Batch, Row, compute, endless, parser_of, rows, splits
 from torch import Tensor, nn
 
 from midflight.datasets import Shuffled, Split
@@ -100,12 +98,9 @@ def table(found: list[Row]) -> str:
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser = parser_of(__doc__)
     names = [*OF_TASKS, *OF_RECIPES]
     parser.add_argument("--tasks", nargs="+", choices=names, default=names, help="default: all")
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--table", action="store_true", help="run nothing; table of the stored rows")
     options = parser.parse_args()
     if not options.table:
         done = {(r["task"], r["arm"], r["index"]) for r in rows(ROWS)}

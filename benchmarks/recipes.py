@@ -20,10 +20,8 @@ fixed run ends with its last weights; the last column compares with the best of 
 Rows: docs/results/recipes.jsonl.
 """
 
-import argparse
 import inspect
 import math
-import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -34,7 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from tasks import RESULTS, Batch, Row, cnn, compute, endless, images, rows, with_dropout
+from tasks import RESULTS, Batch, Row, cnn, compute, endless, finite, images, parser_of, rows, with_dropout
 from torch import Tensor, nn
 
 import midflight as mf
@@ -199,10 +197,6 @@ def run(job: tuple[str, str, str, bool, int, int]) -> Row:
     }  # fmt: skip
 
 
-def finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
-
-
 Recipe = tuple[str, str, str]
 
 
@@ -262,15 +256,11 @@ def figure(found: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser = parser_of(__doc__, ROWS)
     parser.add_argument("--models", nargs="+", choices=list(DATA), default=list(DATA), help="default: all")
     parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES))
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and starts")
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--table", action="store_true", help="run nothing; table and figure of stored rows")
-    parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows")
     options = parser.parse_args()
     if not options.table:
         done = {

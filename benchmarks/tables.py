@@ -25,9 +25,7 @@ those weights. The best constant setting is chosen by validation.
 Data: the five UCI tables of the directory --data, see its README. Rows: docs/results/tables.jsonl.
 """
 
-import argparse
 import math
-import multiprocessing
 import random
 import time
 from collections.abc import Iterator
@@ -40,7 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from tasks import RESULTS, Row, compute, rows
+from tasks import RESULTS, Row, compute, finite, parser_of, rows
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -246,10 +244,6 @@ def summary(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
-
-
 def figure(found: list[Row], path: Path) -> None:
     """Draw per table the sorted test errors of each arm, over that of the best constant setting."""
     whole = [t for t in TABLES if {"constant", "tuned"} <= {r["arm"] for r in found if r["task"] == t}]
@@ -278,15 +272,11 @@ def figure(found: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser = parser_of(__doc__, ROWS)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="default: all")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="default: all")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and starts")
     parser.add_argument("--data", type=Path, default=DATA, help="directory of the tables")
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--table", action="store_true", help="run nothing; table and figure of stored rows")
-    parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows")
     options = parser.parse_args()
     if not options.table:
         missing = [t for t in options.tables if not (options.data / f"{t}.npz").exists()]

@@ -5,6 +5,7 @@ after each ReLU in [0, 0.8] and log10 of the learning rate in [-5, -1]. All runs
 and batches. A learning rate that is not tuned is constant. Test errors are only reported.
 """
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -211,6 +212,26 @@ def rows(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             continue
     return [row for row in found if "task" in row]
+
+
+def finite(loss: float | None) -> float:
+    """Return a loss; infinity if there is none, or if it is NaN."""
+    return math.inf if loss is None or loss != loss else loss
+
+
+def parser_of(about: str | None, rows: Path | None = None) -> argparse.ArgumentParser:
+    """Return a parser for a benchmark that stores rows, with the options that these have in common.
+
+    Args:
+        about: the benchmark's docstring.
+        rows: the default of --rows; None: the file cannot be chosen.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--table", action="store_true", help="run nothing; show the stored rows")
+    if rows:
+        parser.add_argument("--rows", type=Path, default=rows, help="file of the rows")
+    return parser
 
 
 def append(path: Path, row: Row) -> None:
