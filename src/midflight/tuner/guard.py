@@ -7,10 +7,11 @@ gradient must be finite.
 
 A run that diverges goes on from the best average so far, which may be the initial weights. The options that
 can ruin a run step back, and rise again only slowly. Other hyperparameters return to the values that they had
-with that average. A run whose first steps ruin its initial weights begins again. At the last of
-`total_steps`, the best average replaces weights that validate worse.
+with that average.
 
-If no such option is tuned, only weights that are not finite send a run back.
+A run whose first steps ruin its initial weights begins again. At the last of `total_steps`, the best average
+replaces weights that validate worse. If no such option is tuned, only weights that are not finite send a run
+back.
 """
 
 import math
@@ -57,7 +58,7 @@ per hyper-step."""
 class Guard:
     """Restores the best average of a run that diverges, and makes risky options step back.
 
-    It needs no copy of the weights, because `Averaged` keeps the best average.
+    `Averaged` keeps the best average, and `Beginning` the initial weights.
 
     Args:
         space: the hyperparameters.
@@ -205,7 +206,7 @@ class Guard:
                 at the best average.
 
         Returns:
-            whether there was one.
+            whether it did: not if there is no finite best average, or if it has been in vain too often.
         """
         if not self._best_fits():
             return False
@@ -294,7 +295,7 @@ class Guard:
             self._speed.begin(self._params())
 
     def restrained(self, hypergradients: Tensors, steps: int) -> Tensors:
-        """Leave out the hypergradients that would lengthen steps if the present one was fast already.
+        """Leave out hypergradients that lengthen steps, if the present step was fast already.
 
         Args:
             hypergradients: name -> tensor.

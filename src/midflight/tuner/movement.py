@@ -1,8 +1,8 @@
 """Judge a learning rate by how far steps move the weights, relative to the weights.
 
 A validation loss shows what a learning rate does now. If it is too high, the loss falls at first, and the
-final model is worse. The best fixed learning rates of several tasks move a weight matrix by 1 to 5 % of its
-norm in step 10, by about 1 % in step 50, and by about 0.5 % in steps 200 and 500 (`benchmarks/movement.py`).
+final model is worse. The best fixed learning rates of five tasks move a weight matrix by 0.3 to 2.6 % of its
+norm in step 50, by 0.2 to 1.5 % in step 200, and by 0.02 to 1.0 % in step 500 (`benchmarks/movement.py`).
 
 If the first steps move the weights by their initial size or more, nothing that comes later repairs this.
 """
