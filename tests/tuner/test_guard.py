@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import midflight as mf
+from midflight._tensors import write
+from midflight.tuner import movement
 from midflight.tuner.guard import MOST_IN_VAIN, Guard
 
 torch.manual_seed(0)
@@ -85,6 +87,23 @@ def test_a_run_whose_first_steps_ruin_the_weights_begins_again_with_a_lower_rate
     assert float(loop.space["lr"]) < 0.03
     for p, then in zip(loop.model.parameters(), start, strict=True):
         torch.testing.assert_close(p.detach(), then, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_rate_rises_unless_steps_are_fast(monkeypatch, fast):
+    monkeypatch.setattr(movement, "FAST", 0.0 if fast else 1.0)
+    monkeypatch.setattr(movement, "FAST_AT_FIRST", 0.0)
+    loop = Loop(lr(1e-5), torch.optim.Adam, steps=400).run()
+    assert float(loop.space["lr"]) == pytest.approx(1e-5 if fast else 4e-4, rel=0.3)
+
+
+def test_a_lower_rate_is_on_trial_for_as_many_steps(monkeypatch):
+    monkeypatch.setattr(movement, "MOVED", {16: 1e-6, 64: 1e6})
+    monkeypatch.setattr(movement, "MOST_RESTARTS", 1)
+    loop = Loop(lr(1e-3), torch.optim.Adam).run(32)
+    assert loop.tuner._controller.guard._trial is not None
+    loop.run(2)
+    assert loop.tuner._controller.guard._trial is None
 
 
 def test_a_divergence_is_logged_and_reported():
@@ -326,6 +345,16 @@ def test_buffers_come_back_as_they_were_whatever_they_hold():
         assert torch.equal(weight, torch.eye(3))
         assert torch.equal(buffers["table"], table)
         assert torch.equal(buffers["mask"], mask)
+
+
+def test_a_buffer_expanded_from_fewer_entries_is_left_as_it_is():
+    into, other = torch.zeros(1).expand(4), torch.zeros(5)
+    write(torch.ones(4), into)
+    write(torch.ones(4), other)
+    assert not into.any()
+    assert not other.any()
+    write(torch.ones(5), other)
+    assert other.all()
 
 
 def test_the_guard_leaves_a_run_alone_that_it_cannot_help():
