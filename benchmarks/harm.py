@@ -1,7 +1,7 @@
 """Count the runs that end worse with a tuner than without, from good and from random starts.
 
     python benchmarks/harm.py                            # all settings; resumes
-    python benchmarks/harm.py --sample 200               # a random part of them, the same for each seed
+    python benchmarks/harm.py --sample 200               # a random part of them, drawn with --seed
     python benchmarks/harm.py --tasks digits tabular     # some tasks
     python benchmarks/harm.py --table                    # table and figure of the stored rows
 

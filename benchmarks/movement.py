@@ -1,4 +1,4 @@
-"""Measure how far steps move the weights at fixed learning rates, beside the final validation loss.
+"""Measure how far steps move the weights at fixed learning rates, and the least validation loss.
 
     python benchmarks/movement.py                   # all tasks; resumes
     python benchmarks/movement.py --tasks digits    # some tasks

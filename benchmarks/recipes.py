@@ -1,4 +1,4 @@
-"""Tune ordinary recipes from 10 far starts, beside the best of 32 fixed runs.
+"""Tune ordinary recipes from 10 starts, and compare with the best of 32 fixed runs.
 
     python benchmarks/recipes.py                           # all recipes; resumes
     python benchmarks/recipes.py --models mlp --optimizers adamw

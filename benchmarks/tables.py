@@ -5,7 +5,7 @@
     python benchmarks/tables.py --table                  # table and figure of the stored rows
     python benchmarks/tables.py --seed 1                 # other weights and starts
 
-A network of 50 hidden units takes 4,000 steps on the whole training set. The start has lr 10^U(-6, -1),
+A network of 50 hidden units is trained for 4,000 full-batch steps. The start has lr 10^U(-6, -1),
 weight decay 10^U(-7, -2) and momentum U(0, 1).
 
 =========  ===================================================================================
@@ -15,7 +15,7 @@ constant   24 settings: lr .003 .01 .03 .1, momentum 0 .9 .97, weight decay 1e-4
 untouched  the start, without a tuner
 tuned      `mf.Tuner` with its defaults
 one_step   the same with horizon="step"
-unrolled   exact: backward through 5 real steps to C2, one in 20 steps; the same rule moves
+unrolled   exact gradient of C2 through 5 real steps, once in 20; SignSteps moves the values
 =========  ===================================================================================
 
 Every arm ends with the best of its weights by validation: "tuned" by `finish`, the others by the least C2 at

@@ -34,12 +34,13 @@ def leaves(tree: Mapping[str, Tensor]) -> Tensors:
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """Return the inner product over all entries, a scalar tensor."""
-    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+    return torch.stack([torch.dot(a[name].reshape(-1), b[name].reshape(-1).to(a[name])) for name in a]).sum()
 
 
 def norm(a: Mapping[str, Tensor]) -> Tensor:
     """Return the Euclidean norm over all entries, a scalar tensor."""
-    return dot(a, a).sqrt()
+    length: Tensor = torch.stack(torch._foreach_norm(list(a.values()))).norm()
+    return length
 
 
 def add_scaled(a: Mapping[str, Tensor], b: Mapping[str, Tensor], scale: Tensor | float) -> Tensors:

@@ -154,7 +154,7 @@ def test_weights_of_an_earlier_moment_that_win_clearly_are_reported():
         ({"last": 0.5}, False),
     ]:
         t._finished = losses
-        assert any("Tuning did not finish" in sentence for sentence in t.report()) == clear
+        assert any("finish kept the average weights" in sentence for sentence in t.report()) == clear
     assert t.finish() == t._finished
 
 
@@ -166,7 +166,11 @@ def test_a_validation_loss_that_rises_is_reported_with_the_step_of_its_least_val
     t = mf.Tuner(model, optimizer, s, cross_entropy, [(x, y)], [(-x, y)], total_steps=200)
     for done in range(2):
         train(model, optimizer, 100, (x, y))
-        said = [line for line in t.report() if line.startswith("the validation loss has risen from")]
+        said = [
+            line
+            for line in t.report()
+            if line.startswith("the validation loss of the averaged weights has risen from")
+        ]
         assert len(said) == 1, done
     assert f"at step {t._controller.best_step} to" in said[0]
     t.finish()
@@ -178,13 +182,15 @@ def test_a_hyperparameter_whose_signs_are_random_is_reported_and_one_that_moves_
     signal = Signal()
     flips = 1.0, -1.0
     for n in range(DECISIONS):
-        assert signal.report() == []
+        assert signal.report({}) == []
         signal.observe({"random": flips[n % 2], "steady": flips[int(n % 4 == 0)]})
-    (sentence,) = signal.report()
-    assert sentence.startswith(f"random had hypergradients of random signs, {DECISIONS} in all")
+    (sentence,) = signal.report({"random": "from 1 to 2"})
+    assert sentence.startswith(
+        f"random went from 1 to 2 by hypergradients of random signs, {DECISIONS} in all"
+    )
     again = Signal()
     again.load_state_dict(signal.state_dict())
-    assert again.report() == signal.report()
+    assert again.report({"random": ""}) == signal.report({"random": ""})
 
 
 def test_a_run_without_a_finite_loss_ends_with_a_warning_at_the_users_line():

@@ -1,7 +1,7 @@
 """Give every kind of hyperparameter a default range.
 
-A range contains the optimum of most tasks, and training works at each of its points. Factors have a log
-scale; rates and decay factors close to 0 or 1 have a logit scale.
+A range contains usual values. Training can fail at its ends, for example at lr = 0.1 under Adam. Factors have
+a log scale; rates and decay factors close to 0 or 1 have a logit scale.
 """
 
 from dataclasses import replace

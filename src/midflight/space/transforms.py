@@ -1,7 +1,7 @@
 """Maps from unit coordinates to values: value = transform(raw), from raw in [0, 1] onto [low, high].
 
-A step of a given length is the same fraction of every usual range. So one step size suits all
-hyperparameters. A range wider than usual has no longer steps: `stride` is the fraction that counts as whole.
+A step moves a value by a fraction of its range, so one step size suits all hyperparameters. In a range wider
+than usual, `stride` shortens the step to the same fraction of a usual range.
 """
 
 import math

@@ -155,6 +155,11 @@ class Binding:
         return [name for name, option in self.options.items() if option not in REGULARISERS]
 
     @property
+    def decays(self) -> list[str]:
+        """Hyperparameters bound to weight_decay."""
+        return [name for name, option in self.options.items() if option == "weight_decay"]
+
+    @property
     def unbound(self) -> list[str]:
         """Hyperparameters that are no options, so the model or the loss must read them."""
         return [name for name in self._space if name not in self.options]

@@ -39,7 +39,7 @@ class Controller:
         schedule: decides when hyper-steps come.
         failures: counts hyper-steps that fail.
         guard: goes back if the run diverges; None leaves it alone.
-        options: hyperparameter -> option, of those that change how a step is taken.
+        options: hyperparameter -> option; only options that set how a step is taken.
         hyper_optimizer: raw tensors -> torch optimiser that moves them.
         total_steps: optimiser steps of the whole run; None if that is not known.
 
@@ -66,7 +66,9 @@ class Controller:
     ) -> None:
         self._space, self._hyperstep, self.horizon = space, hyperstep, horizon
         self._schedule, self.failures, self.total_steps = schedule, failures, total_steps
-        self.guard, self._options = guard, dict(options)
+        self.guard, self.options = guard, dict(options)
+        self._returns: list[tuple[int, str]] = []
+        """Optimiser step and reason of each return of the guard."""
         hyperstep.compares = guard is not None
         self.steps, self.hypersteps, self.undecided = 0, 0, 0
         self.move = Move(space.raws, hyper_optimizer, self.progress, self._stride)
@@ -120,8 +122,7 @@ class Controller:
             first: whether no other optimiser of the same training step has moved yet.
 
         Raises:
-            UnknownGradient: no hyper-step so far, of at least PATIENCE, could tell what the loop does to the
-                gradient.
+            UnknownGradient: the first PATIENCE hyper-steps could not infer how the loop changes the gradient.
             UnreachedHyperparameter: a hyperparameter never reaches the loss or the optimiser.
         """
         self._standing.compare()
@@ -162,11 +163,11 @@ class Controller:
         lost = guard.lost(grads, partial(look, on_any=True)) or (
             self.steps in LOOKS and guard.diverged_early(look())
         )
-        if lost and self._go_back(guard.restore):
+        if lost and self._go_back(guard.restore, "it diverged"):
             return True
         if guard.trial_due:
             guard.end_trial(look())
-        return self._go_back(partial(guard.begin_again, look))
+        return self._go_back(partial(guard.begin_again, look), "its first steps changed the weights too much")
 
     def _diverged(self, result: HyperStepResult) -> bool:
         """Return whether a hyper-step shows that the run diverges or got worse, so that it went back."""
@@ -174,23 +175,39 @@ class Controller:
         if guard is None or not guard.begun or now is None or best is None:
             return False
         if guard.diverged(now, result.valid_loss):
-            return self._go_back(guard.restore)
+            return self._go_back(guard.restore, "it diverged")
         worse = guard.got_worse(result.valid_loss, best)
-        return worse and self._go_back(partial(guard.restore, diverged=False))
+        return worse and self._go_back(partial(guard.restore, diverged=False), "its average got worse")
 
     def _weights_are_lost(self) -> bool:
         """Return whether a training gradient is not finite; otherwise a batch of T2 is to blame."""
         return not all_finite(self._hyperstep.gradients().values())
 
-    def _go_back(self, restore: Callable[[], bool]) -> bool:
+    def _go_back(self, restore: Callable[[], bool], reason: str) -> bool:
         """Let the guard go back; return whether it did."""
         with signals_wait():
             if not restore():
                 return False
             self.horizon.forget()
+            self._hyperstep.response.forget()
             self.move.forget()
             self._result = None
+            self._returns.append((self.steps, reason))
         return True
+
+    def returns(self) -> list[str]:
+        """Return what the guard did, and why, one sentence for each reason."""
+        reasons = dict.fromkeys(reason for _, reason in self._returns)
+        found = []
+        for reason in reasons:
+            steps = [str(step) for step, why in self._returns if why == reason]
+            found.append(
+                f"the run went back to earlier weights, because {reason}, at step{'s' * (len(steps) > 1)} "
+                f"{', '.join(steps)}."
+            )
+        if self.guard is not None and self.guard.replaced:
+            found.append("the last weights validated worse than the best average, which replaced them.")
+        return found
 
     def _warn_incomplete(self) -> None:
         if not self._said_incomplete:
@@ -237,7 +254,7 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume."""
-        counts = {name: getattr(self, name) for name in _COUNTS}
+        counts = {name: getattr(self, name) for name in _COUNTS} | {"returns": list(self._returns)}
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         return {"policies": self._policies(), "space": self._space.state_dict(), **counts, **parts}
 
@@ -247,6 +264,7 @@ class Controller:
         self._space.load_state_dict(state["space"])
         for name in _COUNTS:
             setattr(self, name, state[name])
+        self._returns = [tuple(entry) for entry in state["returns"]]
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         if not same_range:  # the recorded coordinates are of another range
@@ -295,8 +313,8 @@ class Controller:
     def _stride(self, name: str, raw: Tensor) -> float | Tensor:
         """Return the fraction of a step that this coordinate takes; less in a range wider than usual."""
         transform = self._space[name].transform
-        if self.horizon.needs_losses and name in self._options:
-            return stride(self._options[name], transform, raw)
+        if self.horizon.needs_losses and name in self.options:
+            return stride(self.options[name], transform, raw)
         return transform.stride(raw)
 
     def _compute(self) -> HyperStepResult | None:
@@ -314,12 +332,12 @@ class Controller:
             return result
         self.failures.failed()
         if self.guard is not None and self._weights_are_lost():
-            self._go_back(self.guard.restore)
+            self._go_back(self.guard.restore, "its gradient was not finite")
         self.move.shrink(self.failures.shrink)
         return None
 
     def _leave_out(self, error: UnknownGradient) -> None:
-        """Count a hyper-step that is left out; raise the error if there were PATIENCE and no others."""
+        """Count a hyper-step that is left out; raise the error if the first PATIENCE are all left out."""
         self.undecided += 1
         if self.undecided >= PATIENCE and not self.hypersteps:
             raise error

@@ -11,12 +11,13 @@ from midflight.errors import UnreachedHyperparameter
 from midflight.space import Space
 
 PINNED = 0.25
-"""A hyperparameter is reported if it was at its bound for more than this last share of the hyper-steps."""
+"""A hyperparameter is reported if it stayed at its bound for this share of the hyper-steps, up to the
+last."""
 SIGNIFICANT = 3.0
 """T2 is reported as overfitted if the loss on a third split is higher by this many standard errors."""
 AGREEMENT, DECISIONS = 2.0, 30
-"""A hyperparameter is reported if it had DECISIONS hypergradients, and their signs never added up to
-AGREEMENT standard deviations of random ones."""
+"""A hyperparameter is reported if, over at least DECISIONS hypergradients, |sum of signs| / sqrt(count)
+stayed below AGREEMENT."""
 PATIENCE = 10
 """An error is raised if none of the first PATIENCE hyper-steps reached a hyperparameter, or if the gradient
 was unknown in all of them."""
@@ -98,8 +99,13 @@ class Bounds:
             if bool(((raw > 0) & (raw < 1)).any()):
                 self._inside[name] = self._moves
 
-    def report(self, space: Space) -> list[str]:
-        """Return a sentence for each hyperparameter that has been at its bounds for long."""
+    def report(self, space: Space, paid: bool = True) -> list[str]:
+        """Return a sentence for each hyperparameter that has been at its bounds for long.
+
+        Args:
+            space: the hyperparameters now.
+            paid: whether the validation loss fell meanwhile; otherwise no wider range is advised.
+        """
         found = []
         for name, raw in space.raws.items():
             long = self._moves - self._inside.get(name, 0)
@@ -111,9 +117,11 @@ class Bounds:
                     for side, at, bound in sides
                     if at.any()
                 )
+                natural = bool((raw <= 0).all()) and spec.low == 0 and not spec.log
+                wider = "" if natural else "; widen its range if a better value may lie beyond"
+                advice = wider if paid else ", but validation is no better there; compare with a fixed run"
                 found.append(
-                    f"{name} stood at {where} for the last {long} of {self._moves} hyper-steps; "
-                    "widen its range if a better value may lie beyond."
+                    f"{name} stood at {where} for the last {long} of {self._moves} hyper-steps{advice}."
                 )
         return found
 
@@ -128,7 +136,7 @@ class Signal:
     """Judges whether the signs of a hyperparameter's hypergradients agree more than random ones would."""
 
     FIRST = 5
-    """The number of signs from which on their sum is judged."""
+    """The sum of signs is tested from this count on."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[int, int, float]] = {}
@@ -143,16 +151,17 @@ class Signal:
                 most = max(most, abs(total) / math.sqrt(count))
             self._sums[name] = count, total, most
 
-    def report(self) -> list[str]:
-        """Return a sentence on the hyperparameters whose hypergradients had random signs."""
-        found = self._sums.items()
-        noisy = {name: n for name, (n, _, most) in found if n >= DECISIONS and most < AGREEMENT}
-        if not noisy:
-            return []
-        count = max(noisy.values())
+    def report(self, moves: Mapping[str, str]) -> list[str]:
+        """Return a sentence for each hyperparameter whose hypergradients had random signs.
+
+        Args:
+            moves: name -> "from its first to its last value", in words.
+        """
         return [
-            f"{', '.join(noisy)} had hypergradients of random signs, {count} in all: the start was as "
-            "good as any value nearby, or batches of valid_loader are too small to tell."
+            f"{name} went {moves[name]} by hypergradients of random signs, {count} in all: values "
+            "between are equally good, or batches of valid_loader are too small to tell."
+            for name, (count, _, most) in self._sums.items()
+            if count >= DECISIONS and most < AGREEMENT
         ]
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,17 +1,17 @@
 """Notice a run that diverges, and go back to the best weights before it is lost.
 
-The optimiser's own options, such as lr, can ruin a run within a few steps. While such an option is tuned,
-each hyper-step compares the validation loss at the weights with that at their average on the same batch, and
-the average with the best one so far. The first steps of a run have such looks too. Every few steps the
-gradient must be finite.
+Options that set how a step is taken, such as lr but not weight_decay, can ruin a run within a few steps.
+While such an option is tuned, each hyper-step compares the validation loss at the weights with that at their
+average on the same batch, and the average with the best one so far. The first steps of a run are checked,
+too. At each hyper-step and each update of the average, the gradient must be finite.
 
 A run that diverges goes on from the best average so far, which may be the initial weights. The options that
 can ruin a run step back, and rise again only slowly. Other hyperparameters return to the values that they had
 with that average.
 
 A run whose first steps ruin its initial weights begins again. At the last of `total_steps`, the best average
-replaces weights that validate worse. If no such option is tuned, only weights that are not finite send a run
-back.
+replaces weights that validate worse. If no such option is tuned, only gradients that are not finite at a
+hyper-step send a run back.
 """
 
 import math
@@ -27,29 +27,29 @@ from midflight.tuner.movement import Beginning, Speed
 from midflight.tuner.step_options import LENGTHS, RISKY, stepped_back
 
 LOOKS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64})
-"""Optimiser steps after which the first part of a run is looked at."""
+"""Optimiser steps after which the first part of a run is checked."""
 JUMP, START = 1.0, 0.1
-"""A run diverges if its loss is above that at the average by JUMP times that; or early, if it is above the
-initial loss on the same batch by START times that."""
+"""A run diverges if C2(theta) > (1 + JUMP) C2(average). Early in a run: if C2(theta) > (1 + START) C2(initial
+weights). Both losses are of the same batch."""
 RISEN, TWICE = 0.25, 2
-"""A run has got worse if, at TWICE hyper-steps in a row, the loss at the average is above that at the best
-average, on the same batch, by RISEN times that."""
+"""A run has got worse if C2(average) > (1 + RISEN) C2(best average), on the same batch, at TWICE hyper-steps
+in a row."""
 MARGIN = 0.05
-"""No difference below this share of what the run has gained so far is a divergence."""
+"""MARGIN times the fall of C2 since the start is added to these limits at hyper-steps."""
 SLOWER = 0.5
 """The factor on lr after a run has got worse."""
 DEAD, FALLEN = 0.5, 0.2
-"""A run is lost if more than the share DEAD of the weight tensors have a gradient of exactly 0, but had none
-before, and C2 has not fallen by the share FALLEN of the initial one."""
+"""A run is lost if the number of weight tensors with a gradient of exactly 0 has grown by more than DEAD of
+all since the first step, not all are 0, and C2 has fallen by less than FALLEN of its initial value."""
 MOST_IN_VAIN = 8
-"""So many returns after divergences may follow each other without a better average. The run is then left
-alone, as long as its weights are finite."""
+"""The most returns after divergences without a better average in between. Beyond it the guard acts only if
+weights are not finite."""
 LEARNS = 0.5
 """A run that began again with a lower lr gets its lr back if, in as many steps, C2 falls by less than this
 share of its fall before."""
 WORSE_AT_END, BATCHES_AT_END = 0.05, 4
-"""The last weights of a run are replaced if, on so many batches of T2, their mean loss is above that of the
-best average by WORSE_AT_END times that."""
+"""The last weights are replaced if their mean loss on BATCHES_AT_END batches of T2 is above (1 +
+WORSE_AT_END) times that of the best average."""
 BELOW, RISE = 0.7, 0.01
 """lr stays below BELOW times the value with which the run diverged. This bound rises by the factor 1 + RISE
 per hyper-step."""
@@ -65,7 +65,7 @@ class Guard:
         horizon: keeps the best average.
         params, buffers: return the weights and the model's buffers, name -> live tensor.
         optimizers: of the weights.
-        options: hyperparameter -> option, of those that change how a step is taken.
+        options: hyperparameter -> option; only options that set how a step is taken.
 
     Attributes:
         restored: how often the run went back.
@@ -103,13 +103,13 @@ class Guard:
 
     @property
     def watching(self) -> bool:
-        """Whether this run is looked at, because an option of the optimiser is tuned."""
+        """Whether the guard checks this run: an option that sets how a step is taken is tuned."""
         return bool(self._options)
 
     def begin(self, loss: float, grads: Tensors) -> None:
         """Note the initial weights, C2 there, and the gradients of the first step.
 
-        A loss that is not finite is passed over; the next step tries again.
+        Does nothing if the loss is not finite; the next step tries again.
         """
         if not math.isfinite(loss):
             return
@@ -145,7 +145,8 @@ class Guard:
         return loss is not None and not loss < self._initial - FALLEN * abs(self._initial)
 
     def diverged_early(self, loss: float | None) -> bool:
-        """Return whether C2 at the weights is too far above the initial one; NaN may be due to its batch."""
+        """Return whether C2 at the weights is too far above the initial one; False for NaN, as of a bad
+        batch."""
         assert self._initial is not None
         return loss is not None and loss > self._initial + START * abs(self._initial)
 
@@ -202,11 +203,11 @@ class Guard:
 
         Args:
             diverged: whether the run diverged, so that risky options must step back from their present
-                values and stay below them. Otherwise it got worse, and lr goes on at SLOWER times its value
-                at the best average.
+                values and stay below them. Otherwise it got worse, and lr goes on at SLOWER times the smaller
+                of its values now and at the best average.
 
         Returns:
-            whether it did: not if there is no finite best average, or if it has been in vain too often.
+            whether the run went back. False: there is no finite best average, or MOST_IN_VAIN is exceeded.
         """
         if not self._best_fits():
             return False
@@ -237,7 +238,7 @@ class Guard:
             look: returns C2 at the weights, on the batch of `begin`; None if that is not known.
 
         Returns:
-            whether they have.
+            whether the run went back; False also if C2 is not known.
         """
         factor = self.beginning.slower()
         loss = None if factor is None else look()
@@ -279,7 +280,7 @@ class Guard:
         self.beginning.end()
 
     def _forget_steps(self) -> None:
-        """Clear the optimisers' state and the gradients, because the weights have jumped."""
+        """Clear the optimisers' state and the gradients, because earlier weights are restored."""
         self.restored += 1
         self._worse = 0
         self.beginning.count_anew()
@@ -308,7 +309,7 @@ class Guard:
 
     @torch.no_grad()
     def limit(self) -> None:
-        """Keep risky options below their largest allowed values, which rise; call after each move."""
+        """Keep risky options below their bounds after each move. The bound of lr then rises by RISE."""
         for name, highest in self._highest.items():
             raw, transform = self._space.raws[name], self._space[name].transform
             raw.copy_(torch.minimum(raw, transform.raw(highest).clamp(0, 1)))
@@ -317,19 +318,6 @@ class Guard:
 
     def _raws(self) -> Tensors:
         return {name: raw.detach().clone() for name, raw in self._space.raws.items()}
-
-    def report(self) -> list[str]:
-        """Return what the guard did, one sentence each."""
-        ended = ["the last weights validated worse than the best average, which replaced them."]
-        if not self.restored:
-            return ended * self.replaced
-        times = "once" if self.restored == 1 else f"{self.restored} times"
-        risky = [name for name, option in self._options.items() if option in RISKY]
-        lowered = f", with lower {', '.join(risky)}" if risky else ""
-        went_back = (
-            f"the run diverged or got worse {times}, and went on from its best average so far{lowered}."
-        )
-        return [went_back] + ended * self.replaced
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -3,25 +3,26 @@
     v = dC2/dtheta at   average + e (theta - average),   average = mean of the recent weights,
                                                          e = extrapolation
 
-At e = 1, v is taken at the weights theta. The validation loss there includes a cost: the optimiser's steps
-are noisy, and the weights wander around their average. Beyond (e > 1) it includes more of this cost. More
-regularisation always lowers the cost, even where it harms the trained model.
+At e = 1, v is taken at the weights theta. There the fluctuation of the weights around their average raises
+C2. At e > 1 it raises C2 more. More regularisation always reduces this part, even where it harms the trained
+model.
 
 At e = 0, v is taken at the average. The cost is gone there, but a hyper-step sees the present only. While
 the network learns what generalises, less regularisation looks better, and memorising comes later.
 
 C1 / C2, the training over the validation loss at the average, shows which of the two errs. The extrapolation
-rises as this ratio falls below a line from 1 at the start to MEMORISED at the end of the run.
+grows as this ratio falls below a threshold. The threshold falls with the square root of progress, from 1 to
+MEMORISED.
 
 The average moves slowly. So at e = 0, v is averaged over the last few hyper-steps, which saves data. The
 hypergradients themselves must not be averaged: a sign step would follow their noise for many steps. Then 8 of
 40 starts on mnist_55k ended 10 to 60 % worse (measured).
 
-Towards the end of a run, the average of the weights covers fewer steps. Little is left to judge then, and a
-long average would lag behind as the final weights of the run.
+Near the end of a run the average covers fewer steps, because it may become the final model and must not lag
+behind the weights.
 
-All this is for hyperparameters that regularise. For options that say how a step is taken, such as the
-learning rate, v is taken between the average and theta, nearer to theta the later in the run.
+All this is for hyperparameters of the loss. For options of the optimiser, v is taken between the average and
+theta, nearer to theta the later in the run. The response of the weights to weight decay is in `response`.
 """
 
 import math
@@ -40,9 +41,9 @@ WINDOW = 0.1
 LAST, LAST_WINDOW = 0.2, 0.03
 """Over the last LAST of a run, WINDOW shrinks to LAST_WINDOW."""
 SAMPLES = 10
-"""The weights enter the average this many times in that share,"""
+"""The number of times that the weights enter the average per window."""
 SAMPLED = 5
-"""but at most once in this many steps."""
+"""The fewest optimiser steps between two entries."""
 STEADY = 0.8
 """The decay of the mean of v per hyper-step, at extrapolation 0."""
 RECENT = 0.15
@@ -50,11 +51,11 @@ RECENT = 0.15
 MEMORISED = 0.35
 """A model counts as memorising if C1 / C2 is below this at the end of the run."""
 OPEN_END = 0.5
-"""The same throughout a run whose length is not known."""
+"""The threshold on C1 / C2 if the length of the run is not known."""
 UNKNOWN = 0.5
 """The share of the run that is taken to be over if its length is not known."""
 GAIN = 10.0
-"""Extrapolation per unit of C1 / C2 below the line."""
+"""Extrapolation per unit of C1 / C2 below the threshold."""
 MOST = 3.0
 """The largest extrapolation; where a hypergradient is weak, 1 is not enough to reveal its sign."""
 
@@ -96,7 +97,7 @@ class Horizon(Protocol):
         """
 
     def ahead(self, params: Tensors) -> Tensors:
-        """Return the weights at which v is taken for options that say how a step is taken, such as lr."""
+        """Return the weights at which v is taken for options of the optimiser, such as lr."""
 
     def drift(self, params: Tensors) -> Tensors:
         """Return the way from the average to the weights, name -> tensor."""
@@ -116,7 +117,7 @@ class Horizon(Protocol):
         """Return weights that the run could end with instead of its last ones, by name."""
 
     def forget(self) -> None:
-        """Restart what follows the weights, because they have jumped."""
+        """Restart what follows the weights, because the guard has restored earlier ones."""
 
     def log(self) -> dict[str, float]:
         """Return what a logger takes."""
@@ -247,7 +248,8 @@ class Averaged:
         return {name: a.to(self._dtypes.get(name, a.dtype)) for name, a in self._average.items()}
 
     def forget(self) -> None:
-        """Restart the average and the losses, because the weights have jumped; keep the extrapolation."""
+        """Restart the average and the losses, because the guard has restored weights; keep the
+        extrapolation."""
         self._average, self._count = {}, 0
         self._losses.clear()
         self._mean, self._weight = {}, 0.0

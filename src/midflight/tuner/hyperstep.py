@@ -31,6 +31,7 @@ from midflight.tuner.live import LiveModel, Loss, preserved, require_moved, weig
 from midflight.tuner.mixed_partial import MixedPartial
 from midflight.tuner.optimizers import named_parameters, require_real
 from midflight.tuner.randomness import Randomness, held
+from midflight.tuner.response import Response
 from midflight.tuner.running_statistics import (
     Layers,
     Passes,
@@ -121,6 +122,7 @@ class HyperStep:
         self.compares = False
         """Whether a result holds `loss_now` and `loss_at_best`."""
         self._buffers = Watched(self.live.all)
+        self.response = Response()
 
     @property
     def several(self) -> bool:
@@ -192,6 +194,8 @@ class HyperStep:
             self._binding.require_unread(read)
             self._guessed, self._loss_reads = False, self._loss_reads or bool(read)
         clipped = self.received.jacobian(everywhere, self._own_norm) if self._loss_reads else None
+        if not self._loss_reads:
+            self.received.rest()  # its hooks slow down every backward pass
         live = self._all_params()
         with self.live.borrowed():
             try:
@@ -229,29 +233,37 @@ class HyperStep:
     ) -> HyperStepResult:
         batch = next(self.t1) if batch is None else batch
         step = self._step(params, grads, clipped, live, batch)
-        options = self._binding.step_options if self.horizon.needs_losses else []
-        others = [name for name in self._space if name not in options]
-        train_loss = self._loss_at_average(batch) if self.horizon.needs_losses else None
+        if not self.horizon.needs_losses:
+            valid_loss, found = self._at_horizon(step, params, batch)
+            return HyperStepResult(found, valid_loss)
+        train_loss = self._loss_at_average(batch)
+        options, decays = self._binding.step_options, self._binding.decays
+        others = [name for name in self._space if name not in {*options, *decays}]
         valid_loss, found = math.nan, dict[str, Tensor]()
         if others:
             valid_loss, found = self._at_horizon(_only(step, others), params, batch)
             if not math.isfinite(valid_loss):
                 return HyperStepResult({}, valid_loss, train_loss)
-        if not self.horizon.needs_losses or (not options and self.horizon.at_average):
-            return HyperStepResult(found, valid_loss, train_loss)
-        loss_now = loss_at_best = None
-        if options:
+        if options or (decays and self.response.due):
             _, v, _ = self._valid_gradient(params, self.horizon.ahead(params), grads, {})
-            found |= self._of_options(step, options, v)
+            found |= self._of_options(step, options, v) | self._of_decays(step, decays, v, batch)
+        elif decays:
+            found |= self.response.unchanged()
+        if others and not options and self.horizon.at_average:
+            return HyperStepResult(found, valid_loss, train_loss)
+        return self._beside(HyperStepResult(found, math.nan, train_loss), compare=bool(options))
+
+    def _beside(self, result: HyperStepResult, compare: bool) -> HyperStepResult:
+        """Return the result with C2 at the average, and if asked at the weights and at the best average."""
         batch = next(self.t2)
-        if options and self.compares:
+        if compare and self.compares:
             states = self.randomness.snapshot()
-            loss_now = self._loss_at({}, batch)
+            now = self._loss_at({}, batch)
             self.randomness.rewind(states)
-            loss_at_best = self._loss_at(self.horizon.candidates().get("earlier", {}), batch)
+            best = self._loss_at(self.horizon.candidates().get("earlier", {}), batch)
             self.randomness.rewind(states)
-        at_average = self._loss_at_average(batch)
-        return HyperStepResult(found, at_average, train_loss, loss_now, loss_at_best)
+            result = replace(result, loss_now=now, loss_at_best=best)
+        return replace(result, valid_loss=self._loss_at_average(batch))
 
     def _of_options(self, step: Step, options: list[str], v: Tensors) -> Tensors:
         """Return the hypergradients of options that say how a step is taken.
@@ -259,6 +271,8 @@ class HyperStep:
         Those of LENGTHS are taken over the recent steps, along the drift of the horizon. The others are taken
         over one step. Before the first average, all are.
         """
+        if not options:
+            return {}
         drift = self.horizon.drift(step.params)
         lengths = [name for name in options if drift and self._binding.options[name] in LENGTHS]
         pairs = [
@@ -271,6 +285,17 @@ class HyperStep:
         if others := [name for name in options if name not in lengths]:
             found |= one_step(replace(_only(step, others), dependence=_independent), v)
         return found
+
+    def _of_decays(self, step: Step, decays: list[str], v: Tensors, batch: Any) -> Tensors:
+        """Return the hypergradients of weight decay, through the response of the weights."""
+        if not decays:
+            return {}
+        if not self.response.due:
+            return self.response.unchanged()
+        trained = {name: p for name, p in self._all_params().items() if p.requires_grad}
+        curvature = partial(self.mixed.curvature, self.mixed.try_subsample(batch), trained)
+        decaying = replace(_only(step, decays), dependence=_independent)
+        return self.response(decaying, v, curvature)
 
     def look(self) -> float:
         """Return C2 at the weights, on the next batch of T2."""
@@ -502,6 +527,7 @@ class HyperStep:
             "horizon": self.horizon.state_dict(),
             "received": self.received.state_dict(),
             "mixed": self.mixed.state_dict(),
+            "response": self.response.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -512,6 +538,7 @@ class HyperStep:
         self.horizon.load_state_dict(state["horizon"])
         self.received.load_state_dict(state["received"])
         self.mixed.load_state_dict(state["mixed"])
+        self.response.load_state_dict(state["response"])
 
 
 def _only(step: Step, names: Iterable[str]) -> Step:

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
+from midflight._tensors import all_finite, detach
 from midflight.space import Space
 from midflight.tuner.binding import Binding
 from midflight.tuner.controller import Controller
@@ -14,12 +17,14 @@ from midflight.tuner.hyperstep import HyperStep
 FEW = 20
 """The number of hyper-steps in a run below which the report says that they are few."""
 NORMALLY_UNDECIDED = 2
-"""So many hyper-steps are left out where a loop clips, until the norm is known."""
+"""The number of left-out hyper-steps that is normal if the loop clips."""
 SHORT = 0.5
 """The share of `total_steps` below which the report says that the run was short."""
+STANDS_STILL = 0.01
+"""The share of its first value below which the report says that a learning rate fell."""
 EARLIER = 0.9
-"""The report says that validation rises, or after `finish` that tuning did not finish, if earlier weights
-have less than this share of the loss of the last or average weights."""
+"""The report warns if earlier weights have less than this share of the loss of the last or average
+weights."""
 
 
 def numbers(space: Space, binding: Binding, controller: Controller, hyperstep: HyperStep) -> dict[str, float]:
@@ -50,9 +55,11 @@ def sentences(
         finished: what `Tuner.finish` returned; empty before it.
     """
     run, total = controller, controller.total_steps
-    found = run.failures.report() + run.bounds.report(space)
-    if run.guard is not None:
-        found = run.guard.report() + found
+    about_loss = _earlier(space, run, finished) if finished else _rising(run)
+    found = run.returns() + run.failures.report() + run.bounds.report(space, paid=not about_loss)
+    finite = all_finite(detach(hyperstep.params()).values())
+    if not finite:
+        found.append("the weights are not finite; keep guard=True, or start from a lower lr.")
     if run.undecided > NORMALLY_UNDECIDED:
         found.append(
             f"hyper-steps left out: {run.undecided}, since it was not clear what happened to the gradient "
@@ -68,14 +75,40 @@ def sentences(
             f"the run had {run.steps} optimiser steps, but total_steps={total}; hyper-steps "
             f"anneal over total_steps.{other * (run.steps < total)}"
         )
-    if run.hypersteps < FEW and run.steps >= 5 * FEW:
+    if run.hypersteps < FEW and run.steps >= 5 * FEW and finite and not (total and run.steps > total):
         took = "" if run.cost is None else f", which took {run.cost:.1%} of the training time"
         found.append(
             f"only {run.hypersteps} of {run.steps} optimiser steps had a hyper-step{took}; "
             "hyperparameters hardly move in so few: train longer, or allow more with schedule=."
         )
-    found += _earlier(space, run, finished) if finished else _rising(run)
-    return found + run.signal.report() + run.reach.report() + hyperstep.about_validation()
+    moves = _moves(space, run)
+    found += about_loss + _fallen(space, run, moves) + run.signal.report(moves)
+    return found + run.reach.report() + hyperstep.about_validation()
+
+
+def _moves(space: Space, run: Controller) -> dict[str, str]:
+    """Return name -> "from its first to its last value", in words; means of tensors."""
+    first = run.trajectory.at(0.0)
+    return {
+        name: f"from {_mean(space, name, first[name]):.3g} to {_mean(space, name, raw):.3g}"
+        for name, raw in space.raws.items()
+    }
+
+
+def _mean(space: Space, name: str, raw: Tensor) -> float:
+    return float(space[name].transform.value(raw.detach()).mean())
+
+
+def _fallen(space: Space, run: Controller, moves: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each learning rate that is far below its start, where the run stands still."""
+    first = run.trajectory.at(0.0)
+    rates = [name for name, option in run.options.items() if option == "lr"]
+    return [
+        f"{name} fell {moves[name]}, so the weights hardly move any more; compare with a fixed run, or raise "
+        "the lower bound of its range."
+        for name in rates
+        if _mean(space, name, space.raws[name]) < STANDS_STILL * _mean(space, name, first[name])
+    ]
 
 
 def _earlier(space: Space, run: Controller, finished: Mapping[str, float]) -> list[str]:
@@ -85,14 +118,14 @@ def _earlier(space: Space, run: Controller, finished: Mapping[str, float]) -> li
         return []
     then = run.trajectory.at(min(1.0, run.best_step / max(1, run.steps)))
     values = ", ".join(
-        f"{name} {float(space[name].transform.value(raw).mean()):.3g} there and "
-        f"{float(space[name].value.detach().mean()):.3g} now"
+        f"{name} was {_mean(space, name, raw):.3g} there, and is {_mean(space, name, space.raws[name]):.3g} "
+        "at the end"
         for name, raw in then.items()
     )
     return [
-        f"finish kept the average weights of step {run.best_step} of {run.steps}: they validate at "
-        f"{earlier:.4g}, those of the end at {min(others):.4g} ({values}). Tuning did not finish: train "
-        "longer, allow more hyper-steps with schedule=, or start from the values now."
+        f"finish kept the average weights of step {run.best_step} of {run.steps}: their validation loss is "
+        f"{earlier:.4g}; that of the weights at the end is {min(others):.4g} ({values}). Train longer, allow "
+        "more hyper-steps with schedule=, or start again from the values at the end."
     ]
 
 
@@ -100,11 +133,11 @@ def _rising(run: Controller) -> list[str]:
     """Return a sentence if the validation loss has risen since an earlier moment."""
     losses = run.horizon.log()
     best, now = (losses.get(name, math.nan) for name in ("best_loss", "recent_loss"))
-    if not (0 < best < EARLIER * now):
+    if not (0 < best < EARLIER * now) or (run.guard is not None and run.guard.replaced):
         return []
     return [
-        f"the validation loss has risen from {best:.4g} at step {run.best_step} to {now:.4g}; "
-        "finish() takes the weights of that step."
+        f"the validation loss of the averaged weights has risen from {best:.4g} at step {run.best_step} to "
+        f"{now:.4g}, on single batches; finish() compares the two on all of T2."
     ]
 
 

@@ -1,4 +1,4 @@
-"""How far the optimiser's own options, such as lr and momentum, move at once.
+"""Limit how far one hyper-step moves lr, momentum and other options of a step.
 
 They act on all weights at each step. So their steps are shorter than those of other hyperparameters, and in
 units of the option: a factor for lr, a factor of 1 - beta for what must stay below 1.
@@ -16,10 +16,10 @@ from midflight.updates.base import tuned_options
 LENGTHS = {"lr", "momentum"}
 """Options that set the length of steps: they are proportional to lr and to 1 / (1 - momentum)."""
 USUAL, USUAL_OF_OTHERS = 2.5, 0.1
-"""The width of a range that counts as whole, as a natural logarithm, of LENGTHS and of other options. It is
-small for others, because one step does not show what a longer memory does, such as a higher beta1."""
+"""The usual width of a range, in units of ln(option): of LENGTHS, and of all others. It is small for others,
+because one step does not show what a longer memory does, such as a higher beta1."""
 LEAST = 1e-3
-"""The smallest stride on a linear scale, by which a value leaves 0."""
+"""The smallest stride on a linear scale, so that a value can leave 0."""
 RISKY = {"lr", "momentum", "beta1"}
 """Options that step back when a run diverges."""
 CUT, LOGITS = 0.3, 1.0
@@ -27,7 +27,7 @@ CUT, LOGITS = 0.3, 1.0
 
 
 def stride(option: str, transform: Transform, raw: Tensor) -> float | Tensor:
-    """Return the fraction of the range that counts as whole, a number or shaped like raw."""
+    """Return min(1, usual width / width of the range), a number or shaped like raw."""
     usual = USUAL if option in LENGTHS else USUAL_OF_OTHERS
     if not isinstance(transform, Linear):
         return transform.stride(raw, usual)

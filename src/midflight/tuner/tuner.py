@@ -33,7 +33,7 @@ MOST_ENTRIES = 10_000
 
 
 class Tuner:
-    """Moves the hyperparameters of `space` along the gradient of the validation loss, during training.
+    """Moves the hyperparameters of `space` against the gradient of the validation loss, during training.
 
         tuner = mf.Tuner(model, optimizer, space, loss_fn, train_loader, valid_loader, total_steps=steps)
         ...                     # the training loop, unchanged
@@ -68,8 +68,8 @@ class Tuner:
             them early; fewer in a run of over 3,000 steps), `Every(n)` or `TimeBudget(share)`. A whole
             number n is `Every(n)`.
         estimator: of the hypergradient, a name from `midflight.hypergrad.ESTIMATORS` or an `Estimator`.
-        horizon: where the validation gradient is taken: "run" at averaged weights (`Averaged`), which judges
-            a step by the whole run; "step" at the weights right after the step (`NextStep`).
+        horizon: where the validation gradient is taken: "run" at averaged weights (`Averaged`), an
+            approximation for the whole run; "step" at the weights right after the step (`NextStep`).
         hyper_optimizer: raw tensors -> torch optimiser that moves them.
         max_grad_norm: the norm to which the loop clips, `math.inf` if it does not. None finds it out, which
             takes a hyper-step or two.
@@ -87,7 +87,8 @@ class Tuner:
         UnsupportedParameter: a weight is complex.
         UnusableLoader: a loader is empty or not iterable, or `train_loader` keeps an iterator or an open
             file.
-        InvalidLoss: a loss reads an iterator. At a hyper-step: it is not a scalar, or not of these weights.
+        InvalidLoss: a loss reads an iterator. At a hyper-step: the loss is no scalar, or does not depend on
+            the trained weights.
         UnsupportedSetting: torch.distributed runs several processes, or the model is TorchScript.
         TypeError, UnknownName, SpaceError, ValueError: an argument is not one of those allowed.
     """
@@ -188,14 +189,16 @@ class Tuner:
     def finish(self) -> dict[str, float]:
         """Stop tuning, and give the model the weights with the least validation loss.
 
-        Candidates are the last weights. The horizon "run" adds the average of recent weights, and the average
-        that had the least validation loss. Each is evaluated in one pass through T2, or on 100 batches if the
-        length of T2 is not known.
+        The candidates are the last weights and, with horizon="run", the average of recent weights and the
+        best average so far. Each is evaluated in one pass through T2, or on 100 batches if the length of T2
+        is not known. Warns if no hyper-step reached a hyperparameter.
 
         Returns:
-            "last", "average", "earlier" -> its validation loss, the mean over the examples, the best first.
+            name ("last", "average" or "earlier") -> mean validation loss per example, sorted from the best.
         """
         self.detach()
+        for sentence in self._controller.reach.report():
+            warn(sentence)
         self._finished = choose(self._hyperstep, self.horizon.candidates())
         return self._finished
 
@@ -241,8 +244,8 @@ class Tuner:
             self._on_hyperstep(self.steps, self.log())
         if self.steps - 1 == self._total:
             warn(
-                f"the run is longer than total_steps={self._total} optimiser steps; hyperparameters move no "
-                "more.",
+                f"the run is longer than total_steps={self._total} optimiser steps; hyperparameters no "
+                "longer move; pass the true number.",
             )
 
 
