@@ -502,3 +502,29 @@ def test_the_momentum_of_one_cycle_counts_from_its_maximum_in_either_order(befor
     loop.optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["momentum"]))
     loop.run(1)  # later, the tuner's hook is the last
     assert seen[-1] == pytest.approx(0.8)
+
+
+# --- what a learning rate and other options may be ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "range_", "must"),
+    [
+        ("lr", (-1.0, 1.0), "[0, inf]"),
+        ("momentum", (0.1, 1.2), "[0, 1]"),
+        ("weight_decay", (-0.1, 0.1), "[0, inf]"),
+    ],
+)
+def test_a_range_that_the_option_cannot_have_is_refused(option: str, range_: Any, must: str) -> None:
+    with pytest.raises(mf.errors.BindingError, match=f"the range of {option} must lie in") as error:
+        loop_of(mf.Space({option: mf.Float(*range_)}), momentum=0.5).attach()
+    assert must in str(error.value)
+
+
+def test_a_learning_rate_without_init_far_from_the_optimisers_own_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"lr starts at 0.00316, .* 0.1 of the optimiser; pass init=0.1"):
+        loop_of(lr_space(init=None)).attach()
+
+
+def test_a_learning_rate_without_init_near_the_optimisers_own_is_not_told() -> None:
+    loop_of(mf.Space(lr=mf.Float(1e-3, 10.0, log=True))).attach()  # warnings are errors here

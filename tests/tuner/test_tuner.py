@@ -638,7 +638,7 @@ def test_an_option_can_be_tuned_for_each_layer_or_tensor(per, count):
     assert len(groups) == count
     values = [10.0 ** -(i + 1) for i in range(count)]
     decay = mf.Float(1e-4, 1e-1, log=True, shape=(count,), init=values)
-    s = mf.Space(weight_decay=decay, lr=mf.Float(1e-4, 1e-1, log=True))
+    s = mf.Space(weight_decay=decay, lr=mf.Float(1e-4, 1e-1, log=True, init=3e-3))
     optimizer, written = torch.optim.Adam(groups), []
     as_it_steps(optimizer, lambda groups: written.extend(g["weight_decay"] for g in groups))
     t = tuner(model, optimizer, s, estimator="one_step_cheap", hyper_optimizer=Recorder)

@@ -27,6 +27,8 @@ BELOW_ONE = {"beta1", "beta2", "momentum", "alpha", "rho"}
 """Options that must stay below 1, also with a factor over 1."""
 LARGEST = 1 - 1e-6
 """The largest value of these."""
+FAR_START = 2.0
+"""A learning rate that starts further than this factor from the optimiser's own needs an `init`."""
 
 Key = tuple[int, int]
 """(number of the optimiser, number of the group in it)"""
@@ -140,6 +142,8 @@ class Binding:
                 )
                 detach_other()
         self._references = self._find_references(say=True)
+        for name in [name for name, option in self.options.items() if option == "lr"]:
+            self._warn_of_another_start(name)
         for key, group in self._groups():
             for (g, option), left in _LEFT.get(self._optimizers[key[0]], {}).items():
                 if g == key[1] and option in self._bound_options():
@@ -149,15 +153,24 @@ class Binding:
             _LEFT.pop(optimizer, None)
             self._hooks.append(optimizer.register_state_dict_pre_hook(lambda _: self.restore()))
 
+    def _warn_of_another_start(self, name: str) -> None:
+        """Warn if no `init` was given, and the middle of the range is far from the optimiser's learning
+        rate."""
+        spec, raw = self._space[name].spec, self._space.raws[name]
+        own = max(self._references[name, "lr"].values(), default=0.0)
+        if spec.init is not None or spec.shape or float(raw.detach()) != 0.5 or not own:
+            return
+        value = float(spec.transform.value(raw.detach()))
+        if not own / FAR_START <= value <= own * FAR_START:
+            warn(
+                f"{name} starts at {value:.3g}, the middle of its range, and not at the {own:.3g} of the "
+                f"optimiser; pass init={own:.3g} to start there, or init={value:.3g} to start here."
+            )
+
     @property
     def step_options(self) -> list[str]:
         """Hyperparameters bound to an option that changes how a step is taken, such as lr."""
         return [name for name, option in self.options.items() if option not in REGULARISERS]
-
-    @property
-    def decays(self) -> list[str]:
-        """Hyperparameters bound to weight_decay."""
-        return [name for name, option in self.options.items() if option == "weight_decay"]
 
     @property
     def unbound(self) -> list[str]:
@@ -466,6 +479,12 @@ class Binding:
             raise BindingError(
                 f"a bound option of {kinds} must be one of {', '.join(sorted(self.tunable))}, "
                 f"but got {option!r}."
+            )
+        spec, most = self._space[name].spec, 1.0 if option in BELOW_ONE else math.inf
+        if spec.low < 0 or spec.high > most:
+            raise BindingError(
+                f"the range of {name} must lie in [0, {most:g}], as {option} must, but it is "
+                f"[{spec.low:g}, {spec.high:g}]."
             )
         own = self._own_numbers(option)
         sizes = {len(own), sum(number != 0 for number in own.values())} - {0}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from midflight._tensors import all_finite
@@ -23,7 +24,7 @@ from midflight.tuner.hyper_optimizer import MakeOptimizer, Move, SignSteps
 from midflight.tuner.hyperstep import HyperStep, HyperStepResult
 from midflight.tuner.live import signals_wait
 from midflight.tuner.schedule import Schedule
-from midflight.tuner.step_options import stride
+from midflight.tuner.step_options import ERASED, stride
 from midflight.tuner.trajectory import Trajectory
 
 _COUNTS = "steps", "hypersteps", "undecided", "best_step"
@@ -189,7 +190,6 @@ class Controller:
             if not restore():
                 return False
             self.horizon.forget()
-            self._hyperstep.response.forget()
             self.move.forget()
             self._result = None
             self._returns.append((self.steps, reason))
@@ -352,6 +352,7 @@ class Controller:
         self.move(found, self.failures.shrink * self._schedule.step_scale)
         if self.guard is not None:
             self.guard.limit()
+        self._limit_decay()
         if result.train_loss is not None:
             best = self.horizon.observe(
                 result.train_loss, result.valid_loss, self.progress(), self._hyperstep.buffers()
@@ -368,6 +369,18 @@ class Controller:
         means = {name: float(g.mean()) for name, g in result.hypergradients.items()}
         self.log |= {f"hypergradient/{name}": mean for name, mean in means.items()}
         self.signal.observe(means)
+
+    @torch.no_grad()
+    def _limit_decay(self) -> None:
+        """Keep weight decay from erasing most of what the weights learn in the run, unless it began so
+        high."""
+        share = self._hyperstep.shrinkage * (self.total_steps or self.steps)
+        if not self.horizon.needs_losses or not share > 0:
+            return
+        for name in self._hyperstep.decays:
+            raw, transform = self._space.raws[name], self._space[name].transform
+            most = transform.raw(torch.full_like(raw, ERASED / share)).clamp(0, 1)
+            raw.copy_(torch.minimum(raw, torch.maximum(most, self.trajectory.at(0.0)[name].to(raw))))
 
     def _plan(self, hyper: bool, busy: bool = False) -> None:
         self.due = self._schedule.next_is_hyper(self.steps, hyper, busy)

@@ -21,8 +21,8 @@ hypergradients themselves must not be averaged: a sign step would follow their n
 Near the end of a run the average covers fewer steps, because it may become the final model and must not lag
 behind the weights.
 
-All this is for hyperparameters of the loss. For options of the optimiser, v is taken between the average and
-theta, nearer to theta the later in the run. The response of the weights to weight decay is in `response`.
+All this is for hyperparameters that regularise. For options that set how a step is taken, v is taken between
+the average and theta, nearer to theta the later in the run.
 """
 
 import math
@@ -97,7 +97,7 @@ class Horizon(Protocol):
         """
 
     def ahead(self, params: Tensors) -> Tensors:
-        """Return the weights at which v is taken for options of the optimiser, such as lr."""
+        """Return the weights at which v is taken for options that set how a step is taken, such as lr."""
 
     def drift(self, params: Tensors) -> Tensors:
         """Return the way from the average to the weights, name -> tensor."""

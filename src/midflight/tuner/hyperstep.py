@@ -31,7 +31,6 @@ from midflight.tuner.live import LiveModel, Loss, preserved, require_moved, weig
 from midflight.tuner.mixed_partial import MixedPartial
 from midflight.tuner.optimizers import named_parameters, require_real
 from midflight.tuner.randomness import Randomness, held
-from midflight.tuner.response import Response
 from midflight.tuner.running_statistics import (
     Layers,
     Passes,
@@ -121,8 +120,15 @@ class HyperStep:
         """The batch of the first look, and the random states there."""
         self.compares = False
         """Whether a result holds `loss_now` and `loss_at_best`."""
+        self.shrinkage = 0.0
+        """By which share the last step shrinks weights per unit of weight decay, see
+        `UpdateRule.shrinkage`."""
         self._buffers = Watched(self.live.all)
-        self.response = Response()
+
+    @property
+    def decays(self) -> list[str]:
+        """Names of the hyperparameters that are weight decay."""
+        return [name for name, option in self._binding.options.items() if option == "weight_decay"]
 
     @property
     def several(self) -> bool:
@@ -233,23 +239,22 @@ class HyperStep:
     ) -> HyperStepResult:
         batch = next(self.t1) if batch is None else batch
         step = self._step(params, grads, clipped, live, batch)
+        self.shrinkage = max(update.rule.shrinkage(update.options) for update in step.updates.values())
         if not self.horizon.needs_losses:
             valid_loss, found = self._at_horizon(step, params, batch)
             return HyperStepResult(found, valid_loss)
         train_loss = self._loss_at_average(batch)
-        options, decays = self._binding.step_options, self._binding.decays
-        others = [name for name in self._space if name not in {*options, *decays}]
+        options = self._binding.step_options
+        others = [name for name in self._space if name not in options]
         valid_loss, found = math.nan, dict[str, Tensor]()
         if others:
             valid_loss, found = self._at_horizon(_only(step, others), params, batch)
             if not math.isfinite(valid_loss):
                 return HyperStepResult({}, valid_loss, train_loss)
-        if options or (decays and self.response.due):
+        if options:
             _, v, _ = self._valid_gradient(params, self.horizon.ahead(params), grads, {})
-            found |= self._of_options(step, options, v) | self._of_decays(step, decays, v, batch)
-        elif decays:
-            found |= self.response.unchanged()
-        if others and not options and self.horizon.at_average:
+            found |= self._of_options(step, options, v)
+        elif self.horizon.at_average:
             return HyperStepResult(found, valid_loss, train_loss)
         return self._beside(HyperStepResult(found, math.nan, train_loss), compare=bool(options))
 
@@ -271,8 +276,6 @@ class HyperStep:
         Those of LENGTHS are taken over the recent steps, along the drift of the horizon. The others are taken
         over one step. Before the first average, all are.
         """
-        if not options:
-            return {}
         drift = self.horizon.drift(step.params)
         lengths = [name for name in options if drift and self._binding.options[name] in LENGTHS]
         pairs = [
@@ -285,17 +288,6 @@ class HyperStep:
         if others := [name for name in options if name not in lengths]:
             found |= one_step(replace(_only(step, others), dependence=_independent), v)
         return found
-
-    def _of_decays(self, step: Step, decays: list[str], v: Tensors, batch: Any) -> Tensors:
-        """Return the hypergradients of weight decay, through the response of the weights."""
-        if not decays:
-            return {}
-        if not self.response.due:
-            return self.response.unchanged()
-        trained = {name: p for name, p in self._all_params().items() if p.requires_grad}
-        curvature = partial(self.mixed.curvature, self.mixed.try_subsample(batch), trained)
-        decaying = replace(_only(step, decays), dependence=_independent)
-        return self.response(decaying, v, curvature)
 
     def look(self) -> float:
         """Return C2 at the weights, on the next batch of T2."""
@@ -527,7 +519,6 @@ class HyperStep:
             "horizon": self.horizon.state_dict(),
             "received": self.received.state_dict(),
             "mixed": self.mixed.state_dict(),
-            "response": self.response.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -538,7 +529,6 @@ class HyperStep:
         self.horizon.load_state_dict(state["horizon"])
         self.received.load_state_dict(state["received"])
         self.mixed.load_state_dict(state["mixed"])
-        self.response.load_state_dict(state["response"])
 
 
 def _only(step: Step, names: Iterable[str]) -> Step:

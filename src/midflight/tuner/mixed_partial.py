@@ -243,27 +243,10 @@ class MixedPartial:
 
         return detach(grads), mixed_partial
 
-    def curvature(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
-        """Return H w by a difference, H the Hessian of the training loss on these examples.
-
-        Args:
-            batch: of T1, as `subsample` gave it.
-            params: the live weights that require a gradient, name -> leaf.
-            w: name -> tensor.
-
-        Returns:
-            name -> tensor, for the weights that the loss reaches.
-        """
-        return self._difference(batch, params, w, dict(params))
-
-    def _difference(
-        self, batch: Any, params: Mapping[str, Tensor], w: Tensors, of: Tensors | None = None
-    ) -> Tensors:
-        """Return d/dx <w, g>, x the raw coordinates or the leaves `of`."""
+    def _difference(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
         at = {name: params[name].detach() for name in w if name in params}
         length = norm({name: w[name] for name in at})
-        states = self._randomness.snapshot()
-        of = dict(self._space.raws) if of is None else of
+        states, raws = self._randomness.snapshot(), self._space.raws
 
         def loss() -> Tensor:
             self._randomness.rewind(states)
@@ -274,7 +257,7 @@ class MixedPartial:
         for sign in (1.0, -1.0):
             moved = {name: p + (sign * e).to(p) * w[name].to(p) for name, p in at.items()}
             with weights_at(params, moved):
-                sides.append(self._live.gradients(loss, of)[1])
+                sides.append(self._live.gradients(loss, raws)[1])
         up, down = sides
         return {name: (up[name] - down[name]) / (2 * e).to(up[name]) for name in up if name in down}
 

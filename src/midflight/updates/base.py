@@ -53,6 +53,14 @@ class UpdateRule(ABC):
         with torch.no_grad():
             return [self.step(*weight) for weight in weights]
 
+    def shrinkage(self, options: Options) -> float:
+        """Return by which share of the weights a step shrinks them in the end, per unit of weight decay.
+
+        It is 0 where this differs from entry to entry, as for coupled weight decay under Adam.
+        """
+        decoupled = options.get("decoupled_weight_decay", self.decoupled)
+        return float(numbers(options, but=("weight_decay",))["lr"]) if decoupled else 0.0
+
     def ahead(self, param: Tensor, grad: Tensor, state: State, options: Options) -> Tensor:
         """Return the weight after one step without a graph; a rule may override this with a faster method."""
         return self.step(param, grad, state, options)[0].detach()

@@ -9,7 +9,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from midflight.updates.base import Options, State, UpdateRule, decayed, is_zero, tuned_options
+from midflight.updates.base import Options, State, UpdateRule, decayed, is_zero, numbers, tuned_options
+
+LARGEST = 1 - 1e-6
+"""The largest momentum for which `shrinkage` is computed."""
 
 
 class SGD(UpdateRule):
@@ -26,6 +29,11 @@ class SGD(UpdateRule):
         buffer = total if buffer is None else momentum * buffer + (1 - options["dampening"]) * total
         direction = total + momentum * buffer if options["nesterov"] else buffer
         return param - lr * direction, {"momentum_buffer": buffer}
+
+    def shrinkage(self, options: Options) -> float:
+        o = numbers(options, but=("weight_decay",))
+        longer = (1 - o["dampening"]) / (1 - min(o["momentum"], LARGEST)) if o["momentum"] else 1.0
+        return float(o["lr"] * longer)
 
     def pullback(
         self, v: Tensor, param: Tensor, grad: Tensor, state: State, options: Options

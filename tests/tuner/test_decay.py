@@ -1,0 +1,109 @@
+"""Weight decay does not rise so far that it would erase what the weights learn in the run."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import midflight as mf
+from midflight.tuner.step_options import ERASED
+from midflight.updates import read_options, rule_for
+
+STEPS, LR = 400, 0.05
+DATA = torch.Generator().manual_seed(0)
+X, Y = torch.randn(40, 6, generator=DATA), torch.randn(40, 1, generator=DATA)
+
+
+def loss_fn(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def run(start, make=torch.optim.SGD, **options):
+    """Train on pure noise, where smaller weights always validate better; return the weight decays used."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 1))
+    optimizer = make(model.parameters(), lr=LR, **options)
+    space = mf.Space(weight_decay=mf.Float(1e-6, 10.0, log=True, init=start))
+    tuner = mf.Tuner(
+        model, optimizer, space, loss_fn, [(X[:20], Y[:20])], [(X[20:], Y[20:])],
+        total_steps=STEPS,
+    )  # fmt: skip
+    used = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss_fn(model, (X[:20], Y[:20])).backward()
+        optimizer.step()
+        used.append(float(space["weight_decay"]))
+    tuner.detach()
+    return used
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "rate"),
+    [
+        (torch.optim.SGD, {}, LR),
+        (torch.optim.SGD, {"momentum": 0.5}, 2 * LR),
+        (torch.optim.AdamW, {}, LR),
+    ],
+)
+def test_it_rises_to_the_limit_and_no_further(make, options, rate):
+    most = ERASED / (rate * STEPS)
+    assert max(run(1e-4, make, **options)) == pytest.approx(most, rel=1e-3)
+
+
+def test_a_start_above_the_limit_is_the_limit():
+    start = 10 * ERASED / (LR * STEPS)
+    assert max(run(start)) <= start * (1 + 1e-6)
+
+
+def test_without_the_limit_it_rises_further(monkeypatch):
+    monkeypatch.setattr("midflight.tuner.controller.ERASED", math.inf)
+    assert max(run(1e-4)) > 3 * ERASED / (LR * STEPS)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.SGD, lr=0.1),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.8),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.8, dampening=0.5),
+        partial(torch.optim.AdamW, lr=0.01),
+        partial(torch.optim.Adam, lr=0.01),
+    ],
+)
+def test_shrinkage_is_the_rate_at_which_weights_without_a_gradient_shrink(make):
+    decay, weight = 1e-3, torch.ones(3, dtype=torch.float64, requires_grad=True)
+    optimizer = make([weight], weight_decay=decay)
+    shrinkage = rule_for(optimizer).shrinkage(read_options(optimizer.param_groups[0]))
+    for n in range(1001):
+        if n == 500:  # the momentum has settled
+            before = float(weight.detach()[0])
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    found = (
+        -math.log(float(weight.detach()[0]) / before) / 501 / decay
+        if float(weight.detach()[0]) > 0
+        else math.inf
+    )
+    if shrinkage:
+        assert found == pytest.approx(shrinkage, rel=0.01)
+        assert found != pytest.approx(2 * shrinkage, rel=0.3)
+    else:
+        assert isinstance(optimizer, torch.optim.Adam)  # coupled: it differs from entry to entry
+
+
+def test_no_hooks_stay_on_the_weights_between_hyper_steps_if_the_loss_reads_nothing():
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    space = mf.Space(lr=mf.Float(1e-4, 0.1, log=True, init=0.01))
+    mf.Tuner(model, optimizer, space, loss_fn, [(X, Y)], [(X, Y)], schedule=10, total_steps=100)
+    hooked = []
+    for _ in range(35):
+        optimizer.zero_grad()
+        loss_fn(model, (X, Y)).backward()
+        hooked.append(any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()))
+        optimizer.step()
+    assert not any(hooked[11:])  # before the first hyper-step it is not known that nothing reads them
