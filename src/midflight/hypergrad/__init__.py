@@ -13,7 +13,7 @@ from midflight._tensors import Tensors, detach, leaves
 from midflight.errors import UnknownName
 from midflight.hypergrad.base import Estimator
 from midflight.hypergrad.graph import require_twice_differentiable
-from midflight.hypergrad.implicit import ImplicitCG, ImplicitNeumann, implicit_cg, implicit_neumann
+from midflight.hypergrad.implicit import ImplicitNeumann, implicit_neumann
 from midflight.hypergrad.mixed import mixed_partial_of
 from midflight.hypergrad.one_step import central_difference, forward_over_reverse, one_step, one_step_cheap
 from midflight.hypergrad.paper import paper
@@ -29,7 +29,6 @@ ESTIMATORS: dict[str, Estimator] = {
     "central_difference": central_difference,
     "unrolled": unrolled,
     "implicit_neumann": implicit_neumann,
-    "implicit_cg": implicit_cg,
     "t1t2": t1t2,
     "paper": paper,
 }
@@ -115,7 +114,6 @@ __all__ = [
     "CLAIMS",
     "ESTIMATORS",
     "Estimator",
-    "ImplicitCG",
     "ImplicitNeumann",
     "Problem",
     "Step",
