@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from midflight._tensors import Tensors, add_scaled, leaves, norm
 from midflight.errors import NoForwardMode, UnsupportedSetting
+from midflight.hypergrad.graph import require_twice_differentiable
 from midflight.hypergrad.problem import Step, TrainLoss, added, double_backward, gradient
 from midflight.updates import pull_back
 
@@ -66,13 +67,19 @@ def train_loss_of(step: Step) -> TrainLoss:
 def mixed_partial_of(
     method: str, train_loss: TrainLoss, params: Tensors, values: Tensors, w: Tensors
 ) -> Tensors:
-    """Return d/dvalues <w, dC1~/dparams> by one of `METHODS`, for the values that the gradient depends on."""
+    """Return d/dvalues <w, dC1~/dparams> by one of `METHODS`, for the values that the gradient depends on.
+
+    Raises:
+        NotTwiceDifferentiable: "double backward" meets an operation that is differentiable only once.
+        NoForwardMode: "forward mode" meets an operation that lacks it.
+    """
     if method == "difference":
         return difference_along(train_loss, params, values, w)
     if method == "forward mode":
         return forward_over_reverse_along(train_loss, params, values, w)
     params, values = leaves(params), leaves(values)
     grads = gradient(train_loss(params, values), params, create_graph=True)
+    require_twice_differentiable(grads.values())
     return double_backward(grads, values, w)
 
 
