@@ -24,6 +24,7 @@ from midflight.tuner.data import EndlessBatches
 from midflight.tuner.hyper_optimizer import Move, SignSteps
 from midflight.tuner.live import evaluating, with_tensors
 from midflight.tuner.optimizers import trained_parameters
+from midflight.tuner.randomness import Randomness
 from midflight.tuner.schedule import Schedule, schedule_for, whole
 from midflight.updates import State, Update, UpdateRule, Updates, compiled, read_options, rule_for
 
@@ -125,7 +126,8 @@ class Population:
         )
         self.schedule = schedule_for(schedule)
         self.schedule.begin(total_steps)
-        self._batches = EndlessBatches(valid_loader, "valid_loader")
+        self._randomness = Randomness([valid_loader])
+        self._batches = EndlessBatches(valid_loader, "valid_loader", self._randomness)
         self._moves, self._hyper = 0, self.schedule.next_is_hyper(0, hyper=False)
         self._seen: list[Tensor] = []
 
@@ -230,6 +232,7 @@ class Population:
                 "move": self._move_raws.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "batches": self._batches.state_dict(),
+                "randomness": self._randomness.state_dict(),
                 "calls": self._calls,
                 "moves": self._moves,
                 "hyper": self._hyper,
@@ -247,6 +250,7 @@ class Population:
         self._move_raws.load_state_dict(state["move"])
         self.schedule.load_state_dict(state["schedule"])
         self._batches.load_state_dict(state["batches"])
+        self._randomness.load_state_dict(state["randomness"])
         self._calls, self._moves, self._hyper = state["calls"], state["moves"], state["hyper"]
 
     def _losses(self, loss: Loss, params: Tensors, values: Tensors, batch: Any) -> Tensor:

@@ -104,14 +104,6 @@ def restored(state: Any) -> Any:
     return type(state)(map(restored, state)) if isinstance(state, list | tuple) else state
 
 
-class NoRandomness(Randomness):
-    """Leaves all generators alone; only `rewind` sets the global one of torch."""
-
-    def __init__(self) -> None:
-        self._sources = [_source(torch.default_generator)]
-        self._states, self._seed, self._borrowed = [None], 0, True
-
-
 class _Source(NamedTuple):
     """Functions that read, write and seed the state of one generator."""
 
