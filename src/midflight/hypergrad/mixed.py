@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from midflight._tensors import Tensors, add_scaled, leaves, norm
 from midflight.errors import NoForwardMode, UnsupportedSetting
 from midflight.hypergrad.graph import require_twice_differentiable
-from midflight.hypergrad.problem import Step, TrainLoss, added, double_backward, gradient
+from midflight.hypergrad.problem import Step, TrainLoss, added, double_backward, gradient, reached
 from midflight.updates import pull_back
 
 METHODS = ("double backward", "forward mode", "difference")
@@ -173,10 +173,7 @@ class _Dtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def value_grads(loss: Tensor, values: Tensors) -> Tensors:
     """Return dC1~/dlambda for the values that the loss reads."""
-    if not loss.requires_grad:
-        return {}
-    grads = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
-    return {name: g for name, g in zip(values, grads, strict=True) if g is not None}
+    return reached([loss], values)
 
 
 def is_linear(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
@@ -184,10 +181,8 @@ def is_linear(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
     loss = train_loss(params, values)
     if not loss.requires_grad:
         return False
-    found = torch.autograd.grad(loss, list(values.values()), create_graph=True, allow_unused=True)
-    slopes = [g.sum() for g in found if g is not None and g.requires_grad]
-    again = torch.autograd.grad(slopes, list(values.values()), allow_unused=True) if slopes else ()
-    return all(g is None for g in again)
+    slopes = reached([loss], values, create_graph=True).values()
+    return not reached([slope.sum() for slope in slopes], values)
 
 
 def knows_forward_mode(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:

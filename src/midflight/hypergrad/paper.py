@@ -15,7 +15,7 @@ from midflight._tensors import Tensors
 from midflight.errors import UnreachedHyperparameter
 from midflight.hypergrad.base import Estimator
 from midflight.hypergrad.graph import Pairs
-from midflight.hypergrad.problem import Step
+from midflight.hypergrad.problem import Step, reached
 from midflight.updates import tuned_options
 
 
@@ -63,13 +63,5 @@ def _number(option: float | Tensor) -> float | Tensor:
 
 def _unbound(step: Step, options: list[Tensor]) -> list[str]:
     """Return the hyperparameters on which none of these options depends."""
-    if not options:
-        return list(step.hparams)
-    found = torch.autograd.grad(
-        options,
-        list(step.hparams.values()),
-        [torch.ones_like(x) for x in options],
-        allow_unused=True,
-        retain_graph=True,
-    )
-    return [name for name, g in zip(step.hparams, found, strict=True) if g is None]
+    bound = reached(options, step.hparams, [torch.ones_like(x) for x in options], retain_graph=True)
+    return [name for name in step.hparams if name not in bound]
