@@ -205,15 +205,14 @@ class _Trial:
             return with_tensors(model, lambda: evaluate(function, data), tensors)
 
         def train_loss(params: Tensors, raws: Tensors) -> Tensor:
-            with space.using(raws):
+            with space.seeing(space.values(raws)):
                 return call(loss_fn, batch, params)
 
         def valid_loss(params: Tensors) -> Tensor:
             return call(valid_loss_fn, valid_batch, params, valid=True)
 
         def updates(raws: Tensors) -> dict[str, Update]:
-            with space.using(raws):
-                return binding.updates(trained, {name: space[name].value for name in binding.options})
+            return binding.updates(trained, space.values(raws))
 
         self.problem = Problem(train_loss, valid_loss, updates)
 
@@ -271,7 +270,7 @@ class _Trial:
 
     def mixed_partial(self) -> str:
         """Return how `Tuner` computes the mixed partial."""
-        values = leaves({name: self._space[name].value for name in self._space})
+        values = leaves(self._space.values())
 
         def train_loss(params: Tensors, values: Tensors) -> Tensor:
             with self._space.seeing(values):

@@ -147,7 +147,7 @@ class Population:
         self._calls += 1
         hyper, params = self._hyper, leaves(self.params)
         raws = {name: raw.detach().requires_grad_(hyper) for name, raw in self.raws.items()}
-        values = {name: self.space[name].transform.value(raw) for name, raw in raws.items()}
+        values = self.space.values(raws)
         losses = self._losses(self._loss, params, values, batch)
         grads = gradient(losses.sum(), params, create_graph=hyper)
         updates = self._updates(values)
@@ -192,7 +192,7 @@ class Population:
     @property
     def values(self) -> Tensors:
         """The hyperparameters of all members, name -> tensor of shape (n, ...)."""
-        return {name: self.space[name].transform.value(raw.detach()) for name, raw in self.raws.items()}
+        return self.space.values(detach(self.raws))
 
     def member(self, i: int) -> tuple[nn.Module, Space]:
         """Return a new model with the weights of member i, and a new space with its hyperparameters."""
