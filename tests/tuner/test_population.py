@@ -18,10 +18,17 @@ OPTIMIZERS = {
     "adam": partial(torch.optim.Adam, lr=1e-2),
     "adamw": partial(torch.optim.AdamW, lr=1e-2, amsgrad=True),
     "plain adamw": partial(torch.optim.AdamW, lr=1e-2),
+    "adamw in groups": lambda params: decays_matrices_only(list(params)),
     "rmsprop": partial(torch.optim.RMSprop, lr=1e-2, centered=True),
     "nadam": partial(torch.optim.NAdam, lr=1e-2),
     "adagrad": partial(torch.optim.Adagrad, lr=1e-2),
 }
+
+
+def decays_matrices_only(params):
+    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1, "lr": 2e-2}]
+    groups += [{"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-2)
 
 
 def space():
@@ -108,6 +115,7 @@ def alone(i, optimizer, bind, estimator, hyper_optimizer=mf.SignSteps):
     [
         *((name, ["weight_decay"], "one_step") for name in OPTIMIZERS),
         ("adam", {"weight_decay": "lr"}, "one_step"),
+        ("adamw in groups", {"weight_decay": "lr"}, "one_step"),
         ("adam", {"weight_decay": "eps"}, "one_step_cheap"),
         ("sgd", ["weight_decay"], "t1t2"),
     ],

@@ -26,7 +26,7 @@ from midflight.tuner.live import evaluating, with_tensors
 from midflight.tuner.optimizers import trained_parameters
 from midflight.tuner.randomness import Randomness
 from midflight.tuner.schedule import Schedule, schedule_for, whole
-from midflight.updates import State, Update, UpdateRule, Updates, compiled, read_options, rule_for
+from midflight.updates import State, Update, UpdateRule, Updates, compiled, rule_for
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -105,17 +105,17 @@ class Population:
         _require_batchable(self._model, self.optimizer, self._rule)
         if compile:
             self._rule = compiled(self._rule, next(self._model.parameters()).device)
-        self._bound = Binding([self.optimizer], space, bind).options
-        for name in self._bound:
+        self._binding = Binding([self.optimizer], space, bind)
+        for name in self._binding.options:
             if space[name].spec.shape:
                 raise BindingError(f"a bound hyperparameter must be one number here, but {name} is not.")
-        names = trained_parameters(self._model, self.optimizer)
-        self._dims = {name: p.ndim for name, p in names.items()}
-        self._groups = _groups(self.optimizer, names)
+        self._weights = trained_parameters(self._model, self.optimizer)
         of_each = [dict(model.named_parameters()) for model in models]
-        self.params: Tensors = {name: torch.stack([p[name].detach() for p in of_each]) for name in names}
+        self.params: Tensors = {
+            name: torch.stack([p[name].detach() for p in of_each]) for name in self._weights
+        }
         """The weights of all members, name -> tensor of shape (n, ...)."""
-        self.state: dict[str, State] = {name: {} for name in names}
+        self.state: dict[str, State] = {name: {} for name in self._weights}
         """The optimiser's state of all members, name -> state whose tensors have shape (n, ...)."""
         self.raws: Tensors = self._start(starts or {})
         """Unit coordinates of the hyperparameters, name -> tensor of shape (n, ...)."""
@@ -269,16 +269,9 @@ class Population:
         return gradient(losses.sum(), params)
 
     def _updates(self, values: Tensors) -> Updates:
-        groups = [read_options(group) for group in self.optimizer.param_groups]
         return {
-            name: Update(
-                self._rule,
-                {
-                    **groups[self._groups[name]],
-                    **{option: values[h].reshape(-1, *[1] * dims) for h, option in self._bound.items()},
-                },
-            )
-            for name, dims in self._dims.items()
+            name: Update(self._rule, {o: _column(x, self._weights[name].ndim) for o, x in u.options.items()})
+            for name, u in self._binding.updates(self._weights, values).items()
         }
 
     @torch.no_grad()
@@ -359,10 +352,9 @@ def _on_recorded_graph(estimator: str | Estimator) -> Estimator:
     return found
 
 
-def _groups(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return weight -> index of its param_group."""
-    numbers = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    return {name: numbers[id(p)] for name, p in params.items()}
+def _column(option: Any, ndim: int) -> Any:
+    """Return a tuned option, shape (n,), such that it broadcasts against a weight of the members."""
+    return option.reshape(-1, *[1] * ndim) if isinstance(option, Tensor) and option.ndim else option
 
 
 def _seeded(build: Callable[[Space], nn.Module], space: Space, seed: int) -> nn.Module:
