@@ -32,9 +32,9 @@ class Paper(Estimator):
         pairs: Pairs = []
         for name, u in step.updates.items():
             if "weight_decay" in tuned_options(u.options):
-                decay = u.options["weight_decay"]
+                decay, lr = u.options["weight_decay"], u.options["lr"]
                 along = (v[name] * step.params[name]).sum_to_size(decay.shape)
-                pairs.append((decay, -_number(u.options["lr"]) * along))
+                pairs.append((decay, -(lr.detach() if isinstance(lr, Tensor) else lr) * along))
 
         noises = _unbound(step, [decay for decay, _ in pairs])
         members = 0 if step.members is None else 1  # number of leading dimensions
@@ -55,10 +55,6 @@ class Paper(Estimator):
 
 
 paper = Paper()
-
-
-def _number(option: float | Tensor) -> float | Tensor:
-    return option.detach() if isinstance(option, Tensor) else option
 
 
 def _unbound(step: Step, options: list[Tensor]) -> list[str]:

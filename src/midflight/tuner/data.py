@@ -327,8 +327,10 @@ def _cut(batch: Any, size: int, count: int) -> Any:
     if isinstance(batch, Tensor | np.ndarray):
         return batch[:count] if batch.ndim else batch
     if isinstance(batch, Mapping):
-        cut = {key: _cut(value, size, count) for key, value in batch.items()}
-        return cut if type(batch) is dict else _with_values(batch, cut)
+        own: Any = copy.copy(batch)  # keeps the type, such as that of a tokenizer's output
+        for key, value in batch.items():
+            own[key] = _cut(value, size, count)
+        return own
     if isinstance(batch, list | tuple):
         if len(batch) == size and not any(True for _ in _arrays(batch)):  # such as file names, one each
             return batch[:count]
@@ -343,11 +345,3 @@ def _parts_of_dataclass(batch: Any) -> dict[str, Any]:
     if not is_dataclass(batch) or isinstance(batch, type):
         return {}
     return {part.name: getattr(batch, part.name) for part in fields(batch) if part.init}
-
-
-def _with_values(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
-    """Return a mapping of the same type, such as a tokenizer's output, with other values."""
-    new = copy.copy(batch)
-    for key, value in values.items():
-        new[key] = value  # type: ignore[index]
-    return new

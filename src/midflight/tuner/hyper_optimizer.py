@@ -159,7 +159,11 @@ class Move:
         if self._stride is None:
             return {}
         strides = {name: self._stride(name, self._raws[name]) for name in names}
-        return {name: (self._raws[name].clone(), s) for name, s in strides.items() if not _is_one(s)}
+        return {
+            name: (self._raws[name].clone(), s)
+            for name, s in strides.items()
+            if isinstance(s, Tensor) or s != 1
+        }
 
     def forget(self) -> None:
         """Drop what the optimiser knows of earlier hypergradients, because the weights have jumped."""
@@ -184,7 +188,3 @@ class Move:
         factor = 1 / math.sqrt(1 + self._count / 50) if done is None else max(0.0, 1 - done)
         for group, longest in zip(self.optimizer.param_groups, self._longest, strict=True):
             write_option(group, "lr", longest * (factor * self.scale))
-
-
-def _is_one(stride: float | Tensor) -> bool:
-    return isinstance(stride, float) and stride == 1
