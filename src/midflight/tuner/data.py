@@ -39,7 +39,6 @@ class EndlessBatches(Iterator[Any]):
     Args:
         loader: iterable of batches; the training loop may use the same object.
         name: of the argument, for messages.
-        randomness: the tuner's random numbers.
 
     Raises:
         UnusableLoader: the loader is not iterable, or has no batch; the latter may show when it is read.

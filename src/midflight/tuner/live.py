@@ -46,7 +46,6 @@ class LiveModel:
 
     Args:
         model: the model being trained, compiled or not.
-        randomness: the tuner's own random numbers.
         others: weights that the optimisers train but the model does not have.
         beside: modules other than the model that the loss functions use, such as a head or a teacher.
     """
