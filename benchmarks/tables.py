@@ -134,11 +134,11 @@ class Training:
 
     def unrolled_steps(self) -> Iterator[int]:
         """Take the same steps; one in EVERY is followed by UNROLLED steps with a graph and a hyper-step."""
+        n = 0
         move = Move(self.space.raws, mf.SignSteps, lambda: n / STEPS, self._stride)
         move.optimizer.move_by_agreement([self.space.raws["lr"], self.space.raws["momentum"]])
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
         momenta = {name: torch.zeros_like(w) for name, w in weights.items()}
-        n = 0
         while n < STEPS:
             hyper = n % EVERY == 0
             self.space.requires_grad_(hyper)

@@ -296,9 +296,7 @@ def _reason(error: Exception) -> str:
 
 
 def _log(line: str) -> None:
-    from rich.console import Console
-
-    Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
+    print(line, file=sys.stderr)
 
 
 IDX_FILES = {

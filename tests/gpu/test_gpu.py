@@ -121,7 +121,7 @@ def test_the_hypergradient_goes_through_the_layer(name):
 
     def after(shift):
         twin = copy.deepcopy((model, optimizer), {id(level): level})
-        with space.using({"noise": space["noise"].raw + shift}):
+        with space.seeing(space.values({"noise": space["noise"].raw + shift})):
             step(*twin)
         with torch.no_grad():
             return float(cross_entropy(twin[0].eval(), valid))

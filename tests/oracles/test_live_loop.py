@@ -294,7 +294,7 @@ def loss_after_the_step(run, loop, space, name, device):
 
     def after(shift):
         twin = copy.deepcopy(run)  # without the tuner's hooks, which torch does not copy
-        with space.using({name: space[name].raw + shift}):
+        with space.seeing(space.values({name: space[name].raw + shift})):
             for option in {"lr", "weight_decay"} & set(space):
                 factor = loop.factor if option == "lr" else 1.0
                 for group, share in zip(twin.groups(), SHARES[loop.layout][option], strict=True):

@@ -229,12 +229,13 @@ def test_a_state_of_raw_coordinates_alone_is_taken_in_the_range_of_now():
     assert float(space["a"]) == 0.5
 
 
-def test_using_other_raws_ends_with_the_block():
-    space = mf.Space(a=mf.Float(0, 1, init=0.3))
-    raw = space["a"].raw
-    with space.using({"a": torch.tensor(0.7)}):
+def test_seeing_the_values_at_other_raws_ends_with_the_block():
+    space = mf.Space(a=mf.Float(0, 1, init=0.3), b=mf.Float(0, 1, init=0.1))
+    with space.seeing(space.values({"a": torch.tensor(0.7)})):
         assert float(space["a"]) == pytest.approx(0.7)
-    assert space["a"].raw is raw
+        assert float(space["b"]) == 0.1
+    assert float(space["a"]) == 0.3
+    assert space.values()["a"] == space["a"].value
 
 
 def test_noise_is_drawn_with_the_floor_below_it_and_keeps_its_gradient():

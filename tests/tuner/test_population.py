@@ -18,10 +18,17 @@ OPTIMIZERS = {
     "adam": partial(torch.optim.Adam, lr=1e-2),
     "adamw": partial(torch.optim.AdamW, lr=1e-2, amsgrad=True),
     "plain adamw": partial(torch.optim.AdamW, lr=1e-2),
+    "adamw in groups": lambda params: decays_matrices_only(list(params)),
     "rmsprop": partial(torch.optim.RMSprop, lr=1e-2, centered=True),
     "nadam": partial(torch.optim.NAdam, lr=1e-2),
     "adagrad": partial(torch.optim.Adagrad, lr=1e-2),
 }
+
+
+def decays_matrices_only(params):
+    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1, "lr": 2e-2}]
+    groups += [{"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-2)
 
 
 def space():
@@ -68,10 +75,11 @@ TRAIN, VALID = ([data(count, seed + i) for i in range(N)] for count, seed in ((S
 
 
 def population(optimizer="adam", device="cpu", **options):
-    options = {"bind": ["weight_decay"], "schedule": 3, "total_steps": STEPS, "starts": STARTS, **options}
+    usual = {"bind": ["weight_decay"], "schedule": 3, "total_steps": STEPS, "starts": STARTS}
+    options = {"valid_loader": together(VALID, device), **usual, **options}
     return mf.Population(
         N, lambda space: Net(space).to(device), space(), OPTIMIZERS[optimizer], loss_fn=loss,
-        valid_loss_fn=validate, valid_loader=together(VALID, device), **options,
+        valid_loss_fn=validate, **options,
     )  # fmt: skip
 
 
@@ -107,6 +115,7 @@ def alone(i, optimizer, bind, estimator, hyper_optimizer=mf.SignSteps):
     [
         *((name, ["weight_decay"], "one_step") for name in OPTIMIZERS),
         ("adam", {"weight_decay": "lr"}, "one_step"),
+        ("adamw in groups", {"weight_decay": "lr"}, "one_step"),
         ("adam", {"weight_decay": "eps"}, "one_step_cheap"),
         ("sgd", ["weight_decay"], "t1t2"),
     ],
@@ -211,6 +220,28 @@ def test_a_resumed_population_goes_on_as_the_saved_one():
     for name, p in whole.params.items():
         assert torch.equal(second.params[name], p)
     assert all(torch.equal(second.raws[name], raw) for name, raw in whole.raws.items())
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_reading_the_validation_loader_leaves_random_numbers_alone_and_can_be_resumed(shuffled):
+    def start():
+        rows = [list(zip(*TRAIN[i][0], strict=True)) for i in range(N)]
+        loaders = [torch.utils.data.DataLoader(each, 4, shuffle=shuffled) for each in rows]
+        torch.manual_seed(0)
+        return population(schedule=1, valid_loader=mf.stacked(loaders))
+
+    whole, first, second = start(), start(), start()
+    before = torch.get_rng_state()
+    for batch in mf.stacked(TRAIN):
+        whole.step(batch)
+    assert torch.equal(torch.get_rng_state(), before)
+    batches = list(mf.stacked(TRAIN))
+    for batch in batches[:10]:
+        first.step(batch)
+    second.load_state_dict(first.state_dict())
+    for batch in batches[10:]:
+        second.step(batch)
+    assert all(torch.equal(second.params[name], p) for name, p in whole.params.items())
 
 
 def test_noise_and_dropout_are_drawn_for_each_member():

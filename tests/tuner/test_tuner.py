@@ -50,12 +50,11 @@ def test_the_live_loop_gives_the_hypergradient_of_the_pure_function(optimizer, e
         return lambda x: torch.func.functional_call(model, params, (x,))
 
     def train_loss(params, raws):
-        with s.using(raws):
+        with s.seeing(s.values(raws)):
             return noisy(at(params), batch)
 
     def updates(raws):
-        with s.using(raws):
-            options = {**read_options(optim.param_groups[0]), "weight_decay": s["weight_decay"].value}
+        options = {**read_options(optim.param_groups[0]), "weight_decay": s.values(raws)["weight_decay"]}
         return {
             n: mf.updates.Update(mf.updates.RULES[optimizer], options) for n, _ in model.named_parameters()
         }

@@ -261,7 +261,7 @@ def _trained(optimizer_name: str, name: str, steps: int, seed: int) -> Case:
         optimizer.step()
 
     def train_loss(params: Tensors, hparams: Tensors) -> Tensor:
-        with torch.random.fork_rng(devices=[]), space.using(hparams):
+        with torch.random.fork_rng(devices=[]), space.seeing(space.values(hparams)):
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` goes through every device
             return kind.loss(space[name], Batch({**everything, **params}, x_train, y_train))
 
@@ -269,8 +269,7 @@ def _trained(optimizer_name: str, name: str, steps: int, seed: int) -> Case:
         return Batch({**everything, **params}, x_valid, y_valid).loss()
 
     def updates(hparams: Tensors) -> dict[str, Update]:
-        with space.using(hparams):
-            tuned = {} if kind.option is None else {kind.option: space[name].value}
+        tuned = {} if kind.option is None else {kind.option: space.values(hparams)[name]}
         return {weight: Update(rule, {**options, **tuned}) for weight in weights}
 
     return Case(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from midflight._reporting.text import aligned
 from midflight._tensors import Tensors, leaves
 from midflight.errors import InvalidLoss, MidflightError, NotTwiceDifferentiable, UnreachedHyperparameter
-from midflight.gradcheck.oracles import along, derivative
+from midflight.gradcheck.oracles import along, derivative, stepped
 from midflight.hypergrad import CLAIMS, ESTIMATORS, Estimator, estimator_for, hypergradient
 from midflight.hypergrad.graph import require_twice_differentiable
 from midflight.hypergrad.mixed import is_linear, knows_forward_mode
@@ -205,15 +205,14 @@ class _Trial:
             return with_tensors(model, lambda: evaluate(function, data), tensors)
 
         def train_loss(params: Tensors, raws: Tensors) -> Tensor:
-            with space.using(raws):
+            with space.seeing(space.values(raws)):
                 return call(loss_fn, batch, params)
 
         def valid_loss(params: Tensors) -> Tensor:
             return call(valid_loss_fn, valid_batch, params, valid=True)
 
         def updates(raws: Tensors) -> dict[str, Update]:
-            with space.using(raws):
-                return binding.updates(trained, {name: space[name].value for name in binding.options})
+            return binding.updates(trained, space.values(raws))
 
         self.problem = Problem(train_loss, valid_loss, updates)
 
@@ -258,16 +257,7 @@ class _Trial:
         """Return the optimiser's state; if it has none yet, take three steps on the copies first."""
         if any(self._state.values()):
             return self._state
-        state = self._state
-        for _ in range(3):
-            grads = self.problem.train_grads(leaves(self.params), self.raws)
-            with torch.no_grad():
-                new = {
-                    name: u.rule.step(self.params[name], grads[name], state[name], u.options)
-                    for name, u in self.problem.updates(self.raws).items()
-                }
-            self.params = {name: param for name, (param, _) in new.items()}
-            state = {name: s for name, (_, s) in new.items()}
+        self.params, state = stepped(self.problem, self.params, self.raws, self._state, steps=3)
         return state
 
     def truth(self, name: str, state: Mapping[str, State]) -> _Truth:
@@ -280,7 +270,7 @@ class _Trial:
 
     def mixed_partial(self) -> str:
         """Return how `Tuner` computes the mixed partial."""
-        values = leaves({name: self._space[name].value for name in self._space})
+        values = leaves(self._space.values())
 
         def train_loss(params: Tensors, values: Tensors) -> Tensor:
             with self._space.seeing(values):

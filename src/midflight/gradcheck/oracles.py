@@ -7,18 +7,18 @@ from itertools import pairwise
 
 import torch
 
-from midflight._tensors import Tensors
+from midflight._tensors import Tensors, leaves
 from midflight.hypergrad.problem import Problem
 from midflight.updates import State
 
 
-def loss_after(
-    problem: Problem, params: Tensors, hparams: Tensors, state: Mapping[str, State], steps: int = 1
-) -> float:
-    """Return the validation loss after `steps` optimiser steps; estimators differentiate this function."""
+def stepped(
+    problem: Problem, params: Tensors, hparams: Tensors, state: Mapping[str, State], steps: int
+) -> tuple[Tensors, dict[str, State]]:
+    """Return the weights and the optimiser's state after `steps` optimiser steps."""
     state = dict(state)
     for _ in range(steps):
-        grads = problem.train_grads({n: p.detach().requires_grad_() for n, p in params.items()}, hparams)
+        grads = problem.train_grads(leaves(params), hparams)
         with torch.no_grad():
             new = {
                 n: u.rule.step(params[n], grads[n], state[n], u.options)
@@ -26,6 +26,14 @@ def loss_after(
             }
         params = {n: param for n, (param, _) in new.items()}
         state = {n: s for n, (_, s) in new.items()}
+    return params, state
+
+
+def loss_after(
+    problem: Problem, params: Tensors, hparams: Tensors, state: Mapping[str, State], steps: int = 1
+) -> float:
+    """Return the validation loss after `steps` optimiser steps; estimators differentiate this function."""
+    params, _ = stepped(problem, params, hparams, state, steps)
     with torch.no_grad():
         return float(problem.valid_loss(params))
 

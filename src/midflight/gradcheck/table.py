@@ -11,7 +11,7 @@ import torch
 from midflight._tensors import Tensors
 from midflight.errors import MidflightError
 from midflight.gradcheck.cases import KINDS, OPTIMIZERS, Case, make_case, why_skipped
-from midflight.gradcheck.oracles import central_difference, compare
+from midflight.gradcheck.oracles import Comparison, central_difference, compare
 from midflight.hypergrad import CLAIMS, ESTIMATORS, hypergradient
 from midflight.updates import rule_for
 
@@ -22,7 +22,7 @@ PAPER_ESTIMATORS = ("one_step", "one_step_cheap", "t1t2", "paper")
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Comparison):
     """One line of the table: an estimator against the truth over some training states.
 
     Attributes:
@@ -30,9 +30,6 @@ class Check:
         hyperparameter: name of the hyperparameter.
         estimator: name of the estimator.
         steps: optimiser steps before the validation loss, as many as the estimator covers.
-        relative_error: |estimate - truth| / |truth| over all states.
-        cosine: cosine of the angle between the two over all states.
-        scale: |estimate| / |truth|.
         tolerance: relative error that the estimator claims; None if it makes no claim.
         passed: whether the relative error is within the tolerance; None if it makes no claim.
     """
@@ -41,9 +38,6 @@ class Check:
     hyperparameter: str
     estimator: str
     steps: int
-    relative_error: float
-    cosine: float
-    scale: float
     tolerance: float | None
     passed: bool | None
 

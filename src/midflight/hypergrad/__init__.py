@@ -12,12 +12,11 @@ from typing import NamedTuple
 from midflight._tensors import Tensors, detach, leaves
 from midflight.errors import UnknownName
 from midflight.hypergrad.base import Estimator
-from midflight.hypergrad.graph import require_twice_differentiable
-from midflight.hypergrad.implicit import ImplicitCG, ImplicitNeumann, implicit_cg, implicit_neumann
+from midflight.hypergrad.implicit import ImplicitNeumann, implicit_neumann
 from midflight.hypergrad.mixed import mixed_partial_of
 from midflight.hypergrad.one_step import central_difference, forward_over_reverse, one_step, one_step_cheap
 from midflight.hypergrad.paper import paper
-from midflight.hypergrad.problem import Dependence, Problem, Step, double_backward, require_reached
+from midflight.hypergrad.problem import Dependence, Problem, Step, require_reached
 from midflight.hypergrad.t1t2 import t1t2
 from midflight.hypergrad.unrolled import Unrolled, unrolled
 from midflight.updates import State
@@ -29,7 +28,6 @@ ESTIMATORS: dict[str, Estimator] = {
     "central_difference": central_difference,
     "unrolled": unrolled,
     "implicit_neumann": implicit_neumann,
-    "implicit_cg": implicit_cg,
     "t1t2": t1t2,
     "paper": paper,
 }
@@ -88,19 +86,11 @@ def hypergradient(
     """
     estimate = estimator_for(estimator)
     params, hparams = leaves(params), leaves(hparams)
-    twice = estimate.mixed in (None, "double backward")
-    grads = problem.train_grads(params, hparams, create_graph=twice and not estimate.needs_train_loss)
-    require_twice_differentiable(grads.values())
-
-    def mixed_partial(w: Tensors) -> Tensors:
-        if twice:
-            return double_backward(grads, hparams, w)
-        assert estimate.mixed is not None
-        return mixed_partial_of(estimate.mixed, problem.train_loss, detach(params), hparams, w)
-
+    method = estimate.mixed or "double backward"
+    mixed_partial = partial(mixed_partial_of, method, problem.train_loss, detach(params), hparams)
     step = Step(
         params=detach(params),
-        grads=detach(grads),
+        grads=detach(problem.train_grads(params, hparams)),
         state=state,
         updates=problem.updates(hparams),
         hparams=hparams,
@@ -115,7 +105,6 @@ __all__ = [
     "CLAIMS",
     "ESTIMATORS",
     "Estimator",
-    "ImplicitCG",
     "ImplicitNeumann",
     "Problem",
     "Step",

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from midflight._tensors import Tensors, add_scaled, leaves, norm
 from midflight.errors import NoForwardMode, UnsupportedSetting
-from midflight.hypergrad.problem import Step, TrainLoss, added, double_backward, gradient
+from midflight.hypergrad.graph import require_twice_differentiable
+from midflight.hypergrad.problem import Step, TrainLoss, added, double_backward, gradient, reached
 from midflight.updates import pull_back
 
 METHODS = ("double backward", "forward mode", "difference")
@@ -66,13 +67,19 @@ def train_loss_of(step: Step) -> TrainLoss:
 def mixed_partial_of(
     method: str, train_loss: TrainLoss, params: Tensors, values: Tensors, w: Tensors
 ) -> Tensors:
-    """Return d/dvalues <w, dC1~/dparams> by one of `METHODS`, for the values that the gradient depends on."""
+    """Return d/dvalues <w, dC1~/dparams> by one of `METHODS`, for the values that the gradient depends on.
+
+    Raises:
+        NotTwiceDifferentiable: "double backward" meets an operation that is differentiable only once.
+        NoForwardMode: "forward mode" meets an operation that lacks it.
+    """
     if method == "difference":
         return difference_along(train_loss, params, values, w)
     if method == "forward mode":
         return forward_over_reverse_along(train_loss, params, values, w)
     params, values = leaves(params), leaves(values)
     grads = gradient(train_loss(params, values), params, create_graph=True)
+    require_twice_differentiable(grads.values())
     return double_backward(grads, values, w)
 
 
@@ -166,10 +173,7 @@ class _Dtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def value_grads(loss: Tensor, values: Tensors) -> Tensors:
     """Return dC1~/dlambda for the values that the loss reads."""
-    if not loss.requires_grad:
-        return {}
-    grads = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
-    return {name: g for name, g in zip(values, grads, strict=True) if g is not None}
+    return reached([loss], values)
 
 
 def is_linear(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
@@ -177,10 +181,8 @@ def is_linear(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:
     loss = train_loss(params, values)
     if not loss.requires_grad:
         return False
-    found = torch.autograd.grad(loss, list(values.values()), create_graph=True, allow_unused=True)
-    slopes = [g.sum() for g in found if g is not None and g.requires_grad]
-    again = torch.autograd.grad(slopes, list(values.values()), allow_unused=True) if slopes else ()
-    return all(g is None for g in again)
+    slopes = reached([loss], values, create_graph=True).values()
+    return not reached([slope.sum() for slope in slopes], values)
 
 
 def knows_forward_mode(train_loss: TrainLoss, params: Tensors, values: Tensors) -> bool:

@@ -15,7 +15,7 @@ from midflight._tensors import Tensors
 from midflight.errors import UnreachedHyperparameter
 from midflight.hypergrad.base import Estimator
 from midflight.hypergrad.graph import Pairs
-from midflight.hypergrad.problem import Step
+from midflight.hypergrad.problem import Step, reached
 from midflight.updates import tuned_options
 
 
@@ -32,9 +32,9 @@ class Paper(Estimator):
         pairs: Pairs = []
         for name, u in step.updates.items():
             if "weight_decay" in tuned_options(u.options):
-                decay = u.options["weight_decay"]
+                decay, lr = u.options["weight_decay"], u.options["lr"]
                 along = (v[name] * step.params[name]).sum_to_size(decay.shape)
-                pairs.append((decay, -_number(u.options["lr"]) * along))
+                pairs.append((decay, -(lr.detach() if isinstance(lr, Tensor) else lr) * along))
 
         noises = _unbound(step, [decay for decay, _ in pairs])
         members = 0 if step.members is None else 1  # number of leading dimensions
@@ -57,19 +57,7 @@ class Paper(Estimator):
 paper = Paper()
 
 
-def _number(option: float | Tensor) -> float | Tensor:
-    return option.detach() if isinstance(option, Tensor) else option
-
-
 def _unbound(step: Step, options: list[Tensor]) -> list[str]:
     """Return the hyperparameters on which none of these options depends."""
-    if not options:
-        return list(step.hparams)
-    found = torch.autograd.grad(
-        options,
-        list(step.hparams.values()),
-        [torch.ones_like(x) for x in options],
-        allow_unused=True,
-        retain_graph=True,
-    )
-    return [name for name, g in zip(step.hparams, found, strict=True) if g is None]
+    bound = reached(options, step.hparams, [torch.ones_like(x) for x in options], retain_graph=True)
+    return [name for name in step.hparams if name not in bound]

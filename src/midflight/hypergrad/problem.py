@@ -10,7 +10,7 @@ optimiser. v is dC2/dtheta. For a given w, d/dlambda <w, g> is called the mixed 
 a `Problem` or of a user's training loop.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +32,26 @@ def gradient(loss: Tensor, params: Tensors, *, create_graph: bool = False) -> Te
         loss, list(params.values()), create_graph=create_graph, materialize_grads=True
     )
     return dict(zip(params, grads, strict=True))
+
+
+def reached(
+    outputs: Sequence[Tensor], inputs: Tensors, cotangents: Sequence[Tensor] | None = None, **options: bool
+) -> Tensors:
+    """Return the gradients of the outputs at those inputs on which an output depends, name -> tensor.
+
+    Args:
+        outputs: those without a graph depend on no input.
+        cotangents: one for each output; None for outputs of shape ().
+        options: of `torch.autograd.grad`.
+    """
+    given: Sequence[Tensor | None] = cotangents or [None] * len(outputs)
+    pairs = [(y, c if c is None else c.to(y)) for y, c in zip(outputs, given, strict=True) if y.requires_grad]
+    if not pairs:
+        return {}
+    found = torch.autograd.grad(
+        [y for y, _ in pairs], list(inputs.values()), [c for _, c in pairs], allow_unused=True, **options
+    )
+    return {name: g for name, g in zip(inputs, found, strict=True) if g is not None}
 
 
 @dataclass(frozen=True)
@@ -112,13 +132,7 @@ class Step:
 
         The result has an entry for each of the hparams on which an output depends.
         """
-        pairs = [(output, cotangent) for output, cotangent in pairs if output.requires_grad]
-        if not pairs:
-            return {}
-        outputs = [output for output, _ in pairs]
-        cotangents = [cotangent.to(output) for output, cotangent in pairs]
-        found = torch.autograd.grad(outputs, list(self.hparams.values()), cotangents, allow_unused=True)
-        return {name: g for name, g in zip(self.hparams, found, strict=True) if g is not None}
+        return reached([output for output, _ in pairs], self.hparams, [cotangent for _, cotangent in pairs])
 
 
 def double_backward(grads: Tensors, hparams: Tensors, w: Tensors) -> Tensors:
@@ -132,14 +146,8 @@ def double_backward(grads: Tensors, hparams: Tensors, w: Tensors) -> Tensors:
     Returns:
         name -> tensor, for the hparams that g depends on.
     """
-    with_graph = {name: g for name, g in grads.items() if g.requires_grad and name in w}
-    if not with_graph:
-        return {}
-    cotangents = [w[name].to(g) for name, g in with_graph.items()]
-    found = torch.autograd.grad(
-        list(with_graph.values()), list(hparams.values()), cotangents, allow_unused=True
-    )
-    return {name: g for name, g in zip(hparams, found, strict=True) if g is not None}
+    names = [name for name in grads if name in w]
+    return reached([grads[name] for name in names], hparams, [w[name] for name in names])
 
 
 def recorded(grads: Tensors, hparams: Tensors) -> Callable[[], Dependence]:

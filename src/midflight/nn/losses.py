@@ -11,7 +11,7 @@ function: write `space["a"] * loss_a + space["b"] * loss_b`.
 import torch
 from torch import Tensor
 
-from midflight.nn.magnitude import Magnitude, default_floor, drawn
+from midflight.nn.magnitude import Magnitude, default_floor, drawn, value_of
 from midflight.space import Hyperparameter
 
 Option = Hyperparameter | Tensor | float
@@ -58,12 +58,12 @@ def cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", but got {reduction!r}.')
     # a class masked by a logit of -inf adds 0 to the loss, but 0 * inf would be nan
-    log_p = (logits / _value(temperature)).log_softmax(1).clamp(min=torch.finfo(logits.dtype).min)
+    log_p = (logits / value_of(temperature)).log_softmax(1).clamp(min=torch.finfo(logits.dtype).min)
     terms, size = -log_p, torch.ones_like(log_p[:, 0])
     if not _is_number(focal_gamma, 0):
-        terms = terms * (_value(focal_gamma) * _log_of_the_rest(log_p)).exp()
+        terms = terms * (value_of(focal_gamma) * _log_of_the_rest(log_p)).exp()
     if class_weight is not None:
-        w = torch.as_tensor(_value(class_weight), device=logits.device)
+        w = torch.as_tensor(value_of(class_weight), device=logits.device)
         terms = terms * w.reshape(-1, *[1] * (logits.ndim - 2))
         size = size if target.is_floating_point() else w[target]
     if target.is_floating_point():
@@ -71,10 +71,10 @@ def cross_entropy(
     else:
         losses = terms.gather(1, target[:, None]).squeeze(1)
     if not _is_number(label_smoothing, 0):
-        eps = _value(label_smoothing)
+        eps = value_of(label_smoothing)
         losses = (1 - eps) * losses + eps * terms.mean(1)
     if example_weight is not None:
-        a = torch.as_tensor(_value(example_weight), device=logits.device)
+        a = torch.as_tensor(value_of(example_weight), device=logits.device)
         a = a.reshape(a.shape + (1,) * (losses.ndim - a.ndim))
         losses = a * losses
 
@@ -130,7 +130,3 @@ def _log_of_the_rest(log_p: Tensor) -> Tensor:
 
 def _is_number(option: object, number: float) -> bool:
     return isinstance(option, int | float) and option == number
-
-
-def _value(option: Option) -> Tensor | float:
-    return option.value if isinstance(option, Hyperparameter) else option

@@ -26,15 +26,16 @@ def default_floor(magnitude: Magnitude) -> float:
     return 0.05 * magnitude.spec.high if tuned_to_zero else 0.0  # type: ignore[union-attr]
 
 
+def value_of(magnitude: Magnitude) -> Tensor | float:
+    """Return the magnitude now, differentiable in the hyperparameters that it reads."""
+    if isinstance(magnitude, Hyperparameter):
+        return magnitude.value
+    return magnitude() if callable(magnitude) else magnitude
+
+
 def drawn(magnitude: Magnitude, floor: float, like: Tensor) -> Tensor:
     """Return max(magnitude, floor) on the device of `like`, with derivative 1 in the magnitude."""
-    now: Any = (
-        magnitude.value
-        if isinstance(magnitude, Hyperparameter)
-        else magnitude()
-        if callable(magnitude)
-        else magnitude
-    )
+    now = value_of(magnitude)
     x = now.to(like.device) if isinstance(now, Tensor) else like.new_tensor(now)
     return x + constant((magnitude, floor), (floor - x).clamp(min=0).detach())
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from midflight.nn.magnitude import value_of
 from midflight.space import Hyperparameter
 
 
@@ -53,8 +54,7 @@ def max_norm(weight: Tensor, limit: Hyperparameter | Tensor | float) -> Tensor:
     squares = weight.flatten(1).square().sum(1)
     # sqrt has no second derivative at 0, where a row is below any limit
     norms = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
-    excess = norms - (limit.value if isinstance(limit, Hyperparameter) else limit)
-    return excess.clamp(min=0).square().sum()
+    return (norms - value_of(limit)).clamp(min=0).square().sum()
 
 
 def orthogonality(weight: Tensor) -> Tensor:

@@ -17,24 +17,12 @@ from torch import Tensor
 from midflight.errors import SpaceError
 from midflight.space.specs import Float, Value
 
-Operator = Callable[[Any, Any], Tensor]
 
-
-def _left(apply: Callable[[Any, Any], Any]) -> Operator:
-    """Return a tensor operator with the hyperparameter as the left operand."""
+def _operator(apply: Callable[[Any, Any], Any], swapped: bool = False) -> Callable[[Any, Any], Tensor]:
+    """Return a tensor operator whose left operand is the hyperparameter, or the right one if swapped."""
 
     def operator(self: "Hyperparameter", other: Any) -> Tensor:
-        result: Tensor = apply(self.value, other)
-        return result
-
-    return operator
-
-
-def _right(apply: Callable[[Any, Any], Any]) -> Operator:
-    """Return a tensor operator with the hyperparameter as the right operand."""
-
-    def operator(self: "Hyperparameter", other: Any) -> Tensor:
-        result: Tensor = apply(other, self.value)
+        result: Tensor = apply(other, self.value) if swapped else apply(self.value, other)
         return result
 
     return operator
@@ -128,15 +116,15 @@ class Hyperparameter:
         bounds = "".join(f", {of.format(n)}at the {side} bound" for side, n in sides.items() if n)
         return f"{self.name} = {now}  ({scale} in [{self.spec.low:.4g}, {self.spec.high:.4g}]{bounds})"
 
-    __add__, __radd__ = _left(operator.add), _right(operator.add)
-    __sub__, __rsub__ = _left(operator.sub), _right(operator.sub)
-    __mul__, __rmul__ = _left(operator.mul), _right(operator.mul)
-    __truediv__, __rtruediv__ = _left(operator.truediv), _right(operator.truediv)
-    __pow__, __rpow__ = _left(operator.pow), _right(operator.pow)
-    __lt__ = _left(operator.lt)
-    __le__ = _left(operator.le)
-    __gt__ = _left(operator.gt)
-    __ge__ = _left(operator.ge)
+    __add__, __radd__ = _operator(operator.add), _operator(operator.add, swapped=True)
+    __sub__, __rsub__ = _operator(operator.sub), _operator(operator.sub, swapped=True)
+    __mul__, __rmul__ = _operator(operator.mul), _operator(operator.mul, swapped=True)
+    __truediv__, __rtruediv__ = _operator(operator.truediv), _operator(operator.truediv, swapped=True)
+    __pow__, __rpow__ = _operator(operator.pow), _operator(operator.pow, swapped=True)
+    __lt__ = _operator(operator.lt)
+    __le__ = _operator(operator.le)
+    __gt__ = _operator(operator.gt)
+    __ge__ = _operator(operator.ge)
 
     def __neg__(self) -> Tensor:
         return self.value.neg()

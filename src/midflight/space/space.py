@@ -66,6 +66,12 @@ class Space:
         """The unit coordinates that the tuner moves, name -> leaf tensor in [0, 1]."""
         return {name: entry.raw for name, entry in self._entries.items()}
 
+    def values(self, raws: Tensors | None = None) -> Tensors:
+        """Return what the model sees, name -> tensor; at other raw coordinates if these are given."""
+        if raws is None:
+            return {name: entry.value for name, entry in self._entries.items()}
+        return {name: self[name].transform.value(raw) for name, raw in raws.items()}
+
     def as_dict(self) -> dict[str, Any]:
         """Return the current values as numbers, or as nested lists for a hyperparameter with a shape."""
         return {name: entry.tolist() for name, entry in self._entries.items()}
@@ -81,20 +87,8 @@ class Space:
             entry.raw.requires_grad_(flag)
 
     @contextmanager
-    def using(self, raws: Tensors) -> Iterator[None]:
-        """Replace raw tensors while the context is active."""
-        before = self.raws
-        try:
-            for name, raw in raws.items():
-                self[name].raw = raw
-            yield
-        finally:
-            for name, raw in before.items():
-                self[name].raw = raw
-
-    @contextmanager
     def seeing(self, values: Tensors) -> Iterator[None]:
-        """Replace values while the context is active; the raw tensors are ignored."""
+        """Replace values while the context is active; the raw tensors of these names are ignored."""
         try:
             for name, value in values.items():
                 self[name]._seen = value

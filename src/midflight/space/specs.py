@@ -53,13 +53,8 @@ class Float:
             real = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
             if not real or not math.isfinite(bound):
                 raise SpaceError(f"{name} must be a finite number, but {name}={bound!r}.")
-        if not self.low < self.high:
-            raise SpaceError(f"low < high must hold, but low={self.low} and high={self.high}.")
+        _require_bounds(self.low, self.high, self.log)
         object.__setattr__(self, "shape", _as_shape(self.shape))
-        if self.log and self.low <= 0:
-            raise SpaceError(
-                f"low > 0 must hold for log=True, but low={self.low}; pass log=False or a positive low."
-            )
         if self.logit and not 0 < self.low < self.high < 1:
             raise SpaceError(
                 f"0 < low and high < 1 must hold for logit=True, but low={self.low} and high={self.high}."
@@ -103,6 +98,13 @@ class Float:
         return Linear(self.low, self.high, init)
 
 
+def _require_bounds(low: float, high: float, log: bool) -> None:
+    if not low < high:
+        raise SpaceError(f"low < high must hold, but low={low} and high={high}.")
+    if log and low <= 0:
+        raise SpaceError(f"low > 0 must hold for log=True, but low={low}; pass log=False or a positive low.")
+
+
 def _as_shape(shape: Any) -> tuple[int, ...]:
     sizes = tuple(shape) if isinstance(shape, list | tuple) else (shape,)
     if not isinstance(shape, list | tuple) or any(type(n) is not int or n < 1 for n in sizes):
@@ -135,12 +137,7 @@ class Int:
         for name, bound in (("low", self.low), ("high", self.high)):
             if isinstance(bound, bool) or not isinstance(bound, int):
                 raise SpaceError(f"{name} must be a whole number, but got {bound!r}; use Float for others.")
-        if not self.low < self.high:
-            raise SpaceError(f"low < high must hold, but low={self.low} and high={self.high}.")
-        if self.log and self.low <= 0:
-            raise SpaceError(
-                f"low > 0 must hold for log=True, but low={self.low}; pass log=False or a positive low."
-            )
+        _require_bounds(self.low, self.high, self.log)
 
 
 @dataclass(frozen=True)

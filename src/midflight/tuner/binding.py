@@ -81,9 +81,7 @@ class Binding:
     """The options of a model's optimisers that are bound to hyperparameters.
 
     Args:
-        optimizers: torch optimisers with an update rule.
-        space: the hyperparameters.
-        bind: which of them are options; None binds every name of the space that is one.
+        bind: which hyperparameters are options; None binds every name of the space that is one.
 
     Raises:
         BindingError: a name is no hyperparameter, or no tunable option of an optimiser; or its shape does not

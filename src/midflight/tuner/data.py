@@ -19,7 +19,6 @@ from midflight.tuner.randomness import (
     DEPTH,
     ENTRIES,
     GENERATORS,
-    NoRandomness,
     Randomness,
     held,
     parts_of,
@@ -40,17 +39,16 @@ class EndlessBatches(Iterator[Any]):
     Args:
         loader: iterable of batches; the training loop may use the same object.
         name: of the argument, for messages.
-        randomness: the tuner's random numbers; None leaves generators alone and copies nothing.
 
     Raises:
         UnusableLoader: the loader is not iterable, or has no batch; the latter may show when it is read.
 
     Attributes:
-        loader: the copy being read; the user's own loader before the first pass and without `randomness`.
+        loader: the copy being read; the user's own loader before the first pass.
         examples: how many the last batch had; None if they cannot be counted.
     """
 
-    def __init__(self, loader: Iterable[Any], name: str, randomness: Randomness | None = None) -> None:
+    def __init__(self, loader: Iterable[Any], name: str, randomness: Randomness) -> None:
         if not hasattr(loader, "__iter__"):
             raise UnusableLoader(
                 f"{name} must be an iterable of batches, such as a DataLoader or a list, but got "
@@ -58,10 +56,9 @@ class EndlessBatches(Iterator[Any]):
             )
         if isinstance(loader, DataLoader | list | tuple) and _batches_of(loader) == 0:
             raise _empty(name, loader)
-        self._theirs, self._copies = loader, randomness is not None
-        self.loader = loader
+        self._theirs = self.loader = loader
         self._name = name
-        self._randomness = randomness or NoRandomness()
+        self._randomness = randomness
         self._iterator: Iterator[Any] | None = None
         self._states: list[Any] | None = None
         self._used = 0
@@ -91,7 +88,7 @@ class EndlessBatches(Iterator[Any]):
     def whole_pass(self) -> Iterator[Any]:
         """Yield every batch once, from the beginning; the first `PASS` if the length is not known."""
         with self._randomness.borrowed():
-            loader = own_copy(self._theirs) if self._copies else self._theirs
+            loader = own_copy(self._theirs)
             yield from islice(iter(loader), _batches_of(loader))
 
     def close(self) -> None:
@@ -120,8 +117,8 @@ class EndlessBatches(Iterator[Any]):
 
     def _begin(self) -> None:
         self._states = self._randomness.snapshot()
-        if self._copies:  # at each pass, because the loop may call `sampler.set_epoch(n)` in between
-            self.loader = own_copy(self._theirs)
+        # at each pass, because the loop may call `sampler.set_epoch(n)` in between
+        self.loader = own_copy(self._theirs)
         self._iterator = iter(self.loader)
         self._used = 0
 
@@ -329,8 +326,10 @@ def _cut(batch: Any, size: int, count: int) -> Any:
     if isinstance(batch, Tensor | np.ndarray):
         return batch[:count] if batch.ndim else batch
     if isinstance(batch, Mapping):
-        cut = {key: _cut(value, size, count) for key, value in batch.items()}
-        return cut if type(batch) is dict else _with_values(batch, cut)
+        own: Any = copy.copy(batch)  # keeps the type, such as that of a tokenizer's output
+        for key, value in batch.items():
+            own[key] = _cut(value, size, count)
+        return own
     if isinstance(batch, list | tuple):
         if len(batch) == size and not any(True for _ in _arrays(batch)):  # such as file names, one each
             return batch[:count]
@@ -345,11 +344,3 @@ def _parts_of_dataclass(batch: Any) -> dict[str, Any]:
     if not is_dataclass(batch) or isinstance(batch, type):
         return {}
     return {part.name: getattr(batch, part.name) for part in fields(batch) if part.init}
-
-
-def _with_values(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
-    """Return a mapping of the same type, such as a tokenizer's output, with other values."""
-    new = copy.copy(batch)
-    for key, value in values.items():
-        new[key] = value  # type: ignore[index]
-    return new

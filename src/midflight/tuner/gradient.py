@@ -212,7 +212,8 @@ class ReceivedGradient:
         self.examples = self._counter.count
         self.carried = any(bool(t.any()) for t in _fetched(self._before).values())
         self.passes = max(self._passes.values(), default=1)
-        new = [n for n in grads if n not in self._watched and _is_trained(self._params.get(n))]
+        unwatched = {n: self._params.get(n) for n in grads if n not in self._watched}
+        new = [n for n, p in unwatched.items() if p is None or p.requires_grad]  # None: added just now
         moved, changed = self._moved(), [name for name, flag in self._changed.items() if bool(flag)]
         self.rest()
         _require_unchanged(moved, changed)
@@ -395,11 +396,6 @@ def _require_unchanged(moved: list[str], changed: list[str]) -> None:
             f"weights must stand still between backward and step, but {len(moved)} were changed, such as "
             f"{moved[0]}; the gradient belongs to other weights than those that the optimiser moves."
         )
-
-
-def _is_trained(p: Tensor | None) -> bool:
-    """Return whether a weight is trained now; None is one that has just been added."""
-    return p is None or p.requires_grad
 
 
 def _require_scaler(excess: float) -> None:

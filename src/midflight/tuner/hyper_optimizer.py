@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from midflight._tensors import Tensors
+from midflight.updates import read_option, write_option
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 """Raw tensors -> the torch optimiser that moves them."""
@@ -101,23 +102,12 @@ class SignSteps(torch.optim.Optimizer):
         return pace
 
 
-def annealing(progress: Callable[[], float | None]) -> Callable[[int], float]:
-    """Return the function n -> factor on the step length after n hyper-steps.
-
-    The factor falls linearly to 0 with the share of the run that is over. If the length of the run is not
-    known (progress is None), it is 1/sqrt(1 + n/50). The sum of these diverges, so any point of the range can
-    be reached.
-    """
-
-    def factor(n: int) -> float:
-        done = progress()
-        return 1 / math.sqrt(1 + n / 50) if done is None else max(0.0, 1 - done)
-
-    return factor
-
-
 class Move:
     """Moves raw coordinates against hypergradients, by steps that anneal over the run.
+
+    The length of a step is set after the step before it. It falls linearly to 0 with the share of the run
+    that is over. If the length of the run is not known, its factor is 1/sqrt(1 + n/50) after n hyper-steps.
+    The sum of these diverges, so any point of the range can be reached.
 
     Args:
         raws: unit coordinates, name -> leaf tensor with entries in [0, 1]; changed in place.
@@ -133,12 +123,13 @@ class Move:
         progress: Callable[[], float | None],
         stride: Callable[[str, Tensor], float | Tensor] | None = None,
     ) -> None:
-        self._raws, self._stride = raws, stride
+        self._raws, self._progress, self._stride = raws, progress, stride
         self.optimizer = hyper_optimizer(list(raws.values()))
         self.scale = 1.0
         """The factor on the length of the steps in addition to annealing."""
-        factor = annealing(progress)
-        self._annealing = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: factor(n) * self.scale)
+        self._longest = [read_option(group, "lr") for group in self.optimizer.param_groups]
+        self._count = 0
+        self._anneal()
 
     @torch.no_grad()
     def __call__(self, hypergradients: Tensors, scale: float = 1.0) -> None:
@@ -156,7 +147,8 @@ class Move:
             self.optimizer.step()
             for name, (raw, stride) in before.items():
                 self._raws[name].copy_(torch.lerp(raw, self._raws[name], stride))
-            self._annealing.step()
+            self._count += 1
+            self._anneal()
         finally:
             for raw in self._raws.values():
                 raw.grad = None
@@ -167,7 +159,11 @@ class Move:
         if self._stride is None:
             return {}
         strides = {name: self._stride(name, self._raws[name]) for name in names}
-        return {name: (self._raws[name].clone(), s) for name, s in strides.items() if not _is_one(s)}
+        return {
+            name: (self._raws[name].clone(), s)
+            for name, s in strides.items()
+            if isinstance(s, Tensor) or s != 1
+        }
 
     def forget(self) -> None:
         """Drop what the optimiser knows of earlier hypergradients, because the weights have jumped."""
@@ -176,20 +172,19 @@ class Move:
     def shrink(self, scale: float) -> None:
         """Set the factor on the length of the coming steps, without taking one."""
         self.scale = scale
-        for group, base, factor in zip(
-            self.optimizer.param_groups, self._annealing.base_lrs, self._annealing.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * factor(self._annealing.last_epoch)
+        self._anneal()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume."""
-        return {"optimizer": self.optimizer.state_dict(), "annealing": self._annealing.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "longest": self._longest, "count": self._count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self._annealing.load_state_dict(state["annealing"])
+        self._longest, self._count = list(state["longest"]), state["count"]
 
-
-def _is_one(stride: float | Tensor) -> bool:
-    return isinstance(stride, float) and stride == 1
+    def _anneal(self) -> None:
+        done = self._progress()
+        factor = 1 / math.sqrt(1 + self._count / 50) if done is None else max(0.0, 1 - done)
+        for group, longest in zip(self.optimizer.param_groups, self._longest, strict=True):
+            write_option(group, "lr", longest * (factor * self.scale))

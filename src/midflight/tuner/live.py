@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from midflight._tensors import Tensors
 from midflight.errors import InvalidLoss
 from midflight.hypergrad.graph import graph_nodes
+from midflight.hypergrad.problem import reached
 from midflight.tuner.data import fresh, tensors_of
 from midflight.tuner.gradient import same_entries, sampled
 from midflight.tuner.randomness import Randomness
@@ -45,7 +46,6 @@ class LiveModel:
 
     Args:
         model: the model being trained, compiled or not.
-        randomness: the tuner's own random numbers.
         others: weights that the optimisers train but the model does not have.
         beside: modules other than the model that the loss functions use, such as a head or a teacher.
     """
@@ -185,8 +185,7 @@ class LiveModel:
             if not at:
                 return value.detach(), {}
             if not reenters(value):
-                found = _grad(value, list(at.values()))
-                return value.detach(), {n: g for n, g in zip(at, found, strict=True) if g is not None}
+                return value.detach(), _grad(value, at)
             for leaf in at.values():
                 leaf.grad = None
             value.backward()  # type: ignore[no-untyped-call]
@@ -205,9 +204,9 @@ class LiveModel:
         return loss
 
 
-def _grad(loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor | None]:
+def _grad(loss: Tensor, at: Tensors) -> Tensors:
     try:
-        return torch.autograd.grad(loss, leaves, allow_unused=True)
+        return reached([loss], at)
     except RuntimeError as error:
         if "a second time" not in str(error):
             raise

@@ -24,8 +24,9 @@ from midflight.tuner.data import EndlessBatches
 from midflight.tuner.hyper_optimizer import Move, SignSteps
 from midflight.tuner.live import evaluating, with_tensors
 from midflight.tuner.optimizers import trained_parameters
+from midflight.tuner.randomness import Randomness
 from midflight.tuner.schedule import Schedule, schedule_for, whole
-from midflight.updates import State, Update, UpdateRule, Updates, compiled, read_options, rule_for
+from midflight.updates import State, Update, UpdateRule, Updates, compiled, rule_for
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -104,17 +105,17 @@ class Population:
         _require_batchable(self._model, self.optimizer, self._rule)
         if compile:
             self._rule = compiled(self._rule, next(self._model.parameters()).device)
-        self._bound = Binding([self.optimizer], space, bind).options
-        for name in self._bound:
+        self._binding = Binding([self.optimizer], space, bind)
+        for name in self._binding.options:
             if space[name].spec.shape:
                 raise BindingError(f"a bound hyperparameter must be one number here, but {name} is not.")
-        names = trained_parameters(self._model, self.optimizer)
-        self._dims = {name: p.ndim for name, p in names.items()}
-        self._groups = _groups(self.optimizer, names)
+        self._weights = trained_parameters(self._model, self.optimizer)
         of_each = [dict(model.named_parameters()) for model in models]
-        self.params: Tensors = {name: torch.stack([p[name].detach() for p in of_each]) for name in names}
+        self.params: Tensors = {
+            name: torch.stack([p[name].detach() for p in of_each]) for name in self._weights
+        }
         """The weights of all members, name -> tensor of shape (n, ...)."""
-        self.state: dict[str, State] = {name: {} for name in names}
+        self.state: dict[str, State] = {name: {} for name in self._weights}
         """The optimiser's state of all members, name -> state whose tensors have shape (n, ...)."""
         self.raws: Tensors = self._start(starts or {})
         """Unit coordinates of the hyperparameters, name -> tensor of shape (n, ...)."""
@@ -125,7 +126,8 @@ class Population:
         )
         self.schedule = schedule_for(schedule)
         self.schedule.begin(total_steps)
-        self._batches = EndlessBatches(valid_loader, "valid_loader")
+        self._randomness = Randomness([valid_loader])
+        self._batches = EndlessBatches(valid_loader, "valid_loader", self._randomness)
         self._moves, self._hyper = 0, self.schedule.next_is_hyper(0, hyper=False)
         self._seen: list[Tensor] = []
 
@@ -145,7 +147,7 @@ class Population:
         self._calls += 1
         hyper, params = self._hyper, leaves(self.params)
         raws = {name: raw.detach().requires_grad_(hyper) for name, raw in self.raws.items()}
-        values = {name: self.space[name].transform.value(raw) for name, raw in raws.items()}
+        values = self.space.values(raws)
         losses = self._losses(self._loss, params, values, batch)
         grads = gradient(losses.sum(), params, create_graph=hyper)
         updates = self._updates(values)
@@ -190,7 +192,7 @@ class Population:
     @property
     def values(self) -> Tensors:
         """The hyperparameters of all members, name -> tensor of shape (n, ...)."""
-        return {name: self.space[name].transform.value(raw.detach()) for name, raw in self.raws.items()}
+        return self.space.values(detach(self.raws))
 
     def member(self, i: int) -> tuple[nn.Module, Space]:
         """Return a new model with the weights of member i, and a new space with its hyperparameters."""
@@ -230,6 +232,7 @@ class Population:
                 "move": self._move_raws.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "batches": self._batches.state_dict(),
+                "randomness": self._randomness.state_dict(),
                 "calls": self._calls,
                 "moves": self._moves,
                 "hyper": self._hyper,
@@ -247,6 +250,7 @@ class Population:
         self._move_raws.load_state_dict(state["move"])
         self.schedule.load_state_dict(state["schedule"])
         self._batches.load_state_dict(state["batches"])
+        self._randomness.load_state_dict(state["randomness"])
         self._calls, self._moves, self._hyper = state["calls"], state["moves"], state["hyper"]
 
     def _losses(self, loss: Loss, params: Tensors, values: Tensors, batch: Any) -> Tensor:
@@ -265,16 +269,9 @@ class Population:
         return gradient(losses.sum(), params)
 
     def _updates(self, values: Tensors) -> Updates:
-        groups = [read_options(group) for group in self.optimizer.param_groups]
         return {
-            name: Update(
-                self._rule,
-                {
-                    **groups[self._groups[name]],
-                    **{option: values[h].reshape(-1, *[1] * dims) for h, option in self._bound.items()},
-                },
-            )
-            for name, dims in self._dims.items()
+            name: Update(self._rule, {o: _column(x, self._weights[name].ndim) for o, x in u.options.items()})
+            for name, u in self._binding.updates(self._weights, values).items()
         }
 
     @torch.no_grad()
@@ -355,10 +352,9 @@ def _on_recorded_graph(estimator: str | Estimator) -> Estimator:
     return found
 
 
-def _groups(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return weight -> index of its param_group."""
-    numbers = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    return {name: numbers[id(p)] for name, p in params.items()}
+def _column(option: Any, ndim: int) -> Any:
+    """Return a tuned option, shape (n,), such that it broadcasts against a weight of the members."""
+    return option.reshape(-1, *[1] * ndim) if isinstance(option, Tensor) and option.ndim else option
 
 
 def _seeded(build: Callable[[Space], nn.Module], space: Space, seed: int) -> nn.Module:

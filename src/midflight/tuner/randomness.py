@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map, tree_map_only
 
 SALT = 0x6D69_6466
 """The tuner's seed is the user's XOR this. Any number but 0 will do: the two must not draw the same."""
@@ -88,28 +89,16 @@ _ARRAY = "numpy"
 
 def plain(states: Any) -> Any:
     """Return states with torch tensors in place of numpy arrays, which `torch.load` refuses."""
-    if isinstance(states, np.ndarray):
-        return {_ARRAY: torch.from_numpy(states.copy())}
-    if isinstance(states, dict):
-        return {key: plain(value) for key, value in states.items()}
-    return type(states)(map(plain, states)) if isinstance(states, list | tuple) else states
+    return tree_map_only(np.ndarray, lambda array: {_ARRAY: torch.from_numpy(array.copy())}, states)
 
 
-def restored(state: Any) -> Any:
+def restored(states: Any) -> Any:
     """Return states with numpy arrays again; the inverse of `plain`."""
-    if isinstance(state, dict):
-        if set(state) == {_ARRAY}:
-            return state[_ARRAY].numpy()
-        return {key: restored(value) for key, value in state.items()}
-    return type(state)(map(restored, state)) if isinstance(state, list | tuple) else state
+    return tree_map(lambda x: x[_ARRAY].numpy() if _is_array(x) else x, states, is_leaf=_is_array)
 
 
-class NoRandomness(Randomness):
-    """Leaves all generators alone; only `rewind` sets the global one of torch."""
-
-    def __init__(self) -> None:
-        self._sources = [_source(torch.default_generator)]
-        self._states, self._seed, self._borrowed = [None], 0, True
+def _is_array(state: Any) -> bool:
+    return isinstance(state, dict) and state.keys() == {_ARRAY}
 
 
 class _Source(NamedTuple):

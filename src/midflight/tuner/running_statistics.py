@@ -18,6 +18,7 @@ Other buffers have no derivative here, such as those of a hand-written norm. If 
 validation loss through them, the tuner warns.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -196,17 +197,15 @@ def _version(buffer: Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments of `F.batch_norm` or `F.instance_norm`, in the order that both have."""
+    """The arguments of `F.batch_norm` or `F.instance_norm` that matter here."""
 
     x: Tensor
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    by_batch: bool = False
-    momentum: float = 0.1
-    eps: float = 1e-5
-    each: bool = False
+    mean: Tensor | None
+    var: Tensor | None
+    by_batch: bool
+    momentum: float
+    eps: float
+    each: bool
     """Whether each example has its own variance, and their mean updates the running one."""
 
     def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,21 +236,14 @@ class _Reads(torch.autograd.Function):
         return grads[0], -g.sum(others), -0.5 / var * (g * centred).sum(others), None
 
 
-def _of_batch_norm(input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
-                   training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> _Call:  # fmt: skip
-    return _Call(input, running_mean, running_var, weight, bias, training, momentum, eps)
+_SIGNATURES = {function: inspect.signature(function) for function in (F.batch_norm, F.instance_norm)}
 
 
-def _of_instance_norm(input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None,
-                      bias: Any = None, use_input_stats: bool = True, momentum: float = 0.1,
-                      eps: float = 1e-5) -> _Call:  # fmt: skip
-    return _Call(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, each=True)
-
-
-_KNOWN: Mapping[Any, Callable[..., _Call]] = {
-    F.batch_norm: _of_batch_norm,
-    F.instance_norm: _of_instance_norm,
-}
+def _call_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call:
+    bound = _SIGNATURES[func].bind(*args, **kwargs)
+    bound.apply_defaults()
+    x, mean, var, _, _, by_batch, momentum, eps = bound.args  # both have this order
+    return _Call(x, mean, var, by_batch, momentum, eps, each=func is F.instance_norm)
 
 
 class Passes(TorchFunctionMode):
@@ -279,8 +271,8 @@ class Passes(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _KNOWN:
-            call = _KNOWN[func](*args, **(kwargs or {}))
+        if func in _SIGNATURES:
+            call = _call_of(func, args, kwargs or {})
             name = self._names.get(id(call.mean))
             if name is not None and call.by_batch:
                 self.uses.setdefault(name, []).append(call)
