@@ -296,7 +296,12 @@ def test_an_error_that_is_not_the_hyperparameters_stays_as_it_is():
 
 @pytest.mark.parametrize(
     ("high", "init", "now", "usual"),
-    [(0.8, 0.2, 0.2, 0.8), (800.0, 0.2, 0.2, 4.0), (800.0, 0.2, 10.0, 60.0), (800.0, 0.0, 0.0, 45.0)],
+    [
+        (0.8, 0.2, 0.2, 0.8),
+        (800.0, 0.2, 0.2, 4.0),
+        (800.0, 0.2, 10.0, 60.0),
+        (800.0, 0.0, 0.0, 45.0 * 45.0 / 800.0),
+    ],
 )
 def test_a_step_on_a_linear_scale_depends_on_the_values_and_not_on_the_width(high, init, now, usual):
     transform = mf.Float(0.0, high, init=init).transform

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from midflight.tuner.step_options import ERASED
 from midflight.updates import read_options, rule_for
 
 STEPS, LR = 400, 0.05
+LOW = 0.01
+"""A limit in place of ERASED that these short runs reach."""
 DATA = torch.Generator().manual_seed(0)
 X, Y = torch.randn(40, 6, generator=DATA), torch.randn(40, 1, generator=DATA)
 
@@ -48,8 +51,9 @@ def run(start, make=torch.optim.SGD, **options):
         (torch.optim.AdamW, {}, LR),
     ],
 )
-def test_it_rises_to_the_limit_and_no_further(make, options, rate):
-    most = ERASED / (rate * STEPS)
+def test_it_rises_to_the_limit_and_no_further(make, options, rate, monkeypatch):
+    monkeypatch.setattr("midflight.tuner.controller.ERASED", LOW)
+    most = LOW / (rate * STEPS)
     assert max(run(1e-4, make, **options)) == pytest.approx(most, rel=1e-3)
 
 
@@ -60,7 +64,7 @@ def test_a_start_above_the_limit_is_the_limit():
 
 def test_without_the_limit_it_rises_further(monkeypatch):
     monkeypatch.setattr("midflight.tuner.controller.ERASED", math.inf)
-    assert max(run(1e-4)) > 3 * ERASED / (LR * STEPS)
+    assert max(run(1e-4)) > 2 * LOW / (LR * STEPS)
 
 
 @pytest.mark.parametrize(
@@ -107,3 +111,26 @@ def test_no_hooks_stay_on_the_weights_between_hyper_steps_if_the_loss_reads_noth
         hooked.append(any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()))
         optimizer.step()
     assert not any(hooked[11:])  # before the first hyper-step it is not known that nothing reads them
+
+
+@pytest.mark.parametrize(("lr", "share"), [(1e-12, 0.25), (0.05, 1.0)])
+def test_steps_in_a_wide_range_are_shorter_until_the_model_has_learned(lr, share):
+    torch.manual_seed(0)
+    space = mf.Space(dropout=mf.Float(1e-5, 0.9998, logit=True, init=0.3))
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), mf.nn.Dropout(space["dropout"]), nn.Linear(40, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    target = X[:, :1]
+    batch = X, target
+    mf.Tuner(model, optimizer, space, loss_fn, [batch], [batch], schedule=1)
+    raws = [float(space["dropout"].raw)]
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss_fn(model, batch).backward()
+        optimizer.step()
+        raws.append(float(space["dropout"].raw))
+    moves = [abs(b - a) for a, b in pairwise(raws)]
+    transform = space["dropout"].transform
+    longest = 0.08 * transform.USUAL / transform.width
+    assert moves[0] == pytest.approx(0.25 * longest, rel=1e-3)
+    assert max(moves[30:]) <= share * longest
+    assert share == 0.25 or max(moves) > 0.3 * longest

@@ -49,8 +49,10 @@ class Transform(ABC):
 class Linear(Transform):
     """value = low + (high - low) raw.
 
-    A linear scale has no unit of its own. So a usual range is TIMES_INIT times the initial value, or 45, as
-    for angles in degrees, if that is 0 or unknown. It is GROWTH times the value now if that is more.
+    A linear scale has no unit of its own. So a usual range is TIMES_INIT times the initial value. If that is
+    0 or unknown, it is 45, as for angles in degrees. But the more a range exceeds 45, the less its width says
+    about the scale. So the usual range is then less than 45 by the same factor. GROWTH times the value now
+    counts if that is more.
     """
 
     USUAL, TIMES_INIT, GROWTH = 45.0, 20.0, 6.0
@@ -63,7 +65,7 @@ class Linear(Transform):
         return self.high - self.low
 
     def stride(self, raw: Tensor, usual: float | None = None) -> float | Tensor:
-        least = usual or self.TIMES_INIT * self.init or self.USUAL
+        least = usual or self.TIMES_INIT * self.init or self.USUAL * min(1.0, self.USUAL / self.width)
         if least >= self.width:
             return 1.0
         return ((self.GROWTH * self.value(raw).abs()).clamp(min=least) / self.width).clamp(max=1)

@@ -27,7 +27,11 @@ from midflight.tuner.schedule import Schedule
 from midflight.tuner.step_options import ERASED, stride
 from midflight.tuner.trajectory import Trajectory
 
-_COUNTS = "steps", "hypersteps", "undecided", "best_step"
+_COUNTS = "steps", "hypersteps", "undecided", "best_step", "first_loss", "learned"
+UNLEARNED, LEARNED = 0.25, 0.97
+"""Until C2 is below LEARNED times its first value, steps in ranges wider than usual are shorter by the factor
+UNLEARNED. Nothing is known there of what is sensible, and too much noise or dropout prevents that a model
+learns."""
 
 
 class Controller:
@@ -49,6 +53,8 @@ class Controller:
         hypersteps: hyper-steps that moved the hyperparameters so far.
         undecided: hyper-steps left out so far because the gradient was unknown.
         best_step: the optimiser step at which the average validated best.
+        first_loss: C2 at the first hyper-step.
+        learned: whether C2 has fallen clearly since.
         due: whether the coming optimiser step has a hyper-step.
         log: losses and mean hypergradients of the last hyper-step, by name.
     """
@@ -79,6 +85,7 @@ class Controller:
         self.bounds, self.reach, self.signal = Bounds(), Reach(space), Signal()
         self.best_step = 0
         self.log: dict[str, float] = {}
+        self.first_loss, self.learned = math.nan, False
         self.due = False
         self._result: HyperStepResult | None = None
         """Found before the present training step; None if there was no hyper-step, or it failed."""
@@ -315,7 +322,9 @@ class Controller:
         transform = self._space[name].transform
         if self.horizon.needs_losses and name in self.options:
             return stride(self.options[name], transform, raw)
-        return transform.stride(raw)
+        usual = transform.stride(raw)
+        whole = isinstance(usual, float) and usual == 1.0
+        return usual if whole or self.learned else UNLEARNED * usual
 
     def _compute(self) -> HyperStepResult | None:
         try:
@@ -343,6 +352,9 @@ class Controller:
             raise error
 
     def _apply(self, result: HyperStepResult) -> None:
+        if math.isnan(self.first_loss):
+            self.first_loss = result.valid_loss
+        self.learned = self.learned or result.valid_loss < LEARNED * self.first_loss
         optimizer = self.move.optimizer
         if isinstance(optimizer, SignSteps) and self.horizon.needs_losses:
             optimizer.set_averaging(self.horizon.averaging)

@@ -22,7 +22,7 @@ LEAST = 1e-3
 """The smallest stride on a linear scale, so that a value can leave 0."""
 RISKY = {"lr", "momentum", "beta1"}
 """Options that step back when a run diverges."""
-ERASED = 1.0
+ERASED = 10.0
 """Weight decay rises only so far that, at the present learning rate, it would shrink weights without a
 gradient by the factor exp(-ERASED) in the whole run. Over one step a smaller network often validates better,
 even where a higher weight decay harms the trained one."""
