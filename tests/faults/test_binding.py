@@ -521,6 +521,19 @@ def test_a_range_that_the_option_cannot_have_is_refused(option: str, range_: Any
     assert must in str(error.value)
 
 
+def test_betas_and_negative_options_have_ranges_of_their_own() -> None:
+    with pytest.raises(mf.errors.BindingError, match=r"must lie in \[0, 1\], as betas must"):
+        loop_of(mf.Space(betas=mf.Float(0.5, 1.5, shape=(2,))), torch.optim.Adam).attach()
+    with pytest.raises(mf.errors.BindingError, match=r"must lie in \[-inf, 0\]"):
+        loop_of(mf.Space(beta2_decay=mf.Float(0.1, 0.9)), torch.optim.Adafactor).attach()
+    loop_of(mf.Space(beta2_decay=mf.Float(-0.95, -0.1, init=-0.8)), torch.optim.Adafactor).attach()
+
+
+def test_a_learning_rate_whose_range_leaves_out_the_optimisers_own_is_told_to_widen_it() -> None:
+    with pytest.warns(UserWarning, match="widen the range to contain 0.1"):
+        loop_of(mf.Space(lr=mf.Float(1e-5, 1e-2, log=True))).attach()
+
+
 def test_a_learning_rate_without_init_far_from_the_optimisers_own_is_told() -> None:
     with pytest.warns(UserWarning, match=r"lr starts at 0.00316, .* 0.1 of the optimiser; pass init=0.1"):
         loop_of(lr_space(init=None)).attach()

@@ -307,3 +307,9 @@ def test_a_step_on_a_linear_scale_depends_on_the_values_and_not_on_the_width(hig
     transform = mf.Float(0.0, high, init=init).transform
     stride = transform.stride(transform.raw(torch.tensor(now)))
     assert high * float(stride) == pytest.approx(usual, rel=1e-4)
+
+
+def test_a_step_in_an_absurdly_wide_range_is_not_lost_in_rounding():
+    transform = mf.Float(-1e6, 1e6, init=0.0).transform
+    raw = transform.raw(torch.tensor(0.0))
+    assert float(raw + 0.08 * transform.stride(raw)) != float(raw)

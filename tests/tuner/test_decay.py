@@ -62,6 +62,42 @@ def test_a_start_above_the_limit_is_the_limit():
     assert max(run(start)) <= start * (1 + 1e-6)
 
 
+def test_the_limit_of_a_logit_scale_is_inside_the_range():
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    space = mf.Space(weight_decay=mf.Float(1e-5, 0.5, logit=True, init=1e-3))
+    mf.Tuner(model, optimizer, space, loss_fn, [(X, Y)], [(X, Y)], schedule=2, total_steps=100)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss_fn(model, (X, Y)).backward()
+        optimizer.step()
+    assert 1e-5 <= float(space["weight_decay"]) <= 0.5
+
+
+def test_groups_without_decay_do_not_count(monkeypatch):
+    monkeypatch.setattr("midflight.tuner.controller.ERASED", LOW)
+    most = LOW / (LR * STEPS)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 1))
+    groups = [
+        {"params": [*model[0].parameters(), model[2].weight]},
+        {"params": [model[2].bias], "lr": 0.1 * LR, "weight_decay": 0.0},
+        {"params": [nn.Parameter(torch.zeros(2))], "lr": 100 * LR, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=LR, weight_decay=1e-4)
+    space = mf.Space(weight_decay=mf.Float(1e-6, 10.0, log=True, init=1e-4))
+    parts = [(X[:20], Y[:20])], [(X[20:], Y[20:])]
+    mf.Tuner(model, optimizer, space, loss_fn, *parts, total_steps=STEPS)
+    used = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        (loss_fn(model, (X[:20], Y[:20])) + 0 * groups[2]["params"][0].sum()).backward()
+        optimizer.step()
+        used.append(float(space["weight_decay"]))
+    assert max(used) == pytest.approx(most, rel=1e-3)
+
+
 def test_without_the_limit_it_rises_further(monkeypatch):
     monkeypatch.setattr("midflight.tuner.controller.ERASED", math.inf)
     assert max(run(1e-4)) > 2 * LOW / (LR * STEPS)
@@ -73,6 +109,7 @@ def test_without_the_limit_it_rises_further(monkeypatch):
         partial(torch.optim.SGD, lr=0.1),
         partial(torch.optim.SGD, lr=0.1, momentum=0.8),
         partial(torch.optim.SGD, lr=0.1, momentum=0.8, dampening=0.5),
+        partial(torch.optim.ASGD, lr=0.1, lambd=0.0),
         partial(torch.optim.AdamW, lr=0.01),
         partial(torch.optim.Adam, lr=0.01),
     ],

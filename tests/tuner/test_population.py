@@ -330,3 +330,19 @@ def test_members_that_are_tuned_otherwise_than_the_loops_are_found_out(name, twi
     monkeypatch.setattr(f"midflight.tuner.population.{name}", twin)
     with pytest.raises((AssertionError, KeyError)):
         members_equal_loops("adam", ["weight_decay"], "one_step", hyper_optimizer=BY_LENGTH)
+
+
+def test_a_scheduler_of_the_population_s_optimizer_gives_a_factor_of_at_most_one():
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR
+    members = mf.Population(
+        2, lambda _: torch.nn.Linear(4, 1), mf.Space(lr=mf.Float(1e-4, 1e-1, log=True, init=1e-2)),
+        partial(torch.optim.SGD, lr=1e-3), loss_fn=lambda m, b: m(b).square().mean(),
+        valid_loader=[torch.ones(2, 5, 4)], total_steps=20,
+    )  # fmt: skip
+    schedule = one_cycle(members.optimizer, max_lr=0.1, total_steps=20, cycle_momentum=False)
+    for _ in range(5):
+        factor = members._updates(members.values)["weight"].options["lr"].flatten() / members.values["lr"]
+        assert bool((factor <= 1.0001).all())
+        members.step(torch.ones(2, 5, 4))
+        members.optimizer._opt_called = True  # the population steps without it
+        schedule.step()

@@ -56,6 +56,8 @@ class Linear(Transform):
     """
 
     USUAL, TIMES_INIT, GROWTH = 45.0, 20.0, 6.0
+    LEAST_STRIDE = 1e-5
+    """Shorter steps would be lost in the rounding of float32."""
 
     init: float = field(default=0.0, compare=False)
     """The size of the initial value."""
@@ -68,7 +70,8 @@ class Linear(Transform):
         least = usual or self.TIMES_INIT * self.init or self.USUAL * min(1.0, self.USUAL / self.width)
         if least >= self.width:
             return 1.0
-        return ((self.GROWTH * self.value(raw).abs()).clamp(min=least) / self.width).clamp(max=1)
+        width = (self.GROWTH * self.value(raw).abs()).clamp(min=least)
+        return (width / self.width).clamp(self.LEAST_STRIDE, 1)
 
     def value(self, raw: Tensor) -> Tensor:
         return self.low + self.width * raw

@@ -27,6 +27,8 @@ BELOW_ONE = {"beta1", "beta2", "momentum", "alpha", "rho"}
 """Options that must stay below 1, also with a factor over 1."""
 LARGEST = 1 - 1e-6
 """The largest value of these."""
+BELOW_ZERO = {"beta2_decay"}
+"""Options that must not be above 0; no other may be below."""
 FAR_START = 2.0
 """A learning rate that starts further than this factor from the optimiser's own needs an `init`."""
 
@@ -34,6 +36,13 @@ Key = tuple[int, int]
 """(number of the optimiser, number of the group in it)"""
 Bind = Sequence[str] | Mapping[str, str] | None
 """Names that are both hyperparameter and option, or {hyperparameter: option}; None means all such names."""
+
+
+def _possible(option: str) -> tuple[float, float]:
+    """Return the least and the largest value that an option may have."""
+    if option in BELOW_ZERO:
+        return -math.inf, 0.0
+    return 0.0, 1.0 if option in BELOW_ONE or option == "betas" else math.inf
 
 
 @dataclass(frozen=True)
@@ -122,13 +131,14 @@ class Binding:
         self._stepped, self._detached = False, False
         self._hooks: list[Any] = []
 
-    def attach(self, detach: Callable[[], None]) -> None:
+    def attach(self, detach: Callable[[], None], moves: bool = True) -> None:
         """Connect to the optimisers, which until then are only read.
 
         An optimiser has one tuner. Another one that is attached to it is detached, with a warning.
 
         Args:
             detach: method of the tuner that owns this binding; it detaches that tuner.
+            moves: whether the values move from where they are now; False for a replay, which sets them.
         """
         for optimizer in self._optimizers:
             holder = _HOLDERS.get(optimizer)
@@ -140,7 +150,7 @@ class Binding:
                 )
                 detach_other()
         self._references = self._find_references(say=True)
-        for name in [name for name, option in self.options.items() if option == "lr"]:
+        for name in [name for name, option in self.options.items() if option == "lr" and moves]:
             self._warn_of_another_start(name)
         for key, group in self._groups():
             for (g, option), left in _LEFT.get(self._optimizers[key[0]], {}).items():
@@ -160,9 +170,11 @@ class Binding:
             return
         value = float(spec.transform.value(raw.detach()))
         if not own / FAR_START <= value <= own * FAR_START:
+            inside = spec.low <= own <= spec.high
+            there = f"pass init={own:.3g}" if inside else f"widen the range to contain {own:.3g}"
             warn(
                 f"{name} starts at {value:.3g}, the middle of its range, and not at the {own:.3g} of the "
-                f"optimiser; pass init={own:.3g} to start there, or init={value:.3g} to start here."
+                f"optimiser; {there} to start there, or pass init={value:.3g} to start here."
             )
 
     @property
@@ -196,7 +208,7 @@ class Binding:
             BindingError: the factor of an option is not known, or the hyperparameter has no entry for its
                 group.
         """
-        self._update_references()
+        self.update_references()
         self._require_known()
         self._write([optimizer])
 
@@ -297,7 +309,7 @@ class Binding:
                 self._numbers[name] = self._space[name].tolist()
         return self._numbers
 
-    def _update_references(self) -> None:
+    def update_references(self) -> None:
         """Before the first step, take in what happened since the tuner was made.
 
         A scheduler made since knows the references better. An optimiser state loaded since may hold values
@@ -465,7 +477,13 @@ class Binding:
         if name not in self._space:
             known = ", ".join(self._space)
             raise BindingError(f"bind must name hyperparameters of the space ({known}), but got {name!r}.")
-        shape = self._space[name].spec.shape
+        spec, (low, high) = self._space[name].spec, _possible(option)
+        if not low <= spec.low < spec.high <= high:
+            raise BindingError(
+                f"the range of {name} must lie in [{low:g}, {high:g}], as {option} must, but it is "
+                f"[{spec.low:g}, {spec.high:g}]."
+            )
+        shape = spec.shape
         if option == "betas" and self._has_betas():
             if shape != (2,):
                 raise BindingError(
@@ -477,12 +495,6 @@ class Binding:
             raise BindingError(
                 f"a bound option of {kinds} must be one of {', '.join(sorted(self.tunable))}, "
                 f"but got {option!r}."
-            )
-        spec, most = self._space[name].spec, 1.0 if option in BELOW_ONE else math.inf
-        if spec.low < 0 or spec.high > most:
-            raise BindingError(
-                f"the range of {name} must lie in [0, {most:g}], as {option} must, but it is "
-                f"[{spec.low:g}, {spec.high:g}]."
             )
         own = self._own_numbers(option)
         sizes = {len(own), sum(number != 0 for number in own.values())} - {0}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midflight._tensors import all_finite
+from midflight._tensors import Tensors, all_finite
 from midflight.errors import UnknownGradient, warn
 from midflight.space import Space
 from midflight.tuner.diagnostics import PATIENCE, Bounds, Reach, Signal
@@ -28,10 +28,12 @@ from midflight.tuner.step_options import ERASED, stride
 from midflight.tuner.trajectory import Trajectory
 
 _COUNTS = "steps", "hypersteps", "undecided", "best_step", "first_loss", "learned"
-UNLEARNED, LEARNED = 0.25, 0.97
-"""Until C2 is below LEARNED times its first value, steps in ranges wider than usual are shorter by the factor
-UNLEARNED. Nothing is known there of what is sensible, and too much noise or dropout prevents that a model
-learns."""
+UNKNOWN_STEPS = 1000
+"""The least length of a run that is assumed if it is not known."""
+UNLEARNED, FALLEN = 0.25, 0.03
+"""Until C2 has fallen by the share FALLEN of its first value, steps in ranges wider than usual are shorter by
+the factor UNLEARNED. Nothing is known there of what is sensible, and too much noise or dropout prevents that
+a model learns."""
 
 
 class Controller:
@@ -324,7 +326,8 @@ class Controller:
             return stride(self.options[name], transform, raw)
         usual = transform.stride(raw)
         whole = isinstance(usual, float) and usual == 1.0
-        return usual if whole or self.learned else UNLEARNED * usual
+        free = whole or self.learned or not self.horizon.needs_losses
+        return usual if free else UNLEARNED * usual
 
     def _compute(self) -> HyperStepResult | None:
         try:
@@ -354,17 +357,19 @@ class Controller:
     def _apply(self, result: HyperStepResult) -> None:
         if math.isnan(self.first_loss):
             self.first_loss = result.valid_loss
-        self.learned = self.learned or result.valid_loss < LEARNED * self.first_loss
+        fallen = self.first_loss - result.valid_loss
+        self.learned = self.learned or fallen > FALLEN * abs(self.first_loss)
         optimizer = self.move.optimizer
         if isinstance(optimizer, SignSteps) and self.horizon.needs_losses:
             optimizer.set_averaging(self.horizon.averaging)
         found = result.hypergradients
         if self.guard is not None:
             found = self.guard.restrained(found, self.steps)
+        before = {name: self._space.raws[name].detach().clone() for name in self._hyperstep.decays}
         self.move(found, self.failures.shrink * self._schedule.step_scale)
         if self.guard is not None:
             self.guard.limit()
-        self._limit_decay()
+        self._limit_decay(before)
         if result.train_loss is not None:
             best = self.horizon.observe(
                 result.train_loss, result.valid_loss, self.progress(), self._hyperstep.buffers()
@@ -383,16 +388,20 @@ class Controller:
         self.signal.observe(means)
 
     @torch.no_grad()
-    def _limit_decay(self) -> None:
-        """Keep weight decay from erasing most of what the weights learn in the run, unless it began so
-        high."""
-        share = self._hyperstep.shrinkage * (self.total_steps or self.steps)
+    def _limit_decay(self, before: Tensors) -> None:
+        """Keep weight decay from erasing what the weights learn in the run, unless it began so high.
+
+        Args:
+            before: the raw coordinates before the move. Without `total_steps`, these are allowed, too.
+        """
+        share = self._hyperstep.shrinkage * (self.total_steps or max(self.steps, UNKNOWN_STEPS))
         if not self.horizon.needs_losses or not share > 0:
             return
         for name in self._hyperstep.decays:
             raw, transform = self._space.raws[name], self._space[name].transform
-            most = transform.raw(torch.full_like(raw, ERASED / share)).clamp(0, 1)
-            raw.copy_(torch.minimum(raw, torch.maximum(most, self.trajectory.at(0.0)[name].to(raw))))
+            most = torch.full_like(raw, ERASED / share).clamp(transform.low, transform.high)
+            allowed = self.trajectory.at(0.0)[name].to(raw) if self.total_steps else before[name]
+            raw.copy_(torch.minimum(raw, torch.maximum(transform.raw(most).clamp(0, 1), allowed)))
 
     def _plan(self, hyper: bool, busy: bool = False) -> None:
         self.due = self._schedule.next_is_hyper(self.steps, hyper, busy)

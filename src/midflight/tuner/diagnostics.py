@@ -145,6 +145,8 @@ class Signal:
     def observe(self, means: Mapping[str, float]) -> None:
         """Take in the mean hypergradients of a hyper-step, by name."""
         for name, mean in means.items():
+            if mean == 0:
+                continue
             count, total, most = self._sums.get(name, (0, 0, 0.0))
             count, total = count + 1, total + (mean > 0) - (mean < 0)
             if count >= self.FIRST:

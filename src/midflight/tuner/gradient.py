@@ -375,6 +375,7 @@ class ReceivedGradient:
             "norms": [(sorted(names), norm) for names, norm in self._norms.items()],
             "factors": [(sorted(names), list(seen)) for names, seen in self._factors.items()],
             "divides": self._divides,
+            "excess": [(sorted(names), list(seen)) for names, seen in self._excess.items()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -382,6 +383,7 @@ class ReceivedGradient:
         self._divides = state["divides"]
         self._norms = {frozenset(names): norm for names, norm in state["norms"]}
         self._factors = {frozenset(names): [tuple(s) for s in seen] for names, seen in state["factors"]}
+        self._excess = {frozenset(names): list(seen) for names, seen in state["excess"]}
 
 
 def _require_unchanged(moved: list[str], changed: list[str]) -> None:

@@ -40,6 +40,7 @@ from midflight.tuner.running_statistics import (
 )
 from midflight.tuner.slope import warn_unless_slope
 from midflight.tuner.step_options import LENGTHS, slopes_of_length
+from midflight.updates.base import tuned_options
 
 _RAW = "raw of "
 
@@ -121,8 +122,8 @@ class HyperStep:
         self.compares = False
         """Whether a result holds `loss_now` and `loss_at_best`."""
         self.shrinkage = 0.0
-        """By which share the last step shrinks weights per unit of weight decay, see
-        `UpdateRule.shrinkage`."""
+        """The share by which the last step shrinks weights per unit of tuned weight decay; the largest of
+        all."""
         self._buffers = Watched(self.live.all)
 
     @property
@@ -239,7 +240,7 @@ class HyperStep:
     ) -> HyperStepResult:
         batch = next(self.t1) if batch is None else batch
         step = self._step(params, grads, clipped, live, batch)
-        self.shrinkage = max(update.rule.shrinkage(update.options) for update in step.updates.values())
+        self.shrinkage = self._shrinkage_of(step)
         if not self.horizon.needs_losses:
             valid_loss, found = self._at_horizon(step, params, batch)
             return HyperStepResult(found, valid_loss)
@@ -257,6 +258,18 @@ class HyperStep:
         elif self.horizon.at_average:
             return HyperStepResult(found, valid_loss, train_loss)
         return self._beside(HyperStepResult(found, math.nan, train_loss), compare=bool(options))
+
+    def _shrinkage_of(self, step: Step) -> float:
+        """Return by which share a step shrinks weights, per unit of tuned weight decay; the largest of
+        all."""
+        decayed = [u for u in step.updates.values() if "weight_decay" in tuned_options(u.options)]
+        value = max((float(step.values[name].detach().max()) for name in self.decays), default=0.0)
+        if not decayed or not value:
+            return 0.0
+        return max(
+            u.rule.shrinkage(u.options) * float(u.options["weight_decay"].detach().max()) / value
+            for u in decayed
+        )
 
     def _beside(self, result: HyperStepResult, compare: bool) -> HyperStepResult:
         """Return the result with C2 at the average, and if asked at the weights and at the best average."""

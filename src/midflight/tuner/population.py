@@ -269,6 +269,7 @@ class Population:
         return gradient(losses.sum(), params)
 
     def _updates(self, values: Tensors) -> Updates:
+        self._binding.update_references()  # a scheduler comes after the optimiser, which is made here
         return {
             name: Update(self._rule, {o: _column(x, self._weights[name].ndim) for o, x in u.options.items()})
             for name, u in self._binding.updates(self._weights, values).items()

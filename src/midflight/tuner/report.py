@@ -59,7 +59,8 @@ def sentences(
     found = run.returns() + run.failures.report() + run.bounds.report(space, paid=not about_loss)
     finite = all_finite(detach(hyperstep.params()).values())
     if not finite:
-        found.append("the weights are not finite; keep guard=True, or start from a lower lr.")
+        guarded = "" if run.guard is not None else 'keep guard=True and horizon="run", or '
+        found.append(f"the weights are not finite; {guarded}start from a lower lr.")
     if run.undecided > NORMALLY_UNDECIDED:
         found.append(
             f"hyper-steps left out: {run.undecided}, since it was not clear what happened to the gradient "
@@ -114,7 +115,7 @@ def _fallen(space: Space, run: Controller, moves: Mapping[str, str]) -> list[str
 def _earlier(space: Space, run: Controller, finished: Mapping[str, float]) -> list[str]:
     """Return a sentence if weights of an earlier moment won clearly, with the values at that moment."""
     earlier, *others = (finished.get(n, math.inf) for n in ("earlier", "average", "last"))
-    if not earlier < EARLIER * min(others):
+    if not earlier < min(others) - (1 - EARLIER) * abs(min(others)):
         return []
     then = run.trajectory.at(min(1.0, run.best_step / max(1, run.steps)))
     values = ", ".join(

@@ -120,7 +120,7 @@ class Replay:
         self._steps = 0
         self._space.requires_grad_(False)
         self._move()
-        self._binding.attach(self.detach)
+        self._binding.attach(self.detach, moves=False)
         self._hooks = StepHooks(
             optimizers, lambda o, _: self._binding.write(o), self._after_step, self._binding.restore
         )

@@ -23,6 +23,9 @@ class ASGD(UpdateRule):
 
     tunable: ClassVar = frozenset({"lambd", "weight_decay"})
 
+    def shrinkage(self, options: Options) -> float:
+        return float(plain(options["lr"]))
+
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
         lr, lambd = options["lr"], options["lambd"]
         _, total = decayed(param, grad, options)
