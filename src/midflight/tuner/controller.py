@@ -365,7 +365,8 @@ class Controller:
         found = result.hypergradients
         if self.guard is not None:
             found = self.guard.restrained(found, self.steps)
-        before = {name: self._space.raws[name].detach().clone() for name in self._hyperstep.decays}
+        limited = self._hyperstep.decays if self._hyperstep.shrinkage else []
+        before = {name: self._space.raws[name].detach().clone() for name in limited}
         self.move(found, self.failures.shrink * self._schedule.step_scale)
         if self.guard is not None:
             self.guard.limit()

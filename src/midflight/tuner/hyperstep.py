@@ -263,12 +263,13 @@ class HyperStep:
         """Return by which share a step shrinks weights, per unit of tuned weight decay; the largest of
         all."""
         decayed = [u for u in step.updates.values() if "weight_decay" in tuned_options(u.options)]
-        value = max((float(step.values[name].detach().max()) for name in self.decays), default=0.0)
-        if not decayed or not value:
-            return 0.0
+        shares = [(u.rule.shrinkage(u.options), u.options["weight_decay"]) for u in decayed]
+        shares = [(share, decay) for share, decay in shares if share]
+        value = (
+            max((float(step.values[n].detach().max()) for n in self.decays), default=0.0) if shares else 0.0
+        )
         return max(
-            u.rule.shrinkage(u.options) * float(u.options["weight_decay"].detach().max()) / value
-            for u in decayed
+            (share * float(decay.detach().max()) / value for share, decay in shares if value), default=0.0
         )
 
     def _beside(self, result: HyperStepResult, compare: bool) -> HyperStepResult:
