@@ -34,7 +34,7 @@ def leaves(tree: Mapping[str, Tensor]) -> Tensors:
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """Return the inner product over all entries, a scalar tensor."""
-    return torch.stack([torch.dot(a[name].reshape(-1), b[name].reshape(-1).to(a[name])) for name in a]).sum()
+    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
 
 
 def norm(a: Mapping[str, Tensor]) -> Tensor:

@@ -546,3 +546,40 @@ def test_a_validation_loss_of_another_model_is_refused(horizon):
             backbone(), plain_loss, True, horizon=horizon,
             valid_loss_fn=lambda model, batch: plain_loss(copy, batch),
         )  # fmt: skip
+
+
+def test_a_loop_that_scales_its_gradients_resumes_as_if_it_had_gone_on() -> None:
+    """What was found out about the scale takes batches, which must not be read again."""
+
+    def made() -> tuple[mf.Space, nn.Module, torch.optim.Optimizer, mf.Tuner]:
+        torch.manual_seed(0)
+        space = mf.Space(dropout=mf.Float(0.01, 0.8, logit=True, init=0.3))
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), mf.nn.Dropout(space["dropout"]), nn.Linear(6, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        t1, t2 = ([one for batch in batches(n) for one in zip(*batch, strict=True)] for n in (3, 2))
+        loaders = DataLoader(t1, 4, shuffle=True), DataLoader(t2, 4)  # type: ignore[arg-type]
+        tuner = mf.Tuner(model, optimizer, space, plain_loss, *loaders, total_steps=120, schedule=5)
+        return space, model, optimizer, tuner
+
+    def go(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for n in steps:
+            optimizer.zero_grad()
+            plain_loss(model, batches()[n % 3]).backward()
+            for p in model.parameters():
+                assert p.grad is not None
+                p.grad.mul_(0.5)
+            optimizer.step()
+
+    space, model, optimizer, _ = made()
+    go(model, optimizer, range(120))
+    _, first, first_optimizer, saved = made()
+    go(first, first_optimizer, range(80))
+    random_numbers = torch.get_rng_state()
+    resumed, other, other_optimizer, tuner = made()
+    other.load_state_dict(first.state_dict())
+    other_optimizer.load_state_dict(first_optimizer.state_dict())
+    tuner.load_state_dict(saved.state_dict())
+    torch.set_rng_state(random_numbers)
+    go(other, other_optimizer, range(80, 120))
+    assert resumed.as_dict() == space.as_dict()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

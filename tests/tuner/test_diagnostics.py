@@ -273,3 +273,66 @@ def test_validation_on_the_training_data_is_warned_of_at_the_users_line():
         assert said[0].filename == __file__
     for a, b in [(one, DataLoader(other)), (one, DataLoader(Subset(data, [0, 1]))), (one, half)]:
         mf.Tuner(model, optimizer, s, cross_entropy, a, b).detach()
+
+
+def ended(values, best=math.nan, low=0.0, high=1.0):
+    """The report of a run whose hyperparameter moved through these values; `best` is the least C2, of now
+    1."""
+    s = mf.Space(lr=mf.Float(1e-6, 10.0, log=True, init=1e-3), x=mf.Float(low, high, init=values[0]))
+    model = torch.nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    t = mf.Tuner(model, optimizer, s, lambda m, b: cross_entropy(m, b) + s["x"], [(X, Y)], [(X, Y)])
+    run = t._controller
+    run.horizon.best, run.horizon.best_loss, run.horizon.recent_loss = {"w": X}, best, 1.0
+    for n, value in enumerate(values):
+        s.set(x=value)
+        run.bounds.observe(s)
+        run.trajectory.record(n, s)
+    run.steps = run.hypersteps = len(values)
+    return t, s, model
+
+
+@pytest.mark.parametrize(
+    ("values", "best", "advice"),
+    [
+        ([0.5] + [1.0] * 40, 0.99, "; widen its range if a better value may lie beyond."),
+        ([0.5] + [1.0] * 40, 0.5, ", but validation is no better there; compare with a fixed run."),
+        ([0.5] + [0.0] * 40, 0.99, "hyper-steps."),
+    ],
+    ids=["paid", "did not pay", "natural bound"],
+)
+def test_a_wider_range_is_advised_only_where_it_may_help(values, best, advice):
+    t, _, _ = ended(values, best)
+    (sentence,) = [line for line in t.report() if line.startswith("x stood at its ")]
+    assert sentence.endswith(advice)
+    assert ("widen" in sentence) == ("widen" in advice)
+
+
+def test_a_learning_rate_that_fell_far_is_reported():
+    t, s, _ = ended([0.5] * 3)
+    assert not any(" fell " in line for line in t.report())
+    s.set(lr=2e-6)
+    assert any(line.startswith("lr fell from 0.001 to 2e-06") for line in t.report())
+
+
+def test_weights_that_are_not_finite_are_reported():
+    t, _, model = ended([0.5] * 3)
+    assert not any("not finite" in line for line in t.report())
+    with torch.no_grad():
+        model.weight[0, 0] = math.nan
+    assert "the weights are not finite; start from a lower lr." in t.report()
+
+
+def test_hypergradients_of_0_are_not_of_random_signs():
+    signal = Signal()
+    for _ in range(2 * DECISIONS):
+        signal.observe({"idle": 0.0})
+    assert signal.report({"idle": "from 1 to 1"}) == []
+
+
+def test_finish_warns_of_a_hyperparameter_that_was_never_reached():
+    s = mf.Space(noise=mf.Float(0.0, 0.8), unused=mf.Float(0.0, 1.0))
+    t, model, optimizer = digits_like(cross_entropy, s, schedule=2)
+    train(model, optimizer, 6)
+    with pytest.warns(UserWarning, match="unused reached neither"):
+        t.finish()

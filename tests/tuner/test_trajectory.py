@@ -89,3 +89,15 @@ def test_an_empty_trajectory_cannot_be_followed():
     s, _, optimizer = training()
     with pytest.raises(ValueError, match="at least one record"):
         mf.Replay(Trajectory(), s, optimizer, total_steps=10)
+
+
+def test_a_replay_does_not_warn_of_its_start():
+    """A tuner does: its values move from where they are. Warnings are errors here."""
+    s = mf.Space(lr=mf.Float(1e-5, 1e-1, log=True))  # starts at 1e-3
+    model = torch.nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trajectory = Trajectory()
+    trajectory.record(0, s)
+    mf.Replay(trajectory, s, optimizer, total_steps=5).detach()
+    with pytest.warns(UserWarning, match="lr starts at 0.001"):
+        tuner(model, optimizer, s)

@@ -49,10 +49,10 @@ class Transform(ABC):
 class Linear(Transform):
     """value = low + (high - low) raw.
 
-    A linear scale has no unit of its own. So a usual range is TIMES_INIT times the initial value. If that is
-    0 or unknown, it is 45, as for angles in degrees. But the more a range exceeds 45, the less its width says
-    about the scale. So the usual range is then less than 45 by the same factor. GROWTH times the value now
-    counts if that is more.
+    A linear scale has no unit of its own. So the width of a usual range is TIMES_INIT times the initial
+    value. If that is 0 or unknown, it is 45, as for angles in degrees, or 45 * 45 / width for a wider range:
+    the wider a range is, the less it says about the scale. If GROWTH times the value now is more, that
+    counts.
     """
 
     USUAL, TIMES_INIT, GROWTH = 45.0, 20.0, 6.0

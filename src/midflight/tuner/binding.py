@@ -30,7 +30,7 @@ LARGEST = 1 - 1e-6
 BELOW_ZERO = {"beta2_decay"}
 """Options that must not be above 0; no other may be below."""
 FAR_START = 2.0
-"""A learning rate that starts further than this factor from the optimiser's own needs an `init`."""
+"""A learning rate without `init` is told if it starts further than this factor from the optimiser's own."""
 
 Key = tuple[int, int]
 """(number of the optimiser, number of the group in it)"""
@@ -162,8 +162,7 @@ class Binding:
             self._hooks.append(optimizer.register_state_dict_pre_hook(lambda _: self.restore()))
 
     def _warn_of_another_start(self, name: str) -> None:
-        """Warn if no `init` was given, and the middle of the range is far from the optimiser's learning
-        rate."""
+        """Warn if there is no `init`, and the value starts far from the optimiser's learning rate."""
         spec, raw = self._space[name].spec, self._space.raws[name]
         own = max(self._references[name, "lr"].values(), default=0.0)
         if spec.init is not None or spec.shape or float(raw.detach()) != 0.5 or not own:

@@ -29,11 +29,11 @@ from midflight.tuner.trajectory import Trajectory
 
 _COUNTS = "steps", "hypersteps", "undecided", "best_step", "first_loss", "learned"
 UNKNOWN_STEPS = 1000
-"""The least length of a run that is assumed if it is not known."""
-UNLEARNED, FALLEN = 0.25, 0.03
-"""Until C2 has fallen by the share FALLEN of its first value, steps in ranges wider than usual are shorter by
-the factor UNLEARNED. Nothing is known there of what is sensible, and too much noise or dropout prevents that
-a model learns."""
+"""A run of unknown length counts as this long at least."""
+UNLEARNED, LEARNED = 0.25, 0.03
+"""Until C2 has fallen by the share LEARNED of its first value, steps in ranges wider than usual are
+multiplied by UNLEARNED. Such a range does not say which values are sensible, and with too much noise or
+dropout a model does not learn at all."""
 
 
 class Controller:
@@ -325,9 +325,9 @@ class Controller:
         if self.horizon.needs_losses and name in self.options:
             return stride(self.options[name], transform, raw)
         usual = transform.stride(raw)
-        whole = isinstance(usual, float) and usual == 1.0
-        free = whole or self.learned or not self.horizon.needs_losses
-        return usual if free else UNLEARNED * usual
+        is_wide = isinstance(usual, Tensor) or usual < 1
+        slowly = is_wide and self.horizon.needs_losses and not self.learned
+        return UNLEARNED * usual if slowly else usual
 
     def _compute(self) -> HyperStepResult | None:
         try:
@@ -358,7 +358,7 @@ class Controller:
         if math.isnan(self.first_loss):
             self.first_loss = result.valid_loss
         fallen = self.first_loss - result.valid_loss
-        self.learned = self.learned or fallen > FALLEN * abs(self.first_loss)
+        self.learned = self.learned or fallen > LEARNED * abs(self.first_loss)
         optimizer = self.move.optimizer
         if isinstance(optimizer, SignSteps) and self.horizon.needs_losses:
             optimizer.set_averaging(self.horizon.averaging)
@@ -390,15 +390,16 @@ class Controller:
 
     @torch.no_grad()
     def _limit_decay(self, before: Tensors) -> None:
-        """Keep weight decay from erasing what the weights learn in the run, unless it began so high.
+        """Keep weight decay below the limit that ERASED sets, or below its start if that is higher.
 
         Args:
-            before: the raw coordinates before the move. Without `total_steps`, these are allowed, too.
+            before: the raw coordinates before the move. Without `total_steps`, they take the place of the
+                start.
         """
-        share = self._hyperstep.shrinkage * (self.total_steps or max(self.steps, UNKNOWN_STEPS))
-        if not self.horizon.needs_losses or not share > 0:
+        if not self.horizon.needs_losses:
             return
-        for name in self._hyperstep.decays:
+        share = self._hyperstep.shrinkage * (self.total_steps or max(self.steps, UNKNOWN_STEPS))
+        for name in before:
             raw, transform = self._space.raws[name], self._space[name].transform
             most = torch.full_like(raw, ERASED / share).clamp(transform.low, transform.high)
             allowed = self.trajectory.at(0.0)[name].to(raw) if self.total_steps else before[name]

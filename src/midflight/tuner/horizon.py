@@ -248,8 +248,10 @@ class Averaged:
         return {name: a.to(self._dtypes.get(name, a.dtype)) for name, a in self._average.items()}
 
     def forget(self) -> None:
-        """Restart the average and the losses, because the guard has restored weights; keep the
-        extrapolation."""
+        """Restart the average and the losses, because the guard has restored earlier weights.
+
+        The extrapolation stays.
+        """
         self._average, self._count = {}, 0
         self._losses.clear()
         self._mean, self._weight = {}, 0.0

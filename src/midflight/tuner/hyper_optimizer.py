@@ -166,7 +166,7 @@ class Move:
         }
 
     def forget(self) -> None:
-        """Drop what the optimiser knows of earlier hypergradients, because the weights have jumped."""
+        """Drop what the optimiser knows of earlier hypergradients, because the guard has restored weights."""
         self.optimizer.state.clear()
 
     def shrink(self, scale: float) -> None:

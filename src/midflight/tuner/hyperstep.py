@@ -260,17 +260,13 @@ class HyperStep:
         return self._beside(HyperStepResult(found, math.nan, train_loss), compare=bool(options))
 
     def _shrinkage_of(self, step: Step) -> float:
-        """Return by which share a step shrinks weights, per unit of tuned weight decay; the largest of
-        all."""
+        """Return the share by which a step shrinks weights per unit of tuned weight decay, the largest."""
         decayed = [u for u in step.updates.values() if "weight_decay" in tuned_options(u.options)]
-        shares = [(u.rule.shrinkage(u.options), u.options["weight_decay"]) for u in decayed]
-        shares = [(share, decay) for share, decay in shares if share]
-        value = (
-            max((float(step.values[n].detach().max()) for n in self.decays), default=0.0) if shares else 0.0
-        )
-        return max(
-            (share * float(decay.detach().max()) / value for share, decay in shares if value), default=0.0
-        )
+        shares = [
+            (share, u.options["weight_decay"]) for u in decayed if (share := u.rule.shrinkage(u.options))
+        ]
+        value = max((float(step.values[name].detach().max()) for name in self.decays if shares), default=0.0)
+        return max((share * float(x.detach().max()) / value for share, x in shares if value), default=0.0)
 
     def _beside(self, result: HyperStepResult, compare: bool) -> HyperStepResult:
         """Return the result with C2 at the average, and if asked at the weights and at the best average."""

@@ -22,12 +22,12 @@ LEAST = 1e-3
 """The smallest stride on a linear scale, so that a value can leave 0."""
 RISKY = {"lr", "momentum", "beta1"}
 """Options that step back when a run diverges."""
-ERASED = 10.0
-"""Weight decay rises only so far that, at the present learning rate, it would shrink weights without a
-gradient by the factor exp(-ERASED) in the whole run. Over one step a smaller network often validates better,
-even where a higher weight decay harms the trained one."""
 CUT, LOGITS = 0.3, 1.0
 """They step back by the factor CUT, or by LOGITS on a logit scale if they must stay below 1."""
+ERASED = 10.0
+"""No hyper-step raises weight decay so far that, at the present learning rate, it would shrink weights
+without a gradient by more than the factor exp(-ERASED) in the whole run. Over one step a smaller network
+often validates better, even where a higher weight decay harms the trained one."""
 
 
 def stride(option: str, transform: Transform, raw: Tensor) -> float | Tensor:

@@ -54,9 +54,9 @@ class UpdateRule(ABC):
             return [self.step(*weight) for weight in weights]
 
     def shrinkage(self, options: Options) -> float:
-        """Return by which share of the weights a step shrinks them in the end, per unit of weight decay.
+        """Return the share by which weight decay in one step shrinks the weights in the end, per unit of it.
 
-        It is 0 where this differs from entry to entry, as for coupled weight decay under Adam.
+        It is 0 if this differs from entry to entry, as for coupled weight decay under Adam.
         """
         decoupled = options.get("decoupled_weight_decay", self.decoupled)
         return float(numbers(options, but=("weight_decay",))["lr"]) if decoupled else 0.0
