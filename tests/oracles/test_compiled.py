@@ -54,9 +54,17 @@ def no_program_yet():
 
 
 @pytest.mark.usefixtures("no_program_yet")
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}], ids=str)
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "options", "many"),
+    [
+        (torch.optim.Adam, {}, False),
+        (torch.optim.AdamW, {}, False),
+        (torch.optim.Adam, {}, True),
+        pytest.param(torch.optim.AdamW, {}, True, marks=pytest.mark.slow),  # compiles for seconds
+        (torch.optim.AdamW, {"amsgrad": True}, True),
+    ],
+    ids=str,
+)
 def test_a_step_of_all_weights_equals_a_step_of_each(compiled, kind, options, many):
     torch.manual_seed(0)
     params = [torch.randn(4, *shape, dtype=torch.float64) for shape in ((300, 7), (5,), ())]

@@ -139,8 +139,9 @@ def test_a_gradient_of_exactly_zero_gives_finite_derivatives(row, option, steps)
         assert torch.isfinite(x).all()
 
 
-@pytest.mark.parametrize("option_dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "option_dtype"), [(torch.float32, torch.float64), (torch.float64, torch.float32)]
+)
 @pytest.mark.parametrize(("row", "option"), OPTIONS)
 def test_an_option_may_be_a_scalar_tensor_of_another_dtype(row, option, dtype, option_dtype):
     at = At(row, 8, dtype=dtype)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from toys import Recorder, X, Y, as_it_steps, cross_entropy, network, space, train, tuner, weights
 
@@ -513,6 +514,21 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(horizon, schedule):
     assert s.as_dict() == s2.as_dict()
     assert t.log() == t2.log()
     assert all(torch.equal(v, model2.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_a_state_kept_in_memory_stays_as_it_was_while_the_run_goes_on():
+    s = mf.Space(lr=mf.Float(1e-4, 1.0, log=True, init=1e-2), noise=mf.Float(0.0, 0.8, init=0.3))
+    model = network(s)
+    optimizer = torch.optim.Adam(model.parameters())
+    t = tuner(model, optimizer, s, horizon="run", hyper_optimizer=torch.optim.Adam)
+    train(model, optimizer, 40)
+    kept = t.state_dict()
+    before = repr(tree_leaves(kept))
+    train(model, optimizer, 40)
+    assert repr(tree_leaves(kept)) == before
+    t.load_state_dict(kept)
+    train(model, optimizer, 40)  # nor does a run that goes on from it change it
+    assert repr(tree_leaves(kept)) == before
 
 
 def test_a_state_of_another_range_keeps_the_values_and_begins_a_trajectory_of_its_own():

@@ -9,6 +9,7 @@ from typing import Any
 from midflight._tensors import Tensors
 from midflight.errors import UnreachedHyperparameter
 from midflight.space import Space
+from midflight.tuner.saved import Saved
 
 PINNED = 0.25
 """A hyperparameter is reported if it stayed at its bound for this share of the hyper-steps, up to the
@@ -23,7 +24,7 @@ PATIENCE = 10
 was unknown in all of them."""
 
 
-class Reach:
+class Reach(Saved):
     """Counts the hyper-steps that did not reach a hyperparameter, until one does.
 
     Args:
@@ -32,6 +33,8 @@ class Reach:
     Attributes:
         options: names of the optimisers' options that can be tuned, for messages.
     """
+
+    SAVED = ("_unreached",)
 
     def __init__(self, space: Iterable[str]) -> None:
         self._unreached = dict.fromkeys(space, 0)
@@ -78,15 +81,11 @@ class Reach:
             f"{', '.join(options)}; bind= takes other names for them."
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"unreached": dict(self._unreached)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._unreached = dict(state["unreached"])
-
-
-class Bounds:
+class Bounds(Saved):
     """Counts the hyper-steps for which every entry of a hyperparameter has been at one of its bounds."""
+
+    SAVED = ("_moves", "_inside")
 
     def __init__(self) -> None:
         self._moves = 0
@@ -125,15 +124,11 @@ class Bounds:
                 )
         return found
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"moves": self._moves, "inside": dict(self._inside)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._moves, self._inside = state["moves"], dict(state["inside"])
-
-
-class Signal:
+class Signal(Saved):
     """Judges whether the signs of a hyperparameter's hypergradients agree more than random ones would."""
+
+    SAVED = ("_sums",)
 
     FIRST = 5
     """The sum of signs is tested from this count on."""
@@ -165,12 +160,6 @@ class Signal:
             for name, (count, _, most) in self._sums.items()
             if count >= DECISIONS and most < AGREEMENT
         ]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self._sums)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._sums = dict(state["sums"])
 
 
 def overfitted(loss: Callable[[Any], float], tuned_on: Iterable[Any], third: Iterable[Any]) -> list[str]:

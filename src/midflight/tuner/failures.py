@@ -1,7 +1,6 @@
 """Count hyper-steps whose losses or hypergradients are not finite, and shorten the next ones."""
 
-from collections.abc import Mapping
-from typing import Any
+from midflight.tuner.saved import Saved
 
 PATIENCE = 3
 """Failed hyper-steps in a row after which their length is halved."""
@@ -9,7 +8,7 @@ RECOVERY = 10
 """Good hyper-steps in a row after which a halved length doubles again."""
 
 
-class Failures:
+class Failures(Saved):
     """Counts hyper-steps that were not finite, which are left out, and shortens the next ones.
 
     Attributes:
@@ -17,6 +16,8 @@ class Failures:
         shrink: the factor on the length of hyper-steps. It halves after PATIENCE failures in a row, and
             doubles after RECOVERY good hyper-steps in a row, up to 1.
     """
+
+    SAVED = ("skipped", "shrink", "_row")
 
     def __init__(self) -> None:
         self.skipped = 0
@@ -42,9 +43,3 @@ class Failures:
             return []
         steps = "hyper-step was" if self.skipped == 1 else "hyper-steps were"
         return [f"{self.skipped} {steps} left out: a loss or hypergradient was not finite."]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "shrink": self.shrink, "row": self._row}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.skipped, self.shrink, self._row = (state[name] for name in ("skipped", "shrink", "row"))

@@ -16,7 +16,6 @@ hyper-step send a run back.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from midflight._tensors import Tensors, all_finite, write
 from midflight.space import Space
 from midflight.tuner.horizon import Averaged
 from midflight.tuner.movement import Beginning, Speed
+from midflight.tuner.saved import Saved
 from midflight.tuner.step_options import LENGTHS, RISKY, stepped_back
 
 LOOKS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64})
@@ -55,7 +55,7 @@ BELOW, RISE = 0.7, 0.01
 per hyper-step."""
 
 
-class Guard:
+class Guard(Saved):
     """Restores the best average of a run that diverges, and makes risky options step back.
 
     `Averaged` keeps the best average, and `Beginning` the initial weights.
@@ -71,6 +71,11 @@ class Guard:
         restored: how often the run went back.
         replaced: whether the best average replaced the last weights.
     """
+
+    SAVED = (
+        "beginning", "restored", "replaced", "_initial", "_worse", "_in_vain", "_at_best", "_trial",
+        "_highest", "_zero",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -318,21 +323,6 @@ class Guard:
 
     def _raws(self) -> Tensors:
         return {name: raw.detach().clone() for name, raw in self._space.raws.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "beginning": self.beginning.state_dict(), "restored": self.restored,
-            "replaced": self.replaced, "initial": self._initial,
-            "worse": self._worse, "at_best": dict(self._at_best), "highest": dict(self._highest),
-            "zero": self._zero, "in_vain": self._in_vain, "trial": self._trial,
-        }  # fmt: skip
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.restored, self.replaced = state["restored"], state["replaced"]
-        self.beginning.load_state_dict(state["beginning"])
-        self._initial, self._worse, self._in_vain = state["initial"], state["worse"], state["in_vain"]
-        self._at_best, self._trial = dict(state["at_best"]), state["trial"]
-        self._highest, self._zero = {n: t.clone() for n, t in state["highest"].items()}, state["zero"]
 
 
 def _largest(tensors: Tensors) -> list[float]:

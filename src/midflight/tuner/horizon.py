@@ -26,15 +26,15 @@ the average and theta, nearer to theta the later in the run.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from midflight._tensors import Tensors, all_finite, detach, unalias
 from midflight.errors import UnknownName
+from midflight.tuner.saved import Saved
 
 WINDOW = 0.1
 """The average covers this last share of the steps so far."""
@@ -68,25 +68,32 @@ KEPT_MEAN = {torch.float32: torch.bfloat16}
 """The type in which the mean of v is kept. Gradients have a wider range than half precision."""
 
 
-class Horizon(Protocol):
-    """Choose the weights at which the validation loss is judged."""
+class Horizon(Saved):
+    """Choose the weights at which the validation loss is judged.
 
-    needs_losses: bool
+    A subclass overrides what it needs. Without changes, a horizon judges as `NextStep` does.
+    """
+
+    needs_losses = False
     """Whether `observe` must get the losses at `average` at each hyper-step."""
 
     @property
     def at_average(self) -> bool:
         """Whether `valid_at` now returns the average."""
+        return False
 
     @property
     def averaging(self) -> float:
         """How far a hyper-step averages signs of hypergradients: 1 as usual, 0 uses the last sign alone."""
+        return 1.0
 
     def due(self, steps: int) -> bool:
         """Return whether `follow` has work to do after this many optimiser steps."""
+        return False
 
     def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None) -> bool:
         """Take in the weights after this many optimiser steps; return whether there was work to do."""
+        return False
 
     def valid_at(self, params: Tensors, at: Callable[[], Tensors]) -> Tensors:
         """Return the weights at which v is taken.
@@ -95,92 +102,51 @@ class Horizon(Protocol):
             params: the weights before the optimiser step.
             at: computes the weights at which the estimator would take v.
         """
+        return at()
 
     def ahead(self, params: Tensors) -> Tensors:
         """Return the weights at which v is taken for options that set how a step is taken, such as lr."""
+        return params
 
     def drift(self, params: Tensors) -> Tensors:
         """Return the way from the average to the weights, name -> tensor."""
+        return {}
 
     def smoothed(self, v: Tensors) -> Tensors:
         """Return the v to use, given v at the weights of `valid_at`, which is overwritten."""
+        return v
 
     def average(self) -> Tensors:
         """Return the weights at which C1 and C2 are compared; they must not be changed."""
+        return {}
 
     def observe(
         self, train_loss: float, valid_loss: float, progress: float | None, buffers: Mapping[str, Tensor]
     ) -> bool:
         """Take in C1 and C2 at the average; return whether it is the best so far."""
+        return False
 
     def candidates(self) -> dict[str, Tensors]:
         """Return weights that the run could end with instead of its last ones, by name."""
+        return {}
 
     def forget(self) -> None:
         """Restart what follows the weights, because the guard has restored earlier ones."""
 
     def log(self) -> dict[str, float]:
         """Return what a logger takes."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+        return {}
 
 
-class NextStep:
+class NextStep(Horizon):
     """Judge each step by the validation loss right after it.
 
     This is exact for the next step and ignores the rest of the run. With many data and a short training, it
     regularises too much.
     """
 
-    needs_losses = False
-    at_average = False
-    averaging = 1.0
 
-    def due(self, steps: int) -> bool:
-        return False
-
-    def follow(self, params: Mapping[str, Tensor], steps: int, progress: float | None) -> bool:
-        return False
-
-    def valid_at(self, params: Tensors, at: Callable[[], Tensors]) -> Tensors:
-        return at()
-
-    def ahead(self, params: Tensors) -> Tensors:
-        return params
-
-    def drift(self, params: Tensors) -> Tensors:
-        return {}
-
-    def smoothed(self, v: Tensors) -> Tensors:
-        return v
-
-    def average(self) -> Tensors:
-        return {}
-
-    def observe(
-        self, train_loss: float, valid_loss: float, progress: float | None, buffers: Mapping[str, Tensor]
-    ) -> bool:
-        return False
-
-    def candidates(self) -> dict[str, Tensors]:
-        return {}
-
-    def forget(self) -> None:
-        pass
-
-    def log(self) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
-
-
-class Averaged:
+class Averaged(Horizon):
     """Judge each step for the run: at the averaged weights, or extrapolated to the weights and beyond.
 
     Stores the average of the weights; in half precision, the best average and the mean of v.
@@ -191,6 +157,11 @@ class Averaged:
         best_loss: that loss.
         recent_loss: the mean validation loss of the average over the recent hyper-steps.
     """
+
+    SAVED = (
+        "extrapolation", "best", "best_loss", "recent_loss", "_dtypes", "_count", "_steps", "_progress",
+        "_average", "_losses", "_mean", "_weight",
+    )  # fmt: skip
 
     needs_losses = True
 
@@ -204,7 +175,7 @@ class Averaged:
         self._progress: float | None = None
         self._average: Tensors = {}
         self._dtypes: dict[str, torch.dtype] = {}
-        self._losses: deque[tuple[int, float, float]] = deque()
+        self._losses: list[tuple[int, float, float]] = []
         self._mean: Tensors = {}
         self._weight = 0.0
 
@@ -278,7 +249,7 @@ class Averaged:
         self._count += 1
         self._losses.append((self._count, train_loss, valid_loss))
         while len(self._losses) > 1 and self._losses[0][0] <= (1 - RECENT) * self._count:
-            self._losses.popleft()
+            del self._losses[0]
         c1, c2 = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))
         self.recent_loss = c2
         if c2 > 0:
@@ -391,34 +362,6 @@ class Averaged:
         losses = {"recent_loss": self.recent_loss, "best_loss": self.best_loss} if self.best else {}
         return {"extrapolation": self.extrapolation, **losses}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume."""
-        return {
-            "extrapolation": self.extrapolation,
-            "best": dict(self.best),
-            "dtypes": dict(self._dtypes),
-            "best_loss": self.best_loss,
-            "recent_loss": self.recent_loss,
-            "count": self._count,
-            "steps": self._steps,
-            "progress": self._progress,
-            "average": {name: a.clone() for name, a in self._average.items()},
-            "losses": list(self._losses),
-            "mean": {name: g.clone() for name, g in self._mean.items()},
-            "weight": self._weight,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from `state_dict`."""
-        self.extrapolation = state["extrapolation"]
-        self.best, self.best_loss = dict(state["best"]), state["best_loss"]
-        self.recent_loss = state["recent_loss"]
-        self._dtypes = dict(state["dtypes"])
-        self._count, self._steps, self._progress = state["count"], state["steps"], state["progress"]
-        self._average = {name: a.clone() for name, a in state["average"].items()}
-        self._losses = deque(tuple(entry) for entry in state["losses"])
-        self._mean, self._weight = {n: g.clone() for n, g in state["mean"].items()}, state["weight"]
-
 
 def _window(progress: float | None) -> float:
     left = 1.0 if progress is None else min(1.0, (1 - progress) / LAST)
@@ -432,7 +375,7 @@ def _line(progress: float | None) -> float:
 def horizon_for(horizon: str | Horizon) -> Horizon:
     """Return the horizon for the argument `horizon` of `Tuner`; raise `UnknownName` for another name."""
     known: dict[Any, Callable[[], Horizon]] = {"run": Averaged, "step": NextStep}
-    if not isinstance(horizon, str) and hasattr(horizon, "valid_at"):
+    if isinstance(horizon, Horizon):
         return horizon
     if not isinstance(horizon, str) or horizon not in known:
         raise UnknownName("horizon", horizon, known)

@@ -9,13 +9,14 @@ and faster the longer these agree.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from midflight._tensors import Tensors
+from midflight.tuner.saved import Saved
 from midflight.updates import read_option, write_option
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -102,7 +103,7 @@ class SignSteps(torch.optim.Optimizer):
         return pace
 
 
-class Move:
+class Move(Saved):
     """Moves raw coordinates against hypergradients, by steps that anneal over the run.
 
     The length of a step is set after the step before it. It falls linearly to 0 with the share of the run
@@ -115,6 +116,8 @@ class Move:
         progress: returns the share of the run that is over; None if its length is not known.
         stride: (name, raw) -> the fraction of a step to take, a number or shaped like raw; by default 1.
     """
+
+    SAVED = ("optimizer", "_longest", "_count")
 
     def __init__(
         self,
@@ -173,15 +176,6 @@ class Move:
         """Set the factor on the length of the coming steps, without taking one."""
         self.scale = scale
         self._anneal()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume."""
-        return {"optimizer": self.optimizer.state_dict(), "longest": self._longest, "count": self._count}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from `state_dict`."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._longest, self._count = list(state["longest"]), state["count"]
 
     def _anneal(self) -> None:
         done = self._progress()

@@ -38,6 +38,7 @@ from midflight.tuner.running_statistics import (
     Watched,
     moved_statistics,
 )
+from midflight.tuner.saved import Saved
 from midflight.tuner.slope import warn_unless_slope
 from midflight.tuner.step_options import LENGTHS, slopes_of_length
 from midflight.updates.base import tuned_options
@@ -65,7 +66,7 @@ class HyperStepResult:
     loss_at_best: float | None = None
 
 
-class HyperStep:
+class HyperStep(Saved):
     """Compute hypergradients of a live loop.
 
     Args:
@@ -78,6 +79,8 @@ class HyperStep:
         examples: of a T1 batch for the mixed partial; None for all.
         max_grad_norm: see `ReceivedGradient`.
     """
+
+    SAVED = ("t1", "t2", "randomness", "horizon", "received", "mixed")
 
     def __init__(
         self,
@@ -519,26 +522,6 @@ class HyperStep:
                     f"the loss has a derivative; tune its own options, {', '.join(sorted(rule.tunable))}, "
                     f"without {', '.join(self._binding.unbound)}."
                 )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume."""
-        return {
-            "t1": self.t1.state_dict(),
-            "t2": self.t2.state_dict(),
-            "randomness": self.randomness.state_dict(),
-            "horizon": self.horizon.state_dict(),
-            "received": self.received.state_dict(),
-            "mixed": self.mixed.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from `state_dict`."""
-        self.t1.load_state_dict(state["t1"])
-        self.t2.load_state_dict(state["t2"])
-        self.randomness.load_state_dict(state["randomness"])
-        self.horizon.load_state_dict(state["horizon"])
-        self.received.load_state_dict(state["received"])
-        self.mixed.load_state_dict(state["mixed"])
 
 
 def _only(step: Step, names: Iterable[str]) -> Step:

@@ -7,14 +7,14 @@ five tasks (`benchmarks/movement.py`).
 If the first steps change the weights by more than their initial size, the run begins again with a lower lr.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from midflight._tensors import Tensors, all_finite, write
 from midflight.tuner.horizon import KEPT
+from midflight.tuner.saved import Saved
 
 MOVED = {16: 1.2, 64: 3.0}
 """Optimiser steps -> the largest relative change of the weights over these first steps."""
@@ -29,7 +29,7 @@ ENTRIES = 2**16
 """The most entries of a weight matrix that are compared."""
 
 
-class Beginning:
+class Beginning(Saved):
     """Keeps the initial weights during the first steps of a run, and judges how far they have moved.
 
     Weights are kept in half precision, buffers whole. All are dropped after the last of the steps in MOVED.
@@ -41,6 +41,8 @@ class Beginning:
         steps: optimiser steps since the beginning, or since the guard has restored weights.
         raws: the raw coordinates of the space at the beginning.
     """
+
+    SAVED = ("steps", "_restarts", "_kept", "raws")
 
     def __init__(self, params: Callable[[], Tensors], buffers: Callable[[], Tensors]) -> None:
         self._params, self._buffers = params, buffers
@@ -91,14 +93,6 @@ class Beginning:
         for name, value in {**self._params(), **self._buffers()}.items():
             if name in self._kept:
                 write(self._kept[name], value)
-
-    def state_dict(self) -> dict[str, Any]:
-        counts = {"steps": self.steps, "restarts": self._restarts}
-        return {**counts, "kept": dict(self._kept), "raws": dict(self.raws)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps, self._restarts = state["steps"], state["restarts"]
-        self._kept, self.raws = dict(state["kept"]), dict(state["raws"])
 
 
 class Speed:

@@ -25,13 +25,14 @@ from midflight.tuner.hyper_optimizer import Move, SignSteps
 from midflight.tuner.live import evaluating, with_tensors
 from midflight.tuner.optimizers import trained_parameters
 from midflight.tuner.randomness import Randomness
+from midflight.tuner.saved import Saved, copied
 from midflight.tuner.schedule import Schedule, schedule_for, whole
 from midflight.updates import State, Update, UpdateRule, Updates, compiled, rule_for
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-class Population:
+class Population(Saved):
     """n trainings with their own weights, batches and hyperparameters, each tuned as by `Tuner`.
 
     The horizon is "step" (see `Tuner`). The method `step` takes the training step as well.
@@ -69,6 +70,11 @@ class Population:
 
     Source: population-based training, Jaderberg et al. 2017, with hypergradients in place of perturbations.
     """
+
+    SAVED = (
+        "params", "state", "_move_raws", "schedule", "_batches", "_randomness", "_calls", "_moves", "_hyper",
+        "_seen",
+    )  # fmt: skip
 
     SHARE = 0.2
     """The share of members that copy at an exploit, and the share that is copied."""
@@ -224,34 +230,14 @@ class Population:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume."""
-        return copy.deepcopy(
-            {
-                "params": self.params,
-                "state": self.state,
-                "raws": detach(self.raws),
-                "move": self._move_raws.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "batches": self._batches.state_dict(),
-                "randomness": self._randomness.state_dict(),
-                "calls": self._calls,
-                "moves": self._moves,
-                "hyper": self._hyper,
-                "seen": self._seen,
-            }
-        )
+        return {**super().state_dict(), "raws": copied(self.raws)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict`."""
-        state = copy.deepcopy(dict(state))
-        self.params, self.state, self._seen = state["params"], state["state"], state["seen"]
+        super().load_state_dict(state)
         with torch.no_grad():
             for name, raw in self.raws.items():
                 raw.copy_(state["raws"][name])
-        self._move_raws.load_state_dict(state["move"])
-        self.schedule.load_state_dict(state["schedule"])
-        self._batches.load_state_dict(state["batches"])
-        self._randomness.load_state_dict(state["randomness"])
-        self._calls, self._moves, self._hyper = state["calls"], state["moves"], state["hyper"]
 
     def _losses(self, loss: Loss, params: Tensors, values: Tensors, batch: Any) -> Tensor:
         def of_one(params: Tensors, values: Tensors, batch: Any) -> Tensor:

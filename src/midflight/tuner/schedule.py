@@ -6,16 +6,18 @@ should come early.
 
 import math
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
+
+from midflight.tuner.saved import Saved
 
 PER = 20
 """Optimiser steps per hyper-step, over the whole run."""
 
 
-class Schedule(Protocol):
+class Schedule(Saved, ABC):
     """Decides when hyper-steps come; a subclass inherits hyper-steps of the usual length, and no state."""
 
     @property
@@ -41,14 +43,6 @@ class Schedule(Protocol):
 
     def begin(self, total_steps: int | None) -> None:
         """Start a run of this many optimiser steps; None if the number is not known."""
-        return
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to resume."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from `state_dict`; called after `begin`."""
         return
 
 
@@ -77,6 +71,8 @@ class FrontLoaded(Schedule):
         per: optimiser steps per hyper-step, over a whole run of any length. None follows the rule above.
     """
 
+    SAVED = ("_taken",)
+
     ENOUGH = 150
     """The number of hyper-steps that comes at the full rate."""
 
@@ -102,12 +98,6 @@ class FrontLoaded(Schedule):
         planned = max(1, self.planned(self._total))
         return steps > 0 and (steps + 1) * planned**2 >= self._total * (self._taken + 1) ** 2
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"taken": self._taken}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._taken = state["taken"]
-
 
 class TimeBudget(Schedule):
     """Takes hyper-steps so rarely that tuning costs at most a share of the time of training without it.
@@ -127,6 +117,8 @@ class TimeBudget(Schedule):
         share: of the training time, in (0, 1]; 0.05 allows 5 %.
         clock: returns the time in seconds.
     """
+
+    SAVED = ("_plain", "_hyper", "_first", "_trained", "_tuned")
 
     WARM_UP = 5
     """How many steps at the beginning are not counted, because they are unusually slow."""
@@ -207,24 +199,16 @@ class TimeBudget(Schedule):
         due = self._tuned - once * (1 - 1 / early) + self._hyper.value - self._plain.value
         return due <= self.share * self._trained * min(self.AHEAD, early)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "plain": astuple(self._plain),
-            "hyper": astuple(self._hyper),
-            "first": self._first,
-            "trained": self._trained,
-            "tuned": self._tuned,
-        }
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         self._last = None  # the time between saving and loading is not training
-        self._plain, self._hyper = _Mean(*state["plain"]), _Mean(*state["hyper"])
-        self._first, self._trained, self._tuned = state["first"], state["trained"], state["tuned"]
 
 
 @dataclass
-class _Mean:
+class _Mean(Saved):
     """A running mean of about the last `around` values."""
+
+    SAVED = ("value", "count")
 
     value: float = 0.0
     count: int = 0

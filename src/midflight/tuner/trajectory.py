@@ -11,6 +11,7 @@ from midflight.space import Space
 from midflight.tuner.binding import Bind, Binding
 from midflight.tuner.hooks import StepHooks
 from midflight.tuner.optimizers import Optimizers, unwrapped
+from midflight.tuner.saved import Saved
 from midflight.tuner.schedule import whole
 
 MOST_POINTS = 1000
@@ -19,8 +20,10 @@ MOST_ENTRIES = 1_000_000
 """The most entries, which are points times entries of all hyperparameters."""
 
 
-class Trajectory:
+class Trajectory(Saved):
     """The raw coordinates of a space over the training steps of a run."""
+
+    SAVED = ("_steps", "_raws", "_stride", "_seen")
 
     def __init__(self) -> None:
         self._steps: list[int] = []
@@ -69,22 +72,8 @@ class Trajectory:
         part = (steps - self._steps[before]) / gap if gap else 0.0
         return {name: raw.lerp(self._raws[after][name], part) for name, raw in self._raws[before].items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to replay the trajectory, or to continue recording."""
-        return {
-            "steps": list(self._steps),
-            "raws": list(self._raws),
-            "stride": self._stride,
-            "seen": self._seen,
-        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""
-        self._steps, self._raws = list(state["steps"]), list(state["raws"])
-        self._stride, self._seen = state["stride"], state["seen"]
-
-
-class Replay:
+class Replay(Saved):
     """Makes another training follow the trajectory of a tuned one, for example one on T1 and T2.
 
     Source: Luketina et al. 2016, section 4, who retrain with T2 once the hyperparameters are found.
@@ -104,6 +93,8 @@ class Replay:
         BindingError: as for the tuner.
         ValueError: the trajectory is empty, or total_steps < 1.
     """
+
+    SAVED = ("_steps", "_trajectory", "_binding")
 
     def __init__(
         self,
@@ -130,19 +121,9 @@ class Replay:
         self._hooks.remove()
         self._binding.detach()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume."""
-        return {
-            "steps": self._steps,
-            "trajectory": self._trajectory.state_dict(),
-            "binding": self._binding.state_dict(),
-        }
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict`."""
-        self._steps = state["steps"]
-        self._trajectory.load_state_dict(state["trajectory"])
-        self._binding.load_state_dict(state["binding"])
+        super().load_state_dict(state)
         self._move()
 
     def _after_step(self, _: torch.optim.Optimizer, last: bool) -> None:
