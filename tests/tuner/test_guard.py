@@ -94,8 +94,26 @@ def test_a_run_whose_first_steps_ruin_the_weights_begins_again_with_a_lower_rate
 def test_a_rate_rises_unless_steps_are_fast(monkeypatch, fast):
     monkeypatch.setattr(movement, "FAST", 0.0 if fast else 1.0)
     monkeypatch.setattr(movement, "FAST_AT_FIRST", 0.0)
+    monkeypatch.setattr(movement, "FURTHER", 1.0)
     loop = Loop(lr(1e-5), torch.optim.Adam, steps=400).run()
     assert float(loop.space["lr"]) == pytest.approx(1e-5 if fast else 4e-4, rel=0.3)
+
+
+def test_a_rate_that_is_far_too_low_rises_faster(monkeypatch):
+    def risen():
+        return float(Loop(lr(1e-5), torch.optim.Adam, steps=400).run(80).space["lr"]) / 1e-5
+
+    with_pace = risen()
+    monkeypatch.setattr(movement, "FURTHER", 1.0)
+    assert with_pace > 3 * risen()
+
+
+def test_a_rate_that_falls_does_not_fall_faster_where_steps_are_slow():
+    guard = Loop(lr(1e-5), torch.optim.Adam).run(4).tuner._controller.guard
+    guard._speed.pace = lambda *_: 4.0
+    up, down = torch.tensor(-1.0), torch.tensor(1.0)
+    assert guard.paced({"lr": up}, 4)[1] == {"lr": 4.0}
+    assert guard.paced({"lr": down}, 4)[1] == {}
 
 
 def test_a_lower_rate_is_on_trial_for_as_many_steps(monkeypatch):
@@ -419,7 +437,7 @@ def test_a_fast_step_is_made_no_longer(option, fast):
         with torch.no_grad():
             weight.mul_(1.02 if fast else 1.0001)
         left_out = fast and found is longer and option != "beta1"
-        assert set(guard.restrained(found, 1000)) == ({"noise"} if left_out else set(space))
+        assert set(guard.paced(found, 1000)[0]) == ({"noise"} if left_out else set(space))
 
 
 def test_going_back_restores_the_weights_and_clears_the_optimisers_state():

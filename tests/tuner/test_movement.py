@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from midflight.tuner.movement import AIM, ENTRIES, FAST, LEAST, MOST_RESTARTS, MOVED, Beginning, Speed
+from midflight.tuner.movement import (
+    AIM,
+    ENTRIES,
+    FAST,
+    FURTHER,
+    LEAST,
+    MOST_RESTARTS,
+    MOVED,
+    SLOW,
+    Beginning,
+    Speed,
+)
 
 STEPS, LIMIT = next(iter(MOVED.items()))
 
@@ -87,7 +98,21 @@ def test_a_step_is_fast_by_its_number(steps, limit):
     for change in (0.9, 1.1):
         speed.begin(dict(m.named_parameters()))
         move(m, change * limit)
-        assert speed.is_fast(dict(m.named_parameters()), steps) == (change > 1)
+        assert (speed.pace(dict(m.named_parameters()), steps) == 0) == (change > 1)
+
+
+@pytest.mark.parametrize(("share", "pace"), [(0.5, 1), (SLOW, 1), (SLOW / 2, 2), (SLOW / 100, FURTHER)])
+def test_options_move_further_in_proportion_as_a_step_is_slow(share, pace):
+    m, speed = model(), Speed()
+    speed.begin(dict(m.named_parameters()))
+    move(m, share * 0.1)
+    assert speed.pace(dict(m.named_parameters()), 10) == pytest.approx(pace, rel=1e-2)
+
+
+def test_a_step_that_changes_nothing_is_not_judged():
+    m, speed = model(), Speed()
+    speed.begin(dict(m.named_parameters()))
+    assert speed.pace(dict(m.named_parameters()), 10) == 1
 
 
 def test_of_a_large_matrix_a_sample_is_compared():
@@ -97,5 +122,5 @@ def test_of_a_large_matrix_a_sample_is_compared():
     assert sum(t.numel() for t in speed._before.values()) <= ENTRIES
     with torch.no_grad():
         weights["w"].mul_(1.02)
-    assert speed.is_fast(weights, 1000)
-    assert not speed.is_fast(weights, 1000)  # no step since
+    assert speed.pace(weights, 1000) == 0
+    assert speed.pace(weights, 1000) == 1  # no step since

@@ -89,6 +89,8 @@ class Controller:
         self.log: dict[str, float] = {}
         self.first_loss, self.learned = math.nan, False
         self.due = False
+        self._pace: dict[str, float] = {}
+        """Option -> how many times as far as usual it moves at this hyper-step."""
         self._result: HyperStepResult | None = None
         """Found before the present training step; None if there was no hyper-step, or it failed."""
         self._versions: list[tuple[Tensor, int]] = []
@@ -323,7 +325,7 @@ class Controller:
         """Return the fraction of a step that this coordinate takes; less in a range wider than usual."""
         transform = self._space[name].transform
         if self.horizon.needs_losses and name in self.options:
-            return stride(self.options[name], transform, raw)
+            return self._pace.get(name, 1.0) * stride(self.options[name], transform, raw)
         usual = transform.stride(raw)
         is_wide = isinstance(usual, Tensor) or usual < 1
         slowly = is_wide and self.horizon.needs_losses and not self.learned
@@ -364,7 +366,7 @@ class Controller:
             optimizer.set_averaging(self.horizon.averaging)
         found = result.hypergradients
         if self.guard is not None:
-            found = self.guard.restrained(found, self.steps)
+            found, self._pace = self.guard.paced(found, self.steps)
         limited = self._hyperstep.decays if self._hyperstep.shrinkage else []
         before = {name: self._space.raws[name].detach().clone() for name in limited}
         self.move(found, self.failures.shrink * self._schedule.step_scale)

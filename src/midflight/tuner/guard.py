@@ -300,17 +300,24 @@ class Guard(Saved):
         if self._lengths:
             self._speed.begin(self._params())
 
-    def restrained(self, hypergradients: Tensors, steps: int) -> Tensors:
-        """Leave out hypergradients that lengthen steps, if the present step was fast already.
+    def paced(self, hypergradients: Tensors, steps: int) -> tuple[Tensors, dict[str, float]]:
+        """Judge by the present step how far the options that lengthen steps may move.
 
         Args:
             hypergradients: name -> tensor.
             steps: the number of the present step.
+
+        Returns:
+            the hypergradients, without those that lengthen steps if the present one was fast; and name ->
+            how many times as far an option moves, because the present step was slow.
         """
-        if not self._lengths or not self._speed.is_fast(self._params(), steps):
-            return hypergradients
+        if not self._lengths:
+            return hypergradients, {}
         longer = [n for n in self._lengths if n in hypergradients and bool((hypergradients[n] <= 0).all())]
-        return {name: g for name, g in hypergradients.items() if name not in longer}
+        pace = self._speed.pace(self._params(), steps)
+        if pace == 0:
+            return {name: g for name, g in hypergradients.items() if name not in longer}, {}
+        return hypergradients, dict.fromkeys(longer, pace)
 
     @torch.no_grad()
     def limit(self) -> None:

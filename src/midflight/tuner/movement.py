@@ -1,8 +1,8 @@
 """Judge a learning rate by how far steps move the weights, relative to the weights.
 
 If the learning rate is too high, the validation loss falls at first, and the final model is worse. So no
-hyper-step lengthens steps that are fast already. The limits were read off the best fixed learning rates of
-five tasks (`benchmarks/movement.py`).
+hyper-step lengthens steps that are fast already. Steps that are very slow it lengthens further than others.
+The limits were read off the best fixed learning rates of five tasks (`benchmarks/movement.py`).
 
 If the first steps change the weights by more than their initial size, the run begins again with a lower lr.
 """
@@ -25,6 +25,10 @@ MOST_RESTARTS = 2
 FAST, FAST_AT_FIRST = 0.0035, 1.0
 """A step is fast if it changes the weights by more than FAST, and by more than FAST_AT_FIRST over the number
 of the step."""
+SLOW, FURTHER = 0.05, 4.0
+"""A step is slow if it changes the weights by less than SLOW of a fast one. Then lr and momentum rise further
+at a hyper-step, in proportion, up to FURTHER times as far. Otherwise a run whose lr starts at a hundredth of
+a good one needs a third of its steps to come near it."""
 ENTRIES = 2**16
 """The most entries of a weight matrix that are compared."""
 
@@ -105,10 +109,18 @@ class Speed:
         """Note the weights before a step, ENTRIES of each matrix."""
         self._before = {name: sample.clone() for name, sample in _samples(params).items()}
 
-    def is_fast(self, params: Tensors, steps: int) -> bool:
-        """Return whether the step since `begin` was fast, given the weights and the number of the step."""
+    def pace(self, params: Tensors, steps: int) -> float:
+        """Return how many times as far an option may move that lengthens steps, in [1, FURTHER]; 0 if not.
+
+        Args:
+            params: the weights after the step that began with `begin`.
+            steps: the number of this step.
+        """
         before, self._before = self._before, {}
-        return relative_change(before, _samples(params)) > max(FAST, FAST_AT_FIRST / max(1, steps))
+        change, fast = relative_change(before, _samples(params)), max(FAST, FAST_AT_FIRST / max(1, steps))
+        if change > fast:
+            return 0.0
+        return min(FURTHER, max(1.0, SLOW * fast / change)) if change else 1.0
 
 
 def _samples(params: Tensors) -> Tensors:
