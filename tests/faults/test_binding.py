@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 
 import midflight as mf
+from midflight.tuner.binding import Binding
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -541,3 +542,26 @@ def test_a_learning_rate_without_init_far_from_the_optimisers_own_is_told() -> N
 
 def test_a_learning_rate_without_init_near_the_optimisers_own_is_not_told() -> None:
     loop_of(mf.Space(lr=mf.Float(1e-3, 10.0, log=True))).attach()  # warnings are errors here
+
+
+@pytest.mark.parametrize("bind", [["lr"], []], ids=["lr is tuned", "lr is not tuned"])
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        (lambda o: LambdaLR(o, lambda n: [0.1, 0.5, 1.0, 0.5, 0.0][n]), [0.1, 0.5, 1.0, 0.5]),
+        (lambda o: OneCycleLR(o, 0.5, total_steps=5), [0.04, 0.95, 0.61, 0.19]),
+        (lambda o: None, [1.0, 1.0, 1.0, 1.0]),
+    ],
+    ids=["LambdaLR", "OneCycleLR", "none"],
+)
+def test_the_factor_of_a_schedule_is_known(schedule, factors, bind):
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.5, momentum=0.9)
+    scheduler = schedule(optimizer)
+    space = mf.Space(lr=mf.Float(1e-4, 1.0, log=True, init=0.01), momentum=mf.Float(0.1, 0.99))
+    binding, found = Binding([optimizer], space, [*bind, "momentum"]), []
+    for _ in factors:
+        found.append(binding.schedule_factor())
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+    assert found == pytest.approx(factors, abs=0.01)

@@ -335,6 +335,17 @@ def test_a_horizon_of_another_name_is_refused():
         tuner(model, optimizer, decay_space(), horizon="far")
 
 
+def test_a_horizon_of_ones_own_is_a_subclass():
+    class Own:
+        def valid_at(self, params, at):
+            return params
+
+    model = nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"subclass of midflight\.tuner\.horizon\.Horizon, but got"):
+        tuner(model, optimizer, decay_space(), horizon=Own())
+
+
 def test_v_that_shares_memory_is_averaged_as_if_it_did_not():
     """The gradients of a and b in f(a + b) are one tensor, and that of sum(a) is one number, expanded."""
     apart, together = Averaged(), Averaged()

@@ -109,6 +109,14 @@ def test_options_move_further_in_proportion_as_a_step_is_slow(share, pace):
     assert speed.pace(dict(m.named_parameters()), 10) == pytest.approx(pace, rel=1e-2)
 
 
+def test_a_step_that_is_short_because_of_the_schedule_is_not_slow():
+    m, speed = model(), Speed()
+    for factor, pace in ((1.0, 2), (0.1, 1)):
+        speed.begin(dict(m.named_parameters()))
+        move(m, SLOW / 2 * 0.1)
+        assert speed.pace(dict(m.named_parameters()), 10, factor) == pytest.approx(pace, rel=1e-2)
+
+
 def test_a_step_that_changes_nothing_is_not_judged():
     m, speed = model(), Speed()
     speed.begin(dict(m.named_parameters()))

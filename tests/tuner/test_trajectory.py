@@ -101,3 +101,13 @@ def test_a_replay_does_not_warn_of_its_start():
     mf.Replay(trajectory, s, optimizer, total_steps=5).detach()
     with pytest.warns(UserWarning, match="lr starts at 0.001"):
         tuner(model, optimizer, s)
+
+
+def test_a_replay_that_is_resumed_leaves_the_trajectory_it_was_made_from():
+    s, model, optimizer = training()
+    t = tuner(model, optimizer, s)
+    train(model, optimizer, 4)
+    saved = mf.Replay(t.trajectory, space(), training()[2], total_steps=4).state_dict()
+    train(model, optimizer, 4)
+    mf.Replay(t.trajectory, space(), training()[2], total_steps=4).load_state_dict(saved)
+    assert len(t.trajectory) == 9

@@ -255,6 +255,18 @@ class Binding:
                 found.setdefault(option, read_option(group, option) if self._detached else value)
         return found
 
+    def schedule_factor(self) -> float:
+        """Return the factor of the loop's schedule on lr now, the largest of all groups, at most 1.
+
+        It is 1 if no group says what its lr is without a schedule.
+        """
+        factors = []
+        for key, group in self._groups():
+            own = read_option(group, "lr") if "lr" in group else 0.0
+            reference = self._reference(key, "lr") or _at_factor_one(_scheduled(group), "lr", own)
+            factors.append(own / reference if reference else 1.0)
+        return min(1.0, max(factors, default=1.0))
+
     def detach(self) -> None:
         """Disconnect from the optimisers, and leave tuned value x factor in the groups."""
         self.restore()

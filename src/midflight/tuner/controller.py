@@ -366,7 +366,7 @@ class Controller:
             optimizer.set_averaging(self.horizon.averaging)
         found = result.hypergradients
         if self.guard is not None:
-            found, self._pace = self.guard.paced(found, self.steps)
+            found, self._pace = self.guard.paced(found, self.steps, self._hyperstep.schedule_factor())
         limited = self._hyperstep.decays if self._hyperstep.shrinkage else []
         before = {name: self._space.raws[name].detach().clone() for name in limited}
         self.move(found, self.failures.shrink * self._schedule.step_scale)

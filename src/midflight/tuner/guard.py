@@ -300,12 +300,15 @@ class Guard(Saved):
         if self._lengths:
             self._speed.begin(self._params())
 
-    def paced(self, hypergradients: Tensors, steps: int) -> tuple[Tensors, dict[str, float]]:
+    def paced(
+        self, hypergradients: Tensors, steps: int, factor: float = 1.0
+    ) -> tuple[Tensors, dict[str, float]]:
         """Judge by the present step how far the options that lengthen steps may move.
 
         Args:
             hypergradients: name -> tensor.
             steps: the number of the present step.
+            factor: of the loop's schedule on lr in this step.
 
         Returns:
             the hypergradients, without those that lengthen steps if the present one was fast; and name ->
@@ -314,7 +317,7 @@ class Guard(Saved):
         if not self._lengths:
             return hypergradients, {}
         longer = [n for n in self._lengths if n in hypergradients and bool((hypergradients[n] <= 0).all())]
-        pace = self._speed.pace(self._params(), steps)
+        pace = self._speed.pace(self._params(), steps, factor)
         if pace == 0:
             return {name: g for name, g in hypergradients.items() if name not in longer}, {}
         return hypergradients, dict.fromkeys(longer, pace)

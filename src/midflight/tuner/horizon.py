@@ -373,10 +373,17 @@ def _line(progress: float | None) -> float:
 
 
 def horizon_for(horizon: str | Horizon) -> Horizon:
-    """Return the horizon for the argument `horizon` of `Tuner`; raise `UnknownName` for another name."""
+    """Return the horizon for the argument `horizon` of `Tuner`.
+
+    Raises:
+        UnknownName: there is no horizon of this name.
+        TypeError: it is an object of another class than `Horizon`.
+    """
     known: dict[Any, Callable[[], Horizon]] = {"run": Averaged, "step": NextStep}
     if isinstance(horizon, Horizon):
         return horizon
+    if hasattr(horizon, "valid_at"):
+        raise TypeError(f"a horizon must be a subclass of {Horizon.__module__}.Horizon, but got {horizon!r}.")
     if not isinstance(horizon, str) or horizon not in known:
         raise UnknownName("horizon", horizon, known)
     return known[horizon]()

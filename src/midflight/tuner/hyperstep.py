@@ -134,6 +134,10 @@ class HyperStep(Saved):
         """Names of the hyperparameters that are weight decay."""
         return [name for name, option in self._binding.options.items() if option == "weight_decay"]
 
+    def schedule_factor(self) -> float:
+        """Return the factor of the loop's schedule on lr now, the largest of all groups, at most 1."""
+        return self._binding.schedule_factor()
+
     @property
     def several(self) -> bool:
         """Whether several optimisers train the model together."""

@@ -109,18 +109,20 @@ class Speed:
         """Note the weights before a step, ENTRIES of each matrix."""
         self._before = {name: sample.clone() for name, sample in _samples(params).items()}
 
-    def pace(self, params: Tensors, steps: int) -> float:
+    def pace(self, params: Tensors, steps: int, factor: float = 1.0) -> float:
         """Return how many times as far an option may move that lengthens steps, in [1, FURTHER]; 0 if not.
 
         Args:
             params: the weights after the step that began with `begin`.
             steps: the number of this step.
+            factor: of the loop's schedule on lr in this step. A step that is short because of the schedule
+                is not slow.
         """
         before, self._before = self._before, {}
         change, fast = relative_change(before, _samples(params)), max(FAST, FAST_AT_FIRST / max(1, steps))
         if change > fast:
             return 0.0
-        return min(FURTHER, max(1.0, SLOW * fast / change)) if change else 1.0
+        return min(FURTHER, max(1.0, SLOW * fast * factor / change)) if change else 1.0
 
 
 def _samples(params: Tensors) -> Tensors:

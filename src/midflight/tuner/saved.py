@@ -1,5 +1,6 @@
 """Save and resume an object by the names of its attributes."""
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -7,7 +8,7 @@ from torch import Tensor
 
 
 class Saved:
-    """Saves the attributes named in SAVED, and restores them.
+    """Saves the attributes named in SAVED, those of its base classes too, and restores them.
 
     Both make copies, so a state stays as it was while the run goes on. An attribute that has a `state_dict`
     of its own is saved and restored by it.
@@ -17,11 +18,11 @@ class Saved:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume."""
-        return {name.lstrip("_"): _saved(getattr(self, name)) for name in self.SAVED}
+        return {name.lstrip("_"): _saved(getattr(self, name)) for name in self._saved_names()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict`."""
-        for name in self.SAVED:
+        for name in self._saved_names():
             value, saved = getattr(self, name), state[name.lstrip("_")]
             if isinstance(value, Saved):
                 value.load_state_dict(saved)
@@ -29,6 +30,9 @@ class Saved:
                 value.load_state_dict(copied(saved))
             else:
                 setattr(self, name, copied(saved))
+
+    def _saved_names(self) -> list[str]:
+        return [name for kind in reversed(type(self).__mro__) for name in vars(kind).get("SAVED", ())]
 
 
 def _saved(value: Any) -> Any:
@@ -38,11 +42,11 @@ def _saved(value: Any) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """Return a copy of tensors in dicts, lists and tuples; what cannot change is shared."""
+    """Return a copy of tensors, numbers and text in dicts, lists, tuples, sets and deques."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
         return {key: copied(entry) for key, entry in value.items()}
-    if type(value) in (list, tuple):
+    if type(value) in (list, tuple, set, deque):
         return type(value)(map(copied, value))
     return value

@@ -1,5 +1,6 @@
 """Record the hyperparameters over a run, and replay them in another run."""
 
+import copy
 from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
@@ -105,7 +106,8 @@ class Replay(Saved):
         bind: Bind = None,
         total_steps: int,
     ) -> None:
-        self._trajectory, self._space, self._total = trajectory, space, whole("total_steps", total_steps)
+        self._trajectory, self._space = copy.deepcopy(trajectory), space
+        self._total = whole("total_steps", total_steps)
         optimizers = unwrapped(optimizer)
         self._binding = Binding(optimizers, space, bind)
         self._steps = 0
