@@ -565,3 +565,12 @@ def test_the_factor_of_a_schedule_is_known(schedule, factors, bind):
         if scheduler:
             scheduler.step()
     assert found == pytest.approx(factors, abs=0.01)
+
+
+@pytest.mark.parametrize("bind", [["lr"], ["momentum"]])
+def test_a_group_that_stands_still_does_not_hide_a_warm_up(bind):
+    groups = [{"params": [torch.zeros(2, requires_grad=True)], "lr": lr} for lr in (0.5, 0.0)]
+    optimizer = torch.optim.SGD(groups, lr=0.5, momentum=0.9)
+    LambdaLR(optimizer, lambda n: 0.1)
+    space = mf.Space(lr=mf.Float(1e-4, 1.0, log=True, init=0.01), momentum=mf.Float(0.1, 0.99))
+    assert Binding([optimizer], space, bind).schedule_factor() == pytest.approx(0.1)

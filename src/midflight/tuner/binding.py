@@ -264,7 +264,8 @@ class Binding:
         for key, group in self._groups():
             own = read_option(group, "lr") if "lr" in group else 0.0
             reference = self._reference(key, "lr") or _at_factor_one(_scheduled(group), "lr", own)
-            factors.append(own / reference if reference else 1.0)
+            if reference:  # 0 in a group that stands still
+                factors.append(own / reference)
         return min(1.0, max(factors, default=1.0))
 
     def detach(self) -> None:

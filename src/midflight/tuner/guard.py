@@ -303,7 +303,7 @@ class Guard(Saved):
     def paced(
         self, hypergradients: Tensors, steps: int, factor: float = 1.0
     ) -> tuple[Tensors, dict[str, float]]:
-        """Judge by the present step how far the options that lengthen steps may move.
+        """Judge by the length of the present step how far lr and momentum may rise.
 
         Args:
             hypergradients: name -> tensor.
@@ -311,8 +311,8 @@ class Guard(Saved):
             factor: of the loop's schedule on lr in this step.
 
         Returns:
-            the hypergradients, without those that lengthen steps if the present one was fast; and name ->
-            how many times as far an option moves, because the present step was slow.
+            the hypergradients to use: after a fast step, without those that would raise lr or momentum. And
+            the factors by which lr and momentum rise further than usual, by name; above 1 after a slow step.
         """
         if not self._lengths:
             return hypergradients, {}

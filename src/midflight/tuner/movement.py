@@ -110,11 +110,13 @@ class Speed:
         self._before = {name: sample.clone() for name, sample in _samples(params).items()}
 
     def pace(self, params: Tensors, steps: int, factor: float = 1.0) -> float:
-        """Return how many times as far an option may move that lengthens steps, in [1, FURTHER]; 0 if not.
+        """Return how many times as far as usual lr and momentum may rise, by the step since `begin`.
+
+        It is 0 if that step was fast, and else in [1, FURTHER].
 
         Args:
-            params: the weights after the step that began with `begin`.
-            steps: the number of this step.
+            params: the weights after that step.
+            steps: its number.
             factor: of the loop's schedule on lr in this step. A step that is short because of the schedule
                 is not slow.
         """
