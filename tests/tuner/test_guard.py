@@ -108,6 +108,17 @@ def test_a_rate_that_is_far_too_low_rises_faster(monkeypatch):
     assert with_pace > 3 * risen()
 
 
+def test_a_rate_does_not_rise_faster_because_the_loop_warms_up(monkeypatch):
+    def risen():
+        loop = Loop(lr(3e-2), torch.optim.Adam, steps=400)
+        torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda n: 0.01)
+        return float(loop.run(60).space["lr"])
+
+    with_pace = risen()
+    monkeypatch.setattr(movement, "FURTHER", 1.0)
+    assert with_pace == pytest.approx(risen())
+
+
 def test_a_rate_that_falls_does_not_fall_faster_where_steps_are_slow():
     guard = Loop(lr(1e-5), torch.optim.Adam).run(4).tuner._controller.guard
     guard._speed.pace = lambda *_: 4.0
