@@ -9,7 +9,10 @@ import midflight as mf
 
 PAGE = Path(__file__).with_name("public_names.txt")
 MOST = 35
-OPTIONAL = ("sklearn", "scipy", "pandas", "matplotlib", "rich", "tyro", "jinja2", "kornia", "optuna", "ray")
+OPTIONAL = (
+    "sklearn", "scipy", "pandas", "matplotlib", "rich", "tyro", "jinja2", "platformdirs", "kornia", "optuna",
+    "smac", "ConfigSpace", "ray",
+)  # fmt: skip
 
 
 def signatures() -> list[str]:
@@ -35,8 +38,9 @@ def test_the_public_names_and_their_arguments_are_these():
     assert len(told) <= MOST, f"midflight may have at most {MOST} public names; keep new ones in a submodule."
 
 
-def test_importing_midflight_loads_no_optional_package():
-    code = f"import sys, midflight; sys.exit(str([m for m in {OPTIONAL} if m in sys.modules]))"
+def test_importing_midflight_or_its_search_loads_no_optional_package():
+    loaded = f"[m for m in {OPTIONAL} if m in sys.modules]"
+    code = f"import sys, midflight, midflight.search; sys.exit(str({loaded}))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.stderr.strip() == "[]"
 

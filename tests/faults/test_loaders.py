@@ -311,16 +311,16 @@ CUSTOM: dict[str, Callable[[], Any]] = {
 }
 WORKERS: dict[str, Callable[[], Any]] = {
     "workers": lambda: load(shuffle=True, num_workers=2),
-    "workers and a generator": lambda: load(shuffle=True, num_workers=2, generator=seeded()),
+    "workers and a generator": lambda: load(shuffle=True, num_workers=1, generator=seeded()),
     "persistent workers": lambda: load(shuffle=True, num_workers=2, persistent_workers=True),
     "persistent workers and a generator": lambda: load(
-        shuffle=True, num_workers=2, persistent_workers=True, generator=seeded()
+        shuffle=True, num_workers=1, persistent_workers=True, generator=seeded()
     ),
     "persistent workers, random transforms": lambda: load(
         Rows(lambda x: x + torch.rand(1) + random.random()), num_workers=2, persistent_workers=True
     ),
     "persistent workers, a counting sampler": lambda: load(
-        sampler=Turning(), num_workers=2, persistent_workers=True
+        sampler=Turning(), num_workers=1, persistent_workers=True
     ),
     "a stream in a worker": lambda: load(Stream(), num_workers=1),
 }

@@ -40,14 +40,15 @@ def by_command(objective_file, storage, *more, name="s"):
         return subprocess.Popen(command, start_new_session=True, stdout=file, stderr=file)
 
 
-def test_ten_killed_workers_of_four_lose_and_repeat_nothing(objective_file, tmp_path, trace, slowed):
+@pytest.mark.parametrize(("kills", "workers"), [(3, 2), pytest.param(10, 4, marks=pytest.mark.slow)])
+def test_killed_workers_lose_and_repeat_nothing(kills, workers, objective_file, tmp_path, trace, slowed):
     slowed(0.02)
     what = problem(f"{objective_file}:objective")
     moments, killed = random.Random(0), []
 
     def kill(record):
         """A worker that just reported dies where it waits, or a moment later in its next epoch."""
-        if record.state != "unfinished" or not record.extra or len(killed) >= 10:
+        if record.state != "unfinished" or not record.extra or len(killed) >= kills:
             return
         # a third death would be the trial's end; two naps more keep the worker at it until it dies
         if killed.count(record.number) < 2 and record.epoch <= 4 and moments.random() < 0.5:
@@ -57,15 +58,20 @@ def test_ten_killed_workers_of_four_lose_and_repeat_nothing(objective_file, tmp_
 
     options = {"engine": "random", "trials": 12, "epochs": 6}
     found = search.run(
-        what.objective, what.space, workers=4, storage=str(tmp_path / "s.sqlite"), callbacks=[kill], **options
+        what.objective,
+        what.space,
+        workers=workers,
+        storage=str(tmp_path / "s.sqlite"),
+        callbacks=[kill],
+        **options,
     )
-    assert len(killed) == 10
+    assert len(killed) == kills
     trained = trace()
     undisturbed = search.run(what.objective, what.space, **options)
     assert table(found.records) == table(undisturbed.records)
     assert {r.state for r in found.records} == {"complete"}
     assert set(trained) == {(n, e) for n in range(12) for e in range(1, 7)}
-    assert len(trained) <= 12 * 6 + 10  # the epoch in which a worker died is all that is trained again
+    assert len(trained) <= 12 * 6 + kills  # the epoch in which a worker died is all that is trained again
 
 
 def _kill(pid):

@@ -377,9 +377,7 @@ def test_figures_hold_text_as_text_and_state_their_findings(report: Path) -> Non
     assert "one_step is lower in 1 of 4 starts" in as_svg(all_figures(three, whole())["fig5"])
 
 
-@pytest.mark.parametrize(
-    "estimators", [("one_step",), ("one_step", "paper"), ("one_step", "paper", "default")]
-)
+@pytest.mark.parametrize("estimators", [("one_step",), ("one_step", "paper", "default")])
 def test_the_heading_of_a_figure_is_no_wider_than_the_figure(estimators: tuple[str, ...]) -> None:
     for name, figure in all_figures(replace(SPEC, train=55_000, estimator=estimators), whole()).items():
         figure.draw_without_rendering()

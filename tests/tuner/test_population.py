@@ -129,7 +129,7 @@ def test_each_member_trains_and_tunes_as_it_would_alone(optimizer, bind, estimat
 @pytest.mark.parametrize(
     ("optimizer", "bind", "estimator"),
     [
-        ("adam", ["weight_decay"], "one_step"),
+        pytest.param("adam", ["weight_decay"], "one_step", marks=pytest.mark.slow),
         pytest.param("adam", {"weight_decay": "lr"}, "one_step", marks=pytest.mark.slow),
         ("adamw", ["weight_decay"], "one_step"),  # amsgrad has no program
         pytest.param("plain adamw", ["weight_decay"], "one_step_cheap", marks=pytest.mark.slow),
