@@ -27,7 +27,7 @@ def main(quick: bool = False) -> dict[str, Any]:
     network = mf.OnlineMLPClassifier(max_steps=500 if quick else None, random_state=0).fit(X, y)
     print("tuned during training:", {name: f"{value:.3g}" for name, value in network.values_.items()})
 
-    auto = mf.AutoClassifier(seconds=5 if quick else 30, random_state=0).fit(X, y)
+    auto = mf.AutoClassifier(seconds=3 if quick else 30, random_state=0).fit(X, y)
     for row in auto.leaderboard_[:8]:
         print(f"{row['loss']:.4f}  weight {row['weight']}  {row['family']:12} {row['config']}")
 

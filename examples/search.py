@@ -104,7 +104,7 @@ def objective(trial: search.Trial) -> None:
 def main(quick: bool = False) -> dict[str, Any]:
     epochs = 3 if quick else 27
     random = search.run(objective, space.offline(), engine="random", trials=3, epochs=epochs)
-    found = search.run(objective, space, engine="bohb", trials=12 if quick else 40, epochs=epochs)
+    found = search.run(objective, space, engine="bohb", trials=8 if quick else 40, epochs=epochs)
     for name, value in found.best.params.items():
         start = found.best.starts.get(name)
         print(f"{name:14} {value!s:>22}" + (f"   tuned from {start:.3g}" if start is not None else ""))

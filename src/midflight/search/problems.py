@@ -75,17 +75,8 @@ class Mlp:
             model, optimizer, online, _cross_entropy, batches,
             Shuffled(t2, min(BATCH, len(t2)), trial.seed + 2), total_steps=trial.epochs * len(batches),
         )  # fmt: skip
-        state = trial.load()
-        done = 0
-        if state is not None:
-            done = state["epoch"]
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            # population-based training copies the state of another configuration
-            optimizer.param_groups[0].update(_options(searched))
-            batches.generator.set_state(state["batches"])
-            if tuner:
-                tuner.load_state_dict(state["tuner"])
+        done = _restore(trial.load(), model, optimizer, batches, tuner or None)
+        optimizer.param_groups[0].update(_options(searched))  # a copied state is of another configuration
         for epoch in range(done + 1, trial.epochs + 1):
             for batch in batches:
                 optimizer.zero_grad()
@@ -104,6 +95,20 @@ class Mlp:
                 "tuner": tuner and tuner.state_dict(),
             }
             trial.report(epoch, valid, state, online, **extra)
+
+
+def _restore(
+    state: Any, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Shuffled, tuner: Tuner | None
+) -> int:
+    """Load what an earlier trial reported, if anything; return its epoch."""
+    if state is None:
+        return 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    batches.generator.set_state(state["batches"])
+    if tuner:
+        tuner.load_state_dict(state["tuner"])
+    return int(state["epoch"])
 
 
 @dataclass(frozen=True)
