@@ -1,11 +1,15 @@
 """The house from outside: its public names, what an import loads, and the picture of its imports."""
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import midflight as mf
+from midflight import cli
 
 PAGE = Path(__file__).with_name("public_names.txt")
 MOST = 35
@@ -55,6 +59,18 @@ def test_the_command_helps_and_names_the_missing_extra_without_optional_packages
         ran = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
         assert ran.returncode == code
         assert said in ran.stdout + ran.stderr
+
+
+def test_a_command_whose_reader_ends_says_nothing(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        monkeypatch.setattr(sys, "argv", ["midflight", "--help"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_the_page_for_contributors_shows_the_imports_as_they_are():

@@ -15,11 +15,13 @@ Examples:
   midflight search mine.py:objective --engine smac --trials 50 --storage postgresql://user@host/database
 
 `midflight COMMAND --help` lists the options. Exit codes: 0 done; 1 a failure (no data, disk full, a
-check failed, every trial failed); 2 bad input; 130 interrupted.
+check failed, every trial failed); 2 bad input; 130 interrupted; 141 the reader of the output ended.
 """
 
+import os
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 from midflight.errors import MidflightError, require_extra
 
@@ -35,26 +37,35 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command `midflight`."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        sys.exit(0 if arguments else 2)
-    command = arguments[0]
-    if command not in COMMANDS:
-        _fail(f"the command must be one of {', '.join(COMMANDS)}, but got {command!r}.", 2)
     try:
-        for package, extra in COMMANDS[command].items():
-            require_extra(package, extra)
-        sys.exit(import_module(f"midflight.cli.{command}").run(arguments[1:]))
+        code = _run(sys.argv[1:])
+        sys.stdout.flush()
     except MidflightError as error:
         _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # the reader, `head` for instance, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         what = f"{error.filename or 'the system'}: {error.strerror or error}"
         _fail(f"{what}; stored results are safe.", 1)
     except KeyboardInterrupt:
         _fail("interrupted; finished work is stored, the same command resumes.", 130)
+    sys.exit(code)
 
 
-def _fail(sentence: str, code: int) -> None:
+def _run(arguments: list[str]) -> int:
+    """Return the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    command = arguments[0]
+    if command not in COMMANDS:
+        _fail(f"the command must be one of {', '.join(COMMANDS)}, but got {command!r}.", 2)
+    for package, extra in COMMANDS[command].items():
+        require_extra(package, extra)
+    return int(import_module(f"midflight.cli.{command}").run(arguments[1:]))
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
     print(f"midflight: {sentence}", file=sys.stderr)
     sys.exit(code)
