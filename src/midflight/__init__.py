@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from midflight.gradcheck import CheckReport as CheckReport
     from midflight.gradcheck import check as check
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Averaged",

@@ -6,7 +6,7 @@ import torch
 from midflight import updates
 from midflight._tensors import unalias
 from midflight.gradcheck import OPTIMIZERS
-from midflight.updates import Update, blocks, pull_back, read_options, rule_for, step_ahead
+from midflight.updates import Update, blocks, read_options, rule_for, step_ahead, step_pullback
 
 SHAPES = {
     "a": (3, 2),
@@ -71,7 +71,7 @@ def test_a_pullback_in_blocks_is_the_pullback_of_each_weight(name, monkeypatch):
         options["weight_decay"] = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     v = {n: torch.randn_like(p) for n, p in w.params.items()}
     used_up = {n: t.clone() for n, t in v.items()}
-    found, pairs = pull_back(used_up, w.params, w.grads, w.states, w.updates)
+    found, pairs = step_pullback(used_up, w.params, w.grads, w.states, w.updates)
     assert (found["large"] is used_up["large"]) == w.rule.elementwise
     derivatives = {id(option): derivative for option, derivative in pairs}
     sums = dict.fromkeys(derivatives, 0.0)
@@ -96,7 +96,7 @@ def test_what_acts_like_the_loss_is_differentiated_at_the_blended_gradient_and_t
             options[option] = torch.tensor(value, dtype=torch.float64, requires_grad=True)
     v, others = ({n: torch.randn_like(p) for n, p in w.params.items()} for _ in range(2))
     copies = {n: t.clone() for n, t in v.items()}
-    found, pairs = pull_back(copies, w.params, w.grads, w.states, w.updates, others, 0.3)
+    found, pairs = step_pullback(copies, w.params, w.grads, w.states, w.updates, others, 0.3)
     expected = {id(option): 0.0 for option, _ in pairs}
     for n, u in w.updates.items():
         blended = 0.7 * w.grads[n] + 0.3 * others[n]
@@ -121,7 +121,7 @@ def test_gradients_that_share_memory_are_pulled_back_as_others_are(monkeypatch):
     params = {n: torch.randn(t.shape, dtype=t.dtype) for n, t in v.items()}
     optimizer = torch.optim.SGD(params.values(), lr=0.1)
     of_all = dict.fromkeys(v, Update(rule_for(optimizer), read_options(optimizer.param_groups[0])))
-    found, _ = pull_back(v, params, params, {n: {} for n in v}, of_all)
+    found, _ = step_pullback(v, params, params, {n: {} for n in v}, of_all)
     for n, w in expected.items():
         torch.testing.assert_close(found[n], w)
 

@@ -5,7 +5,7 @@ import torch
 
 import midflight as mf
 from midflight import updates
-from midflight.updates import Update, pull_back, read_options, rule_for, step_ahead
+from midflight.updates import Update, read_options, rule_for, step_ahead, step_pullback
 from midflight.updates.adam import Adam
 from midflight.updates.compiled_adam import CompiledAdam, _compiled
 
@@ -39,7 +39,9 @@ def test_step_and_pullback_equal_those_of_the_plain_rule(compiled, kind, options
         updates = dict.fromkeys(
             params, Update(rule, {**read_options(optimizer.param_groups[0]), "weight_decay": decay})
         )
-        w, [(_, derivative)] = pull_back({n: t.clone() for n, t in v.items()}, params, grads, states, updates)
+        w, [(_, derivative)] = step_pullback(
+            {n: t.clone() for n, t in v.items()}, params, grads, states, updates
+        )
         found.append((step_ahead(params, grads, states, updates), w, derivative))
     for ours, plain in zip(found[1][:2], found[0][:2], strict=True):
         for n in params:

@@ -380,6 +380,16 @@ def test_check_all_covers_every_estimator_and_names_what_it_leaves_out(monkeypat
     assert ("l1", "paper") in left_out
 
 
+def test_check_of_some_names_alone(call):
+    code, out, _ = call("check", "--json", "--optimizers", "AdamW", "--estimators", "t1t2")
+    assert code == 0
+    assert {(row["rule"], row["estimator"]) for row in json.loads(out)["checks"]} == {("AdamW", "t1t2")}
+    for option in ("--optimizers", "--estimators"):
+        code, _, err = call("check", option, "none")
+        assert code == 2
+        assert "must be one of" in err
+
+
 def test_help_shows_examples(call):
     code, out, _ = call("--help")
     assert code == 0

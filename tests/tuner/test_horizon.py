@@ -324,7 +324,7 @@ def test_a_state_saved_with_one_horizon_is_not_loaded_into_a_tuner_with_another(
         model = nn.Linear(8, 3)
         return tuner(model, torch.optim.SGD(model.parameters(), lr=0.1), decay_space(), **more)
 
-    with pytest.raises(ValueError, match="make it with the same arguments"):
+    with pytest.raises(ValueError, match="make it with the same classes"):
         made(horizon="run").load_state_dict(made().state_dict())
 
 

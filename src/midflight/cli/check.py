@@ -20,15 +20,24 @@ def run(arguments: list[str]) -> int:
         prog="midflight check",
         description="Compare hypergradients of built-in models with central differences, in float64. For "
         "your own model, call midflight.check in Python.",
+        epilog="examples:\n"
+        "  midflight check\n"
+        "  midflight check --all --optimizers AdamW --estimators unrolled",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--all", action="store_true", help="check every estimator, update rule and kind of hyperparameter"
+        "--all",
+        action="store_true",
+        help="check every estimator, update rule and kind of hyperparameter; takes minutes",
     )
+    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="check these only, such as AdamW")
+    parser.add_argument("--estimators", nargs="+", metavar="NAME", help="check these only, such as one_step")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the networks are too small to profit from more
     rows = []
-    for row in run_checks(everything=options.all, workers=(os.cpu_count() or 1) if options.all else 1):
+    workers = (os.cpu_count() or 1) if options.all else 1
+    for row in run_checks(options.all, workers, optimizers=options.optimizers, estimators=options.estimators):
         rows.append(row)
         _show(f"comparing with central differences: {row.rule}, {row.hyperparameter}")
     _show("")

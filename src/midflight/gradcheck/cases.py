@@ -218,7 +218,7 @@ def why_skipped(optimizer: str, hyperparameter: str) -> str | None:
     optim = OPTIMIZERS[optimizer]([nn.Parameter(torch.zeros(1, 1))])
     if kind.option is None:
         why = rule_for(optim).why_not_differentiable
-        return f"{type(optim).__name__} {why}, so {hyperparameter} has no derivative." if why else None
+        return f"{type(optim).__name__} {why}, so what the loss reads has no derivative." if why else None
     if kind.option not in rule_for(optim).tunable:
         return f"{type(optim).__name__} has no option {kind.option} that can be tuned."
     if kind.option == "momentum" and read_option(optim.param_groups[0], "momentum") == 0:

@@ -1,7 +1,7 @@
 """Make the table of `midflight check`: each estimator against central differences, in float64."""
 
 import multiprocessing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from midflight._tensors import Tensors
-from midflight.errors import MidflightError
+from midflight.errors import MidflightError, UnknownName
 from midflight.gradcheck.cases import KINDS, OPTIMIZERS, Case, make_case, why_skipped
 from midflight.gradcheck.oracles import Comparison, central_difference, compare
 from midflight.hypergrad import CLAIMS, ESTIMATORS, hypergradient
@@ -52,16 +52,31 @@ class Skipped:
     reason: str
 
 
-def run_checks(everything: bool = False, workers: int = 1) -> Iterator[Check | Skipped]:
+def run_checks(
+    everything: bool = False,
+    workers: int = 1,
+    *,
+    optimizers: Sequence[str] | None = None,
+    estimators: Sequence[str] | None = None,
+) -> Iterator[Check | Skipped]:
     """Yield the conformance table: what the paper's study needs, or every estimator on every row.
 
     Args:
         everything: include every update rule, kind of hyperparameter and estimator.
         workers: number of processes; each uses one thread, because the networks of the table are small.
+        optimizers: names from `OPTIMIZERS`, in place of those of the table.
+        estimators: names from `ESTIMATORS`, likewise.
+
+    Raises:
+        UnknownName: there is no such optimiser or estimator.
     """
-    rules: Iterable[str] = OPTIMIZERS if everything else PAPER_RULES
+    for what, names, known in (("optimiser", optimizers, OPTIMIZERS), ("estimator", estimators, ESTIMATORS)):
+        for name in names or ():
+            if name not in known:
+                raise UnknownName(what, name, known)
+    rules = optimizers or (OPTIMIZERS if everything else PAPER_RULES)
     kinds: Iterable[str] = KINDS if everything else PAPER_KINDS
-    estimators = tuple(ESTIMATORS) if everything else PAPER_ESTIMATORS
+    estimators = tuple(estimators or (ESTIMATORS if everything else PAPER_ESTIMATORS))
     places = [(rule, kind, estimators) for rule in rules for kind in kinds]
     if workers == 1:
         for place in places:

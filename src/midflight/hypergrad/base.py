@@ -43,5 +43,6 @@ class Estimator(ABC):
             v: dC2/dtheta, weight name -> tensor; the estimator may overwrite it.
 
         Returns:
-            name -> tensor shaped like step.hparams, for the hyperparameters that the step depends on.
+            name -> tensor shaped like step.hparams, for the hyperparameters that the step depends on. Give
+            zeros for one whose effect is ignored; a missing one counts as not reached, which is an error.
         """

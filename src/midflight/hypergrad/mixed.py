@@ -24,7 +24,7 @@ from midflight._tensors import Tensors, add_scaled, leaves, norm
 from midflight.errors import NoForwardMode, UnsupportedSetting
 from midflight.hypergrad.graph import require_twice_differentiable
 from midflight.hypergrad.problem import Step, TrainLoss, added, double_backward, gradient, reached
-from midflight.updates import pull_back
+from midflight.updates import step_pullback
 
 METHODS = ("double backward", "forward mode", "difference")
 
@@ -34,8 +34,10 @@ _HALF = 1e-5
 """Half precision and TF32 have rounding units above this, float32 and float64 below."""
 
 
-def pullback(step: Step, v: Tensors) -> Tensors:
-    """Return the hypergradient for v = dC2/dtheta'.
+def through_step(step: Step, v: Tensors) -> Tensors:
+    """Return the hypergradient for v = dC2/dtheta': the sum of both terms.
+
+    `step_pullback` and `Step.chain` alone give the second term, the direct effect of the options.
 
     Args:
         step: the optimiser step.
@@ -45,7 +47,7 @@ def pullback(step: Step, v: Tensors) -> Tensors:
         name -> tensor shaped like step.hparams, for the hyperparameters that the step depends on.
     """
     found = step.dependence()
-    w, pairs = pull_back(v, step.params, step.grads, step.state, step.updates, found.others, found.share)
+    w, pairs = step_pullback(v, step.params, step.grads, step.state, step.updates, found.others, found.share)
     options = step.chain(pairs)
     return added(options, found.mixed_partial(step.clipped(w) if step.clipped else w))
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from midflight._tensors import Tensors
 from midflight.hypergrad.base import Estimator
-from midflight.hypergrad.mixed import pullback
+from midflight.hypergrad.mixed import through_step
 from midflight.hypergrad.problem import Step
 
 
@@ -35,7 +35,7 @@ class OneStep(Estimator):
         return step.next_params() if self.place == "next" else step.params
 
     def __call__(self, step: Step, v: Tensors) -> Tensors:
-        return pullback(step, v)
+        return through_step(step, v)
 
 
 one_step = OneStep()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from midflight._tensors import Tensors
 from midflight.hypergrad.base import Estimator
-from midflight.hypergrad.mixed import pullback
+from midflight.hypergrad.mixed import through_step
 from midflight.hypergrad.problem import Step
 from midflight.updates import SGD, Update
 
@@ -25,7 +25,7 @@ class T1T2(Estimator):
             name: Update(SGD(), _PLAIN | {k: u.options[k] for k in ("lr", "weight_decay")})
             for name, u in step.updates.items()
         }
-        return pullback(replace(step, updates=plain), v)
+        return through_step(replace(step, updates=plain), v)
 
 
 t1t2 = T1T2()

@@ -296,7 +296,7 @@ class Controller:
         if "policies" not in missing and state["policies"] != own["policies"]:
             raise ValueError(
                 f"the saved tuner was made with {state['policies']}, this one with {own['policies']}; "
-                "make it with the same arguments."
+                "make it with the same classes."
             )
         if missing:
             raise ValueError(

@@ -32,7 +32,7 @@ from midflight.updates.base import (
     tuned_options,
     write_option,
 )
-from midflight.updates.blocks import Updates, pull_back, step_ahead
+from midflight.updates.blocks import Updates, step_ahead, step_pullback
 from midflight.updates.compiled_adam import CompiledAdam
 from midflight.updates.muon import Muon
 from midflight.updates.nadam import NAdam
@@ -122,11 +122,11 @@ __all__ = [
     "UpdateRule",
     "Updates",
     "compiled",
-    "pull_back",
     "read_option",
     "read_options",
     "rule_for",
     "step_ahead",
+    "step_pullback",
     "tuned_options",
     "write_option",
 ]

@@ -156,7 +156,7 @@ def step_ahead(params: Tensors, grads: Tensors, states: Mapping[str, State], upd
     return {name: ahead[name] for name in updates}
 
 
-def pull_back(
+def step_pullback(
     v: Tensors,
     params: Tensors,
     grads: Tensors,
