@@ -75,6 +75,7 @@ def test_asha_on_ray_ends_most_trials_early_and_the_ledger_holds_them_all(cluste
     assert len(more.records) == 9
 
 
+@pytest.mark.slow
 def test_population_based_training_clones_what_is_good_and_moves_only_floats(
     cluster, objective_file, tmp_path
 ):

@@ -98,11 +98,11 @@ def whole(tmp_path_factory):
     return store_of
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_kills_at_random_moments_lose_and_repeat_nothing(kills, tmp_path, whole, group_ends):
-    starts, store = 1 + kills, tmp_path / "s.sqlite"
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_lose_and_repeat_nothing(tmp_path, whole, group_ends):
+    starts, store = 12, tmp_path / "s.sqlite"
     moments = random.Random(0)
-    for kill in range(kills):
+    for kill in range(10):
         process = in_a_process_group(tiny(store, starts, workers=2), stderr=subprocess.DEVNULL)
         before = count(store)
         if kill % 2:  # at any moment, the start of the workers included
