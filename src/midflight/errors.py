@@ -32,6 +32,12 @@ class UnsupportedSetting(MidflightError, NotImplementedError):
     """midflight does not support this, for example tuning over several processes."""
 
 
+class AnotherProcessFailed(MidflightError, RuntimeError):
+    """A hyper-step failed in another of the processes that train together."""
+
+    exit_code = 1
+
+
 class UnknownGradient(MidflightError, RuntimeError):
     """midflight cannot tell how the gradient changed between `backward` and `step`."""
 

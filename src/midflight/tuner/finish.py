@@ -10,6 +10,7 @@ import torch
 from midflight._tensors import Tensors
 from midflight.errors import warn
 from midflight.tuner.data import examples_of
+from midflight.tuner.distributed import Processes
 from midflight.tuner.hyperstep import HyperStep
 from midflight.tuner.live import signals_wait, weights_at
 
@@ -43,7 +44,7 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
                 (live.number(partial(live.valid_loss, hyperstep.valid_loss, batch)), examples_of(batch) or 1)
                 for batch in stream
             ]
-    losses = _means(found)
+    losses = _means(found, hyperstep.processes)
     ranked = dict(sorted(losses.items(), key=lambda item: (math.isnan(item[1]), item[1])))
     best = next(iter(ranked))
     if math.isnan(ranked[best]):
@@ -62,13 +63,14 @@ def _fits(candidate: Tensors, params: Tensors) -> bool:
     return all(name in candidate and candidate[name].shape == p.shape for name, p in params.items())
 
 
-def _means(found: Mapping[str, list[tuple[float, int]]]) -> dict[str, float]:
+def _means(found: Mapping[str, list[tuple[float, int]]], processes: Processes) -> dict[str, float]:
     """Return each candidate's mean loss over the examples of batches that are finite for some candidate."""
     columns: list[Any] = list(zip(*found.values(), strict=False))
     kept = [n for n, column in enumerate(columns) if any(math.isfinite(loss) for loss, _ in column)]
     means = {}
     for name, losses in found.items():
         chosen = [losses[n] for n in kept]
-        total = sum(size for _, size in chosen)
-        means[name] = sum(loss * size for loss, size in chosen) / total if total else math.nan
+        pair = sum(loss * size for loss, size in chosen), sum(size for _, size in chosen)
+        whole, total = processes.sum_of(pair)
+        means[name] = whole / total if total else math.nan
     return means

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from midflight._tensors import Tensors
-from midflight.errors import UnknownGradient, warn
+from midflight.errors import UnknownGradient, UnsupportedSetting, warn
 from midflight.tuner.data import examples_of
 
 EPSILON = 1e-6
@@ -100,12 +100,16 @@ class ReceivedGradient:
     Args:
         max_grad_norm: the norm to which the loop clips, or infinity if it does not. None finds it out from
             two hyper-steps.
+        reduced: whether the mean over several processes is taken at the end of `backward`.
     """
 
-    def __init__(self, max_grad_norm: float | None = None) -> None:
+    def __init__(self, max_grad_norm: float | None = None, reduced: bool = False) -> None:
         if max_grad_norm is not None and not (max_grad_norm > 0 and max_grad_norm is not True):
             raise ValueError(f"max_grad_norm must be a positive number, but max_grad_norm={max_grad_norm}.")
         self._max_norm = max_grad_norm
+        self._reduced = reduced
+        self._waiting: Tensors = {}
+        """Weights whose gradient is recorded at the end of the present pass."""
         self.carried = False
         """Whether `.grad` already held a nonzero gradient when `backward` first added to it."""
         self.examples = 0
@@ -154,6 +158,11 @@ class ReceivedGradient:
             theirs = list((p._post_accumulate_grad_hooks or {}).items())
             self._hooks.append(p.register_hook(self._before_pass(name, p)))  # type: ignore[no-untyped-call]
             self._hooks.append(p.register_post_accumulate_grad_hook(self._after_pass(name)))  # type: ignore[no-untyped-call]
+            if theirs and self._reduced:
+                raise UnsupportedSetting(
+                    "with several processes, no hook may change the gradient of a weight before their mean "
+                    f"is taken, but {name} has a post_accumulate_grad_hook; clip after backward instead."
+                )
             for key, hook in theirs:  # the user's hooks, such as clipping, must run after ours
                 del p._post_accumulate_grad_hooks[key]
                 p._post_accumulate_grad_hooks[key] = hook
@@ -190,12 +199,27 @@ class ReceivedGradient:
             if grad is not None and not grad.is_sparse and grad.numel():
                 if name not in self._fingerprints and name in self._before:
                     self._before[name] = sampled(grad) - self._before[name]
-                self._fingerprints[name] = _fingerprint(grad)
-                self._passes[name] = self._passes.get(name, 0) + 1
-                self._weights[name] = p, p._version
-                self._entries[name] = sampled(p.detach()).clone()
+                if not self._reduced:
+                    self._record(name, p, grad)
+                    return
+                if not self._waiting:  # DistributedDataParallel ends its work in a callback queued meanwhile
+                    engine = torch.autograd.Variable._execution_engine
+                    engine.queue_callback(lambda: engine.queue_callback(self._end_pass))
+                self._waiting[name] = p
 
         return hook
+
+    def _end_pass(self) -> None:
+        for name, p in self._waiting.items():
+            if p.grad is not None and self._hooks:
+                self._record(name, p, p.grad)
+        self._waiting = {}
+
+    def _record(self, name: str, p: Tensor, grad: Tensor) -> None:
+        self._fingerprints[name] = _fingerprint(grad)
+        self._passes[name] = self._passes.get(name, 0) + 1
+        self._weights[name] = p, p._version
+        self._entries[name] = sampled(p.detach()).clone()
 
     @torch.no_grad()
     def jacobian(self, grads: Tensors, own_norm: OwnNorm) -> Clipped | None:

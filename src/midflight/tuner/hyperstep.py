@@ -25,7 +25,8 @@ from midflight.hypergrad.problem import Dependence, Step, added
 from midflight.space import Space
 from midflight.tuner.binding import Binding
 from midflight.tuner.data import EndlessBatches, examples_of, require_many_passes, require_no_iterators
-from midflight.tuner.gradient import Clipped, ReceivedGradient, calling_scaler, scaler_stage
+from midflight.tuner.distributed import Processes
+from midflight.tuner.gradient import Clipped, ReceivedGradient, calling_scaler, sampled, scaler_stage
 from midflight.tuner.horizon import Horizon
 from midflight.tuner.live import LiveModel, Loss, preserved, require_moved, weights_at
 from midflight.tuner.mixed_partial import MixedPartial
@@ -112,7 +113,8 @@ class HyperStep(Saved):
         self.mixed = MixedPartial(
             self.live, self.randomness, space, self.train_loss, examples, estimator.mixed
         )
-        self.received = ReceivedGradient(max_grad_norm)
+        self.processes = Processes(self.live.all)
+        self.received = ReceivedGradient(max_grad_norm, reduced=self.processes.count > 1)
         self._loss_reads: bool | None = True if binding.unbound else None
         """Whether the loss reads the space; None where it need not, until the first hyper-step."""
         self._guessed = binding.guessed and bool(binding.options)
@@ -195,6 +197,16 @@ class HyperStep(Saved):
             UnknownGradient: it could not be told what happened to the gradient.
         """
         params = self.params()
+        with self.processes.together(self._equal(params)):
+            return self._take(params)
+
+    def _equal(self, params: Tensors) -> list[Tensor]:
+        """Return what must be equal in all processes: the raw coordinates, some entries of the weights."""
+        if self.processes.count == 1:
+            return []
+        return [*self._space.raws.values(), *map(sampled, params.values())]
+
+    def _take(self, params: Tensors) -> HyperStepResult:
         grads = self._final_gradients(params)
         if not grads:
             raise UnknownGradient("some weight must have a gradient at a step, but .grad of all is None.")
@@ -230,7 +242,9 @@ class HyperStep(Saved):
                 states = self.randomness.snapshot()
                 loss = self.live.train_loss(self.train_loss, self.mixed.try_subsample(batch))
                 self.randomness.rewind(states)
-                return batch, {names[id(leaf)] for leaf in graph_leaves(loss) if id(leaf) in names}
+                read = {names[id(leaf)] for leaf in graph_leaves(loss) if id(leaf) in names}
+                anywhere = self.processes.sum_of(float(name in read) for name in self._space)
+                return batch, {name for name, n in zip(self._space, anywhere, strict=True) if n}
             finally:
                 self._space.requires_grad_(False)
 
@@ -239,7 +253,7 @@ class HyperStep(Saved):
         at = {name: p for name, p in self._all_params().items() if name in names}
         with self.live.borrowed():
             loss = partial(self.live.train_loss, self.train_loss, next(self.t1))
-            found = self.live.gradients(loss, at)[1]
+            found = self.processes.mean_where_present(self.live.gradients(loss, at)[1], at)
         return float(norm(found)) if found else 0.0
 
     def _result(
@@ -247,6 +261,12 @@ class HyperStep(Saved):
     ) -> HyperStepResult:
         batch = next(self.t1) if batch is None else batch
         step = self._step(params, grads, clipped, live, batch)
+        result = self._of_own_batches(step, params, grads, batch)
+        found = self.processes.mean_where_present(result.hypergradients, self._space.raws)
+        return replace(result, hypergradients=found)
+
+    def _of_own_batches(self, step: Step, params: Tensors, grads: Tensors, batch: Any) -> HyperStepResult:
+        """Return the hypergradients of this process's batches."""
         self.shrinkage = self._shrinkage_of(step)
         if not self.horizon.needs_losses:
             valid_loss, found = self._at_horizon(step, params, batch)
@@ -308,7 +328,7 @@ class HyperStep(Saved):
 
     def look(self) -> float:
         """Return C2 at the weights, on the next batch of T2."""
-        with self.live.borrowed():
+        with self.live.borrowed(), self.processes.together():
             self._looked_at = next(self.t2), self.randomness.snapshot()
             return self._loss_at({}, self._looked_at[0])
 
@@ -319,7 +339,7 @@ class HyperStep(Saved):
         """
         if self._looked_at is None and not on_any:
             return None
-        with self.live.borrowed():
+        with self.live.borrowed(), self.processes.together():
             if self._looked_at is None:
                 return self._loss_at({}, next(self.t2))
             states = self.randomness.snapshot()
@@ -331,7 +351,7 @@ class HyperStep(Saved):
     def losses_beside(self, tensors: Tensors, batches: int) -> tuple[float, float]:
         """Return C2 at the weights, and with these tensors in place, means over the next batches of T2."""
         found = []
-        with self.live.borrowed():
+        with self.live.borrowed(), self.processes.together():
             for _ in range(batches):
                 batch, states = next(self.t2), self.randomness.snapshot()
                 now = self._loss_at({}, batch)
@@ -343,7 +363,9 @@ class HyperStep(Saved):
     def _loss_at(self, tensors: Tensors, batch: Any) -> float:
         """Return C2 with these weights and buffers in place of the model's own."""
         with weights_at({**self.buffers(), **self.params()}, tensors):
-            return self.live.number(partial(self.live.valid_loss, self.valid_loss, batch))
+            return self.processes.mean_of(
+                [self.live.number(partial(self.live.valid_loss, self.valid_loss, batch))]
+            )[0]
 
     def _at_horizon(self, step: Step, params: Tensors, batch: Any) -> tuple[float, Tensors]:
         """Return C2 where the horizon takes v, and the hypergradients; none if C2 or v is not finite."""
@@ -377,6 +399,7 @@ class HyperStep(Saved):
             trained = {name: p for name, p in live.items() if p.requires_grad}
             few = self.mixed.try_subsample(batch)
             theirs, along = self.mixed(few, trained)
+            theirs = self.processes.mean_where_present(theirs, trained)
 
             def mixed_partial(w: Tensors) -> Tensors:  # the gradient of a frozen weight stays as it is
                 return along({name: w[name] for name in w if name in trained})
@@ -437,7 +460,7 @@ class HyperStep(Saved):
             self._judged_reading = True
             self._check_slope(batch, params, at, float(value), {n: found[n] for n in targets if n in found})
         v = {name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()}
-        return float(value), v, statistics
+        return self.processes.mean_of([float(value)])[0], self.processes.mean(v), statistics
 
     def _check_slope(self, batch: Any, params: Tensors, at: Tensors, value: float, v: Tensors) -> None:
         """Warn if v is not the slope of the validation loss, which is `value` at the weights `at`."""

@@ -28,6 +28,7 @@ from midflight.errors import InvalidLoss
 from midflight.hypergrad.graph import graph_nodes
 from midflight.hypergrad.problem import reached
 from midflight.tuner.data import fresh, tensors_of
+from midflight.tuner.distributed import local
 from midflight.tuner.gradient import same_entries, sampled
 from midflight.tuner.randomness import Randomness
 
@@ -97,6 +98,7 @@ class LiveModel:
             stack.enter_context(self._randomness.borrowed())
             stack.enter_context(preserved(self.all, self._others, self._written))
             stack.enter_context(_uncompiled())
+            stack.enter_context(local(self.all))
             stack.enter_context(_no_autocast_cache())
             stack.enter_context(_no_parametrize_cache())
             if self._recurrent:  # cuDNN's recurrent layers know neither eval mode nor second derivatives

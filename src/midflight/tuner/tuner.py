@@ -23,7 +23,7 @@ from midflight.tuner.hyper_optimizer import MakeOptimizer, SignSteps
 from midflight.tuner.hyperstep import HyperStep
 from midflight.tuner.live import ORDER, Loss, require_loss, signals_wait
 from midflight.tuner.optimizers import Optimizers, skips, unwrapped
-from midflight.tuner.schedule import Schedule, schedule_for, whole
+from midflight.tuner.schedule import Schedule, TimeBudget, schedule_for, whole
 from midflight.tuner.trajectory import Trajectory
 
 EXAMPLES = 128
@@ -89,7 +89,9 @@ class Tuner:
             file.
         InvalidLoss: a loss reads an iterator. At a hyper-step: the loss is no scalar, or does not depend on
             the trained weights.
-        UnsupportedSetting: torch.distributed runs several processes, or the model is TorchScript.
+        UnsupportedSetting: the model is TorchScript. Or several processes train it, and it is sharded, or the
+            schedule is a `TimeBudget`.
+        AnotherProcessFailed: at a hyper-step: it failed in another process.
         TypeError, UnknownName, SpaceError, ValueError: an argument is not one of those allowed.
     """
 
@@ -125,6 +127,11 @@ class Tuner:
             (train_loader, valid_loader), estimator_for(estimator), self.horizon,
             None if examples is None else whole("examples", examples), max_grad_norm,
         )  # fmt: skip
+        if self._hyperstep.processes.count > 1 and isinstance(self.schedule, TimeBudget):
+            raise UnsupportedSetting(
+                "hyper-steps must come at the same steps in all processes, but a TimeBudget goes by the time "
+                "of each; pass FrontLoaded() or Every(n)."
+            )
         options = {name: self._binding.options[name] for name in self._binding.step_options}
         watch = None
         if guard and isinstance(self.horizon, Averaged):
@@ -260,7 +267,7 @@ def _require_same_kinds(saved: list[str], own: list[str]) -> None:
 def _require_arguments(
     model: Any, space: Any, loss_fn: Any, valid_loss_fn: Any, train_loader: Any, valid_loader: Any
 ) -> None:
-    """Raise an error if an argument is of the wrong kind, or if several processes train."""
+    """Raise an error if an argument is of the wrong kind."""
     for name, value, kind in (("model", model, nn.Module), ("space", space, Space)):
         if not isinstance(value, kind):
             raise TypeError(
@@ -283,10 +290,4 @@ def _require_arguments(
         warn(
             "train_loader and valid_loader read the same data, so hyperparameters are tuned on training data "
             "and nothing keeps the model from memorising it; hold out data for valid_loader.",
-        )
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise UnsupportedSetting(
-            f"the tuner works in one process, but torch.distributed runs {distributed.get_world_size()}: "
-            "each would move its hyperparameters by its own gradient, and they would differ."
         )

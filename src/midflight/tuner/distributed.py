@@ -1,0 +1,167 @@
+"""Take hyper-steps together in all processes that train one model with `torch.distributed`.
+
+Each process has batches of its own. Losses, v = dC2/dtheta and hypergradients are averaged over the
+processes, as DistributedDataParallel averages the training gradient. So every decision is the same
+everywhere, and weights and hyperparameters stay equal, bit for bit.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from midflight._tensors import Tensors
+from midflight.errors import AnotherProcessFailed, UnsupportedSetting
+
+PLAIN_HOOKS = {"allreduce_hook", "fp16_compress_hook", "bf16_compress_hook"}
+"""Communication hooks of DistributedDataParallel that give the mean gradient, up to rounding."""
+
+
+class Processes:
+    """The processes that train together; with one process, every method returns its argument.
+
+    Args:
+        model: the model being trained.
+
+    Raises:
+        UnsupportedSetting: there are several processes, and the model is sharded or has a layer or a
+            communication hook that is not supported.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        there = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.count = torch.distributed.get_world_size() if there else 1
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if self.count > 1:
+            _require_replicas(model)
+
+    @contextmanager
+    def together(self, equal: Sequence[Tensor] = ()) -> Iterator[None]:
+        """Compute what follows in all processes; if it fails in one, it fails in all.
+
+        Args:
+            equal: tensors that must be the same in every process, bit for bit.
+
+        Raises:
+            AnotherProcessFailed: it failed in another process.
+            UnsupportedSetting: the tensors differ.
+        """
+        if self.count == 1:
+            yield
+            return
+        self._agree(equal)
+        try:
+            yield
+        except AnotherProcessFailed:
+            raise
+        except Exception:
+            self._reduce(torch.ones(3, dtype=torch.int64), largest=True)
+            raise
+
+    def mean(self, tensors: Tensors) -> Tensors:
+        """Return the mean over processes, name -> tensor, in the memory of `tensors` where its type allows.
+
+        All processes must have the same names and shapes.
+        """
+        if self.count == 1:
+            return tensors
+        self._agree()
+        found = {
+            name: t.to(torch.promote_types(t.dtype, torch.float32)).contiguous()
+            for name, t in tensors.items()
+        }
+        waits = [torch.distributed.all_reduce(found[name], async_op=True) for name in sorted(found)]
+        for wait in waits:
+            wait.wait()
+        return {name: t.div_(self.count).to(tensors[name].dtype) for name, t in found.items()}
+
+    def mean_of(self, numbers: Iterable[float]) -> list[float]:
+        """Return the mean of each number over the processes."""
+        return self.sum_of(n / self.count for n in numbers)
+
+    def sum_of(self, numbers: Iterable[float]) -> list[float]:
+        """Return the sum of each number over the processes."""
+        given = list(numbers)
+        if self.count == 1:
+            return given
+        self._agree()
+        return self._reduce(torch.tensor(given, dtype=torch.float64)).tolist()
+
+    def mean_where_present(self, found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
+        """Return the mean over processes of tensors that some may lack, where they count as 0.
+
+        Args:
+            found: name -> tensor.
+            like: all names that can occur, with a tensor of the same shape.
+        """
+        if self.count == 1:
+            return dict(found)
+        present = self.sum_of(float(name in found) for name in like)
+        names = [name for name, n in zip(like, present, strict=True) if n]
+        return self.mean({n: found[n] if n in found else torch.zeros_like(like[n]) for n in names})
+
+    def _agree(self, equal: Sequence[Tensor] = ()) -> None:
+        """Wait until every process is here, and raise an error in all if one failed or differs."""
+        parts = [t.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for t in equal]
+        own = zlib.crc32(b"".join(parts))
+        failed, most, least = self._reduce(torch.tensor([0, own, -own]), largest=True).tolist()
+        if failed:
+            raise AnotherProcessFailed(
+                "a hyper-step must succeed in all processes, but failed in another; see its error."
+            )
+        if most != -least:
+            raise UnsupportedSetting(
+                "processes that train together must have equal weights and hyperparameters, but theirs "
+                "differ; wrap the model in DistributedDataParallel, and build equal spaces, optimisers and "
+                "tuners."
+            )
+
+    def _reduce(self, vector: Tensor, largest: bool = False) -> Tensor:
+        """Return the sum over processes, or the largest."""
+        vector, how = vector.to(self._device), torch.distributed.ReduceOp
+        torch.distributed.all_reduce(vector, op=how.MAX if largest else how.SUM)
+        return vector.cpu()
+
+
+def _require_replicas(model: nn.Module) -> None:
+    """Raise `UnsupportedSetting` unless each process has the whole model and averages plain gradients."""
+    from torch.distributed.tensor import DTensor
+
+    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    if sharded or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise UnsupportedSetting(
+            "each process must have the whole model, but it is sharded; use DistributedDataParallel."
+        )
+    if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        raise UnsupportedSetting(
+            "SyncBatchNorm has no second derivative over several processes; use BatchNorm or GroupNorm."
+        )
+    for wrapper in _wrappers(model):
+        for hook, _ in getattr(wrapper, "_comm_hooks", []):
+            name = getattr(hook, "__name__", type(hook).__name__)
+            if name not in PLAIN_HOOKS:
+                raise UnsupportedSetting(
+                    f"a communication hook must give the mean gradient, as {', '.join(sorted(PLAIN_HOOKS))} "
+                    f"do, but the model has {name}."
+                )
+
+
+def _wrappers(model: nn.Module) -> list[DistributedDataParallel]:
+    return [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+
+
+@contextmanager
+def local(model: nn.Module) -> Iterator[None]:
+    """Let DistributedDataParallel send neither gradients nor buffers in the passes inside."""
+    wrappers = _wrappers(model)
+    before = [(w, w.require_backward_grad_sync, w.require_forward_param_sync) for w in wrappers]
+    try:
+        for wrapper in wrappers:
+            wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
+        yield
+    finally:
+        for wrapper, gradients, buffers in before:
+            wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = gradients, buffers
