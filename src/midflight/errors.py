@@ -29,7 +29,7 @@ class InvalidLoss(MidflightError, TypeError):
 
 
 class UnsupportedSetting(MidflightError, NotImplementedError):
-    """midflight does not support this, for example tuning over several processes."""
+    """midflight does not support this, for example a model that is sharded over processes."""
 
 
 class AnotherProcessFailed(MidflightError, RuntimeError):

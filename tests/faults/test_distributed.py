@@ -9,11 +9,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from loops import Still
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import midflight as mf
 from midflight.tuner.distributed import Processes
+from midflight.tuner.gradient import ReceivedGradient
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without distributed.")
 STEPS, ROWS = 12, 32
@@ -34,23 +36,8 @@ def own(data, rank, count):
     return tuple(part[share] for part in data)
 
 
-class Still(torch.optim.Optimizer):
-    """Moves nothing and keeps the hypergradients."""
-
-    def __init__(self, raws):
-        super().__init__(raws, {"lr": 1.0})
-        self.seen = []
-
-    def step(self, closure=None):
-        self.seen.append([float(p.grad) for p in self.param_groups[0]["params"]])
-
-
 def network(*layers):
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), *layers, nn.Linear(8, 3)).double()
-
-
-def wide(kind, init):
-    return mf.Float(mf.default_range(kind).low, mf.default_range(kind).high, log=True, init=init)
 
 
 class Run:
@@ -110,7 +97,9 @@ class Run:
         return {
             "weights": torch.cat([p.detach().flatten() for p in self.net.parameters()]),
             "values": self.space.as_dict(),
-            "hypergradients": getattr(self.tuner.hyper_optimizer, "seen", None),
+            "hypergradients": [
+                [float(g) for g in row] for row in getattr(self.tuner.hyper_optimizer, "given", [])
+            ],
             "log": {k: v for k, v in self.tuner.log().items() if v == v},
             "finished": finished,
         }
@@ -195,6 +184,21 @@ def failing(rank, count):
     return found
 
 
+def failing_at_the_end(rank, count):
+    """The validation loss fails in one process, in `finish`."""
+    run, ended = Run(rank, count, **STILL), []
+
+    def valid_loss_fn(model, batch):
+        if rank == 1 and ended:
+            raise KeyError("no such class")
+        return run.valid_loss_fn(model, batch)
+
+    run.attach(valid_loss_fn, schedule=1, horizon="step")
+    run.steps()
+    ended.append(1)
+    return said(run.tuner.finish)
+
+
 def without_wrapper(rank, count):
     return said(lambda: Run(rank, count, wrap=False, **STILL).steps())
 
@@ -240,6 +244,7 @@ CASES = {
     "uneven": uneven,
     "resumed": resumed,
     "failing": failing,
+    "failing at the end": failing_at_the_end,
     "without wrapper": without_wrapper,
     "refusals": refusals,
     "twin without mean": twin_without_mean,
@@ -338,9 +343,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(found):
         assert whole["values"] == again["values"]
 
 
-def test_a_failure_of_one_process_is_an_error_in_all(found):
-    assert found[1]["failing"][0] == "KeyError"
-    kind, sentence = found[0]["failing"]
+@pytest.mark.parametrize("case", ["failing", "failing at the end"])
+def test_a_failure_of_one_process_is_an_error_in_all(found, case):
+    assert found[1][case][0] == "KeyError"
+    kind, sentence = found[0][case]
     assert kind == "AnotherProcessFailed"
     assert "failed in another" in sentence
 
@@ -366,3 +372,44 @@ def test_a_tuner_that_does_not_average_is_found_out(found):
     alone, twin = exact(0, 1), found[0]["twin without mean"]
     first = zip(twin["hypergradients"][0], alone["hypergradients"][0], strict=True)
     assert all(a != pytest.approx(b, rel=1e-3) for a, b in first)
+
+
+def test_a_mean_leaves_what_it_was_given(monkeypatch):
+    class Done:
+        def wait(self):
+            return None
+
+    def all_reduce(t, async_op):
+        t.mul_(2)
+        return Done()
+
+    processes = Processes(nn.Linear(1, 1))
+    processes.count = 2
+    monkeypatch.setattr(processes, "_agree", lambda: None)
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    one = torch.ones(3)
+    given = {"a": one, "b": one, "c": torch.ones(()).expand(2), "d": torch.ones(2).half()}
+    found = processes.mean(given)
+    for name, t in found.items():
+        assert torch.equal(t, torch.ones_like(given[name]))
+        assert t.dtype == given[name].dtype
+        assert t.data_ptr() != given[name].data_ptr()
+
+
+def test_a_backward_that_fails_leaves_the_next_hyper_step_alone():
+    model, received = nn.Linear(2, 1), ReceivedGradient(reduced=True)
+    params = dict(model.named_parameters())
+
+    def backward(fails):
+        received.watch(model, params)
+        model.zero_grad()
+        x = torch.ones(1, 2, requires_grad=True)
+        x.register_hook(lambda g: 1 / 0 if fails else None)
+        model(x).sum().backward()
+
+    with pytest.raises(ZeroDivisionError):
+        backward(True)
+    backward(False)
+    grads = {name: p.grad for name, p in params.items()}
+    assert received.jacobian(grads, lambda names: 1.0) is None
+    assert received.passes == 1

@@ -62,7 +62,7 @@ class Processes:
             raise
 
     def mean(self, tensors: Tensors) -> Tensors:
-        """Return the mean over processes, name -> tensor, in the memory of `tensors` where its type allows.
+        """Return the mean over processes, name -> tensor, in new memory, because autograd may share the old.
 
         All processes must have the same names and shapes.
         """
@@ -70,7 +70,7 @@ class Processes:
             return tensors
         self._agree()
         found = {
-            name: t.to(torch.promote_types(t.dtype, torch.float32)).contiguous()
+            name: t.detach().to(torch.promote_types(t.dtype, torch.float32), copy=True).contiguous()
             for name, t in tensors.items()
         }
         waits = [torch.distributed.all_reduce(found[name], async_op=True) for name in sorted(found)]
@@ -78,9 +78,9 @@ class Processes:
             wait.wait()
         return {name: t.div_(self.count).to(tensors[name].dtype) for name, t in found.items()}
 
-    def mean_of(self, numbers: Iterable[float]) -> list[float]:
-        """Return the mean of each number over the processes."""
-        return self.sum_of(n / self.count for n in numbers)
+    def mean_of(self, number: float) -> float:
+        """Return the mean of a number over the processes."""
+        return self.sum_of([number / self.count])[0]
 
     def sum_of(self, numbers: Iterable[float]) -> list[float]:
         """Return the sum of each number over the processes."""

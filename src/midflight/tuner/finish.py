@@ -32,19 +32,8 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
     live = hyperstep.live
     candidates = {name: at for name, at in candidates.items() if _fits(at, hyperstep.params())}
     tensors = {**dict(live.model.named_buffers()), **hyperstep.params()}
-    found: dict[str, list[tuple[float, int]]] = {}
-    batches = None if hyperstep.t2.repeats else list(hyperstep.t2.whole_pass())
-    with hyperstep.randomness.borrowed():
-        states = hyperstep.randomness.snapshot()
-    for name, at in {"last": {}, **candidates}.items():
-        with live.borrowed(), weights_at(tensors, at):
-            hyperstep.randomness.rewind(states)
-            stream = hyperstep.t2.whole_pass() if batches is None else batches
-            found[name] = [
-                (live.number(partial(live.valid_loss, hyperstep.valid_loss, batch)), examples_of(batch) or 1)
-                for batch in stream
-            ]
-    losses = _means(found, hyperstep.processes)
+    with hyperstep.processes.together():
+        losses = _losses(hyperstep, {"last": {}, **candidates}, tensors)
     ranked = dict(sorted(losses.items(), key=lambda item: (math.isnan(item[1]), item[1])))
     best = next(iter(ranked))
     if math.isnan(ranked[best]):
@@ -56,6 +45,24 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
         for name, value in candidates.get(best, {}).items():
             tensors[name].copy_(value)
     return ranked
+
+
+def _losses(hyperstep: HyperStep, candidates: Mapping[str, Tensors], tensors: Tensors) -> dict[str, float]:
+    """Return each candidate's validation loss with its values in place of `tensors`."""
+    live = hyperstep.live
+    found: dict[str, list[tuple[float, int]]] = {}
+    batches = None if hyperstep.t2.repeats else list(hyperstep.t2.whole_pass())
+    with hyperstep.randomness.borrowed():
+        states = hyperstep.randomness.snapshot()
+    for name, at in candidates.items():
+        with live.borrowed(), weights_at(tensors, at):
+            hyperstep.randomness.rewind(states)
+            stream = hyperstep.t2.whole_pass() if batches is None else batches
+            found[name] = [
+                (live.number(partial(live.valid_loss, hyperstep.valid_loss, batch)), examples_of(batch) or 1)
+                for batch in stream
+            ]
+    return _means(found, hyperstep.processes)
 
 
 def _fits(candidate: Tensors, params: Tensors) -> bool:

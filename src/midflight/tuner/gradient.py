@@ -176,7 +176,7 @@ class ReceivedGradient:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._fingerprints, self._passes, self._before = [], {}, {}, {}
-        self._weights, self._entries, self._changed = {}, {}, {}
+        self._weights, self._entries, self._changed, self._waiting = {}, {}, {}, {}
 
     def _before_pass(self, name: str, p: Tensor) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:

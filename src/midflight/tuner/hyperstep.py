@@ -363,9 +363,8 @@ class HyperStep(Saved):
     def _loss_at(self, tensors: Tensors, batch: Any) -> float:
         """Return C2 with these weights and buffers in place of the model's own."""
         with weights_at({**self.buffers(), **self.params()}, tensors):
-            return self.processes.mean_of(
-                [self.live.number(partial(self.live.valid_loss, self.valid_loss, batch))]
-            )[0]
+            loss = self.live.number(partial(self.live.valid_loss, self.valid_loss, batch))
+        return self.processes.mean_of(loss)
 
     def _at_horizon(self, step: Step, params: Tensors, batch: Any) -> tuple[float, Tensors]:
         """Return C2 where the horizon takes v, and the hypergradients; none if C2 or v is not finite."""
@@ -460,7 +459,7 @@ class HyperStep(Saved):
             self._judged_reading = True
             self._check_slope(batch, params, at, float(value), {n: found[n] for n in targets if n in found})
         v = {name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()}
-        return self.processes.mean_of([float(value)])[0], self.processes.mean(v), statistics
+        return self.processes.mean_of(float(value)), self.processes.mean(v), statistics
 
     def _check_slope(self, batch: Any, params: Tensors, at: Tensors, value: float, v: Tensors) -> None:
         """Warn if v is not the slope of the validation loss, which is `value` at the weights `at`."""
