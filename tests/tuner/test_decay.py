@@ -159,7 +159,7 @@ def test_no_hooks_stay_on_the_weights_between_hyper_steps_if_the_loss_reads_noth
 
 
 @pytest.mark.parametrize(("lr", "share"), [(1e-12, 0.25), (0.05, 1.0)])
-def test_steps_in_a_wide_range_are_shorter_until_the_model_has_learned(lr, share):
+def test_until_the_model_has_learned_nothing_rises_and_steps_in_a_wide_range_are_shorter(lr, share):
     torch.manual_seed(0)
     space = mf.Space(dropout=mf.Float(1e-5, 0.9998, logit=True, init=0.3))
     model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), mf.nn.Dropout(space["dropout"]), nn.Linear(40, 1))
@@ -176,6 +176,7 @@ def test_steps_in_a_wide_range_are_shorter_until_the_model_has_learned(lr, share
     moves = [abs(b - a) for a, b in pairwise(raws)]
     transform = space["dropout"].transform
     longest = 0.08 * transform.USUAL / transform.width
-    assert moves[0] == pytest.approx(0.25 * longest, rel=1e-3)
+    has_learned = share == 1
     assert max(moves[30:]) <= share * longest
-    assert share == 0.25 or max(moves) > 0.3 * longest
+    assert max(moves) > (0.3 if has_learned else 0.02) * longest
+    assert (max(raws) > raws[0]) == has_learned

@@ -27,13 +27,14 @@ from midflight.tuner.schedule import Schedule
 from midflight.tuner.step_options import ERASED, stride
 from midflight.tuner.trajectory import Trajectory
 
-_COUNTS = "steps", "hypersteps", "undecided", "best_step", "first_loss", "learned"
+_COUNTS = "steps", "hypersteps", "undecided", "best_step", "first_losses", "learned"
 UNKNOWN_STEPS = 1000
 """A run of unknown length counts as this long at least."""
 UNLEARNED, LEARNED = 0.25, 0.03
-"""Until C2 has fallen by the share LEARNED of its first value, steps in ranges wider than usual are
-multiplied by UNLEARNED. Such a range does not say which values are sensible, and with too much noise or
-dropout a model does not learn at all."""
+"""A model has learned once C1 or C2 has fallen by the share LEARNED of its first value. Before that, only
+options that set how a step is taken may rise above their start. The signs of all other hypergradients are
+noise then, and with too much noise, dropout or decay a model does not learn at all. Steps in ranges wider
+than usual are multiplied by UNLEARNED, because such a range does not say which values are sensible."""
 
 
 class Controller:
@@ -55,8 +56,8 @@ class Controller:
         hypersteps: hyper-steps that moved the hyperparameters so far.
         undecided: hyper-steps left out so far because the gradient was unknown.
         best_step: the optimiser step at which the average validated best.
-        first_loss: C2 at the first hyper-step.
-        learned: whether C2 has fallen clearly since.
+        first_losses: C1 and C2 at the first hyper-step; None before it, and if the horizon needs no losses.
+        learned: whether one of them has fallen clearly since.
         due: whether the coming optimiser step has a hyper-step.
         log: losses and mean hypergradients of the last hyper-step, by name.
     """
@@ -87,7 +88,8 @@ class Controller:
         self.bounds, self.reach, self.signal = Bounds(), Reach(space), Signal()
         self.best_step = 0
         self.log: dict[str, float] = {}
-        self.first_loss, self.learned = math.nan, False
+        self.first_losses: tuple[float, float] | None = None
+        self.learned = False
         self.due = False
         self._pace: dict[str, float] = {}
         """Option -> how many times as far as usual it moves at this hyper-step."""
@@ -357,22 +359,19 @@ class Controller:
             raise error
 
     def _apply(self, result: HyperStepResult) -> None:
-        if math.isnan(self.first_loss):
-            self.first_loss = result.valid_loss
-        fallen = self.first_loss - result.valid_loss
-        self.learned = self.learned or fallen > LEARNED * abs(self.first_loss)
+        self._note_learning(result)
         optimizer = self.move.optimizer
         if isinstance(optimizer, SignSteps) and self.horizon.needs_losses:
             optimizer.set_averaging(self.horizon.averaging)
         found = result.hypergradients
         if self.guard is not None:
             found, self._pace = self.guard.paced(found, self.steps, self._hyperstep.schedule_factor())
-        limited = self._hyperstep.decays if self._hyperstep.shrinkage else []
+        limited = self._limited()
         before = {name: self._space.raws[name].detach().clone() for name in limited}
         self.move(found, self.failures.shrink * self._schedule.step_scale)
         if self.guard is not None:
             self.guard.limit()
-        self._limit_decay(before)
+        self._limit(before)
         if result.train_loss is not None:
             best = self.horizon.observe(
                 result.train_loss, result.valid_loss, self.progress(), self._hyperstep.buffers()
@@ -390,22 +389,41 @@ class Controller:
         self.log |= {f"hypergradient/{name}": mean for name, mean in means.items()}
         self.signal.observe(means)
 
+    def _note_learning(self, result: HyperStepResult) -> None:
+        if result.train_loss is None or self.learned:
+            return
+        losses = result.train_loss, result.valid_loss
+        self.first_losses = self.first_losses or losses
+        pairs = zip(losses, self.first_losses, strict=True)
+        self.learned = any(first - now > LEARNED * abs(first) for now, first in pairs)
+
+    def _limited(self) -> set[str]:
+        """Return the hyperparameters that must not rise freely at this hyper-step."""
+        if not self.horizon.needs_losses:
+            return set()
+        decays = self._hyperstep.decays if self._hyperstep.shrinkage else []
+        return {*decays, *([] if self.learned else self._space.raws.keys() - self.options.keys())}
+
     @torch.no_grad()
-    def _limit_decay(self, before: Tensors) -> None:
-        """Keep weight decay below the limit that ERASED sets, or below its start if that is higher.
+    def _limit(self, before: Tensors) -> None:
+        """Keep regularisers at their start until the model has learned, and weight decay as ERASED says.
+
+        What is above its limit already may stay where it was before the move, but weight decay only where it
+        was at the start. Without `total_steps`, the values before the move take the place of the start.
 
         Args:
-            before: the raw coordinates before the move. Without `total_steps`, they take the place of the
-                start.
+            before: the raw coordinates before the move, of the hyperparameters of `_limited`.
         """
-        if not self.horizon.needs_losses:
-            return
+        start = self.trajectory.at(0.0)
         share = self._hyperstep.shrinkage * (self.total_steps or max(self.steps, UNKNOWN_STEPS))
-        for name in before:
+        for name, earlier in before.items():
             raw, transform = self._space.raws[name], self._space[name].transform
-            most = torch.full_like(raw, ERASED / share).clamp(transform.low, transform.high)
-            allowed = self.trajectory.at(0.0)[name].to(raw) if self.total_steps else before[name]
-            raw.copy_(torch.minimum(raw, torch.maximum(transform.raw(most).clamp(0, 1), allowed)))
+            if not self.learned:
+                raw.copy_(torch.minimum(raw, torch.maximum(earlier, start[name].to(raw))))
+            if share and name in self._hyperstep.decays:
+                most = torch.full_like(raw, ERASED / share).clamp(transform.low, transform.high)
+                allowed = start[name].to(raw) if self.total_steps else earlier
+                raw.copy_(torch.minimum(raw, torch.maximum(transform.raw(most).clamp(0, 1), allowed)))
 
     def _plan(self, hyper: bool, busy: bool = False) -> None:
         self.due = self._schedule.next_is_hyper(self.steps, hyper, busy)
