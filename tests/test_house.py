@@ -15,7 +15,7 @@ PAGE = Path(__file__).with_name("public_names.txt")
 MOST = 35
 OPTIONAL = (
     "sklearn", "scipy", "pandas", "matplotlib", "rich", "tyro", "jinja2", "platformdirs", "kornia", "optuna",
-    "smac", "ConfigSpace", "ray",
+    "smac", "ConfigSpace", "ray", "lightning", "transformers", "accelerate", "skorch", "peft",
 )  # fmt: skip
 
 

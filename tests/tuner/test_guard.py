@@ -435,6 +435,34 @@ def test_looks_at_a_random_validation_loss_use_the_same_draws():
     assert now == best
 
 
+def test_looks_after_a_resume_are_at_the_same_batch(tmp_path):
+    draws = torch.Generator().manual_seed(5)
+    data = torch.utils.data.TensorDataset(*VALID[0])
+    shuffled = lambda: torch.utils.data.DataLoader(data, 3, shuffle=True, generator=draws)  # noqa: E731
+    noisy = lambda model, batch: loss_fn(model, batch) + torch.rand(())  # noqa: E731
+
+    def tuner(loader):
+        loop = Loop(lr(1e-3), tune=False)
+        parts = loop.model, loop.optimizer, loop.space, loss_fn, TRAIN, loader
+        return mf.Tuner(*parts, valid_loss_fn=noisy, total_steps=100)
+
+    first = tuner(shuffled())
+    next(first._hyperstep.t2)
+    look = first._hyperstep.look()
+    torch.save(first.state_dict(), tmp_path / "tuner.pt")
+    following = next(first._hyperstep.t2)[0].tolist()
+    first.detach()
+    second = tuner(shuffled())
+    second._hyperstep.look()
+    second.load_state_dict(torch.load(tmp_path / "tuner.pt"))
+    assert [second._hyperstep.look_again() for _ in range(2)] == [look, look]
+    assert next(second._hyperstep.t2)[0].tolist() == following
+    second.detach()
+    unknown = tuner(iter([VALID[0]] * 9))
+    unknown._hyperstep.look()
+    assert unknown._hyperstep.look_again() is None
+
+
 @pytest.mark.parametrize("option", ["lr", "momentum", "beta1"])
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_fast_step_is_made_no_longer(option, fast):

@@ -99,21 +99,31 @@ class EndlessBatches(Iterator[Any]):
         """Return the place in the data."""
         return {"used": self._used, "states": plain(self._states), "examples": self.examples}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict`, by reading the current pass up to the same batch."""
         self.examples = state.get("examples")
         if state["states"] is None:
             self._iterator, self._states, self._used = None, None, 0
-            return
+        else:
+            self._read_to(state)
+
+    def read_again(self, state: Mapping[str, Any]) -> Any:
+        """Return the batch after which `state_dict` gave this state, from a pass of its own."""
+        return EndlessBatches(self._theirs, self._name, self._randomness)._read_to(state)
+
+    def _read_to(self, state: Mapping[str, Any]) -> Any:
+        """Read the pass of a state up to its last batch, and return that."""
+        batch = None
         with self._randomness.borrowed():
             now = self._randomness.snapshot()
             self._randomness.rewind(restored(state["states"]))
             self._begin()
             assert self._iterator is not None
             for _ in range(state["used"]):
-                next(self._iterator)
+                batch = next(self._iterator)
                 self._used += 1
             self._randomness.rewind(now)
+        return batch
 
     def _begin(self) -> None:
         self._states = self._randomness.snapshot()

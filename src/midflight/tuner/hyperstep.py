@@ -6,7 +6,7 @@ Data flows from left to right. Nothing here moves a weight or a hyperparameter.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +31,7 @@ from midflight.tuner.horizon import Horizon
 from midflight.tuner.live import LiveModel, Loss, preserved, require_moved, weights_at
 from midflight.tuner.mixed_partial import MixedPartial
 from midflight.tuner.optimizers import named_parameters, require_real
-from midflight.tuner.randomness import Randomness, held
+from midflight.tuner.randomness import Randomness, held, plain, restored
 from midflight.tuner.running_statistics import (
     Layers,
     Passes,
@@ -81,7 +81,7 @@ class HyperStep(Saved):
         max_grad_norm: see `ReceivedGradient`.
     """
 
-    SAVED = ("t1", "t2", "randomness", "horizon", "received", "mixed")
+    SAVED = ("t1", "t2", "randomness", "horizon", "received", "mixed", "_first_look")
 
     def __init__(
         self,
@@ -122,14 +122,20 @@ class HyperStep(Saved):
         self._said_standing = self._judged_reading = False
         self.read_in_validation: list[str] = []
         """Hyperparameters that the validation loss is a function of; empty before the first hyper-step."""
-        self._looked_at: tuple[Any, list[Any]] | None = None
-        """The batch of the first look, and the random states there."""
+        self._looked_at: Any = None
+        """The batch of the first look; None before it, and after a resume until it is needed."""
+        self._first_look: tuple[dict[str, Any], Any] | None = None
+        """Where that batch is in T2, and the random states there."""
         self.compares = False
         """Whether a result holds `loss_now` and `loss_at_best`."""
         self.shrinkage = 0.0
         """The share by which the last step shrinks weights per unit of tuned weight decay; the largest of
         all."""
         self._buffers = Watched(self.live.all)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._looked_at = None
 
     @property
     def decays(self) -> list[str]:
@@ -329,22 +335,27 @@ class HyperStep(Saved):
     def look(self) -> float:
         """Return C2 at the weights, on the next batch of T2."""
         with self.live.borrowed(), self.processes.together():
-            self._looked_at = next(self.t2), self.randomness.snapshot()
-            return self._loss_at({}, self._looked_at[0])
+            self._looked_at = next(self.t2)
+            if self.t2.repeats:
+                self._first_look = self.t2.state_dict(), plain(self.randomness.snapshot())
+            return self._loss_at({}, self._looked_at)
 
     def look_again(self, on_any: bool = False) -> float | None:
         """Return C2 at the weights, on the batch and with the random draws of `look`.
 
-        After a resume that batch is not known. The result is then of another batch if `on_any`, or None.
+        If T2 is an iterator, that batch is not known. The result is then of another one if `on_any`, or None.
         """
-        if self._looked_at is None and not on_any:
+        if self._first_look is None and not on_any:
             return None
         with self.live.borrowed(), self.processes.together():
-            if self._looked_at is None:
+            if self._first_look is None:
                 return self._loss_at({}, next(self.t2))
+            place, then = self._first_look
+            if self._looked_at is None:
+                self._looked_at = self.t2.read_again(place)
             states = self.randomness.snapshot()
-            self.randomness.rewind(self._looked_at[1])
-            loss = self._loss_at({}, self._looked_at[0])
+            self.randomness.rewind(restored(then))
+            loss = self._loss_at({}, self._looked_at)
             self.randomness.rewind(states)
             return loss
 

@@ -1,5 +1,6 @@
 """Give the tuner its own random numbers, so that the user's are the same as without it."""
 
+import logging
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -171,7 +172,7 @@ def held(
     return found
 
 
-_ATOMS = (torch.Tensor, np.ndarray, str, bytes, int, float, type, type(sys), type(None))
+_ATOMS = (torch.Tensor, np.ndarray, str, bytes, int, float, type, type(sys), type(None), logging.Logger)
 
 
 def parts_of(obj: Any) -> list[Any]:

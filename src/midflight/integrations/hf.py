@@ -1,0 +1,126 @@
+"""Tune in Hugging Face's Trainer: `trainer.add_callback(Tune(trainer, space))`.
+
+    from midflight.integrations.hf import Tune
+
+    trainer = Trainer(model, args, train_dataset=train, eval_dataset=valid)
+    trainer.add_callback(Tune(trainer, space))
+    trainer.train()
+
+The loss is that of `trainer.compute_loss`, on T2 in eval mode. Trainers derived from `Trainer` work as well.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from midflight.errors import warn
+from midflight.integrations.host import Host, only
+from midflight.space import Space
+from midflight.tuner import Tuner
+
+FILE = "midflight.pt"
+"""The file of a checkpoint that holds the tuner."""
+
+
+class Tune(TrainerCallback):
+    """Tunes hyperparameters while a Hugging Face `Trainer` trains.
+
+    Each checkpoint of the trainer gets a file "midflight.pt", from which the tuner resumes. The trainer logs
+    the numbers of `Tuner.log` as "tune/...", after each hyper-step.
+
+    Args:
+        trainer: the trainer, which gives the loss and the data.
+        space: the hyperparameters to tune, or a function that returns them once the training begins.
+        train_loader, valid_loader: batches of T1 and T2; by default those of the trainer's `train_dataset`
+            and `eval_dataset`.
+        finish: whether the model ends with its best weights, by `Tuner.finish`.
+        resume_from: the checkpoint from which a resumed training takes the tuner; by default the one of the
+            present step in `output_dir`.
+        options: further arguments of `Tuner`; `total_steps` is the trainer's by default.
+
+    Attributes:
+        tuner: the `Tuner` of the present or the last training; None before the first.
+
+    Raises:
+        TypeError: an option is no argument of `Tuner`.
+        UnusableLoader: when the training begins: the trainer has no `eval_dataset`, or several.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        space: Space | Callable[[], Space],
+        *,
+        train_loader: Iterable[Any] | None = None,
+        valid_loader: Iterable[Any] | None = None,
+        finish: bool = True,
+        resume_from: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        self._trainer, self._loaders, self._resume_from = trainer, (train_loader, valid_loader), resume_from
+        self._host = Host(space, finish, options)
+
+    @property
+    def tuner(self) -> Tuner | None:
+        return self._host.tuner
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self._trainer
+
+        def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
+            assert isinstance(loss, Tensor)
+            return loss
+
+        if state.global_step:
+            self._resume(args, state)
+        loaders = self._loaders[0] or kwargs["train_dataloader"], self._loaders[1] or self._valid_loader()
+        model, total = trainer.model_wrapped, state.max_steps
+        self._host.begin(model, kwargs["optimizer"], loss_fn, loaders, total, trainer.log)
+
+    def _valid_loader(self) -> Iterable[Any] | None:
+        data: Any = self._trainer.eval_dataset
+        if data is None or not isinstance(data, dict):
+            return None if data is None else self._trainer.get_eval_dataloader()
+        return only([self._trainer.get_eval_dataloader(part) for part in data.values()])
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Take the tuner from a checkpoint, or warn if that has none."""
+        file = _file(args, self._resume_from or _checkpoint(args, state))
+        if file.is_file():
+            self._host.load_state_dict(torch.load(file, map_location="cpu"))
+        else:
+            warn(
+                f"the training resumes at step {state.global_step}, but {file} does not exist, so tuning "
+                "begins anew; pass resume_from=, the folder of the checkpoint."
+            )
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.tuner is not None:
+            folder = _checkpoint(args, state)
+            folder.mkdir(parents=True, exist_ok=True)  # if several processes save
+            torch.save(self._host.state_dict(), _file(args, folder))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._host.end()
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _file(args: TrainingArguments, folder: str | Path) -> Path:
+    """Return the file of this process in a checkpoint; each has its own place in the data."""
+    return Path(folder, FILE if args.world_size == 1 else f"{args.process_index}-{FILE}")

@@ -1,0 +1,106 @@
+"""Tune in skorch: `NeuralNetClassifier(..., callbacks=[Tune(space)])`.
+
+    from midflight.integrations.skorch import Tune
+
+    net = NeuralNetClassifier(Module, optimizer=torch.optim.AdamW, callbacks=[Tune(space)])
+    net.fit(X, y)
+
+T2 is what `train_split` holds out. The loss is that of `net.get_loss`, on T2 in eval mode.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from skorch.callbacks import Callback
+from skorch.dataset import unpack_data
+from torch import Tensor, nn
+
+from midflight.integrations.host import PREFIX, Host
+from midflight.space import Space
+from midflight.tuner import Tuner
+
+
+class Tune(Callback):  # type: ignore[misc]
+    """Tunes hyperparameters while a skorch net trains.
+
+    The net's history gets the hyperparameters of each epoch as "tune/...". A further `partial_fit` begins
+    another tuning.
+
+    Args:
+        space: the hyperparameters to tune, or a function of the net that returns them. scikit-learn copies a
+            net for cross-validation, and a space with it; so if the module reads the space, pass a function,
+            such as `lambda net: net.module_.space`.
+        finish: whether the module ends with its best weights, by `Tuner.finish`.
+        options: further arguments of `Tuner`; `total_steps` follows from `max_epochs` by default.
+
+    Attributes:
+        tuner: the `Tuner` of the present or the last training; None before the first.
+
+    Raises:
+        TypeError: an option is no argument of `Tuner`.
+        UnusableLoader: when the training begins: the net has no `train_split`.
+    """
+
+    def __init__(self, space: Space | Callable[[Any], Space], *, finish: bool = True, **options: Any) -> None:
+        self.space, self.finish, self.options = space, finish, options
+        self._host, self._begun = self._new_host(), False
+        self._numbers: dict[str, float] = {}
+
+    @property
+    def tuner(self) -> Tuner | None:
+        return self._host.tuner
+
+    def _new_host(self, net: Any = None) -> Host:
+        space = self.space
+        return Host(space if isinstance(space, Space) else partial(space, net), self.finish, self.options)
+
+    def initialize(self) -> "Tune":
+        self._host.detach()
+        return self
+
+    def on_epoch_begin(
+        self, net: Any, dataset_train: Any = None, dataset_valid: Any = None, **_: Any
+    ) -> None:
+        if self._begun:
+            return
+        self._begun, self._host = True, self._new_host(net)
+
+        def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+            x, y = unpack_data(batch)
+            loss: Tensor = net.get_loss(net.infer(x), y, X=x, training=model.training)
+            return loss
+
+        t1 = net.get_iterator(dataset_train, training=True)
+        t2 = None if dataset_valid is None else net.get_iterator(dataset_valid, training=False)
+        total = net.max_epochs * len(t1) if hasattr(t1, "__len__") else None
+        optimizers = [getattr(net, name + "_") for name in net._optimizers]
+        self._host.begin(net.module_, optimizers, loss_fn, (t1, t2), total, self._numbers.update)
+
+    def on_train_begin(self, net: Any, **_: Any) -> None:
+        self._begun = False
+
+    def on_epoch_end(self, net: Any, **_: Any) -> None:
+        for name, number in self._numbers.items():
+            if name.startswith(PREFIX + "value/"):
+                net.history.record(name, number)
+
+    def on_train_end(self, net: Any, **_: Any) -> None:
+        self._host.end()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the tuner out of copies and pickles of a net, because it hooks this net's optimiser."""
+        return {name: value for name, value in vars(self).items() if name != "_host"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._host = self._new_host()
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        return {"space": self.space, "finish": self.finish, **self.options}
+
+    def set_params(self, **params: Any) -> "Tune":
+        given = self.get_params() | params
+        self.space, self.finish, self.options = given.pop("space"), given.pop("finish"), given
+        self._new_host()  # refuses unknown options
+        return self

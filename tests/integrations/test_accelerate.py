@@ -1,0 +1,69 @@
+"""Tuning with Accelerate needs no callback: the loop stays, and checkpoints hold the tuner."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import midflight as mf
+
+accelerate = pytest.importorskip("accelerate")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+DATA = torch.Generator().manual_seed(0)
+X = torch.randn(96, 6, generator=DATA)
+Y = X[:, :1] * 2 + 0.3 * torch.randn(96, 1, generator=DATA)
+EPOCHS = 6
+
+
+def run(folder, epochs, accumulate=1, precision="no", load=False):
+    torch.manual_seed(1)
+    accelerate.state.AcceleratorState._reset_state()
+    accelerator = accelerate.Accelerator(
+        cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=precision
+    )
+    space = mf.Space(
+        lr=mf.Float(1e-4, 1e-1, log=True, init=3e-3), weight_decay=mf.Float(1e-4, 1.0, log=True, init=1e-2)
+    )
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+    train, valid = TensorDataset(X[:64], Y[:64]), TensorDataset(X[64:], Y[64:])
+    prepared = accelerator.prepare(model, optimizer, DataLoader(train, 16), DataLoader(valid, 16), schedule)
+    model, optimizer, batches, valid_batches, schedule = prepared
+
+    def loss_fn(model, batch):
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    tuner = mf.Tuner(
+        model, optimizer, space, loss_fn, batches, valid_batches, schedule=3,
+        total_steps=EPOCHS * 4 // accumulate,
+    )  # fmt: skip
+    accelerator.register_for_checkpointing(tuner)
+    if load:
+        accelerator.load_state(folder)
+    for _ in range(epochs):
+        for batch in batches:
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_fn(model, batch))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+    steps = tuner.steps
+    accelerator.save_state(folder)
+    tuner.detach()
+    return steps, {name: t.clone() for name, t in model.state_dict().items()} | space.as_dict()
+
+
+@pytest.mark.parametrize(("accumulate", "precision"), [(1, "no"), (2, "no"), (1, "bf16")])
+def test_a_resumed_training_goes_on_bit_for_bit(tmp_path, accumulate, precision):
+    steps, whole = run(tmp_path / "whole", EPOCHS, accumulate, precision)
+    assert steps == EPOCHS * 4 // accumulate
+    run(tmp_path / "half", EPOCHS // 2, accumulate, precision)
+    steps, resumed = run(tmp_path / "half", EPOCHS // 2, accumulate, precision, load=True)
+    assert steps == EPOCHS * 4 // accumulate
+    assert whole["lr"] != pytest.approx(3e-3)
+    assert all(torch.equal(torch.as_tensor(whole[n]), torch.as_tensor(resumed[n])) for n in whole)

@@ -1,0 +1,172 @@
+"""Tuning in Hugging Face's Trainer: equal to the same loop by hand, saved with its checkpoints."""
+
+import pytest
+import torch
+from torch import nn
+
+import midflight as mf
+
+transformers = pytest.importorskip("transformers")
+
+from midflight.integrations.hf import FILE, Tune  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Transformers' own: devices, pinned memory
+STEPS = 24
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, first, count):
+        draws = torch.Generator().manual_seed(0)
+        start = torch.randint(0, 12, (200, 1), generator=draws)
+        self.rows = (start + torch.arange(8) * (1 + start % 2)) % 12
+        self.rows = self.rows[first : first + count]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.rows[i], "labels": self.rows[i]}
+
+
+def model():
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def space():
+    return mf.Space(
+        lr=mf.Float(1e-4, 1e-1, log=True, init=3e-3),
+        weight_decay=mf.Float(1e-4, 1.0, log=True, init=1e-2),
+    )
+
+
+def trainer(folder, net, cls=None, steps=STEPS, **options):
+    settings = {
+        "max_steps": steps, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8,
+        "learning_rate": 3e-3, "weight_decay": 1e-2, "lr_scheduler_type": "cosine", "report_to": "none",
+        "use_cpu": True, "disable_tqdm": True, "logging_steps": 4, "save_strategy": "no",
+        "train_sampling_strategy": "sequential", **options,
+    }  # fmt: skip
+    fields = {f.name for f in transformers.TrainingArguments.__dataclass_fields__.values()}
+    args = transformers.TrainingArguments(str(folder), **{k: v for k, v in settings.items() if k in fields})
+    return (cls or transformers.Trainer)(net, args, train_dataset=Rows(0, 64), eval_dataset=Rows(64, 32))
+
+
+def state(net, values):
+    return {name: t.clone() for name, t in net.state_dict().items()} | values.as_dict()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one
+    )
+
+
+def tuned(folder, *, steps=STEPS, resume=None, cls=None, tune=None, **options):
+    net, values = model(), space()
+    runner = trainer(folder, net, cls, steps, **options)
+    callback = Tune(runner, values, schedule=3, **(tune or {}))
+    runner.add_callback(callback)
+    runner.train(resume_from_checkpoint=resume)
+    return net, values, runner, callback
+
+
+def test_it_tunes_logs_and_finishes(tmp_path):
+    _, values, runner, callback = tuned(tmp_path)
+    assert callback.tuner.steps == STEPS
+    assert values.as_dict() != space().as_dict()
+    logged = [entry for entry in runner.state.log_history if "tune/value/lr" in entry]
+    assert len(logged) == callback.tuner.log()["hypersteps"] >= 4
+    optimizer = runner.optimizer.optimizer
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_trainer_tunes_as_the_same_loop_by_hand(tmp_path, accumulate):
+    steps = STEPS // accumulate
+    net, values, *_ = tuned(tmp_path, steps=steps, max_grad_norm=0.5, gradient_accumulation_steps=accumulate)
+    other, own = model(), space()
+    by_hand = trainer(tmp_path / "b", other, steps=steps)
+    by_hand.create_optimizer_and_scheduler(steps)
+    optimizer, schedule = by_hand.optimizer, by_hand.lr_scheduler
+    batches = by_hand.get_train_dataloader()
+
+    def loss_fn(net, batch):
+        return net(**batch).loss
+
+    tuner = mf.Tuner(
+        other, optimizer, own, loss_fn, batches, by_hand.get_eval_dataloader(), schedule=3, total_steps=steps
+    )
+    taken = [batch for _ in range(5) for batch in batches][: steps * accumulate]
+    other.train()
+    for n, batch in enumerate(taken):
+        (loss_fn(other, batch) / accumulate).backward()
+        if (n + 1) % accumulate == 0:
+            nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    tuner.finish()
+    assert own.as_dict() == pytest.approx(values.as_dict(), rel=1e-4)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+def test_a_resumed_training_goes_on_bit_for_bit(tmp_path):
+    net, values, *_ = tuned(tmp_path / "whole", save_strategy="steps", save_steps=12)
+    folder = tmp_path / "whole" / "checkpoint-12"
+    assert (folder / FILE).is_file()
+    again, others, _, callback = tuned(tmp_path / "whole", resume=str(folder))
+    assert callback.tuner.steps == STEPS
+    assert same(state(again, others), state(net, values))
+
+
+def test_a_checkpoint_elsewhere_is_named_or_missed_aloud(tmp_path):
+    net, values, *_ = tuned(tmp_path / "whole", save_strategy="steps", save_steps=12)
+    moved = tmp_path / "moved"
+    (tmp_path / "whole" / "checkpoint-12").rename(moved)
+    again, others, *_ = tuned(tmp_path / "other", resume=str(moved), tune={"resume_from": moved})
+    assert same(state(again, others), state(net, values))
+    with pytest.warns(UserWarning, match="tuning begins anew"):
+        tuned(tmp_path / "other", resume=str(moved))
+
+
+@pytest.mark.parametrize(
+    "options", [{"bf16": True}, {"label_smoothing_factor": 0.1}, {"group_by_length": False}]
+)
+def test_options_of_the_trainer_work(tmp_path, options):
+    _, values, _, callback = tuned(tmp_path, **options)
+    assert callback.tuner.log()["hypersteps"] >= 4
+    assert values.as_dict() != space().as_dict()
+
+
+def test_a_failed_training_and_a_second_one(tmp_path):
+    class Fails(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 5 and not args.run_name == "again":
+                raise ArithmeticError
+
+    net, values = model(), space()
+    runner = trainer(tmp_path, net)
+    callback = Tune(runner, values, schedule=3)
+    runner.add_callback(callback)
+    fails = Fails()
+    runner.add_callback(fails)
+    with pytest.raises(ArithmeticError):
+        runner.train()
+    runner.remove_callback(fails)
+    runner.train()
+    assert callback.tuner.steps == STEPS
+
+
+def test_without_validation_data_it_says_so(tmp_path):
+    net = model()
+    runner = trainer(tmp_path, net)
+    runner.eval_dataset = None
+    runner.add_callback(Tune(runner, space()))
+    with pytest.raises(mf.errors.UnusableLoader, match="validation data"):
+        runner.train()
