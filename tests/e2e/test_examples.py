@@ -9,8 +9,15 @@ import pytest
 from midflight.datasets import DatasetUnavailable
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SHORTER = {"fashion_cnn": 2, "tabular": 2, "language_model": 2}
+SHORTER = {"fashion_cnn": 2, "hf_text": 2, "tabular": 2, "language_model": 2}
 """How many times shorter than the example's own quick form a training is here."""
+
+NEEDS = {
+    "fashion_cnn": ["kornia"],
+    "lightning_digits": ["lightning"],
+    "hf_text": ["transformers"],
+    "skorch_digits": ["skorch"],
+}
 
 
 def shortened(train, times):
@@ -47,8 +54,8 @@ LOOPS = sorted(
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_tuning_ends_with_a_lower_validation_loss_than_the_start(name):
-    if name == "fashion_cnn":
-        pytest.importorskip("kornia")
+    for package in NEEDS.get(name, ()):
+        pytest.importorskip(package)
     result = result_of(name)
     assert result["valid"]["tuned"] < result["valid"]["fixed"]
     if name == "noisy_labels":
