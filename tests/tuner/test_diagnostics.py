@@ -336,3 +336,34 @@ def test_finish_warns_of_a_hyperparameter_that_was_never_reached():
     train(model, optimizer, 6)
     with pytest.warns(UserWarning, match="unused reached neither"):
         t.finish()
+
+
+def test_print_says_what_is_tuned_how_and_at_what_cost():
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    t = tuner(model, optimizer, s, schedule=5, total_steps=40)
+    assert "step 0 of 40, 0 hyper-steps\n" in f"{t}\n"
+    assert "not computed yet" in repr(t)
+    train(model, optimizer, 20)
+    lines = repr(t).splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith("step 20 of 40, 4 hyper-steps, which took ")
+    assert lines[1] == "estimator one_step, mixed partial: double backward"
+    assert lines[2] == "Every, NextStep, SignSteps, without guard"
+    assert lines[3] == "left out: 0 unclear, 0 not finite; went back 0 times"
+    decay = float(s["weight_decay"])
+    assert lines[4].endswith(f": option weight_decay, {decay:.4g} now")
+    assert lines[5].endswith(": read by the loss")
+    t.detach()
+    assert repr(t).splitlines()[1:] == lines[1:]
+
+
+def test_processes_that_join_after_the_tuner_was_built_are_an_error(monkeypatch):
+    s = space()
+    model = network(s)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    tuner(model, optimizer, s)
+    monkeypatch.setattr("midflight.tuner.distributed._count", lambda: 2)
+    with pytest.raises(mf.errors.UnsupportedSetting, match="init_process_group"):
+        train(model, optimizer, 1)

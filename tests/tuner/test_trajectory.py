@@ -111,3 +111,22 @@ def test_a_replay_that_is_resumed_leaves_the_trajectory_it_was_made_from():
     train(model, optimizer, 4)
     mf.Replay(t.trajectory, space(), training()[2], total_steps=4).load_state_dict(saved)
     assert len(t.trajectory) == 9
+
+
+def test_its_values_and_its_picture_are_those_of_the_run(tmp_path):
+    space = mf.Space(
+        lr=mf.Float(1e-4, 1.0, log=True, init=1e-2), noise=mf.Float(0.0, 0.8, shape=(2,), init=0.2)
+    )
+    trajectory = Trajectory()
+    trajectory.record(0, space)
+    space.set(lr=0.1, noise=[0.2, 0.6])
+    trajectory.record(7, space)
+    columns = trajectory.values(space)
+    assert columns["step"] == [0, 7]
+    assert columns["lr"] == pytest.approx([0.01, 0.1], rel=1e-5)
+    assert columns["noise"] == pytest.approx([0.2, 0.4], rel=1e-5)
+    figure = trajectory.plot(space)
+    assert [ax.get_ylabel() for ax in figure.axes] == ["lr", "noise"]
+    assert [ax.get_yscale() for ax in figure.axes] == ["log", "linear"]
+    assert list(figure.axes[0].lines[0].get_ydata()) == columns["lr"]
+    figure.savefig(tmp_path / "trajectory.png")

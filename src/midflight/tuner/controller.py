@@ -5,6 +5,7 @@ after the step     move the hyperparameters against them, and ask the schedule f
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -59,6 +60,7 @@ class Controller:
         first_losses: C1 and C2 at the first hyper-step; None before it, and if the horizon needs no losses.
         learned: whether one of them has fallen clearly since.
         due: whether the coming optimiser step has a hyper-step.
+        seconds: that computing hypergradients took in this process; None before the first.
         log: losses and mean hypergradients of the last hyper-step, by name.
     """
 
@@ -75,7 +77,7 @@ class Controller:
         total_steps: int | None,
     ) -> None:
         self._space, self._hyperstep, self.horizon = space, hyperstep, horizon
-        self._schedule, self.failures, self.total_steps = schedule, failures, total_steps
+        self.schedule, self.failures, self.total_steps = schedule, failures, total_steps
         self.guard, self.options = guard, dict(options)
         self._returns: list[tuple[int, str]] = []
         """Optimiser step and reason of each return of the guard."""
@@ -91,6 +93,7 @@ class Controller:
         self.first_losses: tuple[float, float] | None = None
         self.learned = False
         self.due = False
+        self.seconds: float | None = None
         self._pace: dict[str, float] = {}
         """Option -> how many times as far as usual it moves at this hyper-step."""
         self._result: HyperStepResult | None = None
@@ -99,7 +102,7 @@ class Controller:
         """The gradients that it used, with their versions."""
         self._standing = StandingWeights()
         self._said_incomplete = False
-        self._schedule.begin(total_steps)
+        self.schedule.begin(total_steps)
         self.trajectory.record(0, space)
 
     @property
@@ -127,7 +130,7 @@ class Controller:
     @property
     def cost(self) -> float | None:
         """The share of the training time that hyper-steps took; None if the schedule does not measure it."""
-        return getattr(self._schedule, "spent", None)
+        return getattr(self.schedule, "spent", None)
 
     def before_step(self, first: bool) -> None:
         """Compute the hypergradients of the coming optimiser step, if they are due.
@@ -308,7 +311,7 @@ class Controller:
     def _policies(self) -> dict[str, str]:
         """Return policy -> its class, which a saved state must have too."""
         policies = {
-            "schedule": self._schedule,
+            "schedule": self.schedule,
             "horizon": self.horizon,
             "hyper_optimizer": self.move.optimizer,
         }
@@ -319,7 +322,7 @@ class Controller:
             "failures": self.failures, "bounds": self.bounds, "reach": self.reach,
             "signal": self.signal,
             "trajectory": self.trajectory, "move": self.move, "hyperstep": self._hyperstep,
-            "schedule": self._schedule,
+            "schedule": self.schedule,
             **({} if self.guard is None else {"guard": self.guard}),
         }  # fmt: skip
 
@@ -334,11 +337,14 @@ class Controller:
         return UNLEARNED * usual if slowly else usual
 
     def _compute(self) -> HyperStepResult | None:
+        began = time.perf_counter()
         try:
             result = self._hyperstep()
         except UnknownGradient as error:
             self._leave_out(error)
             return None
+        finally:
+            self.seconds = (self.seconds or 0.0) + time.perf_counter() - began
         losses = [result.valid_loss, *([] if result.train_loss is None else [result.train_loss])]
         if self._diverged(result):
             return None
@@ -368,7 +374,7 @@ class Controller:
             found, self._pace = self.guard.paced(found, self.steps, self._hyperstep.schedule_factor())
         limited = self._limited()
         before = {name: self._space.raws[name].detach().clone() for name in limited}
-        self.move(found, self.failures.shrink * self._schedule.step_scale)
+        self.move(found, self.failures.shrink * self.schedule.step_scale)
         if self.guard is not None:
             self.guard.limit()
         self._limit(before)
@@ -426,7 +432,7 @@ class Controller:
                 raw.copy_(torch.minimum(raw, torch.maximum(transform.raw(most).clamp(0, 1), allowed)))
 
     def _plan(self, hyper: bool, busy: bool = False) -> None:
-        self.due = self._schedule.next_is_hyper(self.steps, hyper, busy)
+        self.due = self.schedule.next_is_hyper(self.steps, hyper, busy)
         if self.due:
             self._hyperstep.watch()
 

@@ -32,8 +32,7 @@ class Processes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        there = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.count = torch.distributed.get_world_size() if there else 1
+        self.count = _count()
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if self.count > 1:
             _require_replicas(model)
@@ -47,8 +46,13 @@ class Processes:
 
         Raises:
             AnotherProcessFailed: it failed in another process.
-            UnsupportedSetting: the tensors differ.
+            UnsupportedSetting: the tensors differ, or the processes joined after the tuner was built.
         """
+        if self.count != _count():
+            raise UnsupportedSetting(
+                f"a tuner must be built once all processes have joined, but there were {self.count} then and "
+                f"there are {_count()} now; call init_process_group before."
+            )
         if self.count == 1:
             yield
             return
@@ -124,6 +128,11 @@ class Processes:
         vector, how = vector.to(self._device), torch.distributed.ReduceOp
         torch.distributed.all_reduce(vector, op=how.MAX if largest else how.SUM)
         return vector.cpu()
+
+
+def _count() -> int:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
 
 
 def _require_replicas(model: nn.Module) -> None:

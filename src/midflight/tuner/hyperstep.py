@@ -100,7 +100,7 @@ class HyperStep(Saved):
         require_many_passes(loaders[0], "train_loader")
         self._model, self._optimizers, self._space, self._binding = model, optimizers, space, binding
         self._require_smooth()
-        self._estimator, self.horizon = estimator, horizon
+        self.estimator, self.horizon = estimator, horizon
         for name, function in zip(("loss_fn", "valid_loss_fn"), losses, strict=True):
             require_no_iterators(function, name)
         self.randomness = Randomness([*loaders, *losses, model])
@@ -379,15 +379,15 @@ class HyperStep(Saved):
 
     def _at_horizon(self, step: Step, params: Tensors, batch: Any) -> tuple[float, Tensors]:
         """Return C2 where the horizon takes v, and the hypergradients; none if C2 or v is not finite."""
-        at = self.horizon.valid_at(step.params, lambda: self._estimator.at(step))
-        by_statistics = self._loss_reads and self._estimator.through_statistics
+        at = self.horizon.valid_at(step.params, lambda: self.estimator.at(step))
+        by_statistics = self._loss_reads and self.estimator.through_statistics
         layers = self._buffers.layers if by_statistics else {}
         valid_loss, v, of_statistics = self._valid_gradient(params, at, step.grads, layers)
         if not math.isfinite(valid_loss):
             return valid_loss, {}
         if not all_finite(v.values()):
             return math.nan, {}
-        found = self._estimator(step, self.horizon.smoothed(v))
+        found = self.estimator(step, self.horizon.smoothed(v))
         if of_statistics:
             found = added(found, self._through_statistics(batch, layers, of_statistics))
         if by_statistics and (left_out := self._buffers.others()):
@@ -427,7 +427,7 @@ class HyperStep(Saved):
             hparams=self._space.raws,
             values=values,
             dependence=dependence,
-            train_loss=self.mixed.train_loss(batch) if self._estimator.needs_train_loss else None,
+            train_loss=self.mixed.train_loss(batch) if self.estimator.needs_train_loss else None,
             clipped=clipped,
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from midflight._tensors import all_finite, detach
+from midflight.hypergrad import ESTIMATORS
 from midflight.space import Space
 from midflight.tuner.binding import Binding
 from midflight.tuner.controller import Controller
@@ -44,6 +45,30 @@ def numbers(space: Space, binding: Binding, controller: Controller, hyperstep: H
     if controller.cost is not None:
         found["cost"] = controller.cost
     return {name: float(number) for name, number in found.items()}
+
+
+def card(space: Space, binding: Binding, controller: Controller, hyperstep: HyperStep) -> str:
+    """Return what is tuned, how, and what it has cost so far, a line each."""
+    run, mixed = controller, hyperstep.mixed
+    of = "" if run.total_steps is None else f" of {run.total_steps}"
+    took = "" if run.seconds is None else f", which took {run.seconds:.3g} s"
+    log, estimator = run.horizon.log(), hyperstep.estimator
+    name = next((n for n, known in ESTIMATORS.items() if known is estimator), type(estimator).__name__)
+    losses = f", C2 of the average {log['recent_loss']:.4g}" if "recent_loss" in log else ""
+    actual = binding.actual()
+    lines = [
+        f"step {run.steps}{of}, {run.hypersteps} hyper-steps{took}",
+        f"estimator {name}, mixed partial: {mixed.method or 'not computed yet'}",
+        f"{type(run.schedule).__name__}, {type(run.horizon).__name__}{losses}, "
+        f"{type(run.move.optimizer).__name__}, {'with' if run.guard else 'without'} guard",
+        f"left out: {run.undecided} unclear, {run.failures.skipped} not finite; went back "
+        f"{run.guard.restored if run.guard else 0} times",
+    ]
+    for name in space:
+        option = binding.options.get(name)
+        where = "read by the loss" if option is None else f"option {option}, {actual[option]:.4g} now"
+        lines.append(f"{space[name]!r}: {where}")
+    return "\n".join(lines)
 
 
 def sentences(

@@ -3,17 +3,21 @@
 import copy
 from bisect import bisect_left
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from midflight._tensors import Tensors
+from midflight.errors import require_extra
 from midflight.space import Space
 from midflight.tuner.binding import Bind, Binding
 from midflight.tuner.hooks import StepHooks
 from midflight.tuner.optimizers import Optimizers, unwrapped
 from midflight.tuner.saved import Saved
 from midflight.tuner.schedule import whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_POINTS = 1000
 """The most points of a trajectory; if there are more, every other one is dropped."""
@@ -72,6 +76,48 @@ class Trajectory(Saved):
         gap = self._steps[after] - self._steps[before]
         part = (steps - self._steps[before]) / gap if gap else 0.0
         return {name: raw.lerp(self._raws[after][name], part) for name, raw in self._raws[before].items()}
+
+    def values(self, space: Space) -> dict[str, list[float]]:
+        """Return the recorded values as columns, which `pandas.DataFrame` takes.
+
+        Args:
+            space: that of the tuner.
+
+        Returns:
+            "step" and the name of each hyperparameter -> one number per record; means of tensors.
+        """
+        found: dict[str, list[float]] = {"step": [float(step) for step in self._steps]}
+        for name in space:
+            transform = space[name].transform
+            found[name] = [float(transform.value(raws[name]).mean()) for raws in self._raws]
+        return found
+
+    def plot(self, space: Space) -> "Figure":
+        """Draw each hyperparameter over the optimiser steps.
+
+        Args:
+            space: that of the tuner; its scales and ranges are those of the axes.
+
+        Returns:
+            a figure of matplotlib; a notebook shows it, `savefig` writes it.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        require_extra("matplotlib", "study")
+        from matplotlib.figure import Figure
+
+        columns = self.values(space)
+        fig = Figure(figsize=(6, 0.8 + 1.4 * len(space)), layout="constrained")
+        axes = fig.subplots(len(space), sharex=True, squeeze=False)[:, 0]
+        for ax, name in zip(axes, space, strict=True):
+            spec = space[name].spec
+            ax.step(columns["step"], columns[name], where="post")
+            ax.set_yscale("log" if spec.log else "logit" if spec.logit else "linear")
+            ax.set_ylim(spec.low, spec.high)
+            ax.set_ylabel(name)
+        axes[-1].set_xlabel("optimiser step")
+        return fig
 
 
 class Replay(Saved):

@@ -156,6 +156,10 @@ class Tuner:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    def __repr__(self) -> str:
+        """Return what is tuned, how, and what it has cost so far, a line each."""
+        return report.card(self.space, self._binding, self._controller, self._hyperstep)
+
     @property
     def steps(self) -> int:
         """Optimiser steps so far; one step of each of several optimisers counts as one."""
