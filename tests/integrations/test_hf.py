@@ -170,3 +170,31 @@ def test_without_validation_data_it_says_so(tmp_path):
     runner.add_callback(Tune(runner, space()))
     with pytest.raises(mf.errors.UnusableLoader, match="validation data"):
         runner.train()
+
+
+def test_the_loss_of_a_trainer_is_called_as_the_trainer_calls_it(tmp_path):
+    class Logs(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = model(**inputs).loss * inputs["labels"][..., 1:].numel() / num_items_in_batch
+            self.log({"own": float(loss)})
+            return loss
+
+    _, values, runner, _ = tuned(tmp_path, cls=Logs)
+    assert values.as_dict() != space().as_dict()
+    assert sum("own" in entry for entry in runner.state.log_history) == STEPS
+    assert "log" not in vars(runner)
+
+
+def test_own_loaders_need_no_length_and_a_later_start_is_known(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(list(Rows(0, 64)))
+
+    net, values = model(), space()
+    trainer(tmp_path, net, steps=12, save_strategy="steps", save_steps=12).train()
+    runner = trainer(tmp_path, net)
+    callback = Tune(runner, values, train_loader=torch.utils.data.DataLoader(Stream(), 8), schedule=3)
+    runner.add_callback(callback)
+    with pytest.warns(UserWarning, match="tuning begins anew"):
+        runner.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert callback.tuner.steps == callback.tuner._total == STEPS - 12

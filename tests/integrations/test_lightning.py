@@ -200,3 +200,72 @@ def test_without_validation_data_it_says_so(tmp_path):
         trainer(tmp_path, Tune(module.space)).fit(module, DataLoader(T1, 16))
     with pytest.raises(mf.errors.UnusableLoader, match="has 2"):
         trainer(tmp_path, Tune(module.space)).fit(module, DataLoader(T1, 16), [DataLoader(T2, 16)] * 2)
+
+
+def test_validating_between_two_fits_leaves_the_second_as_a_first(tmp_path):
+    module, tune = Module(), Tune(lambda: module.space, schedule=3)
+    first = trainer(tmp_path, tune)
+    first.fit(module, *loaders())
+    expected = state(module)
+    first.save_checkpoint(tmp_path / "end.ckpt")
+    first.validate(module, loaders()[1], ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    module = Module()
+    trainer(tmp_path, tune).fit(module, *loaders())
+    assert tune.tuner.steps == EPOCHS * 4
+    assert same(state(module), expected)
+
+
+def test_batches_pass_through_the_hooks_of_the_module(tmp_path):
+    class Nested(Module):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return {"x": batch[0], "y": batch[1]}
+
+        def loss(self, batch):
+            return super().loss((batch["x"], batch["y"]))
+
+        def training_step(self, batch):  # without an index, as Lightning allows
+            return self.loss(batch)
+
+    module, plain = Nested(), Module()
+    trainer(tmp_path, Tune(module.space, schedule=3)).fit(module, *loaders())
+    trainer(tmp_path, Tune(plain.space, schedule=3)).fit(plain, *loaders())
+    assert same(state(module), state(plain))
+
+
+def test_of_two_optimisers_that_step_in_turn_one_is_chosen(tmp_path):
+    class Pair(Module):
+        def __init__(self):
+            super().__init__(manual=True)
+            self.other = nn.Linear(6, 1)
+
+        def loss(self, batch):
+            loss, weights = F.mse_loss(self.net(batch[0]), batch[1]), self.net.parameters()
+            return loss + self.space["l2"] * sum(p.square().sum() for p in weights) if self.training else loss
+
+        def training_step(self, batch, index):
+            losses = self.loss(batch), F.mse_loss(self.other(batch[0]), batch[1])
+            for optimizer, loss in zip(self.optimizers(), losses, strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.AdamW(net.parameters(), lr=3e-3) for net in (self.net, self.other)]
+
+    module = Pair()
+    tune = Tune(module.space, optimizer=0, loss_fn=lambda m, batch: m.loss(batch), schedule=3)
+    trainer(tmp_path, tune).fit(module, *loaders())
+    assert tune.tuner.steps == EPOCHS * 4
+    assert tune.tuner.log()["hypersteps"] == EPOCHS * 4 // 3
+    assert tune.tuner._total is None
+
+
+def test_a_tuner_that_comes_later_knows_how_many_steps_are_left(tmp_path):
+    module = Module()
+    first = trainer(tmp_path, epochs=2)
+    first.fit(module, *loaders())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    module = Module()
+    tune = Tune(module.space, schedule=3)
+    trainer(tmp_path, tune).fit(module, *loaders(), ckpt_path=tmp_path / "half.ckpt")
+    assert tune.tuner.steps == tune.tuner._total == (EPOCHS - 2) * 4

@@ -1,6 +1,7 @@
 """Tuning in skorch: history, cross-validation, copies, and a second fit."""
 
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -103,3 +104,20 @@ def test_an_exception_leaves_no_hook_once_the_net_is_initialised_again():
     optimizer = failing.optimizer_
     failing.initialize()
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_each_fit_begins_at_the_initial_values_and_a_clone_too():
+    space = mf.Space(weight_decay=mf.Float(1e-4, 1.0, log=True, init=1e-2))
+    seen = []
+    tune = Tune(space, schedule=3, on_hyperstep=lambda step, numbers: seen.append(numbers))
+    tuned = net(tune).fit(X, Y)
+    ended = float(space["weight_decay"])
+    torch.manual_seed(0)
+    tuned.fit(X, Y)
+    assert float(space["weight_decay"]) == ended
+    torch.manual_seed(0)
+    again = clone(tuned).fit(X, Y)
+    assert float(dict(again.callbacks_)["Tune"].space["weight_decay"]) == ended
+    del seen[:]
+    tuned.partial_fit(X, Y)
+    assert abs(math.log(seen[0]["value/weight_decay"] / ended)) < 1 < abs(math.log(1e-2 / ended))

@@ -13,9 +13,11 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import pytest
 import torch
+from strangers import Belief, Joint, Late, NeedsClosure, Noisy, Norm, Sign
 from torch import nn
 
 import midflight as mf
@@ -54,6 +56,19 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "RMSprop": torch.optim.RMSprop,
     "NAdam": torch.optim.NAdam,
 }
+
+
+def schedule_free(params, **options):
+    optimizer = schedulefree.AdamWScheduleFree(params, **options)
+    optimizer.train()
+    return optimizer
+
+
+if find_spec("schedulefree"):
+    import schedulefree
+
+    OPTIMIZERS["schedule-free AdamW"] = schedule_free
+OPTIMIZERS["a stranger"] = Belief
 if hasattr(torch.optim, "Muon"):  # since torch 2.9
     OPTIMIZERS["Muon"] = torch.optim.Muon
 
@@ -473,3 +488,48 @@ def test_a_tuner_that_takes_the_loop_for_another_is_found_out(
     among = list(KINDS if kinds is IN_THE_LOSS else kinds)  # of all kinds, the truth is known already
     pairs = zip(among, tuned(optimizer, LOOPS[loop], among, options), strict=True)
     assert min(apart([pair for kind, pair in pairs if kind in kinds])) > WRONG
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        (Norm, "be elementwise"),
+        (Joint, "treat each weight by itself"),
+        (Noisy, "give the same step twice"),
+        (Sign, "Sign does not take the size of a gradient into account.*noise"),
+    ],
+)
+def test_a_stranger_whose_derivative_two_steps_do_not_give_is_refused_before_training(optimizer, words):
+    with pytest.raises(UnsupportedOptimizer, match=words):
+        tuned_by(optimizer, ["lr", "noise"])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kinds", "words"),
+    [
+        (Late, ["lr"], "be elementwise"),
+        (NeedsClosure, ["lr"], "must take a step without a closure.*NeedsClosure"),
+    ],
+)
+def test_or_at_the_first_hyperstep(optimizer, kinds, words):
+    with pytest.raises(UnsupportedOptimizer, match=words):
+        tuned_by(optimizer, kinds)
+
+
+def test_options_of_a_stranger_that_takes_signs_are_tuned(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "sign", Sign)
+    assert max(apart(tuned("sign", Loop(plain), ["lr", "weight_decay"]))) < EXACT
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", "implicit_neumann"])
+def test_estimators_of_several_steps_are_refused_with_a_stranger(estimator, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "stranger", Belief)
+    with pytest.raises(UnsupportedOptimizer, match="estimator of one step"):
+        tuned("stranger", Loop(plain), ["lr", "noise"], options={"estimator": estimator})
+
+
+def tuned_by(kind, kinds):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(OPTIMIZERS, "stranger", kind)
+        step = by_closure if kind is NeedsClosure else plain
+        return tuned("stranger", Loop(step), kinds)

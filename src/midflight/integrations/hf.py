@@ -9,7 +9,8 @@
 The loss is that of `trainer.compute_loss`, on T2 in eval mode. Trainers derived from `Trainer` work as well.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,20 @@ class Tune(TrainerCallback):
         trainer = self._trainer
 
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-            with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
+            inputs = trainer._prepare_inputs(dict(batch))
+            items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+            with trainer.compute_loss_context_manager(), _without_log(trainer):
+                loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
             assert isinstance(loss, Tensor)
             return loss
 
         if state.global_step:
             self._resume(args, state)
-        loaders = self._loaders[0] or kwargs["train_dataloader"], self._loaders[1] or self._valid_loader()
-        model, total = trainer.model_wrapped, state.max_steps
+        train_loader, valid_loader = self._loaders
+        train_loader = kwargs["train_dataloader"] if train_loader is None else train_loader
+        valid_loader = self._valid_loader() if valid_loader is None else valid_loader
+        total = state.max_steps - (0 if self._host.resumes else state.global_step)
+        model, loaders = trainer.model_wrapped, (train_loader, valid_loader)
         self._host.begin(model, kwargs["optimizer"], loss_fn, loaders, total, trainer.log)
 
     def _valid_loader(self) -> Iterable[Any] | None:
@@ -115,6 +121,20 @@ class Tune(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._host.end()
+
+
+@contextmanager
+def _without_log(trainer: Trainer) -> Iterator[None]:
+    """Let `trainer.log` do nothing, because a hyper-step is no step of the trainer."""
+    attributes: dict[str, Any] = vars(trainer)
+    own = attributes.get("log")
+    attributes["log"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del attributes["log"]
+        if own is not None:
+            attributes["log"] = own
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

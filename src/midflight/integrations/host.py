@@ -48,6 +48,11 @@ class Host:
         self._state: Mapping[str, Any] | None = None
         """Loaded before the tuner exists."""
 
+    @property
+    def resumes(self) -> bool:
+        """Whether the next tuner goes on from a loaded state."""
+        return self._state is not None
+
     def begin(
         self,
         model: nn.Module,
@@ -72,7 +77,8 @@ class Host:
         for name, loader in zip(("training", "validation"), loaders, strict=True):
             if loader is None:
                 raise UnusableLoader(
-                    f"tuning needs {name} data, but the training has none; give the training {name} data."
+                    f"tuning needs {name} data, but the training has none; give the training some, or pass "
+                    f"{name[:5]}_loader= if Tune has it."
                 )
         also = self._options.get("on_hyperstep")
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 from midflight.errors import InvalidLoss
@@ -34,8 +35,11 @@ class Tune(pl.Callback):
         loss_fn: (module, batch) -> training loss, on a batch on the module's device; by default the loss of
             `training_step(batch, 0)`, whose calls of `log` then do nothing.
         train_loader, valid_loader: batches of T1 and T2; by default those of the trainer.
+        optimizer: index of the one that trains the model and whose options are tuned; by default all do, and
+            then all must step together. With a generator and a discriminator that step in turn, choose one.
         finish: whether the module ends with its best weights, by `Tuner.finish`.
-        options: further arguments of `Tuner`; `total_steps` is the trainer's by default.
+        options: further arguments of `Tuner`. `total_steps` is the trainer's by default, but not known with
+            manual optimisation.
 
     Attributes:
         tuner: the `Tuner` of the present or the last training; None before the first.
@@ -52,22 +56,28 @@ class Tune(pl.Callback):
         loss_fn: Loss | None = None,
         train_loader: Iterable[Any] | None = None,
         valid_loader: Iterable[Any] | None = None,
+        optimizer: int | None = None,
         finish: bool = True,
         **options: Any,
     ) -> None:
         self._host = Host(space, finish, options)
-        self._loss_fn, self._loaders = loss_fn, (train_loader, valid_loader)
+        self._loss_fn, self._loaders, self._optimizer = loss_fn, (train_loader, valid_loader), optimizer
+        self._stage = "fit"
 
     @property
     def tuner(self) -> Tuner | None:
         return self._host.tuner
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stage = stage
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = self._loss_fn or _training_step
         strategy = trainer.strategy
 
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-            batch = strategy.batch_to_device(strategy.precision_plugin.convert_input(batch))
+            batch = strategy.precision_plugin.convert_input(batch)
+            batch = strategy.batch_to_device(pl_module._on_before_batch_transfer(batch, dataloader_idx=0))
             with strategy.precision_plugin.train_step_context(), _without_log(pl_module):
                 return step(pl_module, batch)
 
@@ -75,13 +85,20 @@ class Tune(pl.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
 
-        given, total = self._loaders, trainer.estimated_stepping_batches
+        given, optimizers = self._loaders, trainer.optimizers
         train_loader = only(trainer.train_dataloader) if given[0] is None else given[0]
         valid_loader = only(trainer.val_dataloaders) if given[1] is None else given[1]
-        total_steps = int(total) if 0 < total < float("inf") else None
+        chosen = optimizers if self._optimizer is None else [optimizers[self._optimizer]]
         model: nn.Module = strategy.model or pl_module
-        loaders = train_loader, valid_loader
-        self._host.begin(model, trainer.optimizers, loss_fn, loaders, total_steps, write)
+        loaders, total = (train_loader, valid_loader), self._total_steps(trainer, pl_module)
+        self._host.begin(model, chosen, loss_fn, loaders, total, write)
+
+    def _total_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | None:
+        """Return the optimiser steps that the tuner will see; None if the trainer does not know them."""
+        total = trainer.estimated_stepping_batches
+        if not pl_module.automatic_optimization or not 0 < total < float("inf"):
+            return None
+        return int(total) - (0 if self._host.resumes else trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._host.end()
@@ -95,7 +112,8 @@ class Tune(pl.Callback):
         return self._host.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._host.load_state_dict(state_dict)
+        if self._stage == "fit":  # `validate` loads callbacks too
+            self._host.load_state_dict(state_dict)
 
 
 def _training_step(module: pl.LightningModule, batch: Any) -> Tensor:
@@ -109,7 +127,8 @@ def _training_step(module: pl.LightningModule, batch: Any) -> Tensor:
             "with manual optimisation, training_step trains instead of returning a loss; pass loss_fn=, a "
             "function of (module, batch)."
         )
-    found = module.training_step(batch, 0)
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    found = module.training_step(batch, 0) if takes_index else module.training_step(batch)
     loss = found.get("loss") if isinstance(found, Mapping) else found
     if not isinstance(loss, Tensor):
         raise InvalidLoss(

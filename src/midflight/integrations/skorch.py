@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from skorch.callbacks import Callback
 from skorch.dataset import unpack_data
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ from midflight.tuner import Tuner
 class Tune(Callback):  # type: ignore[misc]
     """Tunes hyperparameters while a skorch net trains.
 
-    The net's history gets the hyperparameters of each epoch as "tune/...". A further `partial_fit` begins
-    another tuning.
+    The net's history gets the hyperparameters of each epoch as "tune/...". Each `fit` begins with the initial
+    values of the space. A further `partial_fit` goes on with the present values, but anneals anew.
 
     Args:
         space: the hyperparameters to tune, or a function of the net that returns them. scikit-learn copies a
@@ -53,10 +54,13 @@ class Tune(Callback):  # type: ignore[misc]
 
     def _new_host(self, net: Any = None) -> Host:
         space = self.space
-        return Host(space if isinstance(space, Space) else partial(space, net), self.finish, self.options)
+        found = partial(space, net) if callable(space) else space
+        return Host(found, self.finish, self.options)
 
     def initialize(self) -> "Tune":
         self._host.detach()
+        if isinstance(self.space, Space):
+            _reset(self.space)
         return self
 
     def on_epoch_begin(
@@ -64,6 +68,7 @@ class Tune(Callback):  # type: ignore[misc]
     ) -> None:
         if self._begun:
             return
+        self._host.detach()
         self._begun, self._host = True, self._new_host(net)
 
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
@@ -104,3 +109,11 @@ class Tune(Callback):  # type: ignore[misc]
         self.space, self.finish, self.options = given.pop("space"), given.pop("finish"), given
         self._new_host()  # refuses unknown options
         return self
+
+
+def _reset(space: Space) -> None:
+    """Give the space its initial values again, because a fit does not depend on earlier ones."""
+    fresh = Space({name: space[name].spec for name in space})
+    with torch.no_grad():
+        for name, raw in space.raws.items():
+            raw.copy_(fresh[name].raw)

@@ -98,8 +98,8 @@ class Controller:
         """Option -> how many times as far as usual it moves at this hyper-step."""
         self._result: HyperStepResult | None = None
         """Found before the present training step; None if there was no hyper-step, or it failed."""
-        self._versions: list[tuple[Tensor, int]] = []
-        """The gradients that it used, with their versions."""
+        self._versions: dict[int, tuple[Tensor, int]] = {}
+        """The gradients that it used, with their versions, by id of the weight."""
         self._standing = StandingWeights()
         self._said_incomplete = False
         self.schedule.begin(total_steps)
@@ -132,10 +132,11 @@ class Controller:
         """The share of the training time that hyper-steps took; None if the schedule does not measure it."""
         return getattr(self.schedule, "spent", None)
 
-    def before_step(self, first: bool) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer, first: bool) -> None:
         """Compute the hypergradients of the coming optimiser step, if they are due.
 
         Args:
+            optimizer: which steps now.
             first: whether no other optimiser of the same training step has moved yet.
 
         Raises:
@@ -159,7 +160,7 @@ class Controller:
             if self._hyperstep.several:  # the other optimisers may step later
                 self._hyperstep.watch()
             self._versions = self._hyperstep.gradient_versions()
-        elif self._result is not None and not first and not self._same_gradients():
+        elif self._result is not None and not first and not self._same_gradients(optimizer):
             self._result = None
             self._leave_out(
                 UnknownGradient(
@@ -436,8 +437,15 @@ class Controller:
         if self.due:
             self._hyperstep.watch()
 
-    def _same_gradients(self) -> bool:
-        now = self._hyperstep.gradient_versions()
-        return len(now) == len(self._versions) and all(
-            a is b and i == j for (a, i), (b, j) in zip(now, self._versions, strict=True)
+    def _same_gradients(self, of: torch.optim.Optimizer) -> bool:
+        """Return whether the gradients for this optimiser are those that the hyper-step used."""
+        now = self._hyperstep.gradient_versions(of)
+        used = {
+            id(p): self._versions[id(p)]
+            for group in of.param_groups
+            for p in group["params"]
+            if id(p) in self._versions
+        }
+        return now.keys() == used.keys() and all(
+            grad is used[key][0] and version == used[key][1] for key, (grad, version) in now.items()
         )

@@ -18,7 +18,7 @@ raised if gradients did not come from `backward`, unless `max_grad_norm` shows t
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -134,6 +134,8 @@ class ReceivedGradient:
         """Entries of the weight at the last pass; a write by `.data` does not change the version."""
         self._changed: Tensors = {}
         """Whether the gradient was changed between two passes."""
+        self._calls: dict[str, int] = {}
+        """Number of the call of `backward` that made the last pass."""
 
         # learned over several hyper-steps, by group of weights
         self._divides = False
@@ -176,7 +178,7 @@ class ReceivedGradient:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._fingerprints, self._passes, self._before = [], {}, {}, {}
-        self._weights, self._entries, self._changed, self._waiting = {}, {}, {}, {}
+        self._weights, self._entries, self._changed, self._waiting, self._calls = {}, {}, {}, {}, {}
 
     def _before_pass(self, name: str, p: Tensor) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
@@ -220,25 +222,33 @@ class ReceivedGradient:
         self._passes[name] = self._passes.get(name, 0) + 1
         self._weights[name] = p, p._version
         self._entries[name] = sampled(p.detach()).clone()
+        self._calls[name] = torch._C._current_graph_task_id()
 
     @torch.no_grad()
-    def jacobian(self, grads: Tensors, own_norm: OwnNorm) -> Clipped | None:
+    def jacobian(self, grads: Tensors, own_norm: OwnNorm, standing: Tensors | None = None) -> Clipped | None:
         """Return the map w -> J^T w of what happened to the gradient since `backward`; None if nothing did.
 
         Args:
             grads: the gradients that the optimisers get, without loss scale, by weight.
             own_norm: called at the first few hyper-steps at which the gradient was multiplied by a constant.
+            standing: gradients of weights of the model that no optimiser moves. Those of another call of
+                `backward`, as of the other network of a GAN, do not count.
 
         Raises:
             UnknownGradient: what happened fits no known case, or another hyper-step is needed to tell.
         """
         left = {name: t for name, t in self._fingerprints.items() if name in grads}
         self.examples = self._counter.count
-        self.carried = any(bool(t.any()) for t in _fetched(self._before).values())
-        self.passes = max(self._passes.values(), default=1)
+        calls = {self._calls[name] for name in grads if name in self._calls}
+        grads = grads | {n: g for n, g in (standing or {}).items() if self._calls.get(n) in {None, *calls}}
+        ours = grads.keys()
+        before_first = {name: t for name, t in self._before.items() if name in ours}
+        self.carried = any(bool(t.any()) for t in _fetched(before_first).values())
+        self.passes = max((n for name, n in self._passes.items() if name in ours), default=1)
         unwatched = {n: self._params.get(n) for n in grads if n not in self._watched}
         new = [n for n, p in unwatched.items() if p is None or p.requires_grad]  # None: added just now
-        moved, changed = self._moved(), [name for name, flag in self._changed.items() if bool(flag)]
+        moved = self._moved(ours)
+        changed = [name for name, flag in self._changed.items() if name in ours and bool(flag)]
         self.rest()
         _require_unchanged(moved, changed)
         unseen = {name: grads[name] for name in self._watched if name in grads and name not in left}
@@ -267,13 +277,20 @@ class ReceivedGradient:
             groups[0][1].extend(name for name in left if name not in factors)
         return self._of_groups(groups, grads, self.passes, own_norm)
 
-    def _moved(self) -> list[str]:
-        """Return the weights that changed since their last backward pass."""
-        before = _fetched(self._entries)
-        after = _fetched({name: sampled(p.detach()) for name, (p, _) in self._weights.items()})
+    def _moved(self, ours: Collection[str]) -> list[str]:
+        """Return the weights that changed since their last backward pass.
+
+        Args:
+            ours: weights of the optimisers. Others count only if that pass was in the same call of `backward`
+                as one of these. Otherwise an optimiser of their own may have moved them, as in a GAN.
+        """
+        calls = {self._calls[name] for name in ours if name in self._calls}
+        weights = {n: w for n, w in self._weights.items() if n in ours or self._calls[n] in calls}
+        before = _fetched({name: self._entries[name] for name in weights})
+        after = _fetched({name: sampled(p.detach()) for name, (p, _) in weights.items()})
         return [
             name
-            for name, (p, version) in self._weights.items()
+            for name, (p, version) in weights.items()
             if p._version != version or not same_entries(before[name], after[name])
         ]
 

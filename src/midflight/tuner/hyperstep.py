@@ -119,7 +119,7 @@ class HyperStep(Saved):
         """Whether the loss reads the space; None where it need not, until the first hyper-step."""
         self._guessed = binding.guessed and bool(binding.options)
         """Whether a name may be an option by accident, until the first hyper-step."""
-        self._said_standing = self._judged_reading = False
+        self._said_standing = self._judged_reading = self._judged_rules = False
         self.read_in_validation: list[str] = []
         """Hyperparameters that the validation loss is a function of; empty before the first hyper-step."""
         self._looked_at: Any = None
@@ -177,11 +177,16 @@ class HyperStep(Saved):
         found = {name: p.grad for name, p in self.params().items()}
         return {name: g for name, g in found.items() if g is not None and not g.is_sparse}
 
-    def gradient_versions(self) -> list[tuple[Tensor, int]]:
-        """Return the gradients with their version counters; [] unless several optimisers step in turn."""
+    def gradient_versions(self, of: torch.optim.Optimizer | None = None) -> dict[int, tuple[Tensor, int]]:
+        """Return id of a weight -> its gradient and version; {} unless several optimisers step in turn.
+
+        Args:
+            of: the optimiser whose weights these are; all by default.
+        """
         if not self.several:
-            return []
-        return [(p.grad, p.grad._version) for p in self.params().values() if p.grad is not None]
+            return {}
+        weights = named_parameters(self._model, self._optimizers if of is None else [of])
+        return {id(p): (p.grad, p.grad._version) for _, p, *_ in weights if p.grad is not None}
 
     def watch(self) -> None:
         """Note the gradient that `backward` leaves, because a hyper-step comes with the next step."""
@@ -216,7 +221,7 @@ class HyperStep(Saved):
         grads = self._final_gradients(params)
         if not grads:
             raise UnknownGradient("some weight must have a gradient at a step, but .grad of all is None.")
-        everywhere = {**grads, **self._standing(params)}
+        standing = self._standing(params)
         if self._loss_reads is not False:
             self._buffers.end()
             self.received.end()
@@ -225,7 +230,7 @@ class HyperStep(Saved):
             batch, read = self._reads()
             self._binding.require_unread(read)
             self._guessed, self._loss_reads = False, self._loss_reads or bool(read)
-        clipped = self.received.jacobian(everywhere, self._own_norm) if self._loss_reads else None
+        clipped = self.received.jacobian(grads, self._own_norm, standing) if self._loss_reads else None
         if not self._loss_reads:
             self.received.rest()  # its hooks slow down every backward pass
         live = self._all_params()
@@ -402,6 +407,14 @@ class HyperStep(Saved):
             id(p): self._optimizers[o] for _, p, o, _ in named_parameters(self._model, self._optimizers)
         }
         used = {name: params[name] for name in grads}
+        state = {name: owners[id(p)].state.get(p, {}) for name, p in used.items()}
+        updates = self._binding.updates(used, values)
+        if not self._judged_rules:
+            self._judged_rules = True
+            for rule in self._binding.rules:
+                ours = [name for name, update in updates.items() if update.rule is rule]
+                rule.require_usable([(used[n], grads[n], state[n], updates[n].options) for n in ours])
+            self._require_smooth()
 
         def dependence() -> Dependence:
             if not self._loss_reads:
@@ -422,8 +435,8 @@ class HyperStep(Saved):
         return Step(
             params=detach(used),
             grads=grads,
-            state={name: owners[id(p)].state.get(p, {}) for name, p in used.items()},
-            updates=self._binding.updates(used, values),
+            state=state,
+            updates=updates,
             hparams=self._space.raws,
             values=values,
             dependence=dependence,

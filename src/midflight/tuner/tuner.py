@@ -242,7 +242,7 @@ class Tuner:
     def _before_step(self, optimizer: torch.optim.Optimizer, first: bool) -> None:
         self._binding.restore()  # an earlier step that failed may have left values behind
         if not (first and self._controller.reads_gradients and skips(optimizer)):
-            self._controller.before_step(first)
+            self._controller.before_step(optimizer, first)
         self._binding.write(optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, last: bool) -> None:

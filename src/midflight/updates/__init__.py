@@ -2,11 +2,12 @@
 
 `base` defines the symbols. A rule is one file and one row of `RULES`; CONTRIBUTING.md says how to test it.
 
-There are three kinds of optimisers:
+There are four kinds of optimisers:
 
 - The step is differentiable with respect to g: any hyperparameter can be tuned. Most rules are of this kind.
 - dU/dg is 0 almost everywhere, because the step rounds g or takes its sign. But the step has derivatives with
   respect to options such as lr. Its rule says so in `why_not_differentiable`, and these options can be tuned.
+- An optimiser that is not here, of another package for example, is a `BlackBox`: it runs on copies.
 - The step is no function of one dense gradient, or neither g nor an option has a useful derivative. A row of
   `REFUSED` says why.
 """
@@ -32,6 +33,7 @@ from midflight.updates.base import (
     tuned_options,
     write_option,
 )
+from midflight.updates.black_box import BlackBox
 from midflight.updates.blocks import Updates, step_ahead, step_pullback
 from midflight.updates.compiled_adam import CompiledAdam
 from midflight.updates.muon import Muon
@@ -69,19 +71,16 @@ REFUSED: dict[type[torch.optim.Optimizer], str] = {
 def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """Return the update rule of a torch optimiser.
 
+    An optimiser without a row in `RULES` is a `BlackBox`. A subclass that overrides `step` counts as another
+    optimiser.
+
     Raises:
-        UnsupportedOptimizer: it has no rule. A subclass that overrides `step` counts as another optimiser.
+        UnsupportedOptimizer: it is among `REFUSED`, or no `BlackBox`.
     """
     kind = _stepping(type(optimizer))
     if kind in REFUSED:
         raise UnsupportedOptimizer(f"{kind.__name__} cannot be differentiated: {REFUSED[kind]}")
-    if kind not in RULES:
-        names = ", ".join(sorted(o.__name__ for o in RULES))
-        raise UnsupportedOptimizer(
-            f"the optimiser must be one of {names}, but got {kind.__name__}; "
-            "use one of these, or add an UpdateRule for it to midflight.updates.RULES."
-        )
-    return RULES[kind]
+    return RULES[kind] if kind in RULES else BlackBox(optimizer)
 
 
 def compiled(rule: UpdateRule, device: torch.device) -> UpdateRule:
@@ -112,6 +111,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "Adamax",
+    "BlackBox",
     "Muon",
     "NAdam",
     "Options",

@@ -53,6 +53,10 @@ class UpdateRule(ABC):
         with torch.no_grad():
             return [self.step(*weight) for weight in weights]
 
+    def require_usable(self, weights: Sequence[Weight]) -> None:
+        """Raise `UnsupportedOptimizer` if the first step of a run shows that the rule does not hold."""
+        return
+
     def shrinkage(self, options: Options) -> float:
         """Return the share by which weight decay in one step shrinks the weights in the end, per unit of it.
 
