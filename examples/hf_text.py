@@ -52,9 +52,9 @@ def llama(dropout: mf.Hyperparameter) -> LlamaForCausalLM:
     return model
 
 
-def train(steps: int, tune: bool) -> tuple[mf.Space, float]:
+def train(steps: int, tune: bool, seed: int = 0) -> tuple[mf.Space, float]:
     """Return the hyperparameters after `steps`, and the validation loss."""
-    set_seed(0)
+    set_seed(seed)
     space = mf.Space(
         lr=mf.Float(1e-4, 1e-1, log=True, init=1e-3),
         weight_decay=mf.Float(1e-4, 1.0, log=True, init=1e-2),
@@ -65,7 +65,7 @@ def train(steps: int, tune: bool) -> tuple[mf.Space, float]:
             folder, max_steps=steps, per_device_train_batch_size=16, gradient_accumulation_steps=2,
             per_device_eval_batch_size=100, learning_rate=1e-3, weight_decay=1e-2, max_grad_norm=1.0,
             lr_scheduler_type="cosine", warmup_steps=20, eval_strategy="steps", eval_steps=steps // 4,
-            report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, seed=0,
+            report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, seed=seed,
         )  # fmt: skip
         trainer = Trainer(
             llama(space["dropout"]), args, train_dataset=Text(0, 300), eval_dataset=Text(300, 400)

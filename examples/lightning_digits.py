@@ -57,9 +57,9 @@ def data() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(x[:400], y[:400]), TensorDataset(x[400:1100], y[400:1100])
 
 
-def train(epochs: int, tune: bool) -> tuple[Digits, float]:
+def train(epochs: int, tune: bool, seed: int = 0) -> tuple[Digits, float]:
     """Return the module after `epochs`, and its validation loss."""
-    pl.seed_everything(0, verbose=False)
+    pl.seed_everything(seed, verbose=False)
     t1, t2 = data()
     train_loader, valid_loader = DataLoader(t1, 32, shuffle=True), DataLoader(t2, 350)
     module = Digits(steps=epochs * len(train_loader) // 2)

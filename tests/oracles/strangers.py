@@ -79,3 +79,82 @@ class NeedsClosure(Belief):
     def step(self, closure):
         closure()
         super().step()
+
+
+class Momentum(Stranger):
+    """SGD with momentum, the buffer wherever a subclass puts it; int options, as many packages have them."""
+
+    def __init__(self, params, lr=1, weight_decay=0, momentum=0.9):
+        params = list(params)
+        torch.optim.Optimizer.__init__(
+            self, params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        )
+        self.buffers = {}
+
+    def update(self, p, g, state, group):
+        buffer = self.buffer(p, state)
+        buffer.mul_(group["momentum"]).add_(g + group["weight_decay"] * p)
+        p.sub_(group["lr"] * buffer)
+
+    def buffer(self, p, state):
+        return state.setdefault("buffer", torch.zeros_like(p))
+
+
+class OnSelf(Momentum):
+    def buffer(self, p, state):
+        return self.buffers.setdefault(p, torch.zeros_like(p))
+
+
+class UnderAnotherKey(Momentum):
+    def buffer(self, p, state):
+        return self.state["all"].setdefault(tuple(p.shape), torch.zeros_like(p))
+
+
+class ByCount(Momentum):
+    """The length of the step depends on how many weights the group has."""
+
+    def update(self, p, g, state, group):
+        p.sub_(group["lr"] / len(group["params"]) * g)
+
+
+class ByAttribute(Momentum):
+    """Layer-wise learning rates, kept as an attribute of each weight."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.scale = 2.0
+
+    def update(self, p, g, state, group):
+        p.sub_(group["lr"] * getattr(p, "scale", 1.0) * g)
+
+
+class ClipsLater(Momentum):
+    """Clips the norm of each weight's gradient from the fourth step on."""
+
+    def update(self, p, g, state, group):
+        state["step"] = state.get("step", 0) + 1
+        p.sub_(group["lr"] * (g * 1e-3 / g.norm() if state["step"] > 3 else g))
+
+
+class Wraps(Momentum):
+    def __init__(self, params, **options):
+        params = list(params)
+        super().__init__(params, **options)
+        self.base = torch.optim.AdamW(params, lr=options["lr"])
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+class ThreeBetas(Belief):
+    """With options of kinds that torch's optimisers do not have."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.0):
+        super().__init__(params, lr, (0.9, 0.99, 0.5), weight_decay=weight_decay)
+        for group in self.param_groups:
+            group["several"] = torch.ones(3)
+
+    def update(self, p, g, state, group):
+        Belief.update(self, p, g, state, {**group, "betas": group["betas"][:2]})

@@ -17,7 +17,23 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from strangers import Belief, Joint, Late, NeedsClosure, Noisy, Norm, Sign
+from strangers import (
+    Belief,
+    ByAttribute,
+    ByCount,
+    ClipsLater,
+    Joint,
+    Late,
+    Momentum,
+    NeedsClosure,
+    Noisy,
+    Norm,
+    OnSelf,
+    Sign,
+    ThreeBetas,
+    UnderAnotherKey,
+    Wraps,
+)
 from torch import nn
 
 import midflight as mf
@@ -27,6 +43,7 @@ from midflight.tuner import gradient
 from midflight.tuner.binding import Binding
 from midflight.tuner.gradient import ReceivedGradient
 from midflight.tuner.hyperstep import HyperStep
+from midflight.updates import SGD, BlackBox
 
 FEATURES, HIDDEN, CLASSES, EXAMPLES, MICRO = 8, 6, 3, 24, 4
 STEPS, EVERY = 6, 3  # the second hyper-step is compared; the first may teach the tuner how the loop clips
@@ -496,7 +513,8 @@ def test_a_tuner_that_takes_the_loop_for_another_is_found_out(
         (Norm, "be elementwise"),
         (Joint, "treat each weight by itself"),
         (Noisy, "give the same step twice"),
-        (Sign, "Sign does not take the size of a gradient into account.*noise"),
+        (Wraps, "holds another as .base"),
+        (Sign, "Sign has a step that does not depend on the size of a gradient.*noise"),
     ],
 )
 def test_a_stranger_whose_derivative_two_steps_do_not_give_is_refused_before_training(optimizer, words):
@@ -508,7 +526,12 @@ def test_a_stranger_whose_derivative_two_steps_do_not_give_is_refused_before_tra
     ("optimizer", "kinds", "words"),
     [
         (Late, ["lr"], "be elementwise"),
-        (NeedsClosure, ["lr"], "must take a step without a closure.*NeedsClosure"),
+        (OnSelf, ["lr"], "the same step on copies"),
+        (UnderAnotherKey, ["lr"], "the same step on copies"),
+        (ByCount, ["lr"], "treat each weight by itself|the same step on copies"),
+        (ByAttribute, ["lr"], "the same step on copies"),
+        (ClipsLater, ["lr"], "be elementwise"),
+        (NeedsClosure, ["lr"], "the step of NeedsClosure failed .*without a closure"),
     ],
 )
 def test_or_at_the_first_hyperstep(optimizer, kinds, words):
@@ -526,6 +549,35 @@ def test_estimators_of_several_steps_are_refused_with_a_stranger(estimator, monk
     monkeypatch.setitem(OPTIMIZERS, "stranger", Belief)
     with pytest.raises(UnsupportedOptimizer, match="estimator of one step"):
         tuned("stranger", Loop(plain), ["lr", "noise"], options={"estimator": estimator})
+
+
+@pytest.mark.parametrize("optimizer", [Momentum, ThreeBetas])
+def test_options_of_any_type_are_passed_on(optimizer):
+    assert max(apart(tuned_by(optimizer, ["lr", "weight_decay", "noise"]))) < EXACT
+
+
+def test_ints_can_be_tuned_and_warm_up_from_zero_is_no_sign_of_a_step_by_signs():
+    weight = nn.Parameter(torch.ones(3))
+    rule = BlackBox(Momentum([weight], lr=0))
+    assert {"lr", "weight_decay", "momentum"} <= rule.tunable
+    assert not rule.why_not_differentiable
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-8, 0.0])
+@pytest.mark.parametrize("lr", [1.0, 1e-4, 1e-6])
+def test_steps_of_any_size_have_right_derivatives(size, lr):
+    draws = torch.Generator().manual_seed(0)
+    weight, grad, v = (torch.randn(3, 4, generator=draws, dtype=torch.float64) for _ in range(3))
+    leaf = lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    options = {"lr": leaf(lr), "weight_decay": leaf(1e-4), "momentum": 0.9}
+    own = {**options, "dampening": 0, "nesterov": False, "maximize": False}
+    step = v, weight, size * grad, {}
+    w, found = BlackBox(Momentum([nn.Parameter(weight)])).pullback(*step, options)
+    expected, right = SGD().pullback(*step, own)
+    torch.testing.assert_close(w, expected, rtol=1e-5, atol=0)
+    assert {n: float(x) for n, x in found.items()} == pytest.approx(
+        {n: float(x) for n, x in right.items()}, rel=1e-5
+    )
 
 
 def tuned_by(kind, kinds):

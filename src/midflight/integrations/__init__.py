@@ -1,4 +1,4 @@
-"""Tune inside the trainers of other libraries: one callback, the rest stays as it is.
+"""Tune inside the trainers of other libraries, by one callback.
 
 =====================================  ==========================================  =======================
 library                                what to add                                 extra

@@ -6,7 +6,7 @@
     trainer.add_callback(Tune(trainer, space))
     trainer.train()
 
-The loss is that of `trainer.compute_loss`, on T2 in eval mode. Trainers derived from `Trainer` work as well.
+Both losses are those of `trainer.compute_loss`, the validation loss in eval mode. Trainers derived from `Trainer` work as well.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from midflight.errors import warn
+from midflight.errors import InvalidLoss, warn
 from midflight.integrations.host import Host, only
 from midflight.space import Space
 from midflight.tuner import Tuner
@@ -31,8 +31,8 @@ FILE = "midflight.pt"
 class Tune(TrainerCallback):
     """Tunes hyperparameters while a Hugging Face `Trainer` trains.
 
-    Each checkpoint of the trainer gets a file "midflight.pt", from which the tuner resumes. The trainer logs
-    the numbers of `Tuner.log` as "tune/...", after each hyper-step.
+    Each checkpoint of the trainer gets a file "midflight.pt", from which the tuner resumes, or one per process.
+    The trainer logs the numbers of `Tuner.log` as "tune/...", after each hyper-step.
 
     Args:
         trainer: the trainer, which gives the loss and the data.
@@ -40,8 +40,8 @@ class Tune(TrainerCallback):
         train_loader, valid_loader: batches of T1 and T2; by default those of the trainer's `train_dataset`
             and `eval_dataset`.
         finish: whether the model ends with its best weights, by `Tuner.finish`.
-        resume_from: the checkpoint from which a resumed training takes the tuner; by default the one of the
-            present step in `output_dir`.
+        resume_from: the checkpoint from which a resumed training takes the tuner; by default
+            `output_dir/checkpoint-<step>`.
         options: further arguments of `Tuner`; `total_steps` is the trainer's by default.
 
     Attributes:
@@ -80,7 +80,8 @@ class Tune(TrainerCallback):
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
             with trainer.compute_loss_context_manager(), _without_log(trainer):
                 loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
-            assert isinstance(loss, Tensor)
+            if not isinstance(loss, Tensor):
+                raise InvalidLoss(f"compute_loss must return a loss, but gave a {type(loss).__name__}.")
             return loss
 
         if state.global_step:

@@ -29,10 +29,11 @@ class Host:
         options: arguments of `Tuner`.
 
     Attributes:
-        tuner: of the present or the last training; None before the first.
+        tuner: the `Tuner` of the present or the last training; None before the first.
 
     Raises:
-        TypeError: an option is no argument of `Tuner`, or one that the library gives.
+        TypeError: an option is no argument of `Tuner`, or one that the library gives; or `space` is neither a
+            `Space` nor a function.
     """
 
     def __init__(self, space: Space | Callable[[], Space], finish: bool, options: Mapping[str, Any]) -> None:
@@ -107,7 +108,9 @@ class Host:
             self.tuner.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the tuner; empty before the first training."""
+        """Return the state of the tuner, or the one loaded for the next; empty if there is neither."""
+        if self._state is not None:
+            return dict(self._state)
         return {} if self.tuner is None else self.tuner.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -5,8 +5,9 @@
     trainer = Trainer(max_epochs=5, callbacks=[Tune(model.space)])
     trainer.fit(model, train_loader, valid_loader)
 
-The loss is what `training_step` returns, on T2 in eval mode. Automatic and manual optimisation, accumulation,
-clipping, precision plugins and schedulers work as they are, because the tuner hooks `optimizer.step`.
+Both losses are what `training_step` returns, the validation loss in eval mode. Accumulation, clipping, precision
+plugins and schedulers work unchanged, because the tuner hooks `optimizer.step`. Manual optimisation needs
+`loss_fn=`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,11 +36,11 @@ class Tune(pl.Callback):
         loss_fn: (module, batch) -> training loss, on a batch on the module's device; by default the loss of
             `training_step(batch, 0)`, whose calls of `log` then do nothing.
         train_loader, valid_loader: batches of T1 and T2; by default those of the trainer.
-        optimizer: index of the one that trains the model and whose options are tuned; by default all do, and
-            then all must step together. With a generator and a discriminator that step in turn, choose one.
+        optimizer: index of the one that trains the model and whose options are tuned; by default all, which
+            must then step together. With a generator and a discriminator that step in turn, choose one.
         finish: whether the module ends with its best weights, by `Tuner.finish`.
-        options: further arguments of `Tuner`. `total_steps` is the trainer's by default, but not known with
-            manual optimisation.
+        options: further arguments of `Tuner`. `total_steps` is the trainer's by default; pass it with manual
+            optimisation.
 
     Attributes:
         tuner: the `Tuner` of the present or the last training; None before the first.
@@ -47,6 +48,8 @@ class Tune(pl.Callback):
     Raises:
         TypeError: an option is no argument of `Tuner`.
         UnusableLoader: when the training begins: the trainer has no validation loader, or several.
+        ValueError: when the training begins: there is no optimiser of this index.
+        InvalidLoss: at the first hyper-step: `training_step` returns no loss.
     """
 
     def __init__(
@@ -88,6 +91,8 @@ class Tune(pl.Callback):
         given, optimizers = self._loaders, trainer.optimizers
         train_loader = only(trainer.train_dataloader) if given[0] is None else given[0]
         valid_loader = only(trainer.val_dataloaders) if given[1] is None else given[1]
+        if self._optimizer is not None and not 0 <= self._optimizer < len(optimizers):
+            raise ValueError(f"optimizer must be below {len(optimizers)}, but got {self._optimizer}.")
         chosen = optimizers if self._optimizer is None else [optimizers[self._optimizer]]
         model: nn.Module = strategy.model or pl_module
         loaders, total = (train_loader, valid_loader), self._total_steps(trainer, pl_module)

@@ -5,7 +5,8 @@
     net = NeuralNetClassifier(Module, optimizer=torch.optim.AdamW, callbacks=[Tune(space)])
     net.fit(X, y)
 
-T2 is what `train_split` holds out. The loss is that of `net.get_loss`, on T2 in eval mode.
+The validation data are what `train_split` holds out. Both losses are those of `net.get_loss`, the validation
+loss in eval mode.
 """
 
 from collections.abc import Callable
@@ -112,7 +113,7 @@ class Tune(Callback):  # type: ignore[misc]
 
 
 def _reset(space: Space) -> None:
-    """Give the space its initial values again, because a fit does not depend on earlier ones."""
+    """Restore the initial values, so that a fit does not depend on earlier ones."""
     fresh = Space({name: space[name].spec for name in space})
     with torch.no_grad():
         for name, raw in space.raws.items():

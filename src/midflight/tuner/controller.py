@@ -253,6 +253,7 @@ class Controller:
             if self.horizon.due(self.steps):
                 busy = self.horizon.follow(self._hyperstep.params(), self.steps, self.progress())
             if result is not None:
+                self._hyperstep.require_expected_step()
                 self._apply(result)
                 if self.hypersteps.bit_count() == 1:  # at 1, 2, 4, 8, ..., because it reads all weights
                     params = self._hyperstep.params().items()

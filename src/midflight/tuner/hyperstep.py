@@ -42,9 +42,15 @@ from midflight.tuner.running_statistics import (
 from midflight.tuner.saved import Saved
 from midflight.tuner.slope import warn_unless_slope
 from midflight.tuner.step_options import LENGTHS, slopes_of_length
+from midflight.updates import State, Updates, step_ahead
 from midflight.updates.base import tuned_options
 
 _RAW = "raw of "
+JUDGED = 4
+"""At so many hyper-steps each rule that is not certain is checked; after them at the 8th, 16th, ..."""
+SAME_STEP, ROUNDING = 1e-3, 8.0
+"""A step is as a rule says if it differs by less than SAME_STEP of its size, and ROUNDING units of the last
+place of a weight."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class HyperStep(Saved):
         """Whether the loss reads the space; None where it need not, until the first hyper-step."""
         self._guessed = binding.guessed and bool(binding.options)
         """Whether a name may be an option by accident, until the first hyper-step."""
-        self._said_standing = self._judged_reading = self._judged_rules = False
+        self._said_standing = self._judged_reading = False
         self.read_in_validation: list[str] = []
         """Hyperparameters that the validation loss is a function of; empty before the first hyper-step."""
         self._looked_at: Any = None
@@ -132,6 +138,10 @@ class HyperStep(Saved):
         """The share by which the last step shrinks weights per unit of tuned weight decay; the largest of
         all."""
         self._buffers = Watched(self.live.all)
+        self._judged = 0
+        """At how many hyper-steps rules were there that are not certain."""
+        self._expected: dict[str, tuple[Tensor, Tensor]] = {}
+        """Weights before the coming step, and after it by such a rule."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
@@ -409,12 +419,7 @@ class HyperStep(Saved):
         used = {name: params[name] for name in grads}
         state = {name: owners[id(p)].state.get(p, {}) for name, p in used.items()}
         updates = self._binding.updates(used, values)
-        if not self._judged_rules:
-            self._judged_rules = True
-            for rule in self._binding.rules:
-                ours = [name for name, update in updates.items() if update.rule is rule]
-                rule.require_usable([(used[n], grads[n], state[n], updates[n].options) for n in ours])
-            self._require_smooth()
+        self._judge_rules(used, grads, state, updates)
 
         def dependence() -> Dependence:
             if not self._loss_reads:
@@ -443,6 +448,44 @@ class HyperStep(Saved):
             train_loss=self.mixed.train_loss(batch) if self.estimator.needs_train_loss else None,
             clipped=clipped,
         )
+
+    def _judge_rules(
+        self, params: Tensors, grads: Tensors, state: Mapping[str, State], updates: Updates
+    ) -> None:
+        """Check the rules that are not certain, at the first hyper-steps and ever more rarely after them."""
+        doubtful = [name for name, update in updates.items() if not update.rule.certain]
+        if not doubtful:
+            return
+        self._judged += 1
+        if self._judged > JUDGED and self._judged.bit_count() > 1:
+            return
+        for rule in {id(updates[n].rule): updates[n].rule for n in doubtful}.values():
+            ours = [name for name in doubtful if updates[name].rule is rule]
+            rule.require_usable([(params[n], grads[n], state[n], updates[n].options) for n in ours])
+        self._require_smooth()
+        only = {name: updates[name] for name in doubtful}
+        after = step_ahead(detach(params), grads, state, only)
+        self._expected = {name: (params[name].detach().clone(), after[name]) for name in doubtful}
+
+    def require_expected_step(self) -> None:
+        """Compare the step just taken with the rules that are not certain.
+
+        Raises:
+            UnsupportedOptimizer: the optimiser took another step than its rule says.
+        """
+        expected, self._expected = self._expected, {}
+        params = self.params()
+        for name, (before, after) in expected.items():
+            if name not in params or params[name].shape != before.shape or not before.numel():
+                continue
+            now, size = params[name].detach(), float((after - before).abs().max())
+            rounding = ROUNDING * torch.finfo(now.dtype).eps * float(before.abs().max())
+            if not float((now - after).abs().max()) <= SAME_STEP * size + rounding:
+                raise UnsupportedOptimizer(
+                    "an optimiser without an UpdateRule must take the same step on copies of weights, but "
+                    f"{name} moved otherwise; keep its state in optimizer.state[weight], or add a rule to "
+                    "midflight.updates.RULES."
+                )
 
     def _share(self, few: Any, batch: Any) -> float:
         """Return which share of a step's examples the few are."""

@@ -36,6 +36,8 @@ class UpdateRule(ABC):
 
     If the optimiser has an option `decoupled_weight_decay`, as Adam, that decides.
     """
+    certain: ClassVar[bool] = True
+    """Whether the rule is known to equal the optimiser; otherwise it is compared with real steps of a run."""
     one_pass: ClassVar[bool] = False
     """Whether `ahead` and `pullback` pass over memory once, so that splitting a weight gains nothing."""
     per_row_options: ClassVar[frozenset[str]] = frozenset()
@@ -102,10 +104,10 @@ class Update:
 
 
 def read_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a `param_group` without its params, and with `betas` split into beta1 and beta2."""
-    options = {name: x for name, x in group.items() if name not in ("params", "betas")}
-    if "betas" in group:
-        options["beta1"], options["beta2"] = group["betas"]
+    """Return a `param_group` without its params, and with a pair of `betas` split into beta1 and beta2."""
+    options = {name: x for name, x in group.items() if name != "params"}
+    if len(options.get("betas", ())) == 2:
+        options["beta1"], options["beta2"] = options.pop("betas")
     return options
 
 
@@ -138,8 +140,9 @@ def tuned_options(options: Options) -> list[str]:
 
 
 def numbers(options: Options, but: Collection[str] = ()) -> dict[str, Any]:
-    """Return the options with tensors converted to numbers, without those named in `but`."""
-    return {name: x.item() if isinstance(x, Tensor) else x for name, x in options.items() if name not in but}
+    """Return the options with tensors of one entry as numbers, without those named in `but`."""
+    given = {name: x for name, x in options.items() if name not in but}
+    return {name: x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for name, x in given.items()}
 
 
 def is_zero(option: float | Tensor) -> bool:
