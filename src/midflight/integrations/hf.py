@@ -6,7 +6,8 @@
     trainer.add_callback(Tune(trainer, space))
     trainer.train()
 
-Both losses are those of `trainer.compute_loss`, the validation loss in eval mode. Trainers derived from `Trainer` work as well.
+Both losses are those of `trainer.compute_loss`, the validation loss in eval mode. Subclasses of `Trainer`
+work as well.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -31,8 +32,8 @@ FILE = "midflight.pt"
 class Tune(TrainerCallback):
     """Tunes hyperparameters while a Hugging Face `Trainer` trains.
 
-    Each checkpoint of the trainer gets a file "midflight.pt", from which the tuner resumes, or one per process.
-    The trainer logs the numbers of `Tuner.log` as "tune/...", after each hyper-step.
+    Each checkpoint of the trainer gets a file "midflight.pt", or one per process, from which the tuner
+    resumes. The trainer logs the numbers of `Tuner.log` as "tune/...", after each hyper-step.
 
     Args:
         trainer: the trainer, which gives the loss and the data.

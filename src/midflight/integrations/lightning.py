@@ -5,9 +5,9 @@
     trainer = Trainer(max_epochs=5, callbacks=[Tune(model.space)])
     trainer.fit(model, train_loader, valid_loader)
 
-Both losses are what `training_step` returns, the validation loss in eval mode. Accumulation, clipping, precision
-plugins and schedulers work unchanged, because the tuner hooks `optimizer.step`. Manual optimisation needs
-`loss_fn=`.
+Both losses are what `training_step` returns, the validation loss in eval mode. Accumulation, clipping,
+precision plugins and schedulers work unchanged, because the tuner hooks `optimizer.step`. Manual optimisation
+needs `loss_fn=`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

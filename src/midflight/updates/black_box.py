@@ -197,7 +197,7 @@ def _require_alone(optimizer: torch.optim.Optimizer) -> None:
         if any(isinstance(part, torch.optim.Optimizer) for part in parts):
             raise UnsupportedOptimizer(
                 "an optimiser without an UpdateRule must move weights by itself, but "
-                f"{type(optimizer).__name__} holds another as .{name}; pass that one, if it takes every step, "
+                f"{type(optimizer).__name__} holds another as .{name}; pass that one, if it takes all steps, "
                 "or add a rule to midflight.updates.RULES."
             )
 
