@@ -131,7 +131,7 @@ def test_a_checkpoint_elsewhere_is_named_or_missed_aloud(tmp_path):
     (tmp_path / "whole" / "checkpoint-12").rename(moved)
     again, others, *_ = tuned(tmp_path / "other", resume=str(moved), tune={"resume_from": moved})
     assert same(state(again, others), state(net, values))
-    with pytest.warns(UserWarning, match="tuning begins anew"):
+    with pytest.raises(FileNotFoundError, match="resume_from="):
         tuned(tmp_path / "other", resume=str(moved))
 
 

@@ -323,6 +323,36 @@ def test_a_black_box_that_passes_on_v_as_plain_sgd_is_rejected(monkeypatch):
     assert min(off("an optimiser of one's own", ["noise", "label_smoothing"])) > 0.01
 
 
+def test_the_users_own_check_knows_optimisers_without_a_rule():
+    run = Run(ROWS["an optimiser of one's own"], spaces(["lr", "weight_decay", "loss weight"]))
+    report = mf.check(
+        run.net,
+        run.optimizer,
+        run.space,
+        run.loss,
+        T1,
+        T2,
+        valid_loss_fn=run.valid_loss,
+        estimators=["one_step"],
+    )
+    assert len(report.lines) == 3
+    assert all(line.passed for line in report.lines), report
+
+
+def test_finish_judges_a_schedule_free_optimiser_at_the_weights_that_it_evaluates():
+    pytest.importorskip("schedulefree")
+    run = Run(ROWS["schedule-free AdamW"], spaces(["weight_decay"]))
+    tuner = mf.Tuner(
+        run.net, run.optimizer, run.space, run.loss, [T1], [T2], valid_loss_fn=run.valid_loss, schedule=EVERY
+    )
+    for _ in range(STEPS):
+        run.step()
+    tuner.finish()
+    ended = [p.detach().clone() for p in run.net.parameters()]
+    run.optimizer.eval()
+    assert all(map(torch.equal, ended, run.net.parameters()))
+
+
 def page():
     lines = [f"| training | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, row in ROWS.items():

@@ -350,7 +350,7 @@ def test_print_says_what_is_tuned_how_and_at_what_cost():
     assert len(lines) == 6
     assert lines[0].startswith("step 20 of 40, 4 hyper-steps, which took ")
     assert lines[1] == "estimator one_step, mixed partial: double backward"
-    assert lines[2] == "Every, NextStep, SignSteps, without guard"
+    assert lines[2] == "schedule Every, horizon NextStep, hyper_optimizer SignSteps, guard off"
     assert lines[3] == "left out: 0 unclear, 0 not finite; went back 0 times"
     decay = float(s["weight_decay"])
     assert lines[4].endswith(f": option weight_decay, {decay:.4g} now")

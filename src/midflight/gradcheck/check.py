@@ -194,7 +194,10 @@ class _Trial:
         self.raws: Tensors = {name: _cast(raw.detach()) for name, raw in space.raws.items()}
         states = {p: state for o in optimizers for p, state in o.state.items()}
         self._state: dict[str, State] = {
-            name: {key: x.clone() if key == "step" else _cast(x) for key, x in states.get(p, {}).items()}
+            name: {
+                key: x.clone() if key == "step" and isinstance(x, Tensor) else _cast(x)
+                for key, x in states.get(p, {}).items()
+            }
             for name, p in trained.items()
         }
 

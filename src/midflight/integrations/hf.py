@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from midflight.errors import InvalidLoss, warn
-from midflight.integrations.host import Host, only
+from midflight.integrations.host import PREFIX, Host, only
 from midflight.space import Space
 from midflight.tuner import Tuner
 
@@ -33,7 +33,8 @@ class Tune(TrainerCallback):
     """Tunes hyperparameters while a Hugging Face `Trainer` trains.
 
     Each checkpoint of the trainer gets a file "midflight.pt", or one per process, from which the tuner
-    resumes. The trainer logs the numbers of `Tuner.log` as "tune/...", after each hyper-step.
+    resumes. The trainer logs the hyperparameters as "tune/value/..." and the validation loss, after each
+    hyper-step. `on_hyperstep=` gets all numbers.
 
     Args:
         trainer: the trainer, which gives the loss and the data.
@@ -51,6 +52,7 @@ class Tune(TrainerCallback):
     Raises:
         TypeError: an option is no argument of `Tuner`.
         UnusableLoader: when the training begins: the trainer has no `eval_dataset`, or several.
+        FileNotFoundError: when the training resumes: the checkpoint of a tuned training has no tuner.
     """
 
     def __init__(
@@ -92,7 +94,12 @@ class Tune(TrainerCallback):
         valid_loader = self._valid_loader() if valid_loader is None else valid_loader
         total = state.max_steps - (0 if self._host.resumes else state.global_step)
         model, loaders = trainer.model_wrapped, (train_loader, valid_loader)
-        self._host.begin(model, kwargs["optimizer"], loss_fn, loaders, total, trainer.log)
+        self._host.begin(model, kwargs["optimizer"], loss_fn, loaders, total, self._write)
+
+    def _write(self, numbers: dict[str, float]) -> None:
+        """Log values and validation loss; all numbers would hide the trainer's own."""
+        shown = PREFIX + "value/", PREFIX + "valid_loss"
+        self._trainer.log({name: x for name, x in numbers.items() if name.startswith(shown)})
 
     def _valid_loader(self) -> Iterable[Any] | None:
         data: Any = self._trainer.eval_dataset
@@ -101,10 +108,15 @@ class Tune(TrainerCallback):
         return only([self._trainer.get_eval_dataloader(part) for part in data.values()])
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Take the tuner from a checkpoint, or warn if that has none."""
+        """Take the tuner from a checkpoint; warn if that is of a training that was not tuned."""
         file = _file(args, self._resume_from or _checkpoint(args, state))
         if file.is_file():
             self._host.load_state_dict(torch.load(file, map_location="cpu"))
+        elif any(name.startswith(PREFIX) for entry in state.log_history for name in entry):
+            raise FileNotFoundError(
+                f"a tuned training resumes at step {state.global_step}, but {file} does not exist; pass "
+                "resume_from=, the folder of the checkpoint."
+            )
         else:
             warn(
                 f"the training resumes at step {state.global_step}, but {file} does not exist, so tuning "

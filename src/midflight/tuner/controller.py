@@ -210,6 +210,7 @@ class Controller:
             self.move.forget()
             self._result = None
             self._returns.append((self.steps, reason))
+            self.trajectory.record(self.steps, self._space)
         return True
 
     def returns(self) -> list[str]:

@@ -157,6 +157,16 @@ class HyperStep(Saved):
         return self._binding.schedule_factor()
 
     @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimisers that train the model."""
+        return list(self._optimizers)
+
+    @property
+    def reads_loss(self) -> bool | None:
+        """Whether the loss reads a hyperparameter; None if that is not known yet."""
+        return self._loss_reads
+
+    @property
     def several(self) -> bool:
         """Whether several optimisers train the model together."""
         return len(self._optimizers) > 1

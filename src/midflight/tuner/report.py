@@ -47,21 +47,34 @@ def numbers(space: Space, binding: Binding, controller: Controller, hyperstep: H
     return {name: float(number) for name, number in found.items()}
 
 
-def card(space: Space, binding: Binding, controller: Controller, hyperstep: HyperStep) -> str:
-    """Return what is tuned, how, and what it has cost so far, a line each."""
+def card(
+    space: Space,
+    binding: Binding,
+    controller: Controller,
+    hyperstep: HyperStep,
+    finished: Mapping[str, float],
+) -> str:
+    """Return what is tuned, how, and what it has cost so far, a line each.
+
+    Args:
+        finished: what `Tuner.finish` returned; empty before it.
+    """
     run, mixed = controller, hyperstep.mixed
     of = "" if run.total_steps is None else f" of {run.total_steps}"
     took = "" if run.seconds is None else f", which took {run.seconds:.3g} s"
     log, estimator = run.horizon.log(), hyperstep.estimator
     name = next((n for n, known in ESTIMATORS.items() if known is estimator), type(estimator).__name__)
-    losses = f", C2 of the average {log['recent_loss']:.4g}" if "recent_loss" in log else ""
+    losses = f"validation loss {log['recent_loss']:.4g} at averaged weights; " if "recent_loss" in log else ""
+    if finished:
+        losses = f"finished with {next(iter(finished))}, validation loss {min(finished.values()):.4g}; "
+    method = "not needed" if hyperstep.reads_loss is False else mixed.method or "not computed yet"
     actual = binding.actual()
     lines = [
         f"step {run.steps}{of}, {run.hypersteps} hyper-steps{took}",
-        f"estimator {name}, mixed partial: {mixed.method or 'not computed yet'}",
-        f"{type(run.schedule).__name__}, {type(run.horizon).__name__}{losses}, "
-        f"{type(run.move.optimizer).__name__}, {'with' if run.guard else 'without'} guard",
-        f"left out: {run.undecided} unclear, {run.failures.skipped} not finite; went back "
+        f"estimator {name}, mixed partial: {method}",
+        f"schedule {type(run.schedule).__name__}, horizon {type(run.horizon).__name__}, "
+        f"hyper_optimizer {type(run.move.optimizer).__name__}, guard {'on' if run.guard else 'off'}",
+        f"{losses}left out: {run.undecided} unclear, {run.failures.skipped} not finite; went back "
         f"{run.guard.restored if run.guard else 0} times",
     ]
     for name in space:

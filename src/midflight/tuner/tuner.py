@@ -158,7 +158,7 @@ class Tuner:
 
     def __repr__(self) -> str:
         """Return what is tuned, how, and what it has cost so far, a line each."""
-        return report.card(self.space, self._binding, self._controller, self._hyperstep)
+        return report.card(self.space, self._binding, self._controller, self._hyperstep, self._finished)
 
     @property
     def steps(self) -> int:
@@ -202,7 +202,8 @@ class Tuner:
 
         The candidates are the last weights and, with horizon="run", the average of recent weights and the
         best average so far. Each is evaluated in one pass through T2, or on 100 batches if the length of T2
-        is not known. Warns if no hyper-step reached a hyperparameter.
+        is not known. Warns if no hyper-step reached a hyperparameter. Calls `eval` of optimisers that have
+        it, such as schedule-free ones.
 
         Returns:
             name ("last", "average" or "earlier") -> mean validation loss per example, sorted from the best.
@@ -210,6 +211,9 @@ class Tuner:
         self.detach()
         for sentence in self._controller.reach.report():
             warn(sentence)
+        for optimizer in self._hyperstep.optimizers:
+            if hasattr(optimizer, "eval"):  # a schedule-free optimiser keeps other weights for training
+                optimizer.eval()
         self._finished = choose(self._hyperstep, self.horizon.candidates())
         return self._finished
 

@@ -63,6 +63,9 @@ class BlackBox(UpdateRule):
         return type(self._optimizer).__name__
 
     def step(self, param: Tensor, grad: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+        if not torch.is_grad_enabled():
+            (new,), (later,) = self._run([(param, grad, state, numbers(options))])
+            return new.to(param), later
         raise UnsupportedOptimizer(
             f"this estimator must differentiate several steps, but {self._name} has no UpdateRule; use an "
             'estimator of one step, such as "one_step".'
