@@ -16,8 +16,8 @@ hf         `examples/hf_text.py`                                lr, weight decay
 skorch     `examples/skorch_digits.py`                          lr, weight decay, noise     test data
 =========  ===================================================  ==========================  =========
 
-A script is trained without and with the tuner, one after the other, with the same seed. It adds the space, and
-one call before an unchanged loop; `finish` comes after it. The time is that of the tuned training over the
+A script is trained without and with the tuner, one after the other, with the same seed. It adds the space,
+one call before an unchanged loop, and `finish` after it. The time is that of the tuned training over the
 other, without imports. Rows: docs/results/scripts.jsonl.
 """
 
