@@ -23,7 +23,7 @@ from midflight.space import Space
 from midflight.tuner import Tuner
 
 
-class Tune(Callback):  # type: ignore[misc]
+class Tune(Callback):
     """Tunes hyperparameters while a skorch net trains.
 
     The net's history gets the hyperparameters of each epoch as "tune/...". Each `fit` begins with the initial
