@@ -222,7 +222,7 @@ def run(job: tuple[str, int]) -> Row:
     more = {"seed": seed} if isinstance(script, partial) else {}
     if more:
         partial(script.func, script.args[0], 2)(tune=False, seed=seed)  # imports, first calls
-    found: Row = {"task": name, "seed": seed}
+    found: Row = {"task": name, "index": seed, "seed": seed}
     for tune in (False, True):
         torch.manual_seed(seed)
         began = time.perf_counter()
