@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparing import same, state
 from torch import nn
 
 import midflight as mf
@@ -54,16 +55,6 @@ def trainer(folder, net, cls=None, steps=STEPS, **options):
     fields = {f.name for f in transformers.TrainingArguments.__dataclass_fields__.values()}
     args = transformers.TrainingArguments(str(folder), **{k: v for k, v in settings.items() if k in fields})
     return (cls or transformers.Trainer)(net, args, train_dataset=Rows(0, 64), eval_dataset=Rows(64, 32))
-
-
-def state(net, values):
-    return {name: t.clone() for name, t in net.state_dict().items()} | values.as_dict()
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one
-    )
 
 
 def tuned(folder, *, steps=STEPS, resume=None, cls=None, tune=None, **options):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import same, state
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -81,16 +82,6 @@ def trainer(folder, *callbacks, epochs=EPOCHS, **options):
     )  # fmt: skip
 
 
-def state(module):
-    return {name: t.clone() for name, t in module.state_dict().items()} | module.space.as_dict()
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one
-    )
-
-
 def by_hand(clip=None, accumulate=1):
     module = Module()
     module.log = lambda *_, **__: None
@@ -124,7 +115,7 @@ def test_a_trainer_tunes_as_the_same_loop_by_hand(tmp_path, returns, clip, accum
     assert tune.tuner.steps == EPOCHS * 4 // accumulate
     assert tune.tuner.log()["hypersteps"] >= 3
     expected = by_hand(clip, accumulate)
-    assert same(state(module), state(expected))
+    assert same(state(module, module.space), state(expected, expected.space))
 
 
 def test_manual_optimisation_needs_a_loss_and_then_works(tmp_path):
@@ -148,7 +139,7 @@ def test_a_resumed_training_goes_on_bit_for_bit(tmp_path):
     tune = Tune(second.space, schedule=3)
     trainer(tmp_path, tune).fit(second, *loaders(), ckpt_path=tmp_path / "half.ckpt")
     assert tune.tuner.steps == EPOCHS * 4
-    assert same(state(second), state(whole))
+    assert same(state(second, second.space), state(whole, whole.space))
 
 
 def test_loggers_get_the_numbers_and_the_module_keeps_its_log(tmp_path):
@@ -206,13 +197,13 @@ def test_validating_between_two_fits_leaves_the_second_as_a_first(tmp_path):
     module, tune = Module(), Tune(lambda: module.space, schedule=3)
     first = trainer(tmp_path, tune)
     first.fit(module, *loaders())
-    expected = state(module)
+    expected = state(module, module.space)
     first.save_checkpoint(tmp_path / "end.ckpt")
     first.validate(module, loaders()[1], ckpt_path=tmp_path / "end.ckpt", verbose=False)
     module = Module()
     trainer(tmp_path, tune).fit(module, *loaders())
     assert tune.tuner.steps == EPOCHS * 4
-    assert same(state(module), expected)
+    assert same(state(module, module.space), expected)
 
 
 def test_batches_pass_through_the_hooks_of_the_module(tmp_path):
@@ -229,7 +220,7 @@ def test_batches_pass_through_the_hooks_of_the_module(tmp_path):
     module, plain = Nested(), Module()
     trainer(tmp_path, Tune(module.space, schedule=3)).fit(module, *loaders())
     trainer(tmp_path, Tune(plain.space, schedule=3)).fit(plain, *loaders())
-    assert same(state(module), state(plain))
+    assert same(state(module, module.space), state(plain, plain.space))
 
 
 def test_of_two_optimisers_that_step_in_turn_one_is_chosen(tmp_path):

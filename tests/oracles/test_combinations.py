@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from recording import Recorder, schedule_free
 from strangers import Belief
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -139,14 +140,6 @@ def lora(model):
     return adapted.double()
 
 
-def schedule_free(params, **options):
-    import schedulefree
-
-    optimizer = schedulefree.AdamWScheduleFree(params, **options)
-    optimizer.train()
-    return optimizer
-
-
 BFLOAT = "rounds its step to bfloat16"
 ROWS = {
     "plain": Row(),
@@ -228,16 +221,6 @@ class Run:
             self.scaler.update()
         else:
             self.optimizer.step()
-
-
-class Recorder(torch.optim.Optimizer):
-    """Moves nothing and keeps the last hypergradients."""
-
-    def __init__(self, raws):
-        super().__init__(raws, {"lr": 1.0})
-
-    def step(self, closure=None):
-        self.last = [p.grad if p.grad is None else float(p.grad) for p in self.param_groups[0]["params"]]
 
 
 def spaces(columns):

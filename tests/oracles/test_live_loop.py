@@ -17,6 +17,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from recording import Recorder, schedule_free
 from strangers import (
     Belief,
     ByAttribute,
@@ -75,15 +76,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 
 
-def schedule_free(params, **options):
-    optimizer = schedulefree.AdamWScheduleFree(params, **options)
-    optimizer.train()
-    return optimizer
-
-
 if find_spec("schedulefree"):
-    import schedulefree
-
     OPTIMIZERS["schedule-free AdamW"] = schedule_free
 OPTIMIZERS["a stranger"] = Belief
 if hasattr(torch.optim, "Muon"):  # since torch 2.9
@@ -336,17 +329,6 @@ def loss_after_the_step(run, loop, space, name, device):
             return float(cross_entropy(twin.model, T2[device]))
 
     return after
-
-
-class Recorder(torch.optim.Optimizer):
-    """Moves nothing and keeps the last hypergradient of each raw coordinate."""
-
-    def __init__(self, raws):
-        super().__init__(raws, {"lr": 1.0})
-        self.last = []
-
-    def step(self, closure=None):
-        self.last = [float(p.grad) for p in self.param_groups[0]["params"]]
 
 
 TRUTHS = {}

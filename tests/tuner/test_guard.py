@@ -500,3 +500,15 @@ def test_a_risky_option_steps_back_and_stays_below_the_value_that_failed(option,
     space[option].raw.fill_(1.0)
     guard.limit()
     assert float(space[option]) == pytest.approx(0.0707 if option == "lr" else value, rel=1e-3)
+
+
+def test_a_return_is_in_the_trajectory_so_that_a_replay_follows_it():
+    loop = Loop(lr(1e-3), steps=40)
+    loop.run(10)
+    controller = loop.tuner._controller
+    records = len(loop.tuner.trajectory)
+    assert controller._go_back(controller.guard.restore, "it diverged")
+    assert len(loop.tuner.trajectory) == records + 1
+    columns = loop.tuner.trajectory.values(loop.space)
+    assert columns["step"][-1] == loop.tuner.steps == 10
+    assert columns["lr"][-1] == pytest.approx(float(loop.space["lr"]))

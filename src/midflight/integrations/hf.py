@@ -10,8 +10,7 @@ Both losses are those of `trainer.compute_loss`, the validation loss in eval mod
 work as well.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from midflight.errors import InvalidLoss, warn
-from midflight.integrations.host import PREFIX, Host, only
+from midflight.integrations.host import PREFIX, Host, only, silenced
 from midflight.space import Space
 from midflight.tuner import Tuner
 
@@ -81,7 +80,7 @@ class Tune(TrainerCallback):
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
             inputs = trainer._prepare_inputs(dict(batch))
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-            with trainer.compute_loss_context_manager(), _without_log(trainer):
+            with trainer.compute_loss_context_manager(), silenced(trainer, "log"):
                 loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
             if not isinstance(loss, Tensor):
                 raise InvalidLoss(f"compute_loss must return a loss, but gave a {type(loss).__name__}.")
@@ -92,7 +91,7 @@ class Tune(TrainerCallback):
         train_loader, valid_loader = self._loaders
         train_loader = kwargs["train_dataloader"] if train_loader is None else train_loader
         valid_loader = self._valid_loader() if valid_loader is None else valid_loader
-        total = state.max_steps - (0 if self._host.resumes else state.global_step)
+        total = self._host.steps_left(state.max_steps, state.global_step)
         model, loaders = trainer.model_wrapped, (train_loader, valid_loader)
         self._host.begin(model, kwargs["optimizer"], loss_fn, loaders, total, self._write)
 
@@ -135,20 +134,6 @@ class Tune(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._host.end()
-
-
-@contextmanager
-def _without_log(trainer: Trainer) -> Iterator[None]:
-    """Let `trainer.log` do nothing, because a hyper-step is no step of the trainer."""
-    attributes: dict[str, Any] = vars(trainer)
-    own = attributes.get("log")
-    attributes["log"] = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        del attributes["log"]
-        if own is not None:
-            attributes["log"] = own
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

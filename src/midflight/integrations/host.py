@@ -1,7 +1,8 @@
 """What the callbacks for other libraries share: one tuner per training, its state, and its numbers."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -49,10 +50,9 @@ class Host:
         self._state: Mapping[str, Any] | None = None
         """Loaded before the tuner exists."""
 
-    @property
-    def resumes(self) -> bool:
-        """Whether the next tuner goes on from a loaded state."""
-        return self._state is not None
+    def steps_left(self, total: int, done: int) -> int:
+        """Return `total_steps` of the next tuner, which counts the steps done if it goes on from a state."""
+        return total if self._state is not None else total - done
 
     def begin(
         self,
@@ -134,3 +134,21 @@ def only(loaders: Any) -> Iterable[Any] | None:
             "train_loader= or valid_loader= of Tune."
         )
     return loaders[0] if loaders else None
+
+
+@contextmanager
+def silenced(thing: Any, *methods: str) -> Iterator[None]:
+    """Let these methods of an object do nothing, because a hyper-step is no step of the library."""
+    attributes: dict[str, Any] = vars(thing)
+    own = {name: attributes[name] for name in methods if name in attributes}
+    attributes.update(dict.fromkeys(methods, _nothing))
+    try:
+        yield
+    finally:
+        for name in methods:
+            del attributes[name]
+        attributes.update(own)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Do nothing."""

@@ -10,8 +10,7 @@ precision plugins and schedulers work unchanged, because the tuner hooks `optimi
 needs `loss_fn=`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,7 +18,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from midflight.errors import InvalidLoss
-from midflight.integrations.host import Host, only
+from midflight.integrations.host import Host, only, silenced
 from midflight.space import Space
 from midflight.tuner import Tuner
 from midflight.tuner.live import Loss
@@ -81,7 +80,7 @@ class Tune(pl.Callback):
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
             batch = strategy.precision_plugin.convert_input(batch)
             batch = strategy.batch_to_device(pl_module._on_before_batch_transfer(batch, dataloader_idx=0))
-            with strategy.precision_plugin.train_step_context(), _without_log(pl_module):
+            with strategy.precision_plugin.train_step_context(), silenced(pl_module, "log", "log_dict"):
                 return step(pl_module, batch)
 
         def write(numbers: dict[str, float]) -> None:
@@ -103,7 +102,7 @@ class Tune(pl.Callback):
         total = trainer.estimated_stepping_batches
         if not pl_module.automatic_optimization or not 0 < total < float("inf"):
             return None
-        return int(total) - (0 if self._host.resumes else trainer.global_step)
+        return self._host.steps_left(int(total), trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._host.end()
@@ -141,21 +140,3 @@ def _training_step(module: pl.LightningModule, batch: Any) -> Tensor:
             "pass loss_fn=, a function of (module, batch)."
         )
     return loss
-
-
-@contextmanager
-def _without_log(module: pl.LightningModule) -> Iterator[None]:
-    """Let `log` and `log_dict` of a module do nothing, because a hyper-step is no step of the trainer."""
-    attributes: dict[str, Any] = vars(module)
-    own: dict[str, Any] = {name: attributes[name] for name in ("log", "log_dict") if name in attributes}
-    attributes.update(log=_nothing, log_dict=_nothing)
-    try:
-        yield
-    finally:
-        for name in ("log", "log_dict"):
-            del attributes[name]
-        attributes.update(own)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Do nothing."""

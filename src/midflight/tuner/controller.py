@@ -423,6 +423,8 @@ class Controller:
         Args:
             before: the raw coordinates before the move, of the hyperparameters of `_limited`.
         """
+        if not before:
+            return
         start = self.trajectory.at(0.0)
         share = self._hyperstep.shrinkage * (self.total_steps or max(self.steps, UNKNOWN_STEPS))
         for name, earlier in before.items():

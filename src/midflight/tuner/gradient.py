@@ -18,7 +18,7 @@ raised if gradients did not come from `backward`, unless `max_grad_norm` shows t
 
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -241,14 +241,13 @@ class ReceivedGradient:
         self.examples = self._counter.count
         calls = {self._calls[name] for name in grads if name in self._calls}
         grads = grads | {n: g for n, g in (standing or {}).items() if self._calls.get(n) in {None, *calls}}
-        ours = grads.keys()
-        before_first = {name: t for name, t in self._before.items() if name in ours}
+        before_first = {name: t for name, t in self._before.items() if name in grads}
         self.carried = any(bool(t.any()) for t in _fetched(before_first).values())
-        self.passes = max((n for name, n in self._passes.items() if name in ours), default=1)
+        self.passes = max((n for name, n in self._passes.items() if name in grads), default=1)
         unwatched = {n: self._params.get(n) for n in grads if n not in self._watched}
         new = [n for n, p in unwatched.items() if p is None or p.requires_grad]  # None: added just now
-        moved = self._moved(ours)
-        changed = [name for name, flag in self._changed.items() if name in ours and bool(flag)]
+        moved = self._moved(name for name in self._weights if name in grads or self._calls[name] in calls)
+        changed = [name for name, flag in self._changed.items() if name in grads and bool(flag)]
         self.rest()
         _require_unchanged(moved, changed)
         unseen = {name: grads[name] for name in self._watched if name in grads and name not in left}
@@ -277,15 +276,9 @@ class ReceivedGradient:
             groups[0][1].extend(name for name in left if name not in factors)
         return self._of_groups(groups, grads, self.passes, own_norm)
 
-    def _moved(self, ours: Collection[str]) -> list[str]:
-        """Return the weights that changed since their last backward pass.
-
-        Args:
-            ours: weights of the optimisers. Others count only if that pass was in the same call of `backward`
-                as one of these. Otherwise an optimiser of their own may have moved them, as in a GAN.
-        """
-        calls = {self._calls[name] for name in ours if name in self._calls}
-        weights = {n: w for n, w in self._weights.items() if n in ours or self._calls[n] in calls}
+    def _moved(self, names: Iterable[str]) -> list[str]:
+        """Return which of these weights changed since their last backward pass."""
+        weights = {name: self._weights[name] for name in names}
         before = _fetched({name: self._entries[name] for name in weights})
         after = _fetched({name: sampled(p.detach()) for name, (p, _) in weights.items()})
         return [

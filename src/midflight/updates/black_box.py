@@ -48,7 +48,6 @@ class BlackBox(UpdateRule):
     """
 
     certain: ClassVar = False
-
     elementwise: ClassVar = False  # its state may have any shape, so weights are neither cut nor joined
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -190,13 +189,8 @@ class BlackBox(UpdateRule):
 def _require_alone(optimizer: torch.optim.Optimizer) -> None:
     """Raise `UnsupportedOptimizer` if an optimiser holds another one."""
     for name, value in vars(optimizer).items():
-        parts = (
-            value.values()
-            if isinstance(value, dict)
-            else value
-            if isinstance(value, list | tuple)
-            else [value]
-        )
+        parts = value.values() if isinstance(value, dict) else value
+        parts = parts if isinstance(value, dict | list | tuple) else [value]
         if any(isinstance(part, torch.optim.Optimizer) for part in parts):
             raise UnsupportedOptimizer(
                 "an optimiser without an UpdateRule must move weights by itself, but "
