@@ -295,6 +295,7 @@ class MixedPartial:
                     and self._sees_all(train_loss, plain, at, values)
                     and is_linear(train_loss, at, values)
                     and knows_forward_mode(train_loss, at, values)
+                    and _same_in_forward_mode(train_loss, plain, at, values)
                 )
             except Exception:  # the user's code may not work with replaced weights
                 linear = False
@@ -310,14 +311,9 @@ class MixedPartial:
         """
         replaced = train_loss(leaves(at), values)
         live = {id(p) for p in self._live.model.parameters()}
-        with forward_ad.dual_level():
-            duals = {name: forward_ad.make_dual(p, torch.zeros_like(p)) for name, p in at.items()}  # type: ignore[no-untyped-call]
-            moving = forward_ad.unpack_dual(train_loss(duals, values)).primal  # type: ignore[no-untyped-call]
-            same = torch.equal(moving.detach(), plain.detach())
         return (
-            same
+            torch.equal(replaced.detach(), plain.detach())
             and not reenters(replaced)
-            and torch.equal(replaced.detach(), plain.detach())
             and not any(id(leaf) in live for leaf in graph_leaves(replaced))
         )
 
@@ -357,6 +353,16 @@ class MixedPartial:
             return {}
         examples = 0 if self.whole_batches else self._examples
         return {f"mixed_partial/{self.method.replace(' ', '_')}": 1.0, "mixed_partial/examples": examples}
+
+
+def _same_in_forward_mode(
+    train_loss: Callable[[Tensors, Tensors], Tensor], plain: Tensor, at: Tensors, values: Tensors
+) -> bool:
+    """Return whether the loss has the same value at weights that carry tangents."""
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(p, torch.zeros_like(p)) for name, p in at.items()}  # type: ignore[no-untyped-call]
+        moving = forward_ad.unpack_dual(train_loss(duals, values)).primal  # type: ignore[no-untyped-call]
+        return torch.equal(moving.detach(), plain.detach())
 
 
 def _is_hooked(params: Mapping[str, Tensor]) -> bool:
