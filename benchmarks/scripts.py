@@ -9,6 +9,8 @@ script     what it is like                                      tuned           
 =========  ===================================================  ==========================  =========
 mnist      PyTorch's example: CNN, Adadelta, StepLR             lr, weight decay            test data
 word_lm    PyTorch's example: LSTM, SGD, clipping, dropout      lr, dropout                 test data
+gpt        nanoGPT: lr by hand with warm-up, accumulation,      lr, weight decay,           test data
+           clipping, bfloat16, groups without decay             dropout
 timm       timm's NativeScaler: GradScaler, clipping, cosine    lr, weight decay,           test data
                                                                 label smoothing
 lightning  `examples/lightning_digits.py`                       lr, weight decay, noise     T2
@@ -21,6 +23,7 @@ one call before an unchanged loop, and `finish` after it. The time is that of th
 other, without imports. Rows: docs/results/scripts.jsonl.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -141,6 +144,86 @@ def word_lm(tune: bool) -> float:
     return ended(tuner, model, lambda: next_token(model, test))
 
 
+class GPT(nn.Module):
+    """A small decoder on characters."""
+
+    def __init__(self, dropout: nn.Module) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(128, 64), nn.Embedding(32, 64)
+        self.drop = dropout
+        self.blocks = nn.ModuleList(GPTBlock(dropout) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 128, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(self.tokens(x) + self.places.weight[: x.shape[1]])
+        for block in self.blocks:
+            h = block(h)
+        return self.head(self.norm(h))
+
+
+class GPTBlock(nn.Module):
+    def __init__(self, dropout: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.drop = nn.LayerNorm(64), nn.LayerNorm(64), dropout
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+        self.mlp = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (4, 16)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
+        x = x + self.drop(self.out(mixed))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+def gpt(tune: bool) -> float:
+    max_iters, warmup, learning_rate, min_lr, accumulate = 400, 40, 1e-3, 1e-4, 2
+    t1, held_out = text()
+    t2, test = ((held_out.x[part], held_out.y[part]) for part in (slice(0, 500), slice(500, None)))
+    space = mf.Space(
+        lr=mf.default_range("lr", init=learning_rate),
+        weight_decay=mf.default_range("decoupled_weight_decay", init=0.1),
+        dropout=mf.Float(0.0, 0.6, init=0.05),
+    )
+    model = GPT(mf.nn.Dropout(space["dropout"]))
+    weights = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return next_token(model, batch)
+
+    def get_batch() -> tuple[Tensor, Tensor]:
+        rows_of = torch.randint(len(t1.x), (16,))
+        return t1.x[rows_of], t1.y[rows_of]
+
+    def get_lr(it: int) -> float:
+        if it < warmup:
+            return learning_rate * (it + 1) / (warmup + 1)
+        ratio = 0.5 * (1 + math.cos(math.pi * (it - warmup) / (max_iters - warmup)))
+        return min_lr + ratio * (learning_rate - min_lr)
+
+    train_loader = DataLoader(TensorDataset(t1.x, t1.y), 16, shuffle=True)
+    valid_loader = DataLoader(TensorDataset(*t2), 32, shuffle=True)
+    tuner = tune and mf.Tuner(
+        model, optimizer, space, loss_fn, train_loader, valid_loader, total_steps=max_iters
+    )
+    model.train()
+    for it in range(max_iters):
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(it)
+        for _ in range(accumulate):
+            (loss_fn(model, get_batch()) / accumulate).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return ended(tuner, model, lambda: next_token(model, test))
+
+
 class NativeScaler:
     """What timm calls in place of `backward` and `step`."""
 
@@ -208,6 +291,7 @@ def example(name: str, length: int, tune: bool, seed: int) -> float:
 SCRIPTS: dict[str, Callable[..., float]] = {
     "mnist": mnist,
     "word_lm": word_lm,
+    "gpt": gpt,
     "timm": timm,
     "lightning": partial(example, "lightning_digits", 80),
     "hf": partial(example, "hf_text", 300),
