@@ -49,6 +49,16 @@ def test_importing_midflight_or_its_search_loads_no_optional_package():
     assert ran.stderr.strip() == "[]"
 
 
+def test_importing_midflight_loads_little_that_torch_has_not():
+    code = (
+        "import sys, torch; before = set(sys.modules); import midflight; "
+        "own = {m.partition('.')[0] for m in set(sys.modules) - before}; "
+        "sys.exit(str(sorted(own | ({'numpy.random'} & set(sys.modules) - before))))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stderr.strip() == "['midflight']"
+
+
 def test_the_command_helps_and_names_the_missing_extra_without_optional_packages():
     block = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); from importlib import util; "
     block += (

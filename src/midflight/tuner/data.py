@@ -18,8 +18,8 @@ from midflight.errors import InvalidLoss, UnusableLoader
 from midflight.tuner.randomness import (
     DEPTH,
     ENTRIES,
-    GENERATORS,
     Randomness,
+    generators,
     held,
     parts_of,
     plain,
@@ -193,10 +193,7 @@ def _copied(thing: Any, known: dict[int, Any], depth: int, room: int) -> Any:
 
 
 _CONTAINERS = (list, tuple, dict, set)
-_SHARED = (
-    *_CONTAINERS, *GENERATORS, Iterator, Tensor, np.ndarray, nn.Module, type, FunctionType, ModuleType,
-    partial,
-)  # fmt: skip
+_SHARED = (*_CONTAINERS, Iterator, Tensor, np.ndarray, nn.Module, type, FunctionType, ModuleType, partial)
 
 
 def _is_shared(thing: Any) -> bool:
@@ -204,7 +201,7 @@ def _is_shared(thing: Any) -> bool:
     if kind in _CONTAINERS:  # subclasses of these may not be copied safely
         return False
     return (
-        isinstance(thing, _SHARED)
+        isinstance(thing, (*_SHARED, *generators()))
         or kind.__module__ == "builtins"
         or hasattr(kind, "__del__")
         or not hasattr(thing, "__dict__")

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from statistics import fmean, variance
 from typing import Any
+
+import numpy as np
 
 from midflight._tensors import Tensors
 from midflight.errors import UnreachedHyperparameter
@@ -183,8 +184,8 @@ def overfitted(loss: Callable[[Any], float], tuned_on: Iterable[Any], third: Ite
                 f"{name} must have at least 2 batches to compare the two, but has {len(values)}; "
                 "use smaller batches."
             )
-    t2, t3 = map(fmean, both)
-    error = math.sqrt(sum(variance(values) / len(values) for values in both))
+    t2, t3 = (float(np.mean(values)) for values in both)
+    error = math.sqrt(sum(float(np.var(values, ddof=1)) / len(values) for values in both))
     if t3 - t2 <= SIGNIFICANT * error:
         return []
     return [

@@ -32,7 +32,7 @@ class Randomness:
 
     def __init__(self, holders: Iterable[Any] = ()) -> None:
         seed = (torch.initial_seed() ^ SALT) % 2**32
-        found = [g for g in held(holders, GENERATORS) if g is not torch.default_generator]
+        found = [g for g in held(holders, generators()) if g is not torch.default_generator]
         shared = [_source(torch.default_generator), _numpy(), _python()]
         held_ones = [_source(generator) for generator in found]
         self._sources = [*shared, *held_ones]
@@ -142,7 +142,11 @@ def _source(generator: Any) -> _Source:
     return _Source(lambda: bits.state, write, lambda n: write(type(bits)(n).state))
 
 
-GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+def generators() -> tuple[type, ...]:
+    """Return the classes of random generators; those of numpy.random, slow to import, only if it is loaded."""
+    loaded = "numpy.random" in sys.modules
+    of_numpy = (np.random.RandomState, np.random.Generator) if loaded else ()
+    return torch.Generator, random.Random, *of_numpy
 
 
 def held(
@@ -177,7 +181,7 @@ _ATOMS = (torch.Tensor, np.ndarray, str, bytes, int, float, type, type(sys), typ
 
 def parts_of(obj: Any) -> list[Any]:
     """Return what an object holds, and what its code reads: closures and globals of its module."""
-    if isinstance(obj, GENERATORS):
+    if isinstance(obj, generators()):
         return []
     if isinstance(obj, Mapping | list | tuple | set):
         entries = obj.values() if isinstance(obj, Mapping) else obj
