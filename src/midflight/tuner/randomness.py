@@ -143,7 +143,7 @@ def _source(generator: Any) -> _Source:
 
 
 def generators() -> tuple[type, ...]:
-    """Return the classes of random generators; those of numpy.random, slow to import, only if it is loaded."""
+    """Return the classes of random generators, without importing numpy.random, which is slow."""
     loaded = "numpy.random" in sys.modules
     of_numpy = (np.random.RandomState, np.random.Generator) if loaded else ()
     return torch.Generator, random.Random, *of_numpy
