@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from midflight import errors, nn
 from midflight.hypergrad import hypergradient
+from midflight.mixture import Mixture
 from midflight.space import Categorical, Float, Hyperparameter, Int, Space, default_range
 from midflight.tuner import (
     Averaged,
@@ -40,6 +41,7 @@ __all__ = [
     "FrontLoaded",
     "Hyperparameter",
     "Int",
+    "Mixture",
     "NextStep",
     "Population",
     "Replay",

@@ -57,6 +57,11 @@ class Hyperparameter:
         if spec.init is not None:
             self.set(spec.init)
 
+    def named(self, name: str, dtype: torch.dtype) -> "Hyperparameter":
+        """Take a name and a type, as an entry of a `Space`; return self."""
+        self.name, self.raw = name, self.raw.detach().to(dtype)
+        return self
+
     @property
     def value(self) -> Tensor:
         return self.transform.value(self.raw) if self._seen is None else self._seen

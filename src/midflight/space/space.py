@@ -17,7 +17,7 @@ class Space:
     """The named hyperparameters of a run: a mapping from name to `Hyperparameter`.
 
     Args:
-        specs: name -> `Float`, for names that are not Python identifiers.
+        specs: name -> `Float` or `Mixture`, for names that are not Python identifiers.
         dtype: dtype of the raw coordinates; default: torch's default dtype.
         named: the same as keywords: `Space(noise=Float(0, 0.8))`.
 
@@ -27,7 +27,12 @@ class Space:
     """
 
     def __init__(
-        self, specs: Mapping[str, Float] | None = None, /, *, dtype: torch.dtype | None = None, **named: Float
+        self,
+        specs: Mapping[str, Float | Hyperparameter] | None = None,
+        /,
+        *,
+        dtype: torch.dtype | None = None,
+        **named: Float | Hyperparameter,
     ) -> None:
         specs = {**(specs or {}), **named}
         if not specs:
@@ -42,10 +47,13 @@ class Space:
                     f"{name} must be a Float, but is {spec!r}, which has no gradient; "
                     "declare it in a midflight.search.Space instead."
                 )
-            if not isinstance(spec, Float):
+            if not isinstance(spec, Float | Hyperparameter):
                 raise SpaceError(f"{name} must be a Float, but got {spec!r}; write {name}={_written(spec)}.")
         dtype = dtype or torch.get_default_dtype()
-        self._entries = {name: Hyperparameter(name, spec, dtype) for name, spec in specs.items()}
+        self._entries = {
+            name: spec.named(name, dtype) if isinstance(spec, Hyperparameter) else Hyperparameter(name, spec, dtype)
+            for name, spec in specs.items()
+        }
 
     def __getitem__(self, name: str) -> Hyperparameter:
         if name not in self._entries:

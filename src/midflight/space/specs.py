@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from midflight.errors import SpaceError
-from midflight.space.transforms import Linear, Log, Logit, Transform
+from midflight.space.transforms import Linear, Log, Logit, Simplex, Transform
 
 Value = float | Sequence[float] | Tensor
 Choice: TypeAlias = str | int | float | bool | None
@@ -96,6 +96,47 @@ class Float:
             return (Log if self.log else Logit)(self.low, self.high)
         init = 0.0 if self.init is None else float(self.check(self.init).abs().max())
         return Linear(self.low, self.high, init)
+
+
+@dataclass(frozen=True)
+class Shares(Float):
+    """Shares of a whole, positive numbers with the sum 1; `midflight.Mixture` makes it.
+
+    Args:
+        ratio: the largest factor between two shares, apart from `floor`; above 1.
+        floor: the part of the whole that is shared equally; in [0, 1).
+
+    Raises:
+        SpaceError: one of these does not hold.
+    """
+
+    ratio: float = field(default=1000.0, kw_only=True)
+    floor: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not 1 < self.ratio < math.inf:
+            raise SpaceError(f"1 < ratio must hold, and ratio be finite, but ratio={self.ratio}.")
+        if isinstance(self.floor, bool) or not 0 <= self.floor < 1:
+            raise SpaceError(f"0 <= floor < 1 must hold, but floor={self.floor}.")
+        super().__post_init__()
+
+    def check(self, value: Value, name: str = "a value") -> Tensor:
+        """Return `value` divided by its sum, as float64; raise `SpaceError` if it is out of reach."""
+        given = torch.as_tensor(value, dtype=torch.float64)
+        if given.shape != self.shape or not bool((given > 0).all()) or not bool(given.isfinite().all()):
+            raise SpaceError(f"{name} must be {self.shape[0]} positive numbers, but got {value!r}.")
+        shares: Tensor = given / given.sum()
+        rest = shares - self.floor / len(shares)
+        if not bool((rest > 0).all()) or float(rest.max() / rest.min()) > self.ratio * (1 + ROUNDING):
+            raise SpaceError(
+                f"{name} must have shares that differ by at most the factor {self.ratio:g}, above "
+                f"floor={self.floor:g}, but got {value!r}; pass a larger ratio or a smaller floor."
+            )
+        return shares
+
+    @property
+    def transform(self) -> Transform:
+        return Simplex(self.low, self.high, self.ratio, self.floor)
 
 
 def _require_bounds(low: float, high: float, log: bool) -> None:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 
@@ -113,6 +114,34 @@ class Logit(Transform):
 
     def raw(self, value: Tensor) -> Tensor:
         return (value.logit() - _logit(self.low)) / self.width
+
+
+@dataclass(frozen=True)
+class Simplex(Transform):
+    """value = floor / k + (1 - floor) softmax(log(ratio) raw), over the last dimension, of length k.
+
+    The values are positive and sum to 1. Unlike other scales, each depends on all coordinates: only their
+    differences count. No two shares of the softmax differ by more than the factor `ratio`.
+    """
+
+    USUAL = math.inf
+
+    ratio: float = 1000.0
+    floor: float = 0.0
+
+    @property
+    def width(self) -> float:
+        return math.log(self.ratio)
+
+    def value(self, raw: Tensor) -> Tensor:
+        share: Tensor = (self.width * raw).softmax(-1)
+        return self.floor / raw.shape[-1] + (1 - self.floor) * share
+
+    def raw(self, value: Tensor) -> Tensor:
+        share = (value - self.floor / value.shape[-1]) / (1 - self.floor)
+        logs = share.clamp(min=torch.finfo(share.dtype).tiny).log()
+        middle = (logs.amax(-1, keepdim=True) + logs.amin(-1, keepdim=True)) / 2
+        return 0.5 + (logs - middle) / self.width
 
 
 def _logit(p: float) -> float:

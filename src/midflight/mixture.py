@@ -1,0 +1,203 @@
+"""Tune how much each source of data counts, while the model trains.
+
+    C1 = sum_i w_i E_i[loss],   w on the simplex,   E_i the mean over source i
+
+The weight of a source acts on the next step alone, so a hypergradient of one step has little bias here:
+
+    dC2/dw_i = <w*, gradient of E_i[loss]>,   w* = (dU/dg)^T v           (`hypergrad.mixed`)
+
+Two ways to use the weights have this C1 and this hypergradient on average. q is the probability with which a
+source is drawn, and an example of source i counts w_i / q_i:
+
+    as loss weights     sources are drawn equally often; q_i = 1/k
+    as probabilities    sources are drawn by their weights; q = w, so each example counts 1
+
+With probabilities, the noise of the training gradient is lower. With loss weights, that of the hypergradient
+of a source with a low weight is.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from midflight.errors import SpaceError, UnknownName
+from midflight.space.hyperparameter import Hyperparameter
+from midflight.space.specs import Shares, Value
+
+
+class Drawn(NamedTuple):
+    """Where the examples of a batch come from.
+
+    Attributes:
+        source: index of the source of each example, shape (B,), whole numbers.
+        chance: the probability with which this source was drawn, shape (B,).
+    """
+
+    source: Tensor
+    chance: Tensor
+
+
+class Mixture(Hyperparameter):
+    """The weights of data sources, or of loss terms: positive numbers with the sum 1.
+
+        mixture = mf.Mixture(["code", "law", "letters"])
+        space = mf.Space(mixture=mixture)
+        loader = mixture.loader([code, law, letters], batch_size=32)      # of (x, y, drawn)
+
+        def loss_fn(model, batch):
+            x, y, drawn = batch
+            return mixture.loss(F.cross_entropy(model(x), y, reduction="none"), drawn)
+
+    Its value is the tensor of weights, shape (k,). For loss terms, take `mixture.value @ terms`.
+
+    Args:
+        sources: their names, or how many there are.
+        init: initial weights, of any sum; equal by default.
+        ratio: the largest factor between two weights, apart from `floor`.
+        floor: the part of the whole that all sources share equally, so that none is forgotten.
+
+    Attributes:
+        sources: their names, in the order of the weights.
+
+    Raises:
+        SpaceError: there are fewer than two sources, two have the same name, or an argument is invalid.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str] | int,
+        init: Value | None = None,
+        *,
+        ratio: float = 1000.0,
+        floor: float = 0.0,
+    ) -> None:
+        self.sources = _names(sources)
+        spec = Shares(0.0, 1.0, init=init, shape=(len(self.sources),), ratio=ratio, floor=floor)
+        super().__init__("mixture", spec, torch.get_default_dtype())
+
+    def shares(self) -> dict[str, float]:
+        """Return source -> its weight now."""
+        return dict(zip(self.sources, self.tolist(), strict=True))
+
+    def loss(self, losses: Tensor, drawn: Drawn) -> Tensor:
+        """Return the mixed loss of a batch, shape (); differentiable in the weights.
+
+        Args:
+            losses: one loss per example, shape (B,) or (B, ...); the mean over the rest is taken.
+            drawn: the part of the batch that `loader` adds.
+
+        Raises:
+            ValueError: there is not one loss per example.
+        """
+        source, chance = (part.to(losses.device) for part in drawn)
+        if losses.ndim == 0 or len(losses) != len(source):
+            raise ValueError(
+                f"losses must have one entry per example, {len(source)}, but have shape {tuple(losses.shape)}; "
+                'compute them with reduction="none".'
+            )
+        weight = self.value.to(losses)[source] / chance.to(losses)
+        return (weight * losses.flatten(1).mean(1) if losses.ndim > 1 else weight * losses).mean()
+
+    def loader(
+        self,
+        datasets: Sequence[Dataset[Any]],
+        batch_size: int,
+        *,
+        by: Literal["loss", "sampling"] = "sampling",
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> "DataLoader[Any]":
+        """Return a loader of all sources; a pass takes as many examples as they have.
+
+        A batch is that of the datasets with a `Drawn` at its end, or under "drawn" in a dict.
+
+        Args:
+            datasets: one per source, with a length, in the order of `sources`.
+            batch_size: examples of a batch.
+            by: "sampling" draws sources with the present weights as probabilities; "loss" draws them equally
+                often.
+            generator: of the random numbers.
+            options: further arguments of `torch.utils.data.DataLoader`, such as `num_workers`.
+
+        Raises:
+            ValueError: there is not one dataset per source, one is empty, or `batch_size` is below 1.
+            UnknownName: `by` is neither of the two.
+        """
+        if by not in ("loss", "sampling"):
+            raise UnknownName("by", by, ("loss", "sampling"))
+        if len(datasets) != len(self.sources):
+            raise ValueError(
+                f"there must be one dataset for each of the {len(self.sources)} sources, but got {len(datasets)}."
+            )
+        sizes = [len(dataset) for dataset in datasets]  # type: ignore[arg-type]
+        if empty := [name for name, size in zip(self.sources, sizes, strict=True) if not size]:
+            raise ValueError(f"each source must have examples, but {empty[0]} has none; leave it out.")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, but batch_size={batch_size!r}.")
+        batches = _Batches(self, sizes, batch_size, by == "sampling", generator)
+        return DataLoader(_Sources(datasets), batch_sampler=batches, **options)
+
+
+class _Sources(Dataset[Any]):
+    """Gives an example, with its source and chance, for a place (source, index, chance)."""
+
+    def __init__(self, datasets: Sequence[Dataset[Any]]) -> None:
+        self.datasets = list(datasets)
+
+    def __getitem__(self, place: tuple[int, int, float]) -> Any:
+        source, index, chance = place
+        example, drawn = self.datasets[source][index], Drawn(torch.tensor(source), torch.tensor(chance))
+        if isinstance(example, Mapping):
+            return {**example, "drawn": drawn}
+        return (*example, drawn) if isinstance(example, tuple | list) else (example, drawn)
+
+
+class _Batches(Sampler[Any]):
+    """Draws batches of places; each source's examples come in random order, again and again."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        sizes: Sequence[int],
+        batch_size: int,
+        by_weight: bool,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.mixture, self.sizes, self.batch_size, self.by_weight = mixture, list(sizes), batch_size, by_weight
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return max(1, sum(self.sizes) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, float]]]:
+        orders = [_endless(size, self.generator) for size in self.sizes]
+        equally = _endless(len(self.sizes), self.generator)
+        even = 1 / len(self.sizes)
+        for _ in range(len(self)):
+            if self.by_weight:
+                weights = self.mixture.value.detach().double().cpu()
+                drawn = weights.multinomial(self.batch_size, replacement=True, generator=self.generator)
+                sources, chances = drawn.tolist(), weights[drawn].tolist()
+            else:
+                sources, chances = [next(equally) for _ in range(self.batch_size)], [even] * self.batch_size
+            yield [(s, next(orders[s]), c) for s, c in zip(sources, chances, strict=True)]
+
+
+def _endless(size: int, generator: torch.Generator | None) -> Iterator[int]:
+    """Yield 0 to size - 1 in random order, again and again."""
+    while True:
+        yield from torch.randperm(size, generator=generator).tolist()
+
+
+def _names(sources: Sequence[str] | int) -> list[str]:
+    if isinstance(sources, int) and not isinstance(sources, bool):
+        sources = [str(n) for n in range(sources)]
+    if isinstance(sources, str | bool) or not all(isinstance(name, str) for name in sources):
+        raise SpaceError(f"sources must be a list of names, or a number, but got {sources!r}.")
+    names = list(sources)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise SpaceError(f"sources must be at least two different names, but got {names}.")
+    return names
