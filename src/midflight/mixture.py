@@ -13,7 +13,11 @@ source is drawn, and an example of source i counts w_i / q_i:
     as probabilities    sources are drawn by their weights; q = w, so each example counts 1
 
 With probabilities, the noise of the training gradient is lower. With loss weights, that of the hypergradient
-of a source with a low weight is.
+of a source with a low weight is. In a batch, a source comes as often as its probability says, up to one
+example (systematic sampling). Losses count as differences from their mean b in the batch, which lowers the
+noise further:
+
+    mean over the batch of (w_i / q_i) (loss - b), plus b
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +30,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from midflight.errors import SpaceError, UnknownName
 from midflight.space.hyperparameter import Hyperparameter
 from midflight.space.specs import Shares, Value
+
+MOST_SHOWN = 8
+"""How many weights `repr` shows, the largest ones."""
 
 
 class Drawn(NamedTuple):
@@ -82,6 +89,15 @@ class Mixture(Hyperparameter):
         """Return source -> its weight now."""
         return dict(zip(self.sources, self.tolist(), strict=True))
 
+    def parts(self) -> dict[str, float]:
+        return {f"{self.name}/{source}": weight for source, weight in self.shares().items()}
+
+    def __repr__(self) -> str:
+        shares = sorted(self.shares().items(), key=lambda pair: -pair[1])
+        shown = ", ".join(f"{source} {weight:.3g}" for source, weight in shares[:MOST_SHOWN])
+        more = len(shares) - MOST_SHOWN
+        return f"{self.name} = {shown}" + (f" and {more} more" if more > 0 else "")
+
     def loss(self, losses: Tensor, drawn: Drawn) -> Tensor:
         """Return the mixed loss of a batch, shape (); differentiable in the weights.
 
@@ -95,11 +111,14 @@ class Mixture(Hyperparameter):
         source, chance = (part.to(losses.device) for part in drawn)
         if losses.ndim == 0 or len(losses) != len(source):
             raise ValueError(
-                f"losses must have one entry per example, {len(source)}, but have shape {tuple(losses.shape)}; "
-                'compute them with reduction="none".'
+                f"losses must have one entry for each of {len(source)} examples, but have shape "
+                f'{tuple(losses.shape)}; compute them with reduction="none".'
             )
+        if losses.ndim > 1:
+            losses = losses.flatten(1).mean(1)
+        mean = losses.mean()
         weight = self.value.to(losses)[source] / chance.to(losses)
-        return (weight * losses.flatten(1).mean(1) if losses.ndim > 1 else weight * losses).mean()
+        return (weight * (losses - mean)).mean() + mean
 
     def loader(
         self,
@@ -130,13 +149,15 @@ class Mixture(Hyperparameter):
             raise UnknownName("by", by, ("loss", "sampling"))
         if len(datasets) != len(self.sources):
             raise ValueError(
-                f"there must be one dataset for each of the {len(self.sources)} sources, but got {len(datasets)}."
+                f"each of the {len(self.sources)} sources must have one dataset, but got {len(datasets)}."
             )
         sizes = [len(dataset) for dataset in datasets]  # type: ignore[arg-type]
         if empty := [name for name, size in zip(self.sources, sizes, strict=True) if not size]:
             raise ValueError(f"each source must have examples, but {empty[0]} has none; leave it out.")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, but batch_size={batch_size!r}.")
+            raise ValueError(
+                f"batch_size must be a whole number of at least 1, but batch_size={batch_size!r}."
+            )
         batches = _Batches(self, sizes, batch_size, by == "sampling", generator)
         return DataLoader(_Sources(datasets), batch_sampler=batches, **options)
 
@@ -166,7 +187,12 @@ class _Batches(Sampler[Any]):
         by_weight: bool,
         generator: torch.Generator | None,
     ) -> None:
-        self.mixture, self.sizes, self.batch_size, self.by_weight = mixture, list(sizes), batch_size, by_weight
+        self.mixture, self.sizes, self.batch_size, self.by_weight = (
+            mixture,
+            list(sizes),
+            batch_size,
+            by_weight,
+        )
         self.generator = generator
 
     def __len__(self) -> int:
@@ -174,16 +200,24 @@ class _Batches(Sampler[Any]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int, float]]]:
         orders = [_endless(size, self.generator) for size in self.sizes]
-        equally = _endless(len(self.sizes), self.generator)
-        even = 1 / len(self.sizes)
+        even = torch.full((len(self.sizes),), 1 / len(self.sizes), dtype=torch.float64)
         for _ in range(len(self)):
-            if self.by_weight:
-                weights = self.mixture.value.detach().double().cpu()
-                drawn = weights.multinomial(self.batch_size, replacement=True, generator=self.generator)
-                sources, chances = drawn.tolist(), weights[drawn].tolist()
-            else:
-                sources, chances = [next(equally) for _ in range(self.batch_size)], [even] * self.batch_size
-            yield [(s, next(orders[s]), c) for s, c in zip(sources, chances, strict=True)]
+            chances = self.mixture.value.detach().double().cpu() if self.by_weight else even
+            drawn = _systematic(chances, self.batch_size, self.generator)
+            yield [
+                (s, next(orders[s]), c) for s, c in zip(drawn.tolist(), chances[drawn].tolist(), strict=True)
+            ]
+
+
+def _systematic(chances: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """Draw n sources in random order, each int(n chance) or one more time."""
+    order = torch.randperm(len(chances), generator=generator)  # else neighbours would come together
+    places = (
+        torch.arange(n, dtype=torch.float64) + torch.rand((), dtype=torch.float64, generator=generator)
+    ) / n
+    ends = chances[order].cumsum(0)
+    drawn = order[torch.searchsorted(ends / ends[-1], places).clamp(max=len(chances) - 1)]
+    return drawn[torch.randperm(n, generator=generator)]
 
 
 def _endless(size: int, generator: torch.Generator | None) -> Iterator[int]:

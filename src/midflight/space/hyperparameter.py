@@ -62,6 +62,10 @@ class Hyperparameter:
         self.name, self.raw = name, self.raw.detach().to(dtype)
         return self
 
+    def parts(self) -> dict[str, float]:
+        """Return what a logger shows, name -> number: the value, or its mean if it has a shape."""
+        return {self.name: float(self.value.detach().mean())}
+
     @property
     def value(self) -> Tensor:
         return self.transform.value(self.raw) if self._seen is None else self._seen

@@ -10,7 +10,8 @@ from torch import Tensor
 from midflight._tensors import Tensors
 from midflight.errors import SpaceError, UnknownName
 from midflight.space.hyperparameter import Hyperparameter
-from midflight.space.specs import Categorical, Float, Int, Value
+from midflight.space.specs import Categorical, Float, Int, Shares, Value
+from midflight.space.transforms import Simplex, Transform
 
 
 class Space:
@@ -51,7 +52,9 @@ class Space:
                 raise SpaceError(f"{name} must be a Float, but got {spec!r}; write {name}={_written(spec)}.")
         dtype = dtype or torch.get_default_dtype()
         self._entries = {
-            name: spec.named(name, dtype) if isinstance(spec, Hyperparameter) else Hyperparameter(name, spec, dtype)
+            name: spec.named(name, dtype)
+            if isinstance(spec, Hyperparameter)
+            else Hyperparameter(name, spec, dtype)
             for name, spec in specs.items()
         }
 
@@ -139,7 +142,17 @@ def _written(spec: object) -> str:
 
 
 def _range(spec: Float) -> tuple[float, float, str]:
+    if isinstance(spec, Shares):
+        return float(spec.ratio), float(spec.floor), "simplex"
     return float(spec.low), float(spec.high), "log" if spec.log else "logit" if spec.logit else "linear"
+
+
+def _transform(saved: Sequence[Any]) -> Transform:
+    """Return the transform of a saved range, the inverse of `_range`."""
+    a, b, scale = saved
+    if scale == "simplex":
+        return Simplex(0.0, 1.0, a, b)
+    return Float(a, b, log=scale == "log", logit=scale == "logit").transform
 
 
 def _moved(entry: Hyperparameter, raw: Tensor, saved: Sequence[Any] | None) -> Tensor:
@@ -149,8 +162,7 @@ def _moved(entry: Hyperparameter, raw: Tensor, saved: Sequence[Any] | None) -> T
         raise SpaceError(f"{entry.name} must have shape {spec.shape}, but was saved with {tuple(raw.shape)}.")
     if saved is None or tuple(saved) == _range(spec):
         return raw
-    low, high, scale = saved
-    value = Float(low, high, log=scale == "log", logit=scale == "logit").transform.value(raw.double())
+    value = _transform(saved).value(raw.double())
     try:
         return spec.transform.raw(spec.check(value)).clamp(0, 1)
     except SpaceError as error:

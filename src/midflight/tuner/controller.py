@@ -16,6 +16,7 @@ from torch import Tensor
 from midflight._tensors import Tensors, all_finite
 from midflight.errors import UnknownGradient, warn
 from midflight.space import Space
+from midflight.space.specs import Shares
 from midflight.tuner.diagnostics import PATIENCE, Bounds, Reach, Signal
 from midflight.tuner.failures import Failures
 from midflight.tuner.gradient import StandingWeights
@@ -411,7 +412,8 @@ class Controller:
         if not self.horizon.needs_losses:
             return set()
         decays = self._hyperstep.decays if self._hyperstep.shrinkage else []
-        return {*decays, *([] if self.learned else self._space.raws.keys() - self.options.keys())}
+        others = [name for name in self._space if not isinstance(self._space[name].spec, Shares)]
+        return {*decays, *([] if self.learned else set(others) - self.options.keys())}
 
     @torch.no_grad()
     def _limit(self, before: Tensors) -> None:

@@ -30,7 +30,7 @@ weights."""
 
 def numbers(space: Space, binding: Binding, controller: Controller, hyperstep: HyperStep) -> dict[str, float]:
     """Return numbers for a logger: values of hyperparameters, losses and counts, name -> number."""
-    values = {f"value/{name}": float(space[name].value.detach().mean()) for name in space}
+    values = {f"value/{part}": x for name in space for part, x in space[name].parts().items()}
     options = {f"option/{name}": value for name, value in binding.actual().items()}
     counts = {
         "hypersteps": controller.hypersteps,

@@ -10,6 +10,7 @@ import torch
 from midflight._tensors import Tensors
 from midflight.errors import require_extra
 from midflight.space import Space
+from midflight.space.specs import Shares
 from midflight.tuner.binding import Bind, Binding
 from midflight.tuner.hooks import StepHooks
 from midflight.tuner.optimizers import Optimizers, unwrapped
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 MOST_POINTS = 1000
 """The most points of a trajectory; if there are more, every other one is dropped."""
+MOST_NAMED = 20
+"""A figure names the sources of a mixture if there are at most so many."""
 MOST_ENTRIES = 1_000_000
 """The most entries, which are points times entries of all hyperparameters."""
 
@@ -112,7 +115,14 @@ class Trajectory(Saved):
         axes = fig.subplots(len(space), sharex=True, squeeze=False)[:, 0]
         for ax, name in zip(axes, space, strict=True):
             spec = space[name].spec
-            ax.step(columns["step"], columns[name], where="post")
+            if isinstance(spec, Shares):
+                shares = torch.stack([space[name].transform.value(raws[name]) for raws in self._raws])
+                labels = [part.partition("/")[2] for part in space[name].parts()]
+                ax.stackplot(columns["step"], shares.T.numpy(), step="post", labels=labels)
+                if len(labels) <= MOST_NAMED:
+                    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+            else:
+                ax.step(columns["step"], columns[name], where="post")
             ax.set_yscale("log" if spec.log else "logit" if spec.logit else "linear")
             ax.set_ylim(spec.low, spec.high)
             ax.set_ylabel(name)

@@ -1,0 +1,245 @@
+"""Weights of data sources: hypergradients, loaders, and what cannot be a mixture."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import midflight as mf
+from midflight.errors import SpaceError
+from midflight.gradcheck.oracles import derivative
+from midflight.mixture import Drawn
+
+SIZES = (40, 30, 20, 10)
+
+
+def sources(dtype=torch.float32, sizes=SIZES):
+    rng = torch.Generator().manual_seed(0)
+    found = []
+    for k, size in enumerate(sizes):
+        x = torch.randn(size, 6, generator=rng).to(dtype)
+        found.append(TensorDataset(x, (x[:, :3] + k * torch.randn(size, 3, generator=rng)).argmax(1)))
+    return found
+
+
+def per_example(model, x, y):
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+class Keeper(torch.optim.Optimizer):
+    """Moves nothing and keeps the last hypergradient."""
+
+    def __init__(self, raws):
+        super().__init__(raws, {"lr": 1.0})
+
+    def step(self, closure=None):
+        self.last = self.param_groups[0]["params"][0].grad.clone()
+
+
+class Loop:
+    """A loop on one batch of a loader, in float64, with AdamW and clipping."""
+
+    def __init__(self, by, clip):
+        torch.manual_seed(0)
+        self.mixture = mf.Mixture(["a", "b", "c", "d"], init=[4, 3, 2, 1])
+        self.space = mf.Space(mixture=self.mixture, dtype=torch.float64)
+        loader = self.mixture.loader(
+            sources(torch.float64), 64, by=by, generator=torch.Generator().manual_seed(1)
+        )
+        self.batch = next(iter(loader))
+        self.t2 = next(iter(DataLoader(sources(torch.float64)[0], 40)))
+        self.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.clip = clip
+
+    def loss(self, model, batch):
+        x, y, drawn = batch
+        return self.mixture.loss(per_example(model, x, y), drawn)
+
+    def valid_loss(self, model, batch):
+        return per_example(model, *batch[:2]).mean()
+
+    def step(self):
+        self.optimizer.zero_grad()
+        self.loss(self.model, self.batch).backward()
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("by", ["loss", "sampling"])
+def test_hypergradients_of_the_weights_equal_central_differences(by, clip):
+    loop = Loop(by, clip)
+    tuner = mf.Tuner(
+        loop.model, loop.optimizer, loop.space, loop.loss, [loop.batch], [loop.t2], examples=None,
+        valid_loss_fn=loop.valid_loss, schedule=1, horizon="step", hyper_optimizer=Keeper, max_grad_norm=clip,
+    )  # fmt: skip
+    for _ in range(3):
+        loop.step()
+    before = copy.deepcopy((loop.model, loop.optimizer))
+    loop.step()
+    tuner.detach()
+    raw = loop.mixture.raw.detach().clone()
+
+    def after(k):
+        def f(shift):
+            moved = raw.clone()
+            moved[k] += shift
+            loop.model, loop.optimizer = copy.deepcopy(before)
+            with loop.space.seeing(loop.space.values({"mixture": moved})):
+                loop.step()
+            return float(loop.valid_loss(loop.model, loop.t2).detach())
+
+        return f
+
+    truth = [derivative(after(k))[0] for k in range(len(SIZES))]
+    assert tuner.hyper_optimizer.last.tolist() == pytest.approx(truth, rel=1e-6)
+
+
+@pytest.mark.parametrize("by", ["loss", "sampling"])
+def test_the_loss_of_a_batch_has_the_mean_and_slope_of_the_mixed_loss(by):
+    mixture = mf.Mixture(4, init=[4, 3, 2, 1])
+    mixture.raw.requires_grad_()
+    model = nn.Linear(6, 3)
+    means = torch.stack([per_example(model, *data.tensors).mean() for data in sources()]).detach()
+    right = mixture.value @ means
+    slopes = torch.autograd.grad(right, mixture.raw)[0]
+    losses = []
+    torch.manual_seed(0)
+    loader = mixture.loader(sources(), 1000, by=by)
+    for _ in range(60):
+        (x, y, drawn) = next(iter(loader))
+        losses.append(mixture.loss(per_example(model, x, y).detach(), drawn))
+    mean = torch.stack(losses).mean()
+    found = torch.autograd.grad(mean, mixture.raw)[0]
+    assert float(mean.detach()) == pytest.approx(float(right.detach()), rel=0.01)  # 60,000 examples
+    assert torch.allclose(found, slopes, atol=0.05 * float(slopes.abs().max()))
+
+
+def test_a_loader_draws_by_the_weights_of_now():
+    mixture = mf.Mixture(["a", "b"], ratio=1e4)
+    mf.Space(mixture=mixture)
+    torch.manual_seed(0)
+    batches = iter(mixture.loader(sources(sizes=(500, 500)), 200))
+    assert float(next(batches)[-1].source.float().mean()) == pytest.approx(0.5, abs=0.15)
+    mixture.set([1, 999])
+    assert float(next(batches)[-1].source.float().mean()) > 0.95
+
+
+def test_each_batch_has_a_source_as_often_as_its_probability_says_up_to_one():
+    mixture = mf.Mixture(4, init=[4, 3, 2, 1])
+    for by, expected in (("loss", [2.5] * 4), ("sampling", [4, 3, 2, 1])):
+        for _, _, drawn in mixture.loader(sources(), 10, by=by):
+            counts = torch.bincount(drawn.source, minlength=4)
+            assert bool(((counts - torch.tensor(expected)).abs() < 1).all())
+
+
+def test_a_pass_takes_as_many_examples_as_there_are_and_each_source_in_random_order():
+    mixture = mf.Mixture(4)
+    loader = mixture.loader(sources(), 8, by="loss", generator=torch.Generator().manual_seed(0))
+    batches = list(loader)
+    assert len(loader) == len(batches) == 12
+    of_first = [
+        tuple(x.tolist()) for xs, _, d in batches for x, s in zip(xs, d.source, strict=True) if s == 0
+    ]
+    assert len(of_first) == len(set(of_first)) == 24
+    assert of_first != [tuple(x.tolist()) for x in sources()[0].tensors[0][:24]]
+
+
+class Dicts(Dataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return {"x": torch.tensor([float(index)])}
+
+
+def test_a_batch_of_dicts_has_the_sources_under_drawn_also_from_workers():
+    mixture = mf.Mixture(2)
+    batch = next(iter(mixture.loader([Dicts(), Dicts()], 6, num_workers=1)))
+    assert isinstance(batch["drawn"], Drawn)
+    assert batch["x"].shape == (6, 1)
+    assert float(mixture.loss(torch.ones(6), batch["drawn"])) == pytest.approx(1.0)
+
+
+def test_a_run_moves_to_the_source_that_the_validation_data_are_of():
+    torch.manual_seed(0)
+    mixture = mf.Mixture(["like T2", "noise"])
+    data = sources(sizes=(400, 1))
+    wrong = TensorDataset(data[0].tensors[0], torch.randint(0, 3, (400,)))
+    t2 = DataLoader(TensorDataset(*(t[:100] for t in data[0].tensors)), 50, shuffle=True)
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    loader = mixture.loader([data[0], wrong], 32)
+
+    def loss_fn(model, batch):
+        return mixture.loss(per_example(model, *batch[:2]), batch[2])
+
+    def valid_loss_fn(model, batch):
+        return per_example(model, *batch[:2]).mean()
+
+    tuner = mf.Tuner(
+        model, optimizer, mf.Space(mixture=mixture), loss_fn, loader, t2, valid_loss_fn=valid_loss_fn,
+        total_steps=200,
+    )  # fmt: skip
+    for _ in range(8):
+        for batch in loader:
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            optimizer.step()
+    assert mixture.shares()["like T2"] > 0.9
+    assert tuner.log()["value/mixture/like T2"] == pytest.approx(mixture.shares()["like T2"])
+    assert "mixture = like T2 0.9" in repr(tuner)
+    assert tuner.trajectory.plot(tuner.space)
+
+
+def test_a_saved_mixture_keeps_its_shares_in_another_range():
+    one = mf.Space(mixture=mf.Mixture(3, init=[1, 2, 3]))
+    other = mf.Space(mixture=mf.Mixture(3, ratio=50.0))
+    other.load_state_dict(one.state_dict())
+    assert other["mixture"].tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 2], rel=1e-5)
+
+
+def test_no_share_falls_below_its_part_of_the_floor():
+    mixture = mf.Mixture(4, floor=0.2)
+    with torch.no_grad():
+        mixture.raw.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    assert min(mixture.tolist()) >= 0.05
+    assert sum(mixture.tolist()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: mf.Mixture(1), "at least two"),
+        (lambda: mf.Mixture("ab"), "list of names"),
+        (lambda: mf.Mixture(["a", "a"]), "different names"),
+        (lambda: mf.Mixture(2, init=[1, 0]), "positive numbers"),
+        (lambda: mf.Mixture(2, init=[1, 2, 3]), "2 positive numbers"),
+        (lambda: mf.Mixture(2, init=[1, 5000]), "at most the factor 1000"),
+        (lambda: mf.Mixture(2, ratio=1.0), "1 < ratio"),
+        (lambda: mf.Mixture(2, floor=1.0), "floor < 1"),
+    ],
+)
+def test_what_cannot_be_a_mixture_is_refused(make, said):
+    with pytest.raises(SpaceError, match=said):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m: m.loader(sources()[:1], 8), "must have one dataset"),
+        (lambda m: m.loader([sources()[0], TensorDataset(torch.empty(0, 6))], 8), "1 has none"),
+        (lambda m: m.loader(sources()[:2], 0), "batch_size"),
+        (lambda m: m.loader(sources()[:2], 8, by="luck"), "luck"),
+        (lambda m: m.loss(torch.tensor(1.0), Drawn(torch.zeros(3), torch.ones(3))), "one entry for each"),
+    ],
+)
+def test_a_mixture_refuses_other_data_than_its_sources(call, said):
+    with pytest.raises(ValueError, match=said):
+        call(mf.Mixture(2))
