@@ -13,6 +13,7 @@ from midflight.tuner.data import examples_of
 from midflight.tuner.distributed import Processes
 from midflight.tuner.hyperstep import HyperStep
 from midflight.tuner.live import signals_wait, weights_at
+from midflight.tuner.sharded import part
 
 
 def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str, float]:
@@ -30,7 +31,7 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
         name -> validation loss, the best first.
     """
     live = hyperstep.live
-    candidates = {name: at for name, at in candidates.items() if _fits(at, hyperstep.params())}
+    candidates = {name: at for name, at in candidates.items() if _fits(at, hyperstep.weights())}
     tensors = {**dict(live.model.named_buffers()), **hyperstep.params()}
     with hyperstep.processes.together():
         losses = _losses(hyperstep, {"last": {}, **candidates}, tensors)
@@ -43,7 +44,7 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
         )
     with signals_wait(), torch.no_grad():
         for name, value in candidates.get(best, {}).items():
-            tensors[name].copy_(value)
+            part(tensors[name]).copy_(value)
     return ranked
 
 

@@ -95,7 +95,7 @@ def sentences(
     run, total = controller, controller.total_steps
     about_loss = _earlier(space, run, finished) if finished else _rising(run)
     found = run.returns() + run.failures.report() + run.bounds.report(space, paid=not about_loss)
-    finite = all_finite(detach(hyperstep.params()).values())
+    finite = all_finite(detach(hyperstep.weights()).values())  # of sharded ones this process's part
     if not finite:
         guarded = "" if run.guard is not None else 'keep guard=True and horizon="run", or '
         found.append(f"the weights are not finite; {guarded}start from a lower lr.")

@@ -135,8 +135,9 @@ class Tuner:
         options = {name: self._binding.options[name] for name in self._binding.step_options}
         watch = None
         if guard and isinstance(self.horizon, Averaged):
-            tensors = self._hyperstep.params, self._hyperstep.buffers
-            watch = Guard(space, self.horizon, *tensors, optimizers, options)
+            tensors = self._hyperstep.weights, self._hyperstep.buffers
+            parts = self._hyperstep.processes.parts
+            watch = Guard(space, self.horizon, *tensors, optimizers, options, parts)
         self._controller = Controller(
             space, self._hyperstep, self.horizon, self.schedule, Failures(), watch, options,
             hyper_optimizer, self._total,
