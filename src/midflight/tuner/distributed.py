@@ -55,6 +55,11 @@ class Processes:
             _require_plain_mean(model)
         self.parts = Parts(self.count, self._device) if self.sharded else WHOLE
 
+    @property
+    def place(self) -> list[int] | None:
+        """[the number of this process, how many there are] if weights are sharded; None otherwise."""
+        return [torch.distributed.get_rank(), self.count] if self.sharded else None
+
     @contextmanager
     def together(self, equal: Sequence[Tensor] = ()) -> Iterator[None]:
         """Compute what follows in all processes; if it fails in one, it fails in all.

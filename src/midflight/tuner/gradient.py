@@ -574,7 +574,7 @@ def scaler_stage(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer)
 
 def sampled(t: Tensor) -> Tensor:
     """Return up to SAMPLED entries, spread evenly, as a vector."""
-    flat = part(t).detach().reshape(-1)
+    flat: Tensor = part(t).detach().reshape(-1)
     stride = max(1, flat.numel() // SAMPLED)
     return flat[: SAMPLED * stride : stride]
 

@@ -49,7 +49,7 @@ from midflight.tuner.saved import Saved
 from midflight.tuner.sharded import part, part_of_gradient, parts
 from midflight.tuner.slope import warn_unless_slope
 from midflight.tuner.step_options import LENGTHS, slopes_of_length
-from midflight.updates import State, Updates, step_ahead
+from midflight.updates import BlackBox, State, Updates, step_ahead
 from midflight.updates.base import tuned_options
 
 _RAW = "raw of "
@@ -584,6 +584,7 @@ class HyperStep(Saved):
         with passes:
             self.live.train_loss(self.train_loss, self.mixed.subsample(batch))
         moved = moved_statistics(layers, passes, along, self.received.passes)
+        self.live.gather()
         return {} if moved is None else value_grads(moved, self._space.raws)
 
     def _warn_if_reached(self, others: set[str], batch: Any) -> None:
@@ -652,7 +653,7 @@ class HyperStep(Saved):
         if not self.processes.sharded:
             return
         for optimizer, rule in zip(self._optimizers, self._binding.rules, strict=True):
-            if not rule.elementwise:
+            if not (rule.elementwise or isinstance(rule, BlackBox)):  # which tests it when it is built
                 raise UnsupportedOptimizer(
                     "with fully_shard, each entry of a weight must be updated by itself, but "
                     f"{type(optimizer).__name__} reads whole weights; use an elementwise optimiser, or "

@@ -33,6 +33,7 @@ from midflight.tuner.distributed import local
 from midflight.tuner.gradient import same_entries, sampled
 from midflight.tuner.randomness import Randomness
 from midflight.tuner.sharded import (
+    gather,
     is_sharded,
     part,
     part_of_gradient,
@@ -93,6 +94,10 @@ class LiveModel:
     def reshard(self) -> None:
         """Let a sharded model show its parts, and not the weights that it gathered for its last pass."""
         reshard(self._sharded)
+
+    def gather(self) -> None:
+        """Let a backward pass begin inside a sharded model, until the next call of a loss."""
+        gather(self._sharded)
 
     def watch(self) -> None:
         """Begin to note which parameters the loop writes until the next hyper-step.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from midflight._tensors import Tensors, all_finite, norm
 from midflight.errors import UnsupportedSetting
@@ -26,13 +27,12 @@ def is_sharded(t: Any) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
-def part(t: Tensor) -> Tensor:
+def part(t: Any) -> Any:
     """Return the part that this process holds, without a graph, on the same memory; a whole tensor itself."""
     if not is_sharded(t):
         return t
     with torch.no_grad():
-        local: Tensor = t.to_local()  # type: ignore[attr-defined]
-    return local
+        return t.to_local()
 
 
 def part_of_gradient(p: Tensor) -> Tensor | None:
@@ -40,12 +40,13 @@ def part_of_gradient(p: Tensor) -> Tensor | None:
     grad: Any = p.grad
     if is_sharded(grad) and grad.placements != p.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
-    return None if grad is None else part(grad)
+    local: Tensor | None = part(grad)
+    return local
 
 
-def parts(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Return `part` of each."""
-    return {name: part(t) for name, t in tensors.items()}
+def parts(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `part` of each tensor, also of those in containers."""
+    return {name: tree_map(part, t) for name, t in tensors.items()}
 
 
 class Parts:
@@ -125,6 +126,12 @@ def reshard(modules: Iterable[Any]) -> None:
     """Drop gathered weights, so that the modules show their parts and the next pass gathers anew."""
     for module in modules:
         module.reshard()
+
+
+def gather(modules: Iterable[Any]) -> None:
+    """Gather all weights, for a backward pass that begins inside the model, where FSDP does not notice it."""
+    for module in modules:
+        module.unshard()
 
 
 def restart(modules: Iterable[Any]) -> None:

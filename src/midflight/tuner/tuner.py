@@ -227,8 +227,13 @@ class Tuner:
             self._binding.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume, including the space's values and the place in the data."""
-        own = {"optimizers": self._kinds, "binding": self._binding.state_dict()}
+        """Return everything needed to resume, including the space's values and the place in the data.
+
+        Of several processes each has its own.
+        """
+        own: dict[str, Any] = {"optimizers": self._kinds, "binding": self._binding.state_dict()}
+        if (place := self._hyperstep.processes.place) is not None:
+            own["part"] = place
         return own | self._controller.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -236,10 +241,11 @@ class Tuner:
 
         Raises:
             ValueError: `state` is not of a tuner, or of one with other classes of optimiser, schedule,
-                horizon or hyper_optimizer.
+                horizon or hyper_optimizer. Or it holds another part of sharded weights.
             SpaceError, BindingError: it has other hyperparameters, or bound others.
         """
         self._controller.require_fitting(state, self.state_dict())
+        _require_same_part(state.get("part"), self._hyperstep.processes.place)
         _require_same_kinds(state["optimizers"], self._kinds)
         self._binding.load_state_dict(state["binding"])
         self._controller.load_state_dict(state)
@@ -270,6 +276,15 @@ def _require_same_kinds(saved: list[str], own: list[str]) -> None:
         raise ValueError(
             f"the saved tuner was made with {', '.join(saved)}, this one with {', '.join(own)}; make it with "
             "the same kind of optimiser."
+        )
+
+
+def _require_same_part(saved: list[int] | None, own: list[int] | None) -> None:
+    if saved != own:
+        names = ["whole weights" if p is None else f"part {p[0]} of {p[1]}" for p in (saved, own)]
+        raise ValueError(
+            f"the saved tuner had {names[0]}, this one has {names[1]}; save one state per process, and resume "
+            "each in the same one of as many."
         )
 
 
