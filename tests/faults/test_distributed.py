@@ -25,6 +25,8 @@ from midflight.tuner.distributed import Processes
 from midflight.tuner.gradient import ReceivedGradient
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without distributed.")
+
+
 def uneven(rank, count):
     """One process has more validation batches than the other, whose model has buffers."""
     run = Run(rank, count, layers=[nn.BatchNorm1d(8)], total_steps=STEPS)

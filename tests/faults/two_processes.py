@@ -91,9 +91,7 @@ class Run:
         logits = model(x)
         log_p = logits.log_softmax(1)
         s = self.space["smoothing"].value
-        return (
-            (1 - s) * F.nll_loss(log_p, y) - s * log_p.mean() + self.space["l2"] * self.penalty(logits)
-        )
+        return (1 - s) * F.nll_loss(log_p, y) - s * log_p.mean() + self.space["l2"] * self.penalty(logits)
 
     def valid_loss_fn(self, model, batch):
         return F.cross_entropy(model(batch[0]), batch[1])
@@ -176,7 +174,7 @@ def said(action):
 
 
 def work(rank, folder, cases, last):
-    """Compute all cases in one process. Then one process is killed in mid-run, while the other does `last`."""
+    """Compute all cases in one process. Then both do `last`, and one of them is killed in mid-run."""
     torch.set_num_threads(1)
     os.environ["HERE"] = str(folder)
     distributed.init_process_group(
@@ -201,10 +199,10 @@ def some_steps(rank, count, steps, kind=Run):
     kind(rank, count, **STILL).steps(steps)
 
 
-def in_two_processes(folder, cases, last=some_steps):
-    """Return the folder with what both processes found: case -> result."""
+def in_two_processes(folder, cases, last=some_steps, limit=120):
+    """Return the folder with what both processes found within `limit` seconds: case -> result."""
     context = torch.multiprocessing.spawn(work, (folder, cases, last), PROCESSES, join=False)
-    until = time.monotonic() + 120
+    until = time.monotonic() + limit
     for process in context.processes:
         process.join(max(0.0, until - time.monotonic()))
         process.kill()

@@ -275,7 +275,7 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume."""
         counts = {name: getattr(self, name) for name in _COUNTS} | {"returns": list(self._returns)}
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        parts = {name: saved.state_dict() for name, saved in self._parts().items()}
         return {"policies": self._policies(), "space": self._space.state_dict(), **counts, **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -285,8 +285,8 @@ class Controller:
         for name in _COUNTS:
             setattr(self, name, state[name])
         self._returns = [tuple(entry) for entry in state["returns"]]
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        for name, saved in self._parts().items():
+            saved.load_state_dict(state[name])
         if not same_range:  # the recorded coordinates are of another range
             self.trajectory = Trajectory()
             self.trajectory.record(self.steps, self._space)

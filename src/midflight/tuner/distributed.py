@@ -169,8 +169,8 @@ def _require_plain_mean(model: nn.Module) -> None:
     """Raise `UnsupportedSetting` unless the gradient is the plain mean over the processes."""
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise UnsupportedSetting(
-            "a sharded model must keep the shapes of its weights, but FullyShardedDataParallel flattens them; "
-            "use fully_shard or DistributedDataParallel."
+            "a sharded model must keep the shapes of its weights, but FullyShardedDataParallel flattens "
+            "them; use fully_shard or DistributedDataParallel."
         )
     if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         raise UnsupportedSetting(

@@ -163,18 +163,19 @@ class ReceivedGradient:
         self._watched = [name for name, p in params.items() if p.requires_grad]
         if getattr(model, "_compiled_call_impl", None) is None:  # a hook would recompile it
             self._hooks.append(model.register_forward_pre_hook(self._counter, with_kwargs=True))
-            if any(map(is_sharded, params.values())):  # their own hooks do not tell when a pass begins
+            if any(map(is_sharded, params.values())):
                 self._hooks.append(model.register_forward_hook(self._await_backward))
         for name in self._watched:
             p = params[name]
             theirs = list((p._post_accumulate_grad_hooks or {}).items())
-            if not is_sharded(p):
-                self._hooks.append(p.register_hook(self._before_pass(name, p)))  # type: ignore[no-untyped-call]
+            # FSDP does not call this hook; autograd does, if the loss reads the weight as it lies
+            begins = self._begin_pass if is_sharded(p) else self._before_pass(name, p)
+            self._hooks.append(p.register_hook(begins))  # type: ignore[no-untyped-call]
             self._hooks.append(p.register_post_accumulate_grad_hook(self._after_pass(name)))  # type: ignore[no-untyped-call]
             if theirs and self._reduced:
                 raise UnsupportedSetting(
-                    "with several processes, no hook may change the gradient of a weight during backward, but "
-                    f"{name} has a post_accumulate_grad_hook; clip after backward instead."
+                    "with several processes, no hook may change the gradient of a weight during backward, "
+                    f"but {name} has a post_accumulate_grad_hook; clip after backward instead."
                 )
             for key, hook in theirs:  # the user's hooks, such as clipping, must run after ours
                 del p._post_accumulate_grad_hooks[key]

@@ -348,5 +348,3 @@ class Guard(Saved):
             return list(numbers)
         own = [next(numbers) if t.numel() else 0.0 for t in tensors.values()]
         return self._parts.reduced(own, largest=True)
-
-

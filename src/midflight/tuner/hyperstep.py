@@ -649,7 +649,7 @@ class HyperStep(Saved):
         return found
 
     def _require_parts_suffice(self) -> None:
-        """Raise an error unless the parts of sharded weights suffice to compute the step and its derivative."""
+        """Raise an error if weights are sharded and the step or its derivative needs whole ones."""
         if not self.processes.sharded:
             return
         for optimizer, rule in zip(self._optimizers, self._binding.rules, strict=True):

@@ -260,7 +260,11 @@ class MixedPartial:
             self._randomness.rewind(states)
             return self._live.train_loss(self._loss_fn, batch)
 
-        e = relative_epsilon(self._rounding_of(batch, params)) * sized(at) / torch.where(length > 0, length, 1)
+        e = (
+            relative_epsilon(self._rounding_of(batch, params))
+            * sized(at)
+            / torch.where(length > 0, length, 1)
+        )
         sides = []
         for sign in (1.0, -1.0):
             moved = {name: p + (sign * e).to(p) * w[name].to(p) for name, p in at.items()}

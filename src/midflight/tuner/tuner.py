@@ -283,8 +283,8 @@ def _require_same_part(saved: list[int] | None, own: list[int] | None) -> None:
     if saved != own:
         names = ["whole weights" if p is None else f"part {p[0]} of {p[1]}" for p in (saved, own)]
         raise ValueError(
-            f"the saved tuner had {names[0]}, this one has {names[1]}; save one state per process, and resume "
-            "each in the same one of as many."
+            f"the saved tuner had {names[0]}, this one has {names[1]}; save one state per process, and "
+            "resume each in the same one of as many."
         )
 
 
