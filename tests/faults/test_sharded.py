@@ -162,6 +162,31 @@ class Deep(Sharded):
         return super().build([Checkpointed()])
 
 
+class Merging(nn.Linear):
+    """Writes to its weight in eval mode, as a LoRA layer does."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.more = nn.Parameter(torch.full((8, 8), 0.1))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            with torch.no_grad():
+                self.weight.add_(-self.more if mode else self.more)
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return super().forward(x) if self.merged else super().forward(x) + nn.functional.linear(x, self.more)
+
+
+class Merged(Sharded):
+    def build(self, layers):
+        return super().build([Merging()])
+
+
 class WithoutGraph(Sharded):
     """The loss takes the value of l2 out of the graph."""
 
@@ -210,6 +235,15 @@ class Half(Float):
         return super().wrap(net)
 
 
+def uneven(rank, count):
+    """One process has more validation batches than the other."""
+    run, ends = Sharded(rank, count, **STILL), 16 if count == 1 else 0
+    x, y = run.t2
+    batches = [(x[:ends], y[:ends]), (x[ends:], y[ends:]), (x[-4:], y[-4:])] if count == 1 else [run.t2]
+    run.attach(run.valid_loss_fn, batches + [(x[-4:], y[-4:])] * (rank == 1), schedule=1, **STILL)
+    return run.steps(1).result()
+
+
 def without_zeroing(rank, count):
     """Gradients of two steps add up."""
     run = Sharded(rank, count, **STILL)
@@ -254,6 +288,28 @@ def with_looks(rank, count):
     return run.result()
 
 
+def by_two(rank, count):
+    """Two optimisers, each of a part of the model."""
+
+    class Two(Sharded):
+        def attach(self, valid_loss_fn, **arguments):
+            self.optimizer = [torch.optim.AdamW(self.net[n].parameters(), weight_decay=1e-3) for n in (1, 2)]
+            self.tuner = mf.Tuner(
+                self.model, self.optimizer, self.space, self.loss_fn, [self.t1], [self.t2],
+                valid_loss_fn=valid_loss_fn, **arguments,
+            )  # fmt: skip
+
+    run = Two(rank, count, **STILL)
+    for _ in range(FEW):
+        for optimizer in run.optimizer:
+            optimizer.zero_grad()
+        run.loss_fn(run.model, run.t1).backward()
+        nn.utils.clip_grad_norm_(run.model.parameters(), 0.05)
+        for optimizer in run.optimizer:
+            optimizer.step()
+    return run.result()
+
+
 def with_an_error(rank, count):
     """The first look fails within the model, in all processes, and the loop goes on."""
     run, calls = Sharded(rank, count, **STILL), []
@@ -287,6 +343,12 @@ def refusals(rank, count):
         run = Sharded(rank, count)
         run.tuner.load_state_dict(run.tuner.state_dict() | {"part": [1 - rank, count]})
 
+    others = {
+        "space": mf.Space(lr=mf.Float(1e-3, 1e-1)),
+        "optimizer": torch.optim.SGD,
+        "loss_fn": of,
+        "valid_loader": [],
+    }
     mesh, line = (
         init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "parts")),
         init_device_mesh("cpu", (2,)),
@@ -301,6 +363,7 @@ def refusals(rank, count):
         "forward mode": of(fully_shard, estimator="forward_over_reverse"),
         "optimiser": of(fully_shard, make=torch.optim.Adafactor),
         "another's state": said(of_another),
+        "population": said(partial(mf.Population, 2, lambda space: fully_shard(nn.Linear(6, 3)), **others)),
     }
 
 
@@ -352,6 +415,8 @@ EXACT = {
     "penalty on weights": partial(exact, kind=OnWeights, steps=FEW),
     "momentum": partial(by, make=partial(torch.optim.SGD, momentum=0.9)),
     "an optimiser of one's own": partial(by, make=Halving),
+    "two optimisers": by_two,
+    "weights merged in eval mode": partial(exact, kind=Merged, steps=FEW),
     "looks": with_looks,
     "an error": with_an_error,
 }
@@ -361,6 +426,7 @@ CASES = {
     "diverging": partial(diverging, kind=Sharded, steps=30),
     "one bad batch": partial(one_bad_batch, kind=Sharded),
     "resumed": partial(resumed, kind=Sharded),
+    "uneven": uneven,
     "batch norm": partial(exact, kind=Normalised, steps=FEW),
     "batch norm, whole": partial(exact, kind=NormalisedWhole, steps=FEW),
     "float32": partial(exact, kind=Float, steps=8),
@@ -442,6 +508,12 @@ def test_a_run_that_diverges_goes_back_in_all_processes(found):
     assert bool(one["weights"].isfinite().all())
 
 
+def test_processes_may_have_unequal_numbers_of_validation_batches(found):
+    finished = CASES["uneven"](0, 1)["finished"]  # the mean over the examples of all batches
+    for each in found:
+        assert each["uneven"]["finished"] == pytest.approx(finished, rel=1e-12)
+
+
 def test_a_bad_batch_of_one_process_costs_the_look_of_all(found):
     one, other = (each["one bad batch"] for each in found)
     assert one == other
@@ -467,11 +539,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(found):
         ("forward mode", "must work on parts of weights"),
         ("optimiser", "Adafactor reads whole weights"),
         ("another's state", "the saved tuner had part"),
+        ("population", "members must be whole models"),
     ],
 )
 def test_what_cannot_be_right_is_refused_in_a_sentence(found, case, words):
     for each in found:
         assert words in each["refusals"][case][1]
+
+
+def test_one_process_may_shard_its_model(tmp_path):
+    class One(Sharded):
+        def build(self, layers):
+            return self.wrap(super().build(layers))
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        require_equal(exact(0, 1, kind=One, steps=FEW, clip=0.05), CASES["clipped"](0, 1))
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_an_error_in_one_process_is_its_own_and_ends_the_other_within_seconds(folder):

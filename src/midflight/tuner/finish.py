@@ -1,7 +1,7 @@
 """Choose the best among the weights that a run can end with."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -60,10 +60,28 @@ def _losses(hyperstep: HyperStep, candidates: Mapping[str, Tensors], tensors: Te
             hyperstep.randomness.rewind(states)
             stream = hyperstep.t2.whole_pass() if batches is None else batches
             found[name] = [
-                (live.number(partial(live.valid_loss, hyperstep.valid_loss, batch)), examples_of(batch) or 1)
-                for batch in stream
+                (live.number(partial(live.valid_loss, hyperstep.valid_loss, batch)), examples)
+                for batch, examples in _in_step(stream, hyperstep.processes)
             ]
     return _means(found, hyperstep.processes)
+
+
+def _in_step(stream: Iterable[Any], processes: Processes) -> Iterator[tuple[Any, int]]:
+    """Yield each batch with its number of examples, as many in all processes that have parts of weights.
+
+    One that has no further batch yields its last one again, with 0 examples.
+    """
+    batch, batches = None, iter(stream)
+    while True:
+        following = next(batches, _END)
+        here = following is not _END
+        if not processes.parts.any([here])[0]:
+            return
+        batch = following if here else batch
+        yield batch, (examples_of(batch) or 1) if here else 0
+
+
+_END = object()
 
 
 def _fits(candidate: Tensors, params: Tensors) -> bool:
@@ -74,7 +92,9 @@ def _fits(candidate: Tensors, params: Tensors) -> bool:
 def _means(found: Mapping[str, list[tuple[float, int]]], processes: Processes) -> dict[str, float]:
     """Return each candidate's mean loss over the examples of batches that are finite for some candidate."""
     columns: list[Any] = list(zip(*found.values(), strict=False))
-    kept = [n for n, column in enumerate(columns) if any(math.isfinite(loss) for loss, _ in column)]
+    kept = [
+        n for n, column in enumerate(columns) if any(math.isfinite(loss) and size for loss, size in column)
+    ]
     means = {}
     for name, losses in found.items():
         chosen = [losses[n] for n in kept]

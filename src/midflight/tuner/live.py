@@ -145,6 +145,7 @@ class LiveModel:
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Put the model in eval mode, for a backward pass too, because checkpoints recompute in it."""
+        self.reshard()
         return evaluating(self.all, self._by_flags)
 
     def choose_mode(self, function: Loss, batch: Any) -> None:

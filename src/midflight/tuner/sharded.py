@@ -196,8 +196,8 @@ def require_supported(modules: list[Any], weights: Mapping[str, Tensor], count: 
         mesh: Any = getattr(p, "device_mesh", None)
         if id(p) not in known or mesh is None:
             raise UnsupportedSetting(
-                f"if trained weights are sharded, fully_shard must have split all of them, but {name} was not "
-                "split by it; call it on the whole model, before the optimiser is built."
+                "if trained weights are sharded, fully_shard must have split all of them, but "
+                f"{name} was not split by it; call it on the whole model, before the optimiser is built."
             )
         if mesh.ndim != 1 or mesh.size() != count:
             raise UnsupportedSetting(

@@ -83,15 +83,17 @@ class Tuner:
 
     Raises:
         BindingError: a bound name is no hyperparameter, or no tunable option of the optimiser.
-        UnsupportedOptimizer: there is no update rule for the optimiser.
+        UnsupportedOptimizer: there is no update rule for the optimiser; or the model is sharded, and the
+            optimiser is not elementwise.
         UnsupportedParameter: a weight is complex.
         UnusableLoader: a loader is empty or not iterable, or `train_loader` keeps an iterator or an open
             file.
         InvalidLoss: a loss reads an iterator. At a hyper-step: the loss is no scalar, or does not depend on
             the trained weights.
-        UnsupportedSetting: the model is TorchScript. Or several processes train it, and it is sharded, or the
-            schedule is a `TimeBudget`.
-        AnotherProcessFailed: at a hyper-step: it failed in another process.
+        UnsupportedSetting: the model is TorchScript. Or several processes train it, and the schedule is a
+            `TimeBudget`, or it is sharded otherwise than by `fully_shard` over all of them, or it is sharded
+            and the estimator needs whole weights.
+        AnotherProcessFailed: at a hyper-step: it failed in another process; not if the model is sharded.
         TypeError, UnknownName, SpaceError, ValueError: an argument is not one of those allowed.
     """
 
