@@ -393,6 +393,10 @@ def alone(parts, number):
     return number
 
 
+def of_own(parts, norms):
+    return list(norms)
+
+
 def found_here(processes, found, like):
     return dict(found)
 
@@ -434,6 +438,7 @@ CASES = {
     "refusals": refusals,
     "twin that averages over parts": partial(twin, owner=Step, name="chain", other=averaged),
     "twin that clips by one part": partial(twin, owner=Parts, name="sum", other=alone, clip=0.05),
+    "twin with norms of one part": partial(twin, owner=Parts, name="norms", other=of_own, clip=0.05),
     "twin without mean": partial(twin, owner=Processes, name="mean_where_present", other=found_here),
 }
 
@@ -576,3 +581,9 @@ def test_an_error_in_one_process_is_its_own_and_ends_the_other_within_seconds(fo
 def test_wrong_twins_are_found_out(found, case, right, wrong):
     alone, twin = CASES[right](0, 1)["hypergradients"][1], found[0][case]["hypergradients"][1]
     assert all(a != pytest.approx(b, rel=1e-4) for a, b in zip(twin[wrong], alone[wrong], strict=True))
+
+
+def test_a_tuner_with_norms_of_one_part_is_found_out(found):
+    """It sees clipping to another norm at each step, and so leaves out all hyper-steps."""
+    assert not found[0]["twin with norms of one part"]["hypergradients"]
+    assert len(found[0]["clipped"]["hypergradients"]) == FEW - 1

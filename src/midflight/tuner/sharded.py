@@ -46,7 +46,7 @@ def part_of_gradient(p: Tensor) -> Tensor | None:
 
 def parts(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Return `part` of each tensor, also of those in containers."""
-    return {name: tree_map(part, t) for name, t in tensors.items()}
+    return {n: part(t) if isinstance(t, Tensor) else tree_map(part, t) for n, t in tensors.items()}
 
 
 class Parts:
