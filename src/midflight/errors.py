@@ -29,7 +29,7 @@ class InvalidLoss(MidflightError, TypeError):
 
 
 class UnsupportedSetting(MidflightError, NotImplementedError):
-    """midflight does not support this, for example a model that is sharded over processes."""
+    """midflight does not support this, for example a model that is TorchScript."""
 
 
 class AnotherProcessFailed(MidflightError, RuntimeError):

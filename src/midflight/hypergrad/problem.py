@@ -110,6 +110,8 @@ class Step:
         clipped: w -> J^T w, J the Jacobian of what the loop does to the gradient between `backward` and
             `step`; None if it does nothing.
         members: size of a population, the first dimension of every tensor; None for a single training.
+        shards: over how many processes each weight is split, where `params` and all other trees hold one part
+            of each. The mean over the processes of what `chain` returns is then the sum over the parts.
     """
 
     params: Tensors
@@ -122,6 +124,7 @@ class Step:
     train_loss: TrainLoss | None = None
     clipped: Callable[[Tensors], Tensors] | None = None
     members: int | None = None
+    shards: int = 1
 
     def next_params(self) -> Tensors:
         """Return theta' = U(theta, s, g, phi) without a graph, in new memory."""
@@ -132,6 +135,8 @@ class Step:
 
         The result has an entry for each of the hparams on which an output depends.
         """
+        if self.shards > 1:
+            pairs = [(output, self.shards * cotangent) for output, cotangent in pairs]
         return reached([output for output, _ in pairs], self.hparams, [cotangent for _, cotangent in pairs])
 
 

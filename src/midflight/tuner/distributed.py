@@ -3,11 +3,15 @@
 Each process has batches of its own. Losses, v = dC2/dtheta and hypergradients are averaged over the
 processes, as DistributedDataParallel averages the training gradient. So every decision is the same
 everywhere, and weights and hyperparameters stay equal, bit for bit.
+
+With `fully_shard`, a process has a part of every weight. FSDP itself averages all gradients of weights. An
+inner product over weights, such as v . dU/dphi, is a sum over the parts; see `sharded`.
 """
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from midflight._tensors import Tensors
 from midflight.errors import AnotherProcessFailed, UnsupportedSetting
+from midflight.tuner.sharded import WHOLE, Parts, is_sharded, require_supported, sharded_modules
 
 PLAIN_HOOKS = {"allreduce_hook", "fp16_compress_hook", "bf16_compress_hook"}
 """Communication hooks of DistributedDataParallel that give the mean gradient, up to rounding."""
@@ -25,21 +30,41 @@ class Processes:
 
     Args:
         model: the model being trained.
+        weights: that are trained, name -> leaf.
 
     Raises:
-        UnsupportedSetting: there are several processes, and the model is sharded or has a layer or a
-            communication hook that is not supported.
+        UnsupportedSetting: the model is sharded otherwise than by `fully_shard` over all processes. Or there
+            are several, and the model has a layer or a communication hook that is not supported.
+
+    Attributes:
+        count: how many there are.
+        sharded: whether each has a part of every weight.
+        parts: reduces over these parts.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
         self.count = _count()
+        weights = dict(model.named_parameters()) if weights is None else weights
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        first: Any = next(filter(is_sharded, weights.values()), None)
+        self.sharded = first is not None
+        if first is not None:
+            require_supported(sharded_modules(model), weights, self.count)
+            self._device = torch.device(first.device_mesh.device_type)  # the weights may be offloaded
         if self.count > 1:
-            _require_replicas(model)
+            _require_plain_mean(model)
+        self.parts = Parts(self.count, self._device) if self.sharded else WHOLE
+
+    @property
+    def place(self) -> list[int] | None:
+        """[the number of this process, how many there are] if weights are sharded; None otherwise."""
+        return [torch.distributed.get_rank(), self.count] if self.sharded else None
 
     @contextmanager
     def together(self, equal: Sequence[Tensor] = ()) -> Iterator[None]:
         """Compute what follows in all processes; if it fails in one, it fails in all.
+
+        With sharded weights, the others go on or wait, until the process that failed ends.
 
         Args:
             equal: tensors that must be the same in every process, bit for bit.
@@ -62,7 +87,8 @@ class Processes:
         except AnotherProcessFailed:
             raise
         except Exception:
-            self._reduce(torch.ones(3, dtype=torch.int64), largest=True)
+            if not self.sharded:  # where others may wait for its part of a weight, and would misread this
+                self._reduce(torch.ones(3, dtype=torch.int64), largest=True)
             raise
 
     def mean(self, tensors: Tensors) -> Tensors:
@@ -81,6 +107,10 @@ class Processes:
         for wait in waits:
             wait.wait()
         return {name: t.div_(self.count).to(tensors[name].dtype) for name, t in found.items()}
+
+    def mean_gradient(self, found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
+        """Return `mean_where_present` of gradients of weights; FSDP has averaged those of sharded ones."""
+        return dict(found) if self.sharded else self.mean_where_present(found, like)
 
     def mean_of(self, number: float) -> float:
         """Return the mean of a number over the processes."""
@@ -135,14 +165,12 @@ def _count() -> int:
     return torch.distributed.get_world_size() if there else 1
 
 
-def _require_replicas(model: nn.Module) -> None:
-    """Raise `UnsupportedSetting` unless each process has the whole model and averages plain gradients."""
-    from torch.distributed.tensor import DTensor
-
-    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-    if sharded or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+def _require_plain_mean(model: nn.Module) -> None:
+    """Raise `UnsupportedSetting` unless the gradient is the plain mean over the processes."""
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise UnsupportedSetting(
-            "each process must have the whole model, but it is sharded; use DistributedDataParallel."
+            "a sharded model must keep the shapes of its weights, but FullyShardedDataParallel flattens "
+            "them; use fully_shard or DistributedDataParallel."
         )
     if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         raise UnsupportedSetting(

@@ -14,6 +14,7 @@ import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -31,6 +32,16 @@ from midflight.tuner.data import fresh, tensors_of
 from midflight.tuner.distributed import local
 from midflight.tuner.gradient import same_entries, sampled
 from midflight.tuner.randomness import Randomness
+from midflight.tuner.sharded import (
+    gather,
+    is_sharded,
+    part,
+    part_of_gradient,
+    passes_between,
+    reshard,
+    restart,
+    sharded_modules,
+)
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar."""
@@ -77,12 +88,23 @@ class LiveModel:
         self._derives = False
         """Whether a loss computes derivatives itself, so that it needs a graph."""
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in self.all.modules())
+        self._sharded = sharded_modules(self.all)
+        self.reshard()
+
+    def reshard(self) -> None:
+        """Let a sharded model show its parts, and not the weights that it gathered for its last pass."""
+        reshard(self._sharded)
+
+    def gather(self) -> None:
+        """Let a backward pass begin inside a sharded model, until the next call of a loss."""
+        gather(self._sharded)
 
     def watch(self) -> None:
         """Begin to note which parameters the loop writes until the next hyper-step.
 
         Entries of frozen ones are noted too, because a write by `.data` does not change the version.
         """
+        self.reshard()
         self._before = [
             (p, p._version, None if p.requires_grad else sampled(p).clone()) for p in self.all.parameters()
         ]
@@ -90,6 +112,7 @@ class LiveModel:
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Let a hyper-step change the model and the modules beside it; restore them at the end."""
+        self.reshard()
         self._find_written()
         with ExitStack() as stack:
             stack.enter_context(signals_wait())
@@ -97,6 +120,8 @@ class LiveModel:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self._randomness.borrowed())
             stack.enter_context(preserved(self.all, self._others, self._written))
+            if self._sharded:  # inside, so that the model is sharded when `preserved` restores its tables
+                stack.enter_context(passes_between(self._sharded))
             stack.enter_context(_uncompiled())
             stack.enter_context(local(self.all))
             stack.enter_context(_no_autocast_cache())
@@ -120,6 +145,7 @@ class LiveModel:
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Put the model in eval mode, for a backward pass too, because checkpoints recompute in it."""
+        self.reshard()
         return evaluating(self.all, self._by_flags)
 
     def choose_mode(self, function: Loss, batch: Any) -> None:
@@ -172,8 +198,9 @@ class LiveModel:
     ) -> tuple[Tensor, Tensors]:
         """Return the loss and its gradients, name -> tensor, without leaves that the loss does not reach.
 
-        Reentrant checkpointing works with `backward` only. Then the gradients are taken from the leaves'
-        `.grad`, which `borrowed` has emptied.
+        Reentrant checkpointing and FSDP work with `backward` only. Then the gradients are taken from the
+        leaves' `.grad`, which `borrowed` has emptied. Those of sharded weights are the parts of the mean over
+        the processes.
 
         Args:
             loss: computes the loss.
@@ -186,18 +213,19 @@ class LiveModel:
             at = at | {name: t for name, t in inside().items() if t.requires_grad}
             if not at:
                 return value.detach(), {}
-            if not reenters(value):
+            if not (any(map(is_sharded, at.values())) or reenters(value)):
                 return value.detach(), _grad(value, at)
             for leaf in at.values():
                 leaf.grad = None
             value.backward()  # type: ignore[no-untyped-call]
-        grads = {name: leaf.grad for name, leaf in at.items() if leaf.grad is not None}
+        grads = {name: g for name, leaf in at.items() if (g := part_of_gradient(leaf)) is not None}
         for leaf in at.values():
             leaf.grad = None
         return value.detach(), grads
 
     def _call(self, function: Loss, batch: Any) -> Tensor:
         torch.clear_autocast_cache()  # it may hold casts of other weights
+        restart(self._sharded)  # the weights may be others since it gathered them
         key = id(function), self.model.training  # a callable object may have no hash
         own = fresh(batch, copies=self._careful.get(key, True))
         tensors = [(t, t._version) for t in tensors_of(own)]
@@ -326,11 +354,11 @@ def evaluating(model: nn.Module, by_flags: bool = False) -> Iterator[None]:
     """
     modes = [(m, m.training) for m in model.modules()]
     own = [m for m, _ in modes if type(m).train is not nn.Module.train]
-    tensors = [(p, p.data) for m in own for p in m.parameters(recurse=False)]
+    tensors = [(p, _restorer(p)) for m in own for p in m.parameters(recurse=False)]
     attributes = [(m.__dict__, dict(m.__dict__)) for m in own]
     try:
-        for p, data in tensors:
-            p.data = data.clone()
+        for p, _ in tensors:
+            _let_write(p)
         if by_flags:
             for module, _ in modes:
                 module.training = False
@@ -340,8 +368,8 @@ def evaluating(model: nn.Module, by_flags: bool = False) -> Iterator[None]:
     finally:
         for table, before in attributes:
             _restore_entries(table, before)
-        for p, data in tensors:
-            p.data = data
+        for _, restore in tensors:
+            restore()
         for module, mode in modes:
             module.training = mode
 
@@ -352,16 +380,39 @@ def weights_at(params: Mapping[str, Tensor], at: Tensors) -> Iterator[None]:
 
     Values are exchanged by `.data`, so earlier graphs stay valid and tied weights stay tied. A weight need
     not belong to the model. Values whose weight is gone or has another shape are ignored.
+
+    FSDP does not see an exchange. So values are copied into the parts of sharded weights, and back.
+
+    Args:
+        params: name -> leaf.
+        at: name -> tensor; of sharded weights the parts.
     """
-    at = {name: value for name, value in at.items() if name in params and params[name].shape == value.shape}
-    before = {name: params[name].data for name in at}
+    at = {n: value for n, value in at.items() if n in params and part(params[n]).shape == value.shape}
+    before = [_restorer(params[name]) for name in at]
     try:
         for name, value in at.items():
-            params[name].data = value
+            if is_sharded(params[name]):
+                part(params[name]).copy_(value)
+            else:
+                params[name].data = value
         yield
     finally:
-        for name, data in before.items():
-            params[name].data = data
+        for restore in before:
+            restore()
+
+
+def _restorer(t: Tensor) -> Callable[[], Any]:
+    """Return what gives a tensor its present values again, after it got other ones by `.data`.
+
+    A sharded one is copied now, because it can only be written in place.
+    """
+    return partial(part(t).copy_, part(t).clone()) if is_sharded(t) else partial(setattr, t, "data", t.data)
+
+
+def _let_write(t: Tensor) -> None:
+    """Let writes go to a copy of a tensor's values; those of a sharded one go to itself."""
+    if not is_sharded(t):
+        t.data = t.data.clone()
 
 
 @contextmanager
@@ -383,12 +434,12 @@ def preserved(
     entries = [(c, c.copy()) for c in kept if not isinstance(c, Tensor | np.ndarray)]
     arrays = [(a, a.copy()) for a in kept if isinstance(a, np.ndarray) and a.flags.writeable]
     held = [t for t in kept if isinstance(t, Tensor)]
-    tensors = [(t, t.data) for t in {id(t): t for t in [*model.buffers(), *held, *written]}.values()]
+    tensors = [(t, _restorer(t)) for t in {id(t): t for t in [*model.buffers(), *held, *written]}.values()]
     weights = {id(p): p for p in [*model.parameters(), *others]}.values()
     params = [(p, p.grad, p.requires_grad) for p in weights]
     try:
-        for t, data in tensors:
-            t.data = data.clone()
+        for t, _ in tensors:
+            _let_write(t)
         for p, *_ in params:
             p.grad = None
         yield
@@ -397,8 +448,8 @@ def preserved(
             _restore_entries(container, before)
         for array, values in arrays:
             array[...] = values
-        for t, data in tensors:
-            t.data = data
+        for _, restore in tensors:
+            restore()
         for p, grad, requires_grad in params:
             if p.requires_grad is not requires_grad:
                 p.requires_grad_(requires_grad)
