@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from midflight.errors import InvalidLoss, warn
-from midflight.integrations.host import PREFIX, Host, only, silenced
+from midflight.integrations.host import PREFIX, Host, on_failure, only, silenced, unchanged
 from midflight.space import Space
 from midflight.tuner import Tuner
 
@@ -67,6 +67,7 @@ class Tune(TrainerCallback):
     ) -> None:
         self._trainer, self._loaders, self._resume_from = trainer, (train_loader, valid_loader), resume_from
         self._host = Host(space, finish, options)
+        vars(trainer)["train"] = on_failure(self._host.detach, trainer.train)
 
     @property
     def tuner(self) -> Tuner | None:
@@ -80,12 +81,13 @@ class Tune(TrainerCallback):
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
             inputs = trainer._prepare_inputs(dict(batch))
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-            with trainer.compute_loss_context_manager(), silenced(trainer, "log"):
+            with trainer.compute_loss_context_manager(), unchanged(trainer), silenced(trainer, "log"):
                 loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
             if not isinstance(loss, Tensor):
                 raise InvalidLoss(f"compute_loss must return a loss, but gave a {type(loss).__name__}.")
             return loss
 
+        self._host.load_state_dict({})  # a training that failed may have left one
         if state.global_step:
             self._resume(args, state)
         train_loader, valid_loader = self._loaders
@@ -98,7 +100,10 @@ class Tune(TrainerCallback):
     def _write(self, numbers: dict[str, float]) -> None:
         """Log values and validation loss; all numbers would hide the trainer's own."""
         shown = PREFIX + "value/", PREFIX + "valid_loss"
-        self._trainer.log({name: x for name, x in numbers.items() if name.startswith(shown)})
+        logs = {name: x for name, x in numbers.items() if name.startswith(shown)}
+        Trainer.log(
+            self._trainer, logs
+        )  # a subclass, as those of TRL, may add its own numbers and begin anew
 
     def _valid_loader(self) -> Iterable[Any] | None:
         data: Any = self._trainer.eval_dataset

@@ -1,8 +1,10 @@
 """What the callbacks for other libraries share: one tuner per training, its state, and its numbers."""
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -10,7 +12,7 @@ from torch import nn
 from midflight.errors import UnusableLoader
 from midflight.space import Space
 from midflight.tuner import Tuner
-from midflight.tuner.live import Loss
+from midflight.tuner.live import Loss, entries_kept
 from midflight.tuner.optimizers import Optimizers
 
 OURS = ("self", "model", "optimizer", "space", "loss_fn", "train_loader", "valid_loader")
@@ -114,7 +116,7 @@ class Host:
         return {} if self.tuner is None else self.tuner.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep the state for the tuner of the next training."""
+        """Keep the state for the tuner of the next training; an empty one lets it begin anew."""
         self._state = state or None
 
 
@@ -134,6 +136,40 @@ def only(loaders: Any) -> Iterable[Any] | None:
             "train_loader= or valid_loader= of Tune."
         )
     return loaders[0] if loaders else None
+
+
+FEW_ENTRIES = 1000
+"""A list or dict with more entries is data rather than a count, and copying it at each loss takes time."""
+
+
+def unchanged(thing: Any) -> AbstractContextManager[None]:
+    """Restore the attributes of an object, and lists and dicts in them, such as counts of a library.
+
+    Lists and dicts may lie in each other, as in `attribute[mode][name].append(number)`.
+    """
+    found, level = [vars(thing)], [vars(thing)]
+    for _ in range(3):
+        values = [v for c in level for v in (c.values() if isinstance(c, dict) else c)]
+        level = [v for v in values if type(v) in (dict, defaultdict, list) and len(v) <= FEW_ENTRIES]
+        found += level
+    return entries_kept(found)
+
+
+def on_failure(do: Callable[[], Any], train: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the training function of a library; it also calls `do` if an exception or Ctrl-C leaves it.
+
+    For a library that does not tell its callbacks about an exception.
+    """
+
+    @wraps(train)
+    def training(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        except BaseException:
+            do()
+            raise
+
+    return training
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from skorch.callbacks import Callback
 from skorch.dataset import unpack_data
 from torch import Tensor, nn
 
-from midflight.integrations.host import PREFIX, Host
+from midflight.integrations.host import PREFIX, Host, on_failure, unchanged
 from midflight.space import Space
 from midflight.tuner import Tuner
 
@@ -74,7 +74,8 @@ class Tune(Callback):
 
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
             x, y = unpack_data(batch)
-            loss: Tensor = net.get_loss(net.infer(x), y, X=x, training=model.training)
+            with unchanged(net):
+                loss: Tensor = net.get_loss(net.infer(x), y, X=x, training=model.training)
             return loss
 
         t1 = net.get_iterator(dataset_train, training=True)
@@ -85,6 +86,13 @@ class Tune(Callback):
 
     def on_train_begin(self, net: Any, **_: Any) -> None:
         self._begun = False
+        loop = on_failure(lambda: self._host.detach(), net.fit_loop)
+
+        def fit_loop(*args: Any, **kwargs: Any) -> Any:
+            vars(net).pop("fit_loop", None)  # copies and pickles of the net must not hold it
+            return loop(*args, **kwargs)
+
+        vars(net)["fit_loop"] = fit_loop
 
     def on_epoch_end(self, net: Any, **_: Any) -> None:
         for name, number in self._numbers.items():

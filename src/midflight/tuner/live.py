@@ -431,21 +431,20 @@ def preserved(
         written: parameters that forward passes write, such as those of a momentum encoder.
     """
     kept = list(_kept_by(m.__dict__ for m in model.modules()))
-    entries = [(c, c.copy()) for c in kept if not isinstance(c, Tensor | np.ndarray)]
+    containers = [c for c in kept if not isinstance(c, Tensor | np.ndarray)]
     arrays = [(a, a.copy()) for a in kept if isinstance(a, np.ndarray) and a.flags.writeable]
     held = [t for t in kept if isinstance(t, Tensor)]
     tensors = [(t, _restorer(t)) for t in {id(t): t for t in [*model.buffers(), *held, *written]}.values()]
     weights = {id(p): p for p in [*model.parameters(), *others]}.values()
     params = [(p, p.grad, p.requires_grad) for p in weights]
     try:
-        for t, _ in tensors:
-            _let_write(t)
-        for p, *_ in params:
-            p.grad = None
-        yield
+        with entries_kept(containers):
+            for t, _ in tensors:
+                _let_write(t)
+            for p, *_ in params:
+                p.grad = None
+            yield
     finally:
-        for container, before in entries:
-            _restore_entries(container, before)
         for array, values in arrays:
             array[...] = values
         for _, restore in tensors:
@@ -454,6 +453,17 @@ def preserved(
             if p.requires_grad is not requires_grad:
                 p.requires_grad_(requires_grad)
             p.grad = grad
+
+
+@contextmanager
+def entries_kept(containers: Iterable[Any]) -> Iterator[None]:
+    """Give lists, dicts, sets and deques their entries back at the end, whatever happens."""
+    entries = [(container, container.copy()) for container in containers]
+    try:
+        yield
+    finally:
+        for container, before in entries:
+            _restore_entries(container, before)
 
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque, tuple)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from html import escape
 from typing import Any, Literal
 
 import torch
@@ -162,6 +163,10 @@ class Tuner:
     def __repr__(self) -> str:
         """Return what is tuned, how, and what it has cost so far, a line each."""
         return report.card(self.space, self._binding, self._controller, self._hyperstep, self._finished)
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook."""
+        return f"<pre>{escape(repr(self))}</pre>"
 
     @property
     def steps(self) -> int:

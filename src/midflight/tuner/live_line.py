@@ -1,0 +1,73 @@
+"""Show a run in the terminal: one line, updated after each hyper-step."""
+
+import weakref
+from typing import Any
+
+from midflight.errors import require_extra, warn
+
+
+class LiveLine:
+    """Shows step, tuned values, validation loss and the number of restores, as `on_hyperstep=LiveLine()`.
+
+    A terminal shows one line, and what the loop prints stands above it. A file, a pipe or a notebook gets a
+    line at hyper-steps 1, 2, 4, 8 and so on. An error in the output ends the line with a warning, and the
+    run goes on. Copies begin anew, on standard output.
+
+    Args:
+        total_steps: of the run, for "step 40/200".
+        console: where to write, a `Console` of rich; standard output by default.
+
+    Raises:
+        MissingExtra: rich is not installed.
+    """
+
+    def __init__(self, total_steps: int | None = None, console: Any = None) -> None:
+        require_extra("rich", "study")
+        self._total, self._console, self._shown = total_steps, console, 0
+        self._live: Any = None
+        self._ended = False
+
+    def __call__(self, step: int, numbers: dict[str, float]) -> None:
+        """Show the numbers of `Tuner.log`."""
+        if self._ended:
+            return
+        try:
+            self._show(self._text(step, numbers))
+        except Exception as error:  # such as a terminal that was closed
+            self._ended = True
+            warn(f"the live line ends, because it cannot be written: {type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Leave the last line on the terminal; otherwise this is done when the object or the process ends."""
+        self._ended = True
+        if self._live is not None:
+            self._live.stop()
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._total,)
+
+    def _text(self, step: int, numbers: dict[str, float]) -> str:
+        of = "" if self._total is None else f"/{self._total}"
+        values = {name.removeprefix("value/"): x for name, x in numbers.items() if name.startswith("value/")}
+        shown = [f"{name} {x:.4g}" for name, x in values.items()]
+        loss = numbers.get("valid_loss", float("nan"))
+        return " | ".join(
+            [f"step {step}{of}", *shown, f"valid loss {loss:.4g}", f"restored {numbers['restored']:.0f}"]
+        )
+
+    def _show(self, line: str) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        self._console = self._console or Console()
+        self._shown += 1
+        if not self._console.is_terminal:
+            if self._shown.bit_count() == 1:
+                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            return
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+            weakref.finalize(self, self._live.stop)  # it shows the cursor again
+        self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
