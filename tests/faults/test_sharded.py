@@ -124,6 +124,12 @@ class Sharded(Run):
         return torch.cat([p.detach().flatten() for p in whole])
 
 
+class Replicated(Sharded):
+    """The same loop with DistributedDataParallel."""
+
+    wrap, unsynced, weights = Run.wrap, Run.unsynced, Run.weights
+
+
 class Kept(Sharded):
     """Weights stay gathered after forward passes, and after all backward passes of a step but the last."""
 
@@ -402,6 +408,7 @@ def found_here(processes, found, like):
 
 
 EXACT = {
+    "replicas": partial(exact, kind=Replicated, passes=2, clip=0.05),
     "plain": partial(exact, kind=Sharded, steps=FEW),
     "clipped": partial(exact, kind=Sharded, steps=FEW, clip=0.05),
     "accumulated": partial(exact, kind=Sharded, steps=FEW, passes=2, quiet=False),
