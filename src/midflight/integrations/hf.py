@@ -101,9 +101,8 @@ class Tune(TrainerCallback):
         """Log values and validation loss; all numbers would hide the trainer's own."""
         shown = PREFIX + "value/", PREFIX + "valid_loss"
         logs = {name: x for name, x in numbers.items() if name.startswith(shown)}
-        Trainer.log(
-            self._trainer, logs
-        )  # a subclass, as those of TRL, may add its own numbers and begin anew
+        # not the log of a subclass, as those of TRL: it adds its own numbers and begins anew
+        Trainer.log(self._trainer, logs)
 
     def _valid_loader(self) -> Iterable[Any] | None:
         data: Any = self._trainer.eval_dataset
