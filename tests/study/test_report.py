@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from midflight.study.figures import COLOURS, OTHER_COLOUR, all_figures
 from midflight.study.report import as_json, summary_table, write_report
 from midflight.study.spec import PRESETS, Arm, Kind, Spec
 from midflight.study.store import Result, Row, Store
-from midflight.study.summary import Tuning, summarise
+from midflight.study.summary import Numbers, as_dict, summarise
 
 NETWORK = "8-8"
 SPEC = Spec(
@@ -105,7 +105,7 @@ def no_pngs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("midflight._reporting.figures.as_png", lambda figure: b"")
 
 
-def tuning(rows: list[Row], estimator: str = "one_step") -> Tuning:
+def tuning(rows: list[Row], estimator: str = "one_step") -> Numbers:
     tunings = summarise(SPEC, rows).networks[0].tunings
     return next(t for t in tunings if t.estimator == estimator)
 
@@ -261,7 +261,7 @@ def test_a_partial_study_gives_json_without_nan_and_a_report(
         text = as_json(store, "r")
         read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
         page = write_report(store, "r", tmp_path / "out").read_text()
-    assert read["summary"] == json.loads(json.dumps(asdict(summarise(SPEC, rows))))
+    assert read["summary"] == json.loads(json.dumps(as_dict(summarise(SPEC, rows))))
     assert Spec.from_json(json.dumps(read["spec"])) == SPEC
     assert ("This study is incomplete" in page) == (len(rows) < len(list(SPEC.arms())))
     assert "nan" not in re.sub(r'src="[^"]*"', "", page).lower()
@@ -270,7 +270,7 @@ def test_a_partial_study_gives_json_without_nan_and_a_report(
 @pytest.mark.parametrize("kept", range(24))
 def test_json_of_any_part_of_a_study_is_json(kept: int) -> None:
     for rows in (whole()[:kept], whole()[kept:]):
-        json.dumps(asdict(summarise(SPEC, rows)), allow_nan=False)
+        json.dumps(as_dict(summarise(SPEC, rows)), allow_nan=False)
 
 
 def test_an_empty_study_has_null_for_every_spread() -> None:

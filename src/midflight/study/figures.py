@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator
 
 from midflight._reporting.figures import BOX, INK, MUTED, RULE, WORSE, note, panels, style
+from midflight.datasets import DATASETS
 from midflight.study import summary as numbers
 from midflight.study.spec import DEFAULT, Kind, Spec
 from midflight.study.store import Row
-from midflight.study.summary import INITIAL, PAPER, ArmKind, Network, Tuning
+from midflight.study.summary import INITIAL, PAPER, ArmKind, Numbers
 
 Values: TypeAlias = npt.NDArray[np.float64]
 
@@ -48,7 +49,7 @@ class Study(NamedTuple):
 
     spec: Spec
     finished: numbers.Finished
-    networks: list[Network]
+    networks: list[Numbers]
 
 
 def all_figures(spec: Spec, rows: list[Row]) -> dict[str, Figure]:
@@ -70,7 +71,7 @@ def trajectories(study: Study) -> Figure:
     """Draw Fig. 1: paths of (log10 L2, noise) over the validation error of fixed runs."""
     l2, noise = study.spec.intervals()
 
-    def draw(axis: Axes, network: Network, tuning: Tuning) -> str:
+    def draw(axis: Axes, network: Numbers, tuning: Numbers) -> str:
         _landscape(study, network, axis)
         tuned = study.finished.of_kind(network.network, ("tuned", tuning.estimator))
         axis.set(xlim=l2, ylim=noise, xlabel="log₁₀ L2", ylabel="standard deviation of the input noise")
@@ -94,7 +95,7 @@ def trajectories(study: Study) -> Figure:
 def before_and_after(study: Study) -> Figure:
     """Draw Fig. 2: test error of each start with fixed and with tuned hyperparameters."""
 
-    def draw(axis: Axes, network: Network, tuning: Tuning) -> str:
+    def draw(axis: Axes, network: Numbers, tuning: Numbers) -> str:
         pairs = _scatter_axes(study, axis, network, tuning, "initial")
         axis.set(xlabel="test error, fixed at the start (%)", ylabel="test error, tuned (%)")
         if not len(pairs):
@@ -115,9 +116,9 @@ def before_and_after(study: Study) -> Figure:
 
 def end_and_rerun(study: Study) -> Figure:
     """Draw Fig. 3: test error at the end of tuning and of a re-run fixed at the tuned values."""
-    images = numbers.TEST_IMAGES[study.spec.dataset]
+    images = DATASETS[study.spec.dataset][1]
 
-    def draw(axis: Axes, network: Network, tuning: Tuning) -> str:
+    def draw(axis: Axes, network: Numbers, tuning: Numbers) -> str:
         pairs = _scatter_axes(study, axis, network, tuning, "rerun")
         axis.set(xlabel="test error, re-run at the tuned values (%)", ylabel="test error, end of tuning (%)")
         if not len(pairs):
@@ -175,9 +176,9 @@ def _panels(
     return panels(f"{title}{between}{data}", size, len(study.networks), columns, **options)
 
 
-def _per_estimator(study: Study, title: str, draw: Callable[[Axes, Network, Tuning], str]) -> Figure:
+def _per_estimator(study: Study, title: str, draw: Callable[[Axes, Numbers, Numbers], str]) -> Figure:
     """Draw a panel per network and estimator; `draw` returns the finding for its title."""
-    rows, columns = len(study.networks), len(numbers.estimators(study.spec))
+    rows, columns = len(study.networks), len(study.spec.estimator)
     panel = PANEL if columns <= 2 else NARROW_PANEL  # the page shrinks wide figures together with their text
     size = (max(panel * columns + 0.9, 6.2), (panel + 0.25) * rows + 0.8)
     figure, axes = _panels(study, title, size, columns)
@@ -189,7 +190,7 @@ def _per_estimator(study: Study, title: str, draw: Callable[[Axes, Network, Tuni
     return figure
 
 
-def _name_network(study: Study, network: Network, axis: Axes) -> None:
+def _name_network(study: Study, network: Numbers, axis: Axes) -> None:
     if len(study.networks) > 1:
         axis.set_title(f"{network.network}\n{axis.get_title(loc='left')}", loc="left")
 
@@ -235,7 +236,7 @@ def _subsampled(path: Values, paths: int) -> Values:
     return path if len(path) <= most else path[np.linspace(0, len(path) - 1, most).round().astype(int)]
 
 
-def _landscape(study: Study, network: Network, axis: Axes) -> None:
+def _landscape(study: Study, network: Numbers, axis: Axes) -> None:
     """Draw the validation error of the grid: contours of a complete grid, points of a partial one."""
     n, found = study.spec.landscape, study.finished.of_kind(network.network, ("landscape", ""))
     missing = "" if len(found) == n**2 else f"{len(found)} of {n**2} runs so far"
@@ -285,12 +286,12 @@ def _colour_bar(axis: Axes, drawn: Any, low: float, high: float, log: bool) -> N
     bar.ax.yaxis.set_major_formatter("{x:g}")
 
 
-def _errors(study: Study, network: Network, first: ArmKind, second: ArmKind) -> Values:
+def _errors(study: Study, network: Numbers, first: ArmKind, second: ArmKind) -> Values:
     """Return the test errors of two arms of the same start in percent, shape (starts, 2)."""
     return 100 * np.array(study.finished.errors(network.network, first, second), dtype=float).reshape(-1, 2)
 
 
-def _scatter_axes(study: Study, axis: Axes, network: Network, tuning: Tuning, fixed: Kind) -> Values:
+def _scatter_axes(study: Study, axis: Axes, network: Numbers, tuning: Numbers, fixed: Kind) -> Values:
     """Return (test error of the fixed arm, of the tuned arm); the panels of a network share their limits."""
 
     def errors(estimator: str) -> Values:
@@ -328,7 +329,7 @@ def _diagonal(axis: Axes, above: tuple[str, str], below: tuple[str, str]) -> Non
     axis.text(0.97, 0.03, below[0], transform=axis.transAxes, ha="right", va="bottom", color=below[1])
 
 
-def _seconds(study: Study, network: Network, axis: Axes) -> None:
+def _seconds(study: Study, network: Numbers, axis: Axes) -> None:
     """Draw seconds per epoch: initial runs in the first column, then one column per estimator."""
     columns = {"plain": (MUTED, numbers.epoch_seconds(study.finished.of_kind(network.network, INITIAL)))}
     for t in network.tunings:
@@ -353,7 +354,7 @@ def _seconds(study: Study, network: Network, axis: Axes) -> None:
     axis.yaxis.set_major_locator(_ticks(0, longest, n=5))
 
 
-def _overheads(study: Study, network: Network, axis: Axes) -> None:
+def _overheads(study: Study, network: Numbers, axis: Axes) -> None:
     """Draw the time that tuning adds to an epoch, one line per estimator, beside the paper's number."""
     main = numbers.main_estimator(study.spec)
     medians = {t.estimator: t.overhead_percent for t in network.tunings}
@@ -399,7 +400,7 @@ def _jitter(n: int) -> Values:
     return np.asarray((np.arange(1, n + 1) * golden) % 1 - 0.5)
 
 
-def _side_by_side(study: Study, network: Network, axis: Axes) -> None:
+def _side_by_side(study: Study, network: Numbers, axis: Axes) -> None:
     """Draw the test errors at the end of tuning by `paper` and by the reference estimator."""
     ours = numbers.reference(study.spec)
     pairs = _errors(study, network, ("tuned", "paper"), ("tuned", ours))
@@ -418,7 +419,7 @@ def _side_by_side(study: Study, network: Network, axis: Axes) -> None:
     _points(axis, pairs[y == x], MUTED)
 
 
-def _noise_over_steps(study: Study, network: Network, tuning: Tuning, axis: Axes) -> None:
+def _noise_over_steps(study: Study, network: Numbers, tuning: Numbers, axis: Axes) -> None:
     """Draw the noise of each start during tuning, and their median."""
     colour, end, spec = _colour(tuning.estimator), tuning.noise_end, study.spec
     finding = f"\nthe middle half ends in {end.quartile_low:.2f} to {end.quartile_high:.2f}" if end else ""
