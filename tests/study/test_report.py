@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -430,3 +431,23 @@ def test_table_for_the_terminal_has_a_line_per_arm() -> None:
     for cell in ("4 of 4", "2.35", "1 of 4", "+25.0"):
         assert cell in lines["tuned, one_step"]
     assert "landscape" not in text
+
+
+@pytest.mark.slow
+def test_a_report_of_five_thousand_rows_takes_seconds_and_no_megabytes(
+    tmp_path: Path,
+) -> None:
+    spec = replace(PRESETS["smoke"], starts=714)
+    rows = []
+    for i, arm in enumerate(spec.arms()):
+        noise, error = 0.8 * (i * 0.618 % 1), 0.02 + 0.2 * (i * 0.414 % 1)
+        steps = [[5.0 * k, -4.0, noise] for k in range(1, 81)] if arm.kind == "tuned" else []
+        test = None if arm.kind == "landscape" else error
+        result = Result((-4.0, noise), (-4.0, noise), 1.0, error, test, [error] * 20, steps)
+        rows.append(Row(arm, result, [0.1] * 20))
+    assert len(rows) > 5000
+    with stored([], tmp_path, spec=spec) as store:
+        began = time.process_time()
+        write_report(store, "r", tmp_path / "out", [], rows)
+        assert time.process_time() - began < 5
+    assert max(path.stat().st_size for path in (tmp_path / "out").glob("*.svg")) < 1.5e6

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator
@@ -39,7 +40,7 @@ DATASET_NAMES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "
 
 PANEL, NARROW_PANEL = 4.1, 3.4  # side of a panel in inches, with two or three panels in a row
 PANEL_POINTS = 6_000  # points drawn per panel of trajectories; the paper's hundred starts have 275,000
-MIN_POINTS, MAX_POINTS = 60, 250  # points drawn per trajectory
+MIN_POINTS, MAX_POINTS = 30, 250  # points drawn per trajectory
 MANY = 30  # above this number, trajectories are drawn as thin lines
 WIDE_RANGE = 3.0  # above this ratio of maximum and minimum, an error axis is logarithmic
 
@@ -218,16 +219,21 @@ def _is_wide(low: float, high: float) -> bool:
 
 def _paths(axis: Axes, tuned: list[Row], colour: str) -> None:
     """Draw each run from its start (hollow) to its end (filled)."""
-    few = len(tuned) <= MANY
-    width = 1.3 if few else 0.6
-    for row in tuned:
-        path = np.array([row.result.start, *[point[1:] for point in row.result.trajectory]])
-        x, y = _subsampled(path, len(tuned)).T
-        if few:
-            axis.plot(x, y, color="white", lw=width + 1.4, alpha=0.7, zorder=3)
-        axis.plot(x, y, color=colour, lw=width, alpha=0.75, zorder=4)
+    whole = ([row.result.start, *(point[1:] for point in row.result.trajectory)] for row in tuned)
+    paths = [_subsampled(np.array(path), len(tuned)) for path in whole]
+    if len(paths) <= MANY:
+        _lines(axis, paths, color="white", lw=2.7, alpha=0.7, zorder=3)
+    _lines(axis, paths, color=colour, lw=1.3 if len(paths) <= MANY else 0.6, alpha=0.75, zorder=4)
     _points(axis, np.array([row.result.start for row in tuned]), "white", ms=5, mec=colour, mew=1.2, zorder=5)
     _points(axis, np.array([row.result.end for row in tuned]), colour, zorder=6)
+
+
+def _lines(axis: Axes, paths: list[Values], **style: Any) -> None:
+    """Draw lines; many of them as pixels, because an SVG of a thousand paths takes seconds and megabytes."""
+    many = len(paths) > MANY
+    lines = LineCollection(paths, capstyle="round", rasterized=many, **style)
+    lines.set_in_layout(False)  # they lie inside the panel; measuring them takes as long as drawing
+    axis.add_collection(lines, autolim=False)
 
 
 def _subsampled(path: Values, paths: int) -> Values:
@@ -432,9 +438,8 @@ def _noise_over_steps(study: Study, network: Numbers, tuning: Numbers, axis: Axe
         note(axis, f"No tuned arm of {tuning.estimator} is stored yet.")
         return
     paths = [_subsampled(np.array(numbers.noise_path(row)), len(tuned)) for row in tuned]
-    for path in paths:
-        axis.plot(*path.T, color=colour, lw=1.1, alpha=0.45, clip_on=False)
-        axis.plot(*path[-1], "o", ms=4.5, mfc=colour, mec="white", mew=0.6, clip_on=False, zorder=5)
+    _lines(axis, paths, color=colour, lw=1.1, alpha=0.45, zorder=4, clip_on=False)
+    _points(axis, np.array([path[-1] for path in paths]), colour, ms=4.5, mew=0.6, zorder=5)
     if len({path.shape for path in paths}) == 1:
         x, y = np.median(np.array(paths), axis=0).T
         axis.plot(x, y, color=INK, lw=2.2, zorder=6)

@@ -3,18 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.text import Text
 
 from midflight.study.arm import EpochDone
 from midflight.study.spec import Arm, Spec, products
 from midflight.study.store import Row
 
 COLUMNS = (
-    TextColumn("arms"), BarColumn(20), TextColumn("{task.fields[done]}/{task.fields[arms]} ·"),
+    TextColumn("arms"), BarColumn(), TextColumn("{task.fields[done]}/{task.fields[arms]} ·"),
     TimeElapsedColumn(), TextColumn("· left"), TimeRemainingColumn(),
-    TextColumn("· {task.description}", table_column=Column(ratio=1, no_wrap=True)),  # what is left of the line
 )  # fmt: skip
 
 
@@ -27,8 +27,9 @@ class StudyProgress:
     def __init__(self, progress: Progress, spec: Spec, done: list[Row]) -> None:
         costs = {arm: products(arm.network) for arm in spec.arms()}
         self._costs, self._progress, self.done = costs, progress, len(done)
+        self.now = Text("starting the workers")
         self._bar = progress.add_task(
-            "starting the workers", total=spec.epochs * sum(costs.values()), done=self.done, arms=len(costs),
+            "study", total=spec.epochs * sum(costs.values()), done=self.done, arms=len(costs),
             completed=spec.epochs * sum(costs.get(row.arm, 0) for row in done),
         )  # fmt: skip
 
@@ -36,9 +37,8 @@ class StudyProgress:
         """Show the epoch that was just trained."""
         (l2, noise), error = done.point, 100 * done.valid_error
         now = f"epoch {done.epoch}: L2 10^{l2:.2f}, noise {noise:.2f}, T2 error {error:.2f} %"
-        self._progress.update(
-            self._bar, advance=self._costs[done.arm], description=f"{_label(done.arm)}, {now}"
-        )
+        self.now.plain = f"{_label(done.arm)}, {now}"
+        self._progress.update(self._bar, advance=self._costs[done.arm])
 
     def on_row(self, row: Row) -> None:
         """Count an arm that was just stored."""
@@ -49,8 +49,10 @@ class StudyProgress:
 @contextmanager
 def showing_progress(spec: Spec, done: list[Row], console: Console) -> Iterator[StudyProgress]:
     """Show a progress bar; the arms in `done` are stored already."""
-    with Progress(*COLUMNS, console=console, expand=True, refresh_per_second=4) as progress:
-        yield StudyProgress(progress, spec, done)
+    progress = Progress(*COLUMNS)
+    shown = StudyProgress(progress, spec, done)
+    with Live(Group(progress, shown.now, ""), console=console, refresh_per_second=4):
+        yield shown
 
 
 def _label(arm: Arm) -> str:

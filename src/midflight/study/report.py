@@ -18,7 +18,7 @@ from midflight._reporting.figures import save
 from midflight._reporting.page import data_uri, write_page
 from midflight.study.figures import DATASET_NAMES, all_figures, by
 from midflight.study.spec import PRESETS, Spec, changed_fields
-from midflight.study.store import Store
+from midflight.study.store import Row, Store
 from midflight.study.summary import (
     NEAR_LOW_END,
     POOR,
@@ -51,13 +51,20 @@ TEXT = 99  # as `Table.numbers`: no column is numeric
 TERMINAL_COLUMNS = ("Arm", "Done", "Median", "Quartiles", "Rescued", "Made worse", "Added time")
 
 
-def write_report(store: Store, run: str, folder: Path, checks: list[dict[str, Any]] | None = None) -> Path:
+def write_report(
+    store: Store,
+    run: str,
+    folder: Path,
+    checks: list[dict[str, Any]] | None = None,
+    rows: list[Row] | None = None,
+) -> Path:
     """Write the figures (PNG and SVG) and report.html of a run; the page says if the run is incomplete.
 
     Args:
         run: name of the run in the store.
         folder: output folder; created if missing.
         checks: the table of `midflight check`, one dict per line; None omits the section.
+        rows: the rows of the run if they were read already; reading thousands takes seconds.
 
     Returns:
         The path of report.html.
@@ -65,7 +72,7 @@ def write_report(store: Store, run: str, folder: Path, checks: list[dict[str, An
     Raises:
         UnknownName: the store has no such run.
     """
-    spec, rows = store.spec(run), store.rows(run)
+    spec, rows = store.spec(run), store.rows(run) if rows is None else rows
     svgs = [p for p in save(all_figures(spec, rows), folder) if p.suffix == ".svg"]
     path = folder / "report.html"
     write_page(
