@@ -56,11 +56,6 @@ def space_at(starts: dict[str, float]) -> Space:
     return Space({name: default_range(name, init=start) for name, start in starts.items()})
 
 
-def warm_up() -> None:
-    """Create an optimiser, so that torch's delayed imports cannot be interrupted by an alarm later."""
-    torch.optim.Adam([torch.zeros(1)])
-
-
 class Training:
     """A training of the network on some rows, step by step; uses torch's global generator."""
 
