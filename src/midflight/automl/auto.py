@@ -22,7 +22,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from midflight.automl.families import FAMILIES, Task, default_of, space_of
-from midflight.automl.judge import Judge, Problem, SearchEnds
+from midflight.automl.judge import Judge, Problem, Row, SearchEnds
 from midflight.automl.table import NUMBER, Table, is_frame, number, scaled
 from midflight.automl.validation import (
     Array,
@@ -83,14 +83,16 @@ class _Auto(BaseEstimator):
         try:
             seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         except ValueError as error:
-            raise SearchError(f"random_state must be a seed, but random_state={self.random_state}: {error}.") from None
+            raise SearchError(
+                f"random_state must be a seed, but random_state={self.random_state}: {error}."
+            ) from None
         seconds = math.inf if self.seconds is None else float(self.seconds)
         problem = Problem(
             X=X, y=y, task=task, classes=classes, categories=list(self._reader.codes_),
             folds=folds_of(y, seed, seconds), loss=self._loss(y, classes), seed=seed,
             threads=effective_n_jobs(self.n_jobs),
         )  # fmt: skip
-        judge, members = Judge(problem, began + seconds), {}
+        judge = Judge(problem, began + seconds)
         try:
             with suppress(SearchEnds):
                 run(
@@ -105,27 +107,33 @@ class _Auto(BaseEstimator):
                 ) from None
             warn(f"interrupted after {len(judge.rows)} configurations; the best model so far is used.")
             members = judge.so_far()
-        if not members and all(row.state == "failed" for row in judge.rows) and judge.rows:
+        if not members and judge.rows and all(row.state == "failed" for row in judge.rows):
             raise SearchError(
-                "at least one configuration must train, but none did; the last: "
-                f"{judge.rows[-1].message}."
+                f"at least one configuration must train, but none did; the last: {judge.rows[-1].message}."
             )
         if judge.best is None:
-            warn(f"no configuration was validated within seconds={self.seconds}, so the model is poor; raise it.")
-        self.best_params_ = judge.rows[next(iter(members))].config if members else {}
-        members = members or {-1: (1, self._stopgap(problem))}
-        self.members_ = [
-            (weight, Pipeline([("table", self._reader), *model.steps])) for weight, model in members.values()
-        ]
-        self.best_estimator_ = self.members_[0][1]
-        weights = {number: weight for number, (weight, _) in members.items()}
-        self.leaderboard_ = [
-            {**row.as_dict(), "weight": weights.get(row.number, 0)} for row in judge.leaderboard()
-        ]
+            warn(
+                f"no configuration was validated within seconds={self.seconds}, so the model is poor; "
+                "raise seconds."
+            )
+        members = members or [(Row(-1, {}), 1, self._stopgap(problem))]
+        weights = {row.number: weight for row, weight, _ in members}
+        models = [Pipeline([("table", self._reader), *model.steps]) for _, _, model in members]
+        self.__dict__.update(  # at once, so that Ctrl-C leaves all or nothing
+            members_=[(weight, model) for (_, weight, _), model in zip(members, models, strict=True)],
+            best_estimator_=models[0],
+            best_params_=members[0][0].config,
+            leaderboard_=[{**r.as_dict(), "weight": weights.get(r.number, 0)} for r in judge.leaderboard()],
+        )
 
     def _names(self) -> list[str]:
         """Check the arguments and return the families to search."""
-        for name, kind in (("seconds", Real), ("trials", Integral), ("ensemble", Integral), ("n_jobs", Integral)):
+        for name, kind in (
+            ("seconds", Real),
+            ("trials", Integral),
+            ("ensemble", Integral),
+            ("n_jobs", Integral),
+        ):
             value = getattr(self, name)
             if value is None and name != "ensemble":
                 continue
@@ -139,7 +147,11 @@ class _Auto(BaseEstimator):
         if self.engine not in ENGINES:
             raise UnknownName("engine", self.engine, ENGINES)
         names = FAMILIES if self.families is None else self.families
-        if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(n, str) for n in names):
+        if (
+            isinstance(names, str)
+            or not isinstance(names, Iterable)
+            or not all(isinstance(n, str) for n in names)
+        ):
             raise SearchError(f"families must be a list of names, but families={self.families!r}.")
         names = list(dict.fromkeys(names))
         for name in names:
@@ -152,7 +164,11 @@ class _Auto(BaseEstimator):
     def _loss(self, y: Array, classes: Array | None) -> Loss:
         """Return the loss, after a trial on uniform predictions."""
         some = y[thinned(np.arange(len(y)), STOPGAP_ROWS)]
-        guess = np.full(len(some), y.mean()) if classes is None else np.full((len(some), len(classes)), 1 / len(classes))
+        guess = (
+            np.full(len(some), y.mean())
+            if classes is None
+            else np.full((len(some), len(classes)), 1 / len(classes))
+        )
         try:
             with our_settings(1):
                 loss = loss_of(self.scoring, classes)
@@ -177,13 +193,15 @@ class _Auto(BaseEstimator):
         check_is_fitted(self, "members_")
         X = self._read(X)
         with our_settings(effective_n_jobs(self.n_jobs)):
-            predictions = [predictions_of(m[1:], X, getattr(self, "classes_", None)) for _, m in self.members_]
+            predictions = [
+                predictions_of(m[1:], X, getattr(self, "classes_", None)) for _, m in self.members_
+            ]
         mean: Array = np.average(predictions, axis=0, weights=[weight for weight, _ in self.members_])
         return mean
 
     def _checked(self, X: Any, y: Any) -> tuple[Array, Array]:
         """Return X as floats, shape (n, features), and y, shape (n,), without gaps; decide the types of X."""
-        vars(self).pop("members_", None)  # a fit that fails must not leave a model of other columns
+        self.__dict__.pop("members_", None)  # a fit that fails must not leave a model of other columns
         self._reader = Table().fit(X)
         floats = self._read(X, reset=True)
         validate_data(self, X, y, skip_check_array=True)
@@ -210,7 +228,9 @@ def _labels(y: Any) -> Array:
     if values.dtype.kind not in "OT":
         return values
     flat = values.ravel().tolist()
-    gap = next((v for v in flat if v is None or type(v).__name__ in GAPS or (isinstance(v, Real) and v != v)), y)
+    gap = next(
+        (v for v in flat if v is None or type(v).__name__ in GAPS or (isinstance(v, Real) and v != v)), y
+    )
     if gap is not y:
         raise ValueError(f"y must not have gaps, but contains {gap!r} (NaN, None or NA); drop these rows.")
     if all(isinstance(v, NUMBER) for v in flat):

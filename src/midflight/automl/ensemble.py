@@ -13,7 +13,7 @@ ROUNDING = 1e-6
 
 
 def choose_members(predictions: Sequence[Array], parts: Parts, loss: Loss, size: int) -> list[int]:
-    """Return candidates, repeated by weight; the first alone, which must be the best, if no ensemble helps."""
+    """Return candidates, repeated by weight; only the first, which must be the best, if no ensemble helps."""
     if size == 1 or len(predictions) == 1 or not helps(predictions, parts, loss, size):
         return [0]
     return greedy(predictions, parts, loss, size)

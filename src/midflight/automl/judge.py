@@ -30,8 +30,6 @@ from midflight.automl.validation import (
 from midflight.automl.worker import CallFailed, OutOfTime, limited
 from midflight.search.trial import Trial
 
-PILOT = 1000
-"""Rows of a first timing fit of a family, used if a fold has more than twice as many."""
 REFIT_SHARE = 0.1
 """Share of the time reserved for the final fits of all leaders."""
 BEST_REFIT_SHARE = 0.3
@@ -45,7 +43,7 @@ STATES = ("complete", "behind", "skipped", "failed")
 
 
 class SearchEnds(BaseException):
-    """The time is up, or nothing trains; a BaseException, so that it passes through the search like Ctrl-C."""
+    """The time is up, or nothing trains; a BaseException, to pass through the search like Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Problem:
             return model.fit(self.X[rows], self.y[rows])
 
     def validate(self, model: Any, fold: Fold, losses: list[float], best: float) -> tuple[Array, float, Any]:
-        """Return predictions, their loss and, if the mean of `losses` and this one is under `best`, the model."""
+        """Return predictions, their loss, and the model if the mean loss with `losses` is under `best`."""
         training, validating = fold
         self.fit(model, training)
         with our_settings(self.threads):
@@ -146,6 +144,10 @@ class Row:
         return {name: getattr(self, name) for name in names}
 
 
+Member = tuple[Row, int, Any]
+"""(row, weight, fitted pipeline)"""
+
+
 class Judge:
     """An objective for `midflight.search.run`.
 
@@ -157,7 +159,7 @@ class Judge:
     Attributes:
         rows: one row per configuration, in order of evaluation.
         best: the complete row with the lowest loss; None before the first.
-        kept: the row and the model to use if the search ends now: `best`, or the first that was fitted.
+        kept: the member to use if the search ends now: `best`, or the first that was fitted.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class Judge:
         self.problem = problem
         self.rows: list[Row] = []
         self.best: Row | None = None
-        self.kept: tuple[Row, Any] | None = None
+        self.kept: Member | None = None
         self._clock = clock
         self._deadline = deadline
         self._seconds = deadline - clock() if math.isfinite(deadline) else 0.0
@@ -220,37 +222,30 @@ class Judge:
         """Return all rows sorted by state, then by loss."""
         return sorted(self.rows, key=lambda row: (STATES.index(row.state), row.loss))
 
-    def final(self, size: int) -> dict[int, tuple[int, Any]]:
-        """Fit the best configuration on all rows, then the other members of an ensemble while time is left.
-
-        Returns:
-            number of the row -> (weight, model), the best row first; empty if nothing was fitted.
-        """
+    def final(self, size: int) -> list[Member]:
+        """Fit the best configuration on all rows, then other members of an ensemble while time is left."""
         if self.best is None:
             return self.so_far()
-        best, leaders = self.best, self.leaders()
+        leaders = self.leaders()  # the first is the best
         try:
-            self.kept = best, self._refit(best)
-        except (OutOfTime, CallFailed):
-            return self.so_far()
-        try:
+            self.kept = self.best, 1, self._refit(self.best)
             predictions = [row.predictions for row in leaders]
             chosen = self._call(self._deadline - self._clock(), self.problem.ensemble, predictions, size)
-        except OutOfTime:
+        except (OutOfTime, CallFailed):
             return self.so_far()
-        members = {}
-        for n in sorted(set(chosen)):  # the best one is number 0
-            row = leaders[n]
+        members = []
+        for n in sorted(set(chosen)):
+            row, weight = leaders[n], chosen.count(n)
             if n == 0:
-                members[row.number] = chosen.count(n), self.kept[1]
+                members.append((row, weight, self.kept[2]))
             elif self._refit_seconds(row) <= self._deadline - self._clock():
                 with suppress(OutOfTime, CallFailed):
-                    members[row.number] = chosen.count(n), self._refit(row)
+                    members.append((row, weight, self._refit(row)))
         return members or self.so_far()
 
-    def so_far(self) -> dict[int, tuple[int, Any]]:
+    def so_far(self) -> list[Member]:
         """Return `final` without any fit: the model of the best row so far, or nothing."""
-        return {} if self.kept is None else {self.kept[0].number: (1, self.kept[1])}
+        return [] if self.kept is None else [self.kept]
 
     def _refit(self, row: Row) -> Any:
         """Return the pipeline of a row, fitted on all rows.
@@ -277,7 +272,7 @@ class Judge:
     def _evaluate(self, row: Row) -> None:
         seconds = self._fold_seconds.setdefault(row.family, [])
         first, folds = not seconds, self.problem.folds
-        until, predictions = self._clock() + self._allowed_seconds(row, first), []
+        until, predictions = self._clock() + self._allowed_seconds(row), []
         for fold in folds:
             predictions.append(self._fold(row, fold, until - self._clock(), seconds))
             if not math.isfinite(row.loss):
@@ -289,14 +284,15 @@ class Judge:
         if self.best is None or row.loss < self.best.loss:
             self.best = row
 
-    def _allowed_seconds(self, row: Row, first: bool) -> float:
+    def _allowed_seconds(self, row: Row) -> float:
         """Return the time limit of a configuration.
 
         Raises:
             OutOfTime: a fold would take longer.
             SearchEnds: a fold of every timed family would take longer than the search has left.
         """
-        needed = self._pilot_seconds(row) if first else fmean(self._fold_seconds[row.family])
+        timed = self._fold_seconds[row.family]
+        needed = fmean(timed) if timed else 0.0
         # it may become the best one and need a final fit
         refit = min(self._on_all_rows(needed, row.family), BEST_REFIT_SHARE * self._seconds)
         left = min(self.seconds_left, self._deadline - self._clock() - refit)
@@ -312,6 +308,7 @@ class Judge:
 
     def _fold(self, row: Row, fold: Fold, allowed: float, seconds: list[float]) -> Array:
         """Fit and validate a fold; add its loss to the row and its time to `seconds`."""
+        predictions: Array
         began, n, losses = self._clock(), len(row.fold_losses) + 1, row.fold_losses
         last = n == len(self.problem.folds)
         bar = math.inf if self.best is None else self.best.loss if last else -math.inf
@@ -326,7 +323,7 @@ class Judge:
         if self.best is not None and not last:
             row.loss += self.best.loss - fmean(self.best.fold_losses[:n])
         if model is not None:
-            self.kept = row, model
+            self.kept = row, 1, model
         return predictions
 
     def _is_behind(self, row: Row) -> bool:
@@ -337,19 +334,3 @@ class Judge:
         if n == 1:
             return row.fold_losses[0] > max(self.best.fold_losses)
         return all(own > best for own, best in zip(row.fold_losses, self.best.fold_losses, strict=False))
-
-    def _pilot_seconds(self, row: Row) -> float:
-        """Estimate the seconds of a family's first fold from a fit on `PILOT` rows; 0: unknown."""
-        training, validating = self.problem.folds[0]
-        if not math.isfinite(self._deadline) or len(training) <= 2 * PILOT:
-            return 0.0
-        few, began = thinned(training, PILOT), self._clock()
-        fold = few, thinned(validating, PILOT)
-        try:
-            model = self.problem.pipeline(row.config)
-            self._call(self.seconds_left / 4, self.problem.validate, model, fold, [], -math.inf)
-        finally:
-            growth: float = (len(training) / len(few)) ** FAMILIES[row.family].growth
-            expected = (self._clock() - began) * growth
-            self._fold_seconds[row.family].append(expected)
-        return expected

@@ -1,7 +1,7 @@
 """Read tables as floats. The types of the columns are decided once, in `fit`.
 
-pandas changes types on its own: a gap makes 1 to 1.0, and a file makes True to "True". Therefore 1, 1.0, True,
-"1", "1.0" and "true" are the same number here, and the same category if `fit` saw only one of them.
+pandas changes types on its own: a gap makes 1 to 1.0, and a file makes True to "True". Therefore 1, 1.0,
+True, "1", "1.0" and "true" are the same number, and the same category if `fit` saw only one of them.
 """
 
 import math
@@ -53,12 +53,14 @@ class Table(TransformerMixin, BaseEstimator):
         self.names_, self.codes_ = None, {}
         if is_frame(X):
             self.names_ = list(X.columns)
-            distinct = {i: distinct_of(X.iloc[:, i])[1] for i in range(X.shape[1]) if not _numeric(X.iloc[:, i])}
-            self.codes_ = {
-                i: Codes(values)
-                for i, values in distinct.items()
-                if X.dtypes.iloc[i] != object or not values or not all(isinstance(v, NUMBER) for v in values)
-            }
+            for i in range(X.shape[1]):
+                column = X.iloc[:, i]
+                values = [] if _numeric(column) else distinct_of(column)[1]
+                numbers = (
+                    str(column.dtype) == "object" and values and all(isinstance(v, NUMBER) for v in values)
+                )
+                if not _numeric(column) and not numbers:
+                    self.codes_[i] = Codes(values)
         return self
 
     def transform(self, X: Any) -> Array:
@@ -66,7 +68,8 @@ class Table(TransformerMixin, BaseEstimator):
         if is_frame(X):
             if self.names_ not in (None, list(X.columns)):
                 raise ValueError(
-                    f"X must have the columns of fit in their order, {self.names_}, but has {list(X.columns)}."
+                    f"X must have the columns of fit in their order, {self.names_}, but has "
+                    f"{list(X.columns)}."
                 )
             if 0 in X.shape:
                 raise ValueError(f"X must have at least one row and one column, but its shape is {X.shape}.")
@@ -76,17 +79,21 @@ class Table(TransformerMixin, BaseEstimator):
             raise TypeError(
                 f"X must be a pandas frame with the columns seen in fit, but got a {type(X).__name__}."
             )
-        return _checked(X.astype(float).filled(np.nan) if isinstance(X, np.ma.MaskedArray) else X)
+        return _checked(np.ma.filled(X.astype(float), np.nan) if isinstance(X, np.ma.MaskedArray) else X)
 
 
 class Codes:
     """The codes of the values of a category, from 1."""
 
     def __init__(self, values: Iterable[Any]) -> None:
-        texts = sorted(set(map(str, values)), key=lambda text: (_exact(text) is None, _exact(text) or 0.0, text))
+        texts = sorted(
+            set(map(str, values)), key=lambda text: (_exact(text) is None, _exact(text) or 0.0, text)
+        )
         self._of_text = {text: code for code, text in enumerate(texts, 1)}
         times = Counter(map(_exact, texts))
-        self._of_number = {_exact(text): code for text, code in self._of_text.items() if times[_exact(text)] == 1}
+        self._of_number: dict[float | None, float] = {
+            _exact(text): code for text, code in self._of_text.items() if times[_exact(text)] == 1
+        }
         self._of_number[None] = np.nan
 
     def __call__(self, column: Any) -> Array:
@@ -99,7 +106,9 @@ class Codes:
 def number(value: Any) -> float | None:
     """Return a value as a number, text included; None if it is none or not finite."""
     if isinstance(value, str):
-        value = {"true": 1, "false": 0}.get(value.casefold(), value.replace("_", "?"))  # float("1_0") is 10
+        value = {"true": "1", "false": "0"}.get(
+            value.casefold(), value.replace("_", "?")
+        )  # float("1_0") is 10
     try:
         read = float(value)
     except (TypeError, ValueError, OverflowError):

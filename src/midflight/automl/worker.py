@@ -1,4 +1,4 @@
-"""Call a function in a child process that is killed after a time limit, so that compiled code keeps it, too."""
+"""Call a function in a child process that is killed after a time limit, which compiled code keeps, too."""
 
 import os
 import pickle
@@ -71,7 +71,9 @@ def _forked(run: Callable[[], None]) -> int:
     pids: list[int] = []
 
     def fork() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C goes to all processes of a terminal
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # Ctrl-C goes to all processes of a terminal
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forks with threads
             pid = os.fork()
