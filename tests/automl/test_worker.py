@@ -161,8 +161,8 @@ def test_a_final_fit_that_takes_too_long_leaves_the_model_of_a_fold(monkeypatch)
     )
     monkeypatch.setitem(FAMILIES, "slow", family)
     began = time.monotonic()
-    auto = mf.AutoClassifier(seconds=3, trials=1, families=["slow"], random_state=0).fit(*WINE)
-    assert time.monotonic() - began < 3.3
+    auto = mf.AutoClassifier(seconds=6, trials=1, families=["slow"], random_state=0).fit(*WINE)
+    assert time.monotonic() - began < 6.6
     assert auto.score(*WINE) > 0.9
     assert auto.best_params_["family"] == "slow"
 
@@ -253,12 +253,19 @@ def test_equal_seeds_give_equal_bits_here_in_a_child_and_whatever_the_caller_has
     monkeypatch.setitem(FAMILIES["mlp"].default, "max_steps", 60)
 
     def fit(seconds):
-        families = ["linear", "mlp", "boosting", "forest", "svm"]
-        auto = mf.AutoClassifier(seconds=seconds, trials=5, families=families, random_state=0).fit(*WINE)
-        return auto.predict_proba(WINE[0])
+        families = ["linear", "mlp", "tree"]
+        auto = mf.AutoClassifier(seconds=seconds, trials=3, families=families, random_state=0)
+        auto.fit(WINE[0][::3], WINE[1][::3])
+        rows = [(r["family"], r["state"], r["fold_losses"], r["message"]) for r in auto.leaderboard_]
+        return str(rows), auto.predict_proba(WINE[0])
+
+    def same(seconds):
+        rows, predicted = fit(seconds)
+        assert rows == expected[0]
+        np.testing.assert_array_equal(predicted, expected[1])
 
     expected = fit(None)
-    np.testing.assert_array_equal(fit(600), expected)
+    same(600)
     np.random.seed(5)
     torch.manual_seed(5)
     threads = torch.get_num_threads()
@@ -267,7 +274,7 @@ def test_equal_seeds_give_equal_bits_here_in_a_child_and_whatever_the_caller_has
     try:
         changed = sklearn.config_context(transform_output="pandas", assume_finite=True)
         with changed, torch.no_grad(), np.errstate(all="raise"):
-            np.testing.assert_array_equal(fit(None), expected)
+            same(None)
     finally:
         torch.set_num_threads(threads)
         torch.set_default_dtype(torch.float32)
