@@ -3,10 +3,11 @@
 A new family is one row in `FAMILIES`; searches and tests read the table.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import (
@@ -24,8 +25,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
-from midflight.automl.columns import Columns, coded, scaled
 from midflight.automl.online_mlp import OnlineMLPClassifier, OnlineMLPRegressor
+from midflight.automl.table import Array, coded, scaled
+from midflight.automl.validation import spread
 from midflight.search.space import Space, Spec
 from midflight.space import Categorical, Float, Int
 
@@ -35,9 +37,9 @@ Build = Callable[[Params, int], Any]
 """(hyperparameters of the family, seed) -> scikit-learn estimator"""
 
 SCALING = Categorical(["standard", "normal"])
-"""Scaling of numbers for the families that need it; see `columns.scaled`."""
+"""Scaling of numbers for the families that need it; see `table.scaled`."""
 LIBSVM = {"max_iter": 50_000}
-"""Limits the iterations, because libsvm cannot be interrupted; the model is used unconverged."""
+"""Limits the iterations, because libsvm may need very many; the model is used unconverged."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Family:
         default: first configuration of the search.
         classifier: builds a classifier with `predict_proba`.
         regressor: builds a regressor.
-        needs_scale: whether it needs `columns.scaled`; otherwise it reads `columns.coded`.
+        needs_scale: whether it needs `table.scaled`; otherwise it reads `table.coded`.
         growth: exponent g of the fit time, about rows^g; measured from 1,000 to 16,000 rows.
     """
 
@@ -61,9 +63,23 @@ class Family:
     growth: float = 1.0
 
 
+class Thirds:
+    """Three stratified folds, also for classes with fewer than three rows, which scikit-learn's refuse."""
+
+    def split(self, X: Array, y: Array, groups: Any = None) -> Iterator[tuple[Array, Array]]:
+        order = spread(y, 0)
+        for k in range(3):
+            training = np.setdiff1d(order, order[k::3])
+            absent = ~np.isin(y, y[training])  # one row of a class is better seen twice than never
+            yield np.append(training, np.flatnonzero(absent)), order[k::3]
+
+    def get_n_splits(self, *unused: Any) -> int:
+        return 3
+
+
 def _calibrated(classifier: Any) -> Any:
     """Calibrate probabilities (Platt 1999): an SVM gives margins, and shares of neighbours may be 0."""
-    return CalibratedClassifierCV(classifier, cv=3, ensemble=False)
+    return CalibratedClassifierCV(classifier, cv=Thirds(), ensemble=False)
 
 
 def _forest(random: Any, extra: Any) -> Build:
@@ -191,19 +207,20 @@ def default_of(family: str) -> Params:
     return {"family": family, **{f"{family}.{key}": value for key, value in own.items()}}
 
 
-def pipeline(task: Task, config: Params, columns: Columns, seed: int) -> Pipeline:
-    """Return the unfitted pipeline of a configuration, from the raw table to predictions."""
+def pipeline(task: Task, config: Params, categories: Sequence[int], seed: int, threads: int = 1) -> Pipeline:
+    """Return the unfitted pipeline of a configuration, from the floats of `Table` to predictions."""
     name = config["family"]
     family = FAMILIES[name]
     params = {key.removeprefix(f"{name}."): value for key, value in config.items() if key != "family"}
     scaling = params.pop("scaling", None)
     build = family.classifier if task == "classification" else family.regressor
     learner = build(params, seed)
-    if not family.needs_scale:
-        if "categorical_features" in learner.get_params():
-            first = len(columns.numbers)
-            learner.set_params(categorical_features=range(first, first + len(columns.categories)))
-        return Pipeline([("table", coded(columns)), ("learner", learner)])
-    if task == "regression":
+    known = learner.get_params()
+    if "n_estimators" in known:  # forests use their own threads, the others the pools that the caller limits
+        learner.set_params(n_jobs=threads)
+    if "categorical_features" in known:
+        learner.set_params(categorical_features=range(len(categories)))
+    if family.needs_scale and task == "regression":
         learner = TransformedTargetRegressor(learner, transformer=StandardScaler())
-    return Pipeline([("table", scaled(columns, scaling)), ("learner", learner)])
+    columns = scaled(categories, scaling) if family.needs_scale else coded(categories)
+    return Pipeline([("columns", columns), ("learner", learner)])
