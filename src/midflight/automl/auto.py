@@ -255,9 +255,9 @@ class AutoClassifier(ClassifierMixin, _Auto):
     Ctrl-C during `fit` ends the search and keeps the best model so far.
 
     Args:
-        seconds: time limit of `fit`, final fits included. Fits run in another process, which is started once
-            (about 3 s) and is killed where the time is over. None: fits run here, only `trials` limits them,
-            and fits with one int as `random_state` are equal.
+        seconds: time limit of `fit`, final fits included. On Linux each fit runs in a fork of this process,
+            which is killed when its time is over. None: fits run here, only `trials` limits them, and fits
+            with one int as `random_state` are equal.
         trials: maximal number of configurations.
         families: names from `midflight.automl.FAMILIES`; None: all.
         engine: engine of `midflight.search`: "tpe", "smac" or "random".
