@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from html import escape
 from typing import Any, Literal
 
 import torch
@@ -166,6 +165,8 @@ class Tuner:
 
     def _repr_html_(self) -> str:
         """Return the same for a notebook."""
+        from html import escape
+
         return f"<pre>{escape(repr(self))}</pre>"
 
     @property
