@@ -1,5 +1,6 @@
 """Tuning in Hugging Face's Trainer: equal to the same loop by hand, saved with its checkpoints."""
 
+import copy
 import math
 from collections import defaultdict
 
@@ -240,3 +241,11 @@ def test_own_loaders_need_no_length_and_a_later_start_is_known(tmp_path):
     with pytest.warns(UserWarning, match="tuning begins anew"):
         runner.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
     assert callback.tuner.steps == callback.tuner._total == STEPS - 12
+
+
+def test_a_copy_of_a_trainer_trains_itself(tmp_path):
+    runner = trainer(tmp_path, model())
+    runner.add_callback(Tune(runner, space(), schedule=3))
+    other = copy.deepcopy(runner)
+    other.train()
+    assert (runner.state.global_step, other.state.global_step) == (0, STEPS)

@@ -149,3 +149,56 @@ def test_each_fit_begins_at_the_initial_values_and_a_clone_too():
     del seen[:]
     tuned.partial_fit(X, Y)
     assert abs(math.log(seen[0]["value/weight_decay"] / ended)) < 1 < abs(math.log(1e-2 / ended))
+
+
+class Fails(skorch.callbacks.Callback):
+    """Raises in one of its methods, or copies the net there."""
+
+    def __init__(self, at, copies=False):
+        self.at, self.copies, self.copy = at, copies, None
+
+    def notify(self, method, net, **_):
+        if method != self.at:
+            return
+        if self.copies:
+            self.copy = copy.deepcopy(net)
+        else:
+            raise ArithmeticError("a callback failed")
+
+    def on_train_begin(self, net, **_):
+        self.notify("on_train_begin", net)
+
+    def on_train_end(self, net, **_):
+        self.notify("on_train_end", net)
+
+
+def test_a_callback_that_fails_at_the_end_leaves_no_hook():
+    fitted = net(("fails", Fails("on_train_end")), ("tune", Tune(of_module, schedule=3)))
+    with pytest.raises(ArithmeticError):
+        fitted.fit(X, Y)
+    assert not fitted.optimizer_._optimizer_step_pre_hooks
+    assert not {"fit_loop", "notify"} & set(vars(fitted))
+
+
+def test_a_net_whose_training_failed_to_begin_can_be_pickled_and_its_copy_trains_itself():
+    fitted = net(("tune", Tune(of_module, schedule=3)), ("fails", Fails("on_train_begin")))
+    with pytest.raises(ArithmeticError):
+        fitted.fit(X, Y)
+    pickle.dumps(fitted)
+    other = copy.deepcopy(fitted)
+    other.set_params(callbacks__fails=None)
+    other.fit(X, Y)
+    assert len(other.history) == 6
+    assert not fitted.history
+    assert torch.equal(
+        fitted.module_.state_dict()["net.1.weight"], net().initialize().module_.state_dict()["net.1.weight"]
+    )
+
+
+def test_a_copy_made_while_a_training_begins_trains_itself():
+    copies = Fails("on_train_begin", copies=True)
+    fitted = net(("tune", Tune(of_module, schedule=3)), ("copies", copies)).fit(X, Y)
+    before, other = copy.deepcopy(fitted.module_.state_dict()), copies.copy
+    other.partial_fit(X, Y)
+    assert len(other.history) == len(fitted.history) == 6
+    assert all(torch.equal(t, before[name]) for name, t in fitted.module_.state_dict().items())

@@ -100,3 +100,32 @@ def test_a_tuner_calls_it_and_shows_its_card_in_a_notebook(capsys):
     assert "/10 | lr 0." in capsys.readouterr().out
     assert tuner._repr_html_().startswith("<pre>step 10 of 10")
     assert "<pre>" not in tuner._repr_html_()[5:]
+
+
+class Gone(io.StringIO):
+    """A terminal that is closed after the first lines."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.writes = error, 0
+
+    def write(self, text):
+        self.writes += 1
+        if self.writes > 5:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), BrokenPipeError(), ValueError("closed file")])
+def test_a_terminal_that_goes_away_ends_the_line_and_gives_standard_output_back(error):
+    before = sys.stdout
+    line = mf.LiveLine(console=Console(file=Gone(error), force_terminal=True, legacy_windows=False))
+
+    def run():
+        for n in range(20):
+            line(n, NUMBERS)
+
+    with pytest.warns(UserWarning, match="the live line ends"):
+        run()
+    assert sys.stdout is before
+    line.close()

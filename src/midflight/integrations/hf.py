@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from midflight.errors import InvalidLoss, warn
-from midflight.integrations.host import PREFIX, Host, on_failure, only, silenced, unchanged
+from midflight.integrations.host import PREFIX, Host, OnFailure, only, silenced, unchanged
 from midflight.space import Space
 from midflight.tuner import Tuner
 
@@ -67,7 +67,7 @@ class Tune(TrainerCallback):
     ) -> None:
         self._trainer, self._loaders, self._resume_from = trainer, (train_loader, valid_loader), resume_from
         self._host = Host(space, finish, options)
-        vars(trainer)["train"] = on_failure(self._host.detach, trainer.train)
+        OnFailure(trainer, "train", self._host.detach)
 
     @property
     def tuner(self) -> Tuner | None:

@@ -4,7 +4,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -155,21 +155,38 @@ def unchanged(thing: Any) -> AbstractContextManager[None]:
     return entries_kept(found)
 
 
-def on_failure(do: Callable[[], Any], train: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the training function of a library; it also calls `do` if an exception or Ctrl-C leaves it.
+class OnFailure:
+    """A method of an object that also calls `do` if an exception or Ctrl-C leaves it.
 
-    For a library that does not tell its callbacks about an exception.
+    For a library that does not tell its callbacks about an exception. It is set on the object itself. A copy
+    of the object has a copy of this, which calls the copy's method.
+
+    Args:
+        owner: the object.
+        method: name of the method.
+        do: a bound method, which can be copied.
     """
 
-    @wraps(train)
-    def training(*args: Any, **kwargs: Any) -> Any:
+    def __init__(self, owner: Any, method: str, do: Callable[[], Any]) -> None:
+        self._owner, self._method, self._do = owner, method, do
+        self._before = vars(owner).get(method)
+        """What the user has set on the object itself."""
+        vars(owner)[method] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._before or partial(getattr(type(self._owner), self._method), self._owner)
         try:
-            return train(*args, **kwargs)
+            return call(*args, **kwargs)
         except BaseException:
-            do()
+            self._do()
             raise
 
-    return training
+    def remove(self) -> None:
+        """Take it off the object, unless the user has set something on top."""
+        if vars(self._owner).get(self._method) is self:
+            del vars(self._owner)[self._method]
+            if self._before is not None:
+                vars(self._owner)[self._method] = self._before
 
 
 @contextmanager

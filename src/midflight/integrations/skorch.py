@@ -18,7 +18,7 @@ from skorch.callbacks import Callback
 from skorch.dataset import unpack_data
 from torch import Tensor, nn
 
-from midflight.integrations.host import PREFIX, Host, on_failure, unchanged
+from midflight.integrations.host import PREFIX, Host, OnFailure, unchanged
 from midflight.space import Space
 from midflight.tuner import Tuner
 
@@ -47,6 +47,7 @@ class Tune(Callback):
     def __init__(self, space: Space | Callable[[Any], Space], *, finish: bool = True, **options: Any) -> None:
         self.space, self.finish, self.options = space, finish, options
         self._host, self._begun = self._new_host(), False
+        self._watching: list[OnFailure] = []
         self._numbers: dict[str, float] = {}
 
     @property
@@ -86,13 +87,18 @@ class Tune(Callback):
 
     def on_train_begin(self, net: Any, **_: Any) -> None:
         self._begun = False
-        loop = on_failure(lambda: self._host.detach(), net.fit_loop)
+        self._release()
+        self._watching = [OnFailure(net, method, self._fail) for method in ("fit_loop", "notify")]
 
-        def fit_loop(*args: Any, **kwargs: Any) -> Any:
-            vars(net).pop("fit_loop", None)  # copies and pickles of the net must not hold it
-            return loop(*args, **kwargs)
+    def _fail(self) -> None:
+        self._host.detach()
+        self._release()
 
-        vars(net)["fit_loop"] = fit_loop
+    def _release(self) -> None:
+        """Give the net its own methods back."""
+        for watched in reversed(self._watching):
+            watched.remove()
+        self._watching = []
 
     def on_epoch_end(self, net: Any, **_: Any) -> None:
         for name, number in self._numbers.items():
@@ -100,6 +106,7 @@ class Tune(Callback):
                 net.history.record(name, number)
 
     def on_train_end(self, net: Any, **_: Any) -> None:
+        self._release()
         self._host.end()
 
     def __getstate__(self) -> dict[str, Any]:

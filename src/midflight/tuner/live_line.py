@@ -1,6 +1,7 @@
 """Show a run in the terminal: one line, updated after each hyper-step."""
 
 import weakref
+from contextlib import suppress
 from typing import Any
 
 from midflight.errors import require_extra, warn
@@ -33,15 +34,15 @@ class LiveLine:
             return
         try:
             self._show(self._text(step, numbers))
-        except Exception as error:  # such as a terminal that was closed
-            self._ended = True
+        except (Exception, SystemExit) as error:  # rich exits if the reader of a pipe has ended
+            self.close()
             warn(f"the live line ends, because it cannot be written: {type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Leave the last line on the terminal; otherwise this is done when the object or the process ends."""
         self._ended = True
         if self._live is not None:
-            self._live.stop()
+            _stop(self._live)
 
     def __reduce__(self) -> Any:
         return type(self), (self._total,)
@@ -69,5 +70,11 @@ class LiveLine:
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
-            weakref.finalize(self, self._live.stop)  # it shows the cursor again
+            weakref.finalize(self, _stop, self._live)
         self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+
+def _stop(live: Any) -> None:
+    """Give standard output and the cursor back, also if the terminal is gone."""
+    with suppress(Exception, SystemExit):
+        live.stop()

@@ -283,7 +283,8 @@ class MixedPartial:
     def _forward_mode(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
         values = {name: self._space[name].value for name in self._space}
         at = {name: params[name].detach() for name in w if name in params}
-        found = mixed_partial_of(FORWARD_MODE, self.train_loss(batch), at, detach(values), w)
+        with plain_attention():  # fused kernels have no forward mode
+            found = mixed_partial_of(FORWARD_MODE, self.train_loss(batch), at, detach(values), w)
         outputs = [values[name] for name in found]
         grads = torch.autograd.grad(
             outputs, list(self._space.raws.values()), list(found.values()), allow_unused=True
