@@ -47,8 +47,9 @@ BUDGETS = [1, 2, 4, 8, 16, 32]
 ENGINES = ["bohb", "smac"]
 ARMS = ["merged", "merged, cold", "searched"]
 COST = "cost of tuning"
+FIXED = ("layers", "width", "batch_norm", "lr")
 SPACE = search.Space(
-    {name: spec for name, spec in MLP_SPACE.specs.items() if name not in ("layers", "width", "batch_norm", "lr")},
+    {name: spec for name, spec in MLP_SPACE.specs.items() if name not in FIXED},
     layers=mf.Int(1, 3), width=mf.Int(16, 128, log=True), lr=mf.Float(1e-4, 0.3, log=True, online=True),
 )  # fmt: skip
 
