@@ -58,6 +58,7 @@ class Record:
         extra: additional numbers of the last report.
         message: reason for a failure or an early stop.
         root: number of the first trial of this configuration, whose checkpoint it continues; else its own.
+        checkpoint: name of that checkpoint's file.
         from_epoch: epochs taken from that checkpoint.
         seconds: duration.
         engine: name of the engine that proposed it.
@@ -72,6 +73,7 @@ class Record:
     extra: dict[str, float] = field(default_factory=dict)
     message: str = ""
     root: int = 0
+    checkpoint: str = ""
     from_epoch: int = 0
     seconds: float = math.nan
     engine: str = ""
@@ -115,26 +117,37 @@ class Ledger:
         self.study = study
         self.folder = folder
         self.owner = uuid.uuid4().hex[:12]
+        self._finished: dict[int, Record] = {}
 
     def records(self) -> list[Record]:
         """Return all trials, by number."""
-        return [record(trial) for trial in self.study.get_trials(deepcopy=False)]
+        trials = self.study.get_trials(deepcopy=False)
+        for trial in trials:
+            if trial.number not in self._finished and trial.state.is_finished():
+                self._finished[trial.number] = record(trial)
+        return [self._finished.get(trial.number) or record(trial) for trial in trials]
 
-    def record(self, number: int) -> Record:
+    def record(self, trial: optuna.Trial) -> Record:
         """Return one trial."""
-        return record(self.study.get_trials(deepcopy=False)[number])
+        return record(self.study._storage.get_trial(trial._trial_id))
 
-    def checkpoint(self, root: int) -> Path:
-        """Return the checkpoint file of the training that trial `root` started."""
-        return self.folder / f"{root}.pt"
+    def new_checkpoint(self, root: int) -> str:
+        """Return the name of a new file, which no other study in this folder has, not even a deleted one."""
+        return f"{root}-{uuid.uuid4().hex[:12]}.pt"
+
+    def checkpoint(self, trial: Record) -> Path:
+        """Return the checkpoint file that a trial continues."""
+        return self.folder / trial.checkpoint
 
     def clear_checkpoints(self) -> None:
-        """Delete the checkpoints that no trial can continue; keep the best trial's."""
+        """Delete the checkpoints of this study that no trial can continue; keep the best trial's."""
         records = self.records()
         chosen = best(records)
         kept = {r.root for r in records if r.state == "unfinished"} | ({chosen.root} if chosen else set())
         for path in self.folder.glob("*.pt"):
-            if path.stem.isdigit() and int(path.stem) not in kept:
+            number = path.name.partition("-")[0]
+            root = int(number) if number.isdecimal() else len(records)
+            if root < len(records) and root not in kept and records[root].checkpoint == path.name:
                 path.unlink(missing_ok=True)
 
     def claim_orphans(self) -> list[FrozenTrial]:
@@ -147,7 +160,7 @@ class Ledger:
             if not self._has_owner(trial, owners, others_live)
         ]
         for trial in dead:
-            self._set(trial, "owner", self.owner)
+            self.study._storage.set_trial_user_attr(trial._trial_id, "owner", self.owner)
         if dead and others_live:
             time.sleep(PAUSE)  # the last process to write its claim wins (Fischer's mutual exclusion)
         mine = {trial.number for trial in dead}
@@ -159,19 +172,21 @@ class Ledger:
 
     @contextmanager
     def heartbeats(self) -> Iterator[None]:
-        """Send heartbeats in the block, so that no other process takes over this process's trials."""
-        key, ended = f"owner:{self.owner}", threading.Event()
+        """Send heartbeats in the block, so that no other process takes over this process's trials.
 
-        def beat() -> None:
-            self.study.set_user_attr(key, {"host": platform.node(), "pid": os.getpid(), "seen": time.time()})
+        Optuna's own heartbeat would fail a trial and enqueue a new one; it knows no journal, and waits for
+        minutes on the machine that sees at once that the process is gone.
+        """
+        key, ended = f"owner:{self.owner}", threading.Event()
+        me = {"host": platform.node(), "pid": os.getpid(), "began": _start_of(os.getpid())}
 
         def beats() -> None:
             while not ended.wait(HEARTBEAT):
                 with suppress(Exception):  # a lost storage raises in the main thread
-                    beat()
+                    self.study.set_user_attr(key, {**me, "seen": time.time()})
             self.study._storage.remove_session()
 
-        beat()
+        self.study.set_user_attr(key, {**me, "seen": time.time()})
         thread = threading.Thread(target=beats, daemon=True)
         thread.start()
         try:
@@ -194,9 +209,6 @@ class Ledger:
         began = trial.datetime_start
         return others_live and began is not None and time.time() - began.timestamp() < HEARTBEAT_TIMEOUT
 
-    def _set(self, trial: FrozenTrial, key: str, value: Any) -> None:
-        self.study._storage.set_trial_user_attr(trial._trial_id, key, value)
-
 
 def record(trial: FrozenTrial) -> Record:
     """Convert a trial of Optuna."""
@@ -212,6 +224,7 @@ def record(trial: FrozenTrial) -> Record:
         extra=attrs.get("extra", {}),
         message=attrs.get("message", ""),
         root=attrs.get("root", trial.number),
+        checkpoint=attrs.get("checkpoint", f"{attrs.get('root', trial.number)}.pt"),
         from_epoch=attrs.get("from_epoch", 0),
         seconds=duration.total_seconds() if duration else math.nan,
         engine=attrs.get("engine", ""),
@@ -235,9 +248,15 @@ def open_study(
     """Start or resume the study `name`; its storage is open in the block.
 
     Raises:
-        SearchError: the storage cannot be reached, or `name` is another search.
+        SearchError: the storage cannot be reached, `name` is another search, or there can be no such folder.
     """
     with _opened(storage) as backend:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SearchError(
+                f"the folder of the checkpoints {folder} cannot be created: {error.strerror}."
+            ) from error
         study = optuna.create_study(
             storage=backend, study_name=name, direction="minimize", load_if_exists=True, **engine
         )
@@ -305,10 +324,11 @@ def open_storage(storage: str | None, create: bool = True) -> optuna.storages.Ba
 
 def _check_same(name: str, before: Declaration, now: Declaration) -> None:
     for what in ("space", "epochs", "seed", "objective"):
-        if getattr(before, what) != getattr(now, what):
+        old, new = getattr(before, what), getattr(now, what)
+        if old != new:
+            differ = old.differences(new) if what == "space" else f"it has {old} and this search has {new}"
             raise SearchError(
-                f"the study {name!r} must have the same {what} to be resumed, but it has "
-                f"{_as_text(before, what)} and this search has {_as_text(now, what)}; choose another name."
+                f"the study {name!r} must have the same {what} to be resumed, but {differ}; choose another name."
             )
 
 
@@ -424,14 +444,16 @@ def _is_alive(beat: Mapping[str, Any]) -> bool:
         return False
     except PermissionError:
         pass
-    return True
+    return beat.get("began", "") == _start_of(beat["pid"])
+
+
+def _start_of(pid: int) -> str:
+    """Return when a process began, because the system uses its number again; "" where it does not tell."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
 
 
 def _declaration(study: Study) -> Declaration:
     stored = study.user_attrs[DECLARATION]
     return Declaration(**{**stored, "space": Space.from_json(stored["space"])})
-
-
-def _as_text(declaration: Declaration, what: str) -> str:
-    value = getattr(declaration, what)
-    return ", ".join(value) if isinstance(value, Space) else str(value)

@@ -137,7 +137,7 @@ def problem(what: str, data: str | None = None, train: int | None = None) -> Pro
         SpaceError: the space in the file is invalid.
     """
     if what == "mlp":
-        data = data or "digits"
+        data = "digits" if data is None else data
         split = splits(data, train)[0]
         return Problem(Mlp(data, train), MLP_SPACE, f"mlp on {data}, {len(split)} images")
     path, _, name = what.partition(":")

@@ -17,14 +17,13 @@ from typing import Any
 import ConfigSpace
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 from smac import HyperparameterOptimizationFacade, MultiFidelityFacade, Scenario
 from smac.main.exceptions import ConfigurationSpaceExhaustedException
 from smac.runhistory import StatusType, TrialInfo, TrialValue
 
-from midflight.search.engine import Engine, Task
+from midflight.search.engine import Engine, IndependentSampler, Task
 from midflight.search.space import Config, Space, Spec, conditions
 from midflight.space import Categorical, Int
 
@@ -39,7 +38,7 @@ def smac(task: Task) -> Engine:
     return Engine(sampler, UntilPruner(), promotes=True, prepare=sampler.prepare)
 
 
-class SmacSampler(BaseSampler):
+class SmacSampler(IndependentSampler):
     """Gives SMAC's proposals to Optuna."""
 
     def __init__(self, task: Task) -> None:
@@ -72,14 +71,6 @@ class SmacSampler(BaseSampler):
         info, self._proposal = self._proposal[0], None
         until = self._epochs if info.budget is None else min(self._epochs, max(1, round(info.budget)))
         study._storage.set_trial_system_attr(trial._trial_id, UNTIL, until)
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
