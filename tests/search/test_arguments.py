@@ -1,4 +1,4 @@
-"""Bad calls of the search and of its command: one sentence each, no traceback of ours, no hang, exit code 2."""
+"""Bad calls of the search and of its command: one sentence each, no traceback, no hang, exit code 2."""
 
 import re
 import sys
@@ -72,8 +72,14 @@ def test_a_bad_argument_is_refused_in_a_sentence_before_anything_runs(name, valu
         *[("seed", value) for value in (np.int64(3), 2**32 - 1, 0)],
         *[("storage", value) for value in ("s.sqlite", Path("s.db"), "s.journal", "sqlite:///u.sqlite")],
         *[("folder", value) for value in ("checks", Path("checks/deep"))],
-        *[("first", value) for value in ((), [], (WHOLE,), [{}], [{"x": np.float32(5)}], [{"n": np.int64(2)}])],
-        *[("first", value) for value in ([{"net": True}], [{"net": 3}], [{"net": np.str_("mlp")}], [{"x": 1}])],
+        *[
+            ("first", value)
+            for value in ((), [], (WHOLE,), [{}], [{"x": np.float32(5)}], [{"n": np.int64(2)}])
+        ],
+        *[
+            ("first", value)
+            for value in ([{"net": True}], [{"net": 3}], [{"net": np.str_("mlp")}], [{"x": 1}])
+        ],
         *[("first", [{"net": "cnn", "rate": 0.5}])],
         *[("callbacks", value) for value in ((), [repr])],
         *[("name", value) for value in ("é", "a b", "it's")],
@@ -114,12 +120,14 @@ def test_a_resumed_study_with_another_space_names_what_differs(change, message, 
 
 BAD_COMMANDS = [
     ["mlp", "--seed", "-1"], ["mlp", "--seed", "x"], ["mlp", "--seed", "4294967296"],
-    ["mlp", "--trials", "nan"], ["mlp", "--trials", "-1"], ["mlp", "--trials", "2.5"], ["mlp", "--trials", ""],
+    ["mlp", "--trials", "nan"], ["mlp", "--trials", "-1"], ["mlp", "--trials", "2.5"],
+    ["mlp", "--trials", ""],
     ["mlp", "--time", "nan"], ["mlp", "--time", "inf"], ["mlp", "--time", "0s"], ["mlp", "--time", "-1s"],
     ["mlp", "--time", ""], ["mlp", "--time", "5x"], ["mlp", "--time", "²"], ["mlp", "--time", "1e999h"],
     ["mlp", "--epochs", "0"], ["mlp", "--epochs", "-3"], ["mlp", "--workers", "0"], ["mlp", "--workers", "²"],
     ["mlp", "--data", ""], ["mlp", "--data", "../digits"], ["mlp", "--train", "0"], ["mlp", "--train", "-5"],
-    ["mlp", "--engine", ""], ["mlp", "--engine", "[/INST]"], ["mlp", "--study", "../x"], ["mlp", "--study", ""],
+    ["mlp", "--engine", ""], ["mlp", "--engine", "[/INST]"], ["mlp", "--study", "../x"],
+    ["mlp", "--study", ""],
     ["mlp", "--storage", ""], ["mlp", "--storage", "x"], ["mlp", "--storage", "sqlite:"],
     ["mlp", "--storage", "mysql://"], ["mlp", "--folder", "/proc/no"], ["mlp", "--scheduler", "asha"],
     ["mlp", "--out"], ["mlp", "--nothing"], ["mlp", "more"], [], [""], ["mlp:"], [":f"], ["x.py"], ["x.py:"],
@@ -132,7 +140,9 @@ def test_a_bad_command_ends_with_exit_code_2_and_no_traceback(arguments, tmp_pat
     monkeypatch.chdir(tmp_path)
     more = [] if {"--trials", "--time"} & set(arguments) else ["--trials", "1"]
     monkeypatch.setattr(
-        sys, "argv", ["midflight", "search", *arguments, *more, *([] if "--epochs" in arguments else ["--epochs", "1"])]
+        sys,
+        "argv",
+        ["midflight", "search", *arguments, *more, *([] if "--epochs" in arguments else ["--epochs", "1"])],
     )
     with pytest.raises(SystemExit) as ended:
         cli.main()

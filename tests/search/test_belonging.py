@@ -116,7 +116,9 @@ def test_a_resumed_random_search_proposes_what_an_undisturbed_one_does(tmp_path)
             **options,
         )
     assert [r.config for r in cut.records] == [r.config for r in whole.records]
-    other_seed = search.run(lambda trial: trial.params["x"], SPACE, engine="random", epochs=1, trials=9, seed=5)
+    other_seed = search.run(
+        lambda trial: trial.params["x"], SPACE, engine="random", epochs=1, trials=9, seed=5
+    )
     assert not {key(r.config) for r in other_seed.records} & {key(r.config) for r in whole.records}
 
 
@@ -209,18 +211,19 @@ def test_a_damaged_checkpoint_is_said_once_and_its_trial_begins_anew(engine, dam
         began.append((trial.number, state and state["epoch"]))
         for epoch in range((state["epoch"] if state else 0) + 1, trial.epochs + 1):
             trial.report(epoch, trial.params["x"] + 1 / epoch, {"epoch": epoch, "w": torch.ones(5000)})
-            if cut and trial.number == 5:
-                raise KeyboardInterrupt
 
-    cut = True
+    def cut(record):
+        if record.number == 5 and record.epoch == 1:
+            raise KeyboardInterrupt
+
     with pytest.raises(search.Interrupted):
-        search.run(objective, SPACE, trials=8, **options)
+        search.run(objective, SPACE, trials=8, callbacks=[cut], **options)
     (path,) = tmp_path.rglob("5-*.pt")
     if DAMAGES[damage]:
         path.write_bytes(DAMAGES[damage](path.read_bytes()))
     else:
         torch.save(Evil() if damage == "of pickle" else [1, 2], path)
-    cut, began[:] = False, []
+    began.clear()
     with pytest.warns(UserWarning, match="a trial begins anew") as said:
         found = search.run(objective, SPACE, trials=8, **options)
     assert len(said) == 1
@@ -253,7 +256,7 @@ def test_a_full_disk_ends_the_search_and_the_trials_go_on_later(engine, how, tmp
     write = Path.write_bytes
 
     def full(self, content):
-        if self.suffix == ".part" and self.name.startswith(".2-"):
+        if self.suffix == ".part" and self.name.startswith(".1-"):
             raise OSError(how, os.strerror(how), str(self))
         return write(self, content)
 
@@ -332,7 +335,7 @@ def test_a_process_number_that_the_system_used_again_does_not_hold_a_trial(tmp_p
 
 def test_a_path_that_holds_quotes_and_sql_is_only_a_name(tmp_path):
     name = "'; DROP TABLE studies; --"
-    storage = str(tmp_path / "it's; a \"store\".sqlite")
+    storage = str(tmp_path / 'it\'s; a "store".sqlite')
     found = search.run(trains(0), SPACE, engine="random", trials=2, epochs=1, storage=storage, name=name)
     again = search.run(trains(0), SPACE, engine="random", trials=3, epochs=1, storage=storage, name=name)
     assert again.records[:2] == found.records

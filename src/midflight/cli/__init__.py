@@ -21,6 +21,7 @@ check failed, every trial failed); 2 bad input; 130 interrupted; 141 the reader 
 import os
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 from typing import NoReturn
 
 from midflight.errors import MidflightError, require_extra
@@ -37,6 +38,9 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command `midflight`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # an ASCII terminal cannot show every name
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _run(sys.argv[1:])
         sys.stdout.flush()

@@ -78,13 +78,17 @@ def run(arguments: list[str]) -> int:
     options: dict[str, Any] = {"address": command.address, "scheduler": command.scheduler}
     options = {option: value for option, value in options.items() if value is not None}
     with showing_trials(err, command.trials, seconds) as callbacks:
-        search(
+        found = search(
             what.objective, space, engine=command.engine, trials=command.trials, seconds=seconds,
             epochs=command.epochs, workers=cores if command.workers is None else command.workers,
             storage=command.storage, folder=command.folder, name=name, seed=command.seed,
             warm_start=command.warm_start, label=what.label, callbacks=callbacks, **options,
         )  # fmt: skip
-    return report(name, command.storage, command.out, command.json)
+    report(name, command.storage, command.out, command.json)
+    if found.best is None and any(record.state != "unfinished" for record in found.records):
+        err.print("midflight: no trial has a finite loss; the report has their messages.", markup=False)
+        return 1
+    return 0
 
 
 def report(name: str, storage: str, folder: Path | None, as_text: bool) -> int:

@@ -69,8 +69,8 @@ class Checkpoint:
                 part.write_bytes(content.getbuffer())
         except OSError as error:
             raise StorageLost(
-                f"checkpoints must be written to {path.parent}, but {error.strerror or error}; the trials stay "
-                "unfinished, and the same command continues them when there is space."
+                f"checkpoints must be written to {path.parent}, but {error.strerror or error}; the trials "
+                "stay unfinished, and the same command continues them when there is space."
             ) from error
 
 
@@ -94,7 +94,9 @@ def load(path: Path) -> Checkpoint | None:
     try:
         return Checkpoint(**{**saved, "points": [Point(**point) for point in saved["points"]]})
     except (TypeError, KeyError) as error:
-        raise SearchError(f"{path.name} must be a checkpoint of a search, but it is not ({error}).") from error
+        raise SearchError(
+            f"{path.name} must be a checkpoint of a search, but it is not ({error})."
+        ) from error
 
 
 def load_or_drop(path: Path) -> Checkpoint | None:

@@ -45,7 +45,9 @@ def history(records: list[Record]) -> Figure:
     _marks(axis, records, [float(x) for x in epochs])
     lowest = np.minimum.accumulate(np.where(np.isfinite(losses), losses, math.inf)) if records else losses
     known = np.isfinite(lowest)
-    axis.step(epochs[known], lowest[known], where="post", color=INK, lw=1.6, label="best complete trial so far")
+    axis.step(
+        epochs[known], lowest[known], where="post", color=INK, lw=1.6, label="best complete trial so far"
+    )
     axis.set(xlabel="epochs trained in all trials", ylabel="validation loss")
     axis.legend(frameon=False, fontsize=9)
     return figure
@@ -60,6 +62,7 @@ def importance(space: Space, records: list[Record]) -> Figure:
         axis.set(xticks=[], yticks=[])
         return figure
     kinds = {name: _distribution(spec) for name, spec in space.searched.items()}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the evaluator is experimental in some versions
         study = optuna.create_study()
@@ -129,16 +132,15 @@ def online(space: Space, records: list[Record]) -> Figure:
     return figure
 
 
-def _marks(axis: Axes, records: list[Record], x: list[float]) -> None:
+def _marks(axis: Axes, records: list[Record], places: list[float]) -> None:
     """Draw a mark for the loss of each trial, coloured by its state; say so if there is none."""
-    found = [(r, at) for r, at in zip(records, x, strict=True) if math.isfinite(r.loss)]
+    found = [(r, at) for r, at in zip(records, places, strict=True) if math.isfinite(r.loss)]
     for state, colour in COLOURS.items():
         points = [(at, r.loss) for r, at in found if r.state == state]
         if points:
-            axis.scatter(
-                *zip(*points, strict=True), s=25, c=colour, edgecolors="white", lw=0.6, zorder=3, label=state,
-                rasterized=True,
-            )  # fmt: skip
+            x, y = zip(*points, strict=True)
+            look: dict[str, Any] = {"edgecolors": "white", "lw": 0.6, "zorder": 3, "rasterized": True}
+            axis.scatter(x, y, s=25, c=colour, label=state, **look)
     if found and all(r.loss > 0 for r, _ in found):
         axis.set_yscale("log")
     elif not found:

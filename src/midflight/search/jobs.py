@@ -122,7 +122,7 @@ class Search:
         if trial is None and self._to_explore:
             trial = self._to_explore.popleft()
             self._explore(trial)
-        return trial and self._start(trial)
+        return None if trial is None else self._start(trial)
 
     def _new_trial(self) -> optuna.Trial | None:
         trials = self._study.get_trials(deepcopy=False)
@@ -158,8 +158,8 @@ class Search:
         elif self.engine.explore and new and running.epoch % self.engine.interval == 0:
             if not self.ledger.checkpoint(self.ledger.record(running.trial)).is_file():
                 raise SearchError(
-                    "population-based training copies the states of trials, so the objective must pass state= "
-                    "to trial.report, but passed none."
+                    "population-based training copies the states of trials, so the objective must pass "
+                    "state= to trial.report, but passed none."
                 )
             running.interrupted = True
             self._to_explore.append(running.trial)
@@ -220,7 +220,7 @@ class Search:
         trial.set_user_attr("owner", self.ledger.owner)
         moved = trial.user_attrs.get("config", {})
         config = moved or suggest(trial, self.space)
-        if "starts" not in trial.user_attrs:
+        if "start" not in trial.user_attrs:
             self._initialise(trial, config)
         stored = self.ledger.record(trial)
         floats = {name: value for name, value in moved.items() if isinstance(value, float)}
@@ -242,15 +242,14 @@ class Search:
         elif self.warm_start and starts:
             nearest = nearest_values(self.space, config, records, self._coordinates)
             starts |= {name: value for name, value in nearest.items() if name in starts}
-        attrs = {
+        start = {
             "engine": self.engine.name,
             "root": earlier.root if earlier else trial.number,
             "checkpoint": earlier.checkpoint if earlier else self.ledger.new_checkpoint(trial.number),
             "from_epoch": saved.points[-1].epoch if saved else 0,
             "starts": starts,
         }
-        for key, value in attrs.items():
-            trial.set_user_attr(key, value)
+        trial.set_user_attr("start", start)
 
     def _explore(self, trial: optuna.Trial) -> None:
         """Copy a better trial's configuration and checkpoint to a bad one."""

@@ -11,7 +11,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,23 +152,21 @@ class Ledger:
 
     def claim_orphans(self) -> list[FrozenTrial]:
         """Claim the unfinished trials whose process died; return those that this process won."""
-        owners = self._owners()
-        others_live = any(_is_alive(beat) for name, beat in owners.items() if name != self.owner)
-        dead = [
-            trial
-            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if not self._has_owner(trial, owners, others_live)
-        ]
-        for trial in dead:
-            self.study._storage.set_trial_user_attr(trial._trial_id, "owner", self.owner)
-        if dead and others_live:
+        attrs = self.study.user_attrs
+        alive = {key.removeprefix("owner:") for key, beat in attrs.items() if _is_alive(key, beat)} | {
+            self.owner
+        }
+        dead = {t._trial_id for t in self._unfinished() if not _has_owner(t, alive, len(alive) > 1)}
+        for trial_id in dead:
+            self.study._storage.set_trial_user_attr(trial_id, "owner", self.owner)
+        if dead and len(alive) > 1:
             time.sleep(PAUSE)  # the last process to write its claim wins (Fischer's mutual exclusion)
-        mine = {trial.number for trial in dead}
         return [
-            trial
-            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if trial.number in mine and trial.user_attrs.get("owner") == self.owner
+            t for t in self._unfinished() if t._trial_id in dead and t.user_attrs.get("owner") == self.owner
         ]
+
+    def _unfinished(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     @contextmanager
     def heartbeats(self) -> Iterator[None]:
@@ -197,23 +195,11 @@ class Ledger:
             with suppress(Exception):
                 self.study.set_user_attr(key, {"seen": 0.0})
 
-    def _owners(self) -> dict[str, dict[str, Any]]:
-        attrs = self.study.user_attrs.items()
-        return {key.removeprefix("owner:"): value for key, value in attrs if key.startswith("owner:")}
-
-    def _has_owner(self, trial: FrozenTrial, owners: Mapping[str, dict[str, Any]], others_live: bool) -> bool:
-        owner = trial.user_attrs.get("owner")
-        if owner is not None:
-            return owner == self.owner or _is_alive(owners.get(owner, {"seen": 0.0}))
-        # the process died before it wrote its name, or it is about to write it
-        began = trial.datetime_start
-        return others_live and began is not None and time.time() - began.timestamp() < HEARTBEAT_TIMEOUT
-
 
 def record(trial: FrozenTrial) -> Record:
     """Convert a trial of Optuna."""
-    attrs = trial.user_attrs
-    duration = trial.duration
+    attrs = {**trial.user_attrs, **trial.user_attrs.get("start", {})}
+    root, duration = attrs.get("root", trial.number), trial.duration
     return Record(
         number=trial.number,
         state=STATES[trial.state],
@@ -223,8 +209,8 @@ def record(trial: FrozenTrial) -> Record:
         trajectory=[(epoch, values) for epoch, values in attrs.get("trajectory", [])],
         extra=attrs.get("extra", {}),
         message=attrs.get("message", ""),
-        root=attrs.get("root", trial.number),
-        checkpoint=attrs.get("checkpoint", f"{attrs.get('root', trial.number)}.pt"),
+        root=root,
+        checkpoint=attrs.get("checkpoint", f"{root}.pt"),
         from_epoch=attrs.get("from_epoch", 0),
         seconds=duration.total_seconds() if duration else math.nan,
         engine=attrs.get("engine", ""),
@@ -251,12 +237,7 @@ def open_study(
         SearchError: the storage cannot be reached, `name` is another search, or there can be no such folder.
     """
     with _opened(storage) as backend:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SearchError(
-                f"the folder of the checkpoints {folder} cannot be created: {error.strerror}."
-            ) from error
+        _make_folder("checkpoints", folder)
         study = optuna.create_study(
             storage=backend, study_name=name, direction="minimize", load_if_exists=True, **engine
         )
@@ -286,7 +267,7 @@ def read_study(storage: str, name: str) -> Iterator[tuple[Ledger, Declaration]]:
             raise UnknownName(f"a study in {without_password(storage)}", name, names or ["(none yet)"])
         study = optuna.load_study(storage=backend, study_name=name)
         if DECLARATION not in study.user_attrs:
-            raise SearchError(f"the study must be a search of midflight, but {name!r} is not.")
+            raise SearchError(f"the study must be one of midflight, but {name!r} is not.")
         yield Ledger(study, default_folder(storage, name)), _declaration(study)
 
 
@@ -311,15 +292,19 @@ def open_storage(storage: str | None, create: bool = True) -> optuna.storages.Ba
     if path is not None:
         if not create and not path.is_file():
             raise SearchError(f"the storage must be a file, but {path} does not exist; run the search first.")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SearchError(
-                f"the folder of the storage {path} cannot be created: {error.strerror}."
-            ) from error
+        _make_folder(f"storage {path}", path.parent)
         if path.suffix in JOURNAL:
             return _journal(path)
     return _database(storage if path is None else f"sqlite:///{path}")
+
+
+def _make_folder(what: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SearchError(
+            f"the folder of the {what} cannot be created: {folder}: {error.strerror}."
+        ) from error
 
 
 def _check_same(name: str, before: Declaration, now: Declaration) -> None:
@@ -328,7 +313,8 @@ def _check_same(name: str, before: Declaration, now: Declaration) -> None:
         if old != new:
             differ = old.differences(new) if what == "space" else f"it has {old} and this search has {new}"
             raise SearchError(
-                f"the study {name!r} must have the same {what} to be resumed, but {differ}; choose another name."
+                f"the study {name!r} must have the same {what} to be resumed, but {differ}; choose another "
+                "name."
             )
 
 
@@ -433,8 +419,18 @@ def _first_line(error: BaseException) -> str:
     return (str(getattr(cause, "orig", cause)).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
 
 
-def _is_alive(beat: Mapping[str, Any]) -> bool:
-    if time.time() - beat["seen"] > HEARTBEAT_TIMEOUT:
+def _has_owner(trial: FrozenTrial, alive: set[str], others_live: bool) -> bool:
+    owner = trial.user_attrs.get("owner")
+    if owner is not None:
+        return owner in alive
+    # the process died before it wrote its name, or it is about to write it
+    began = trial.datetime_start
+    return others_live and began is not None and time.time() - began.timestamp() < HEARTBEAT_TIMEOUT
+
+
+def _is_alive(key: str, beat: Any) -> bool:
+    """Whether a user attribute of the study is the recent heartbeat of a process that is not known dead."""
+    if not key.startswith("owner:") or time.time() - beat["seen"] > HEARTBEAT_TIMEOUT:
         return False
     if beat["host"] != platform.node():
         return True
@@ -444,7 +440,7 @@ def _is_alive(beat: Mapping[str, Any]) -> bool:
         return False
     except PermissionError:
         pass
-    return beat.get("began", "") == _start_of(beat["pid"])
+    return bool(beat.get("began", "") == _start_of(beat["pid"]))
 
 
 def _start_of(pid: int) -> str:

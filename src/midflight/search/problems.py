@@ -76,7 +76,6 @@ class Mlp:
             Shuffled(t2, min(BATCH, len(t2)), trial.seed + 2), total_steps=trial.epochs * len(batches),
         )  # fmt: skip
         done = _restore(trial.load(), model, optimizer, batches, tuner or None)
-        optimizer.param_groups[0].update(_options(searched))  # a copied state is of another configuration
         for epoch in range(done + 1, trial.epochs + 1):
             for batch in batches:
                 optimizer.zero_grad()

@@ -160,12 +160,10 @@ class Space:
                 )
             found[name] = plain_value(self[name], name, value, f"{what} has")
         for name in found:
-            for parent, values in conditions(self[name]).items():
-                if parent not in found or found[parent] not in values:
-                    raise SpaceError(
-                        f"{what} gives {name}, which needs {parent} to be one of {list(values)}, but it has "
-                        f"{parent}={found.get(parent, 'nothing')!r}."
-                    )
+            if not self.is_active(name, found):
+                raise SpaceError(
+                    f"{what} may give {name} only where {self[name].when} holds, but is {found}."
+                )
         return {name: found[name] for name in self.searched if name in found}
 
     def differences(self, other: "Space") -> str:
@@ -247,7 +245,9 @@ def _declared(fields: dict[str, Any] | None) -> str:
     """Return a stored declaration as text, such as Int(low=1, high=4)."""
     if fields is None:
         return "nothing"
-    given = ", ".join(f"{key}={value!r}" for key, value in fields.items() if value not in (None, []) and key != "kind")
+    given = ", ".join(
+        f"{key}={value!r}" for key, value in fields.items() if value not in (None, []) and key != "kind"
+    )
     return f"{fields['kind']}({given})"
 
 

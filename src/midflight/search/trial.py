@@ -144,8 +144,8 @@ class Trial:
                 if group.get(name) == before:
                     raise ValueError(
                         f"this trial must train with {name}={self._job.config[name]}, but its optimiser has "
-                        f"the {before} of the trial that it was copied from; set the optimiser's options from "
-                        "trial.params after loading its state."
+                        f"the {before} of the trial that it was copied from; set the optimiser's options "
+                        "from trial.params after loading its state."
                     )
         try:
             Checkpoint(self._points, state, checkpoint.random_state(), self._job.config).save(

@@ -10,12 +10,13 @@ import socket
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import Pipe
 from typing import Any
 
 import optuna
+from optuna.pruners import BasePruner
 
 from midflight.errors import UnknownName
 from midflight.search.engine import Engine, Task
@@ -35,7 +36,7 @@ with warnings.catch_warnings():
 
 CONNECT_TIMEOUT = 5.0  # seconds for a cluster's address to answer
 REDUCTION = 4  # the default of Ray's and of Optuna's asynchronous successive halving
-PRUNERS = {
+PRUNERS: dict[str, Callable[[], BasePruner]] = {
     "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=REDUCTION),
     "median": optuna.pruners.MedianPruner,
     "pbt": optuna.pruners.NopPruner,
@@ -54,7 +55,7 @@ def ray(task: Task, address: str | None = None, scheduler: str = "asha") -> Engi
     population = Population(task) if scheduler == "pbt" else None
     return Engine(
         (random if population else tpe)(task).sampler, PRUNERS[scheduler](),
-        hire=lambda workers: _cluster(address, workers), explore=population and population.explore,
+        hire=lambda workers: _cluster(address, workers), explore=population.explore if population else None,
         interval=population.interval if population else 0,
     )  # fmt: skip
 
@@ -78,12 +79,13 @@ class RayWorker(Worker):
 
     def __init__(self, pickled: bytes, threads: int) -> None:
         self._actor: Any = ray_core.remote(num_cpus=1)(Host).remote(pickled)
-        self._answers: deque[Any] = deque([self._actor.exchange.remote(None)])
+        self._answers: deque[Any] = deque()
+        self.send(None)
         self._died = False
 
     @staticmethod
     def pickle(objective: Any) -> bytes:
-        pickled: bytes = ray_core.cloudpickle.dumps(objective)
+        pickled: bytes = ray_core.cloudpickle.dumps(objective)  # type: ignore[no-untyped-call]
         return pickled
 
     @staticmethod
