@@ -5,7 +5,6 @@ number.
 """
 
 import math
-import shutil
 import signal
 import threading
 import time
@@ -19,7 +18,6 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from midflight._reporting.files import replacing
 from midflight.search import checkpoint
 from midflight.search.checkpoint import Point
 from midflight.search.engine import Engine
@@ -256,11 +254,10 @@ class Search:
         assert self.engine.explore is not None
         stored = self.ledger.record(trial)
         found = self.engine.explore(stored, self.ledger.records())
-        if found is not None:
-            good, config = found
-            trial.set_user_attr("config", config)
-            with replacing(self.ledger.checkpoint(stored)) as part:
-                shutil.copy(self.ledger.checkpoint(good), part)
+        saved = checkpoint.load_or_drop(self.ledger.checkpoint(found[0])) if found else None
+        if found and saved and saved.points[-1].epoch < self.epochs:  # else nothing would train with it
+            trial.set_user_attr("config", found[1])
+            saved.save(self.ledger.checkpoint(stored))
 
     def _check_first_failures(self, outcome: Outcome) -> None:
         if outcome.how != "failed":

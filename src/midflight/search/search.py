@@ -20,6 +20,7 @@ import optuna
 
 from midflight._reporting.machine import machine
 from midflight.search import checkpoint
+from midflight.search.checkpoint import Point
 from midflight.search.engine import Engine, Task
 from midflight.search.engines import build
 from midflight.search.errors import Interrupted, SearchError
@@ -185,8 +186,20 @@ def _run_all(search: Search, engine: Engine, objective: Objective, workers: int)
 
 def _run_here(search: Search, objective: Objective) -> None:
     before = checkpoint.random_state()
+    errors: list[Exception] = []
+
+    def send(number: int, points: list[Point]) -> bool:
+        try:
+            return search.on_report(number, points)
+        except Exception as error:  # of the storage or a callback, which must not count as the objective's
+            errors.append(error)
+            return False
+
     try:
         while (job := search.next_job()) is not None:
-            search.on_end(job.number, run_job(job, objective, partial(search.on_report, job.number)))
+            outcome = run_job(job, objective, partial(send, job.number))
+            if errors:
+                raise errors[0]
+            search.on_end(job.number, outcome)
     finally:
         checkpoint.set_random_state(before)

@@ -30,10 +30,11 @@ class Population:
         peers = [r for r in records if r.epoch >= trial.epoch and math.isfinite(r.loss)]
         ranked = sorted((r for r in peers if r.state in ("unfinished", "complete")), key=lambda r: r.loss)
         most = min(math.ceil(len(ranked) * QUANTILE), len(ranked) // 2)
-        if trial.number not in [r.number for r in ranked[len(ranked) - most :]]:
+        donors = [r for r in ranked[:most] if r.epoch < self._task.epochs]
+        if not donors or trial.number not in [r.number for r in ranked[len(ranked) - most :]]:
             return None
         draw = random.Random(f"{self._task.seed} {trial.number} {trial.epoch}")
-        good = draw.choice(ranked[:most])
+        good = draw.choice(donors)
         return good, {name: self._moved(name, value, draw) for name, value in good.config.items()}
 
     def _moved(self, name: str, value: object, draw: random.Random) -> object:
