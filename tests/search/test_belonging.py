@@ -17,7 +17,8 @@ from midflight import search
 from midflight.search import checkpoint
 
 SPACE = search.Space(x=mf.Float(0.0, 1.0), y=mf.Float(1e-3, 1.0, log=True))
-ENGINES = ["random", "tpe", "bohb", "smac"]
+SLOW_SMAC = pytest.param("smac", marks=pytest.mark.slow)
+ENGINES = ["random", "tpe", "bohb", SLOW_SMAC]
 
 
 def trains(plus):
@@ -37,7 +38,7 @@ def two_stores(folder, suffix="sqlite"):
     return str(folder / f"a.{suffix}"), str(folder / f"b.{suffix}")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["random", "bohb", "smac"])
 def test_two_stores_in_one_folder_keep_their_own_states(engine, tmp_path):
     first, second = two_stores(tmp_path)
     options = {"engine": engine, "trials": 6, "epochs": 3}
@@ -49,7 +50,7 @@ def test_two_stores_in_one_folder_keep_their_own_states(engine, tmp_path):
     assert b.load()["plus"] == 100
 
 
-@pytest.mark.parametrize("engine", ["random", "smac"])
+@pytest.mark.parametrize("engine", ["random", SLOW_SMAC])
 def test_two_searches_of_one_name_that_run_at_once_in_one_folder_keep_their_own_states(engine, tmp_path):
     first, second = two_stores(tmp_path, "journal")
     other = {}
@@ -122,7 +123,7 @@ def test_a_resumed_random_search_proposes_what_an_undisturbed_one_does(tmp_path)
     assert not {key(r.config) for r in other_seed.records} & {key(r.config) for r in whole.records}
 
 
-@pytest.mark.parametrize("engine", ["random", "tpe", "smac"])
+@pytest.mark.parametrize("engine", ["random", "tpe", SLOW_SMAC])
 def test_two_searches_at_once_on_one_study_propose_different_configurations(engine, tmp_path):
     """The second one runs six trials while the first one is in its first trial."""
     options = {"engine": engine, "epochs": 1, "storage": str(tmp_path / "s.journal")}
@@ -199,7 +200,7 @@ class Evil:
         return (os.mkdir, (str(Path(os.environ["EVIL"])),))
 
 
-@pytest.mark.parametrize("engine", ["random", "smac"])
+@pytest.mark.parametrize("engine", ["random", SLOW_SMAC])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_said_once_and_its_trial_begins_anew(engine, damage, tmp_path, monkeypatch):
     monkeypatch.setenv("EVIL", str(tmp_path / "code-ran"))
@@ -250,7 +251,7 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_never_changes_a_tensor(tmp_path)
 
 
 @pytest.mark.parametrize("how", [errno.ENOSPC, errno.EACCES, errno.EDQUOT])
-@pytest.mark.parametrize("engine", ["random", "smac"])
+@pytest.mark.parametrize("engine", ["random", SLOW_SMAC])
 def test_a_full_disk_ends_the_search_and_the_trials_go_on_later(engine, how, tmp_path, monkeypatch):
     options = {"engine": engine, "epochs": 3, "trials": 5, "storage": str(tmp_path / "s.sqlite")}
     write = Path.write_bytes

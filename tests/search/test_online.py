@@ -357,7 +357,7 @@ def test_a_population_trains_what_its_ledger_says_also_after_a_restart(populatio
 
 
 def test_a_population_needs_states_to_copy(population):
-    with pytest.raises(search.SearchError, match="must pass state= to trial.report"):
+    with pytest.raises(search.SearchError, match="must pass state= to trial"):
         search.run(
             lambda trial: [trial.report(e, 1.0) for e in range(1, 11)] and None,
             SEARCHED, engine="random", trials=4, epochs=10,

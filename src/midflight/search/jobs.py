@@ -56,16 +56,22 @@ class Result:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Delay Ctrl-C to the end of the block; an open transaction would lock the storage for a minute."""
-    if threading.current_thread() is not threading.main_thread():
+    before, caught = signal.getsignal(signal.SIGINT), list[Any]()
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
         yield
         return
-    caught: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *how: caught.append(how))
+
+    def later(*how: Any) -> None:
+        caught.append(how)
+        if len(caught) > 1:  # the storage does not answer
+            before(*how)
+
+    signal.signal(signal.SIGINT, later)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if caught and callable(before):
+        if len(caught) == 1:
             before(*caught[0])
 
 

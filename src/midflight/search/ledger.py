@@ -262,7 +262,7 @@ def read_study(storage: str, name: str) -> Iterator[tuple[Ledger, Declaration]]:
         UnknownName: no study has this name.
     """
     with _opened(storage, create=False) as backend:
-        names = [summary.study_name for summary in optuna.get_all_study_summaries(backend)]
+        names = optuna.get_all_study_names(backend)
         if name not in names:
             raise UnknownName(f"a study in {without_password(storage)}", name, names or ["(none yet)"])
         study = optuna.load_study(storage=backend, study_name=name)
