@@ -8,6 +8,7 @@ import math
 import signal
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from optuna.trial import TrialState
 
 from midflight.search import checkpoint
 from midflight.search.checkpoint import Point
-from midflight.search.engine import Engine
+from midflight.search.engine import Engine, Task
 from midflight.search.errors import ObjectiveFailed, SearchError, StorageLost
 from midflight.search.ledger import HEARTBEAT, Ledger, Record, best
 from midflight.search.space import Config, Space
@@ -80,12 +81,9 @@ class Search:
     """Hands out trials as jobs and stores their reports; `run_job` runs a job in any process."""
 
     ledger: Ledger
-    space: Space
     engine: Engine
-    epochs: int
-    trials: int | None
+    task: Task
     seconds: float | None
-    seed: int
     warm_start: bool
     first: Sequence[Config]
     callbacks: Sequence[Callback]
@@ -131,7 +129,7 @@ class Search:
     def _new_trial(self) -> optuna.Trial | None:
         trials = self._study.get_trials(deepcopy=False)
         waiting = sum(trial.state == TrialState.WAITING for trial in trials)
-        if self.trials is not None and len(trials) - waiting >= self.trials:
+        if self.task.trials is not None and len(trials) - waiting >= self.task.trials:
             return None
         while self._first and not waiting:
             self._study.enqueue_trial(self._first.popleft(), skip_if_exists=True)
@@ -153,7 +151,7 @@ class Search:
         self._call_callbacks(running.trial)
         if not math.isfinite(running.loss):
             running.stop_reason = "the loss was not finite"
-        elif running.epoch >= self.epochs:
+        elif running.epoch >= self.task.epochs:
             return True
         elif running.trial.should_prune():
             running.stop_reason = f"stopped by the engine after epoch {running.epoch}"
@@ -223,7 +221,7 @@ class Search:
     def _start(self, trial: optuna.Trial) -> Job:
         trial.set_user_attr("owner", self.ledger.owner)
         moved = trial.user_attrs.get("config", {})
-        config = moved or suggest(trial, self.space)
+        config = moved or suggest(trial, self.task.space)
         if "start" not in trial.user_attrs:
             self._initialise(trial, config)
         stored = self.ledger.record(trial)
@@ -231,8 +229,8 @@ class Search:
         self._running[trial.number] = _Running(trial, stored.epoch, stored.loss, stored.trajectory, floats)
         self._call_callbacks(trial)
         return Job(
-            number=trial.number, config=config, starts=stored.starts, epochs=self.epochs, seed=self.seed,
-            space=self.space, checkpoint=self.ledger.checkpoint(stored),
+            number=trial.number, config=config, starts=stored.starts, epochs=self.task.epochs,
+            seed=self.task.seed, space=self.task.space, checkpoint=self.ledger.checkpoint(stored),
         )  # fmt: skip
 
     def _initialise(self, trial: optuna.Trial, config: Config) -> None:
@@ -240,16 +238,17 @@ class Search:
         records = self.ledger.records()[: trial.number]
         earlier = self.engine.promotes and next((r for r in records if r.config == config), None)
         saved = checkpoint.load_or_drop(self.ledger.checkpoint(earlier)) if earlier else None
-        starts = self.space.starts(config)
+        starts = self.task.space.starts(config)
         if earlier:
             starts = earlier.starts
         elif self.warm_start and starts:
-            nearest = nearest_values(self.space, config, records, self._coordinates)
+            nearest = nearest_values(self.task.space, config, records, self._coordinates)
             starts |= {name: value for name, value in nearest.items() if name in starts}
         start = {
             "engine": self.engine.name,
             "root": earlier.root if earlier else trial.number,
-            "checkpoint": earlier.checkpoint if earlier else self.ledger.new_checkpoint(trial.number),
+            # no other study in this folder has this name, not even a deleted one
+            "checkpoint": earlier.checkpoint if earlier else f"{trial.number}-{uuid.uuid4().hex[:12]}.pt",
             "from_epoch": saved.points[-1].epoch if saved else 0,
             "starts": starts,
         }
@@ -261,7 +260,7 @@ class Search:
         stored = self.ledger.record(trial)
         found = self.engine.explore(stored, self.ledger.records())
         saved = checkpoint.load_or_drop(self.ledger.checkpoint(found[0])) if found else None
-        if found and saved and saved.points[-1].epoch < self.epochs:  # else nothing would train with it
+        if found and saved and saved.points[-1].epoch < self.task.epochs:  # else nothing would train with it
             trial.set_user_attr("config", found[1])
             saved.save(self.ledger.checkpoint(stored))
 

@@ -131,10 +131,6 @@ class Ledger:
         """Return one trial."""
         return record(self.study._storage.get_trial(trial._trial_id))
 
-    def new_checkpoint(self, root: int) -> str:
-        """Return the name of a new file, which no other study in this folder has, not even a deleted one."""
-        return f"{root}-{uuid.uuid4().hex[:12]}.pt"
-
     def checkpoint(self, trial: Record) -> Path:
         """Return the checkpoint file that a trial continues."""
         return self.folder / trial.checkpoint

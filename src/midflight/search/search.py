@@ -94,7 +94,8 @@ def run(
     epochs, workers, seed = _whole("epochs", epochs), _whole("workers", workers), _whole("seed", seed, 0)
     seconds = None if seconds is None else _duration(seconds)
     storage = None if storage is None else _path_text("storage", storage)
-    built = build(engine, Task(space, epochs, trials, seed), options)
+    task = Task(space, epochs, trials, seed)
+    built = build(engine, task, options)
     first = _checked_first(first, space, built)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if temporary := folder is None and storage is None:
@@ -107,7 +108,7 @@ def run(
     with open_study(storage, name, declaration, place, sampler=built.sampler, pruner=built.pruner) as ledger:
         if temporary:
             weakref.finalize(ledger, shutil.rmtree, place, ignore_errors=True)
-        search = Search(ledger, space, built, epochs, trials, seconds, seed, warm_start, first, callbacks)
+        search = Search(ledger, built, task, seconds, warm_start, first, callbacks)
         try:
             with ledger.heartbeats():
                 _run_all(search, built, objective, workers)
@@ -120,12 +121,13 @@ def _check(objective: Any, space: Any, name: Any, label: Any, callbacks: Any) ->
     """Raise `SearchError` if an argument has another type, or no hyperparameter can be searched."""
     is_file_name = isinstance(name, str) and name == Path(name).name and 0 < len(name.encode()) <= 200
     is_file_name = is_file_name and name != ".."
+    are_functions = isinstance(callbacks, list | tuple) and all(map(callable, callbacks))
     for what, holds, value in (
         ("objective must be a function of a trial", callable(objective), objective),
         ("space must be a midflight.search.Space", isinstance(space, Space), space),
         ("name must be a text of up to 200 bytes that can name a folder", is_file_name, name),
         ("label must be a text", isinstance(label, str), label),
-        ("callbacks must be a list of functions", _all(callbacks, callable), callbacks),
+        ("callbacks must be a list of functions", are_functions, callbacks),
     ):
         if not holds:
             raise SearchError(f"{what}, but got {value!r}.")
@@ -133,10 +135,6 @@ def _check(objective: Any, space: Any, name: Any, label: Any, callbacks: Any) ->
         raise SearchError(
             "a search needs a hyperparameter that is not online, but the whole space is; use midflight.Tuner."
         )
-
-
-def _all(values: Any, holds: Any) -> bool:
-    return isinstance(values, list | tuple) and all(map(holds, values))
 
 
 def _whole(name: str, value: Any, least: int = 1) -> int:
