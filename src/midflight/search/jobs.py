@@ -235,10 +235,11 @@ class Search:
 
     def _initialise(self, trial: optuna.Trial, config: Config) -> None:
         """Store which trial this one continues, and where its tuned hyperparameters start."""
-        records = self.ledger.records()[: trial.number]
+        starts = self.task.space.starts(config)
+        compares = self.engine.promotes or (self.warm_start and starts)
+        records = self.ledger.records()[: trial.number] if compares else []
         earlier = self.engine.promotes and next((r for r in records if r.config == config), None)
         saved = checkpoint.load_or_drop(self.ledger.checkpoint(earlier)) if earlier else None
-        starts = self.task.space.starts(config)
         if earlier:
             starts = earlier.starts
         elif self.warm_start and starts:

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,12 @@ class Record:
     seconds: float = math.nan
     engine: str = ""
 
-    @property
+    @cached_property  # read for every trial whenever one starts or ends
     def epoch(self) -> int:
         """Epochs trained, including those of continued trials."""
         return max(self.losses, default=0)
 
-    @property
+    @cached_property
     def loss(self) -> float:
         """The last validation loss; NaN if there is none."""
         return self.losses[self.epoch] if self.losses else math.nan
@@ -121,11 +122,15 @@ class Ledger:
 
     def records(self) -> list[Record]:
         """Return all trials, by number."""
-        trials = self.study.get_trials(deepcopy=False)
-        for trial in trials:
-            if trial.number not in self._finished and trial.state.is_finished():
-                self._finished[trial.number] = record(trial)
-        return [self._finished.get(trial.number) or record(trial) for trial in trials]
+        found = []
+        for trial in self.study.get_trials(deepcopy=False):
+            known = self._finished.get(trial.number)
+            if known is None:
+                known = record(trial)
+                if trial.state.is_finished():
+                    self._finished[trial.number] = known
+            found.append(known)
+        return found
 
     def record(self, trial: optuna.Trial) -> Record:
         """Return one trial."""
