@@ -211,7 +211,7 @@ def test_a_promoted_trial_continues_bit_for_bit(tmp_path):
     run_job(job, objective, lambda new: points.extend(new) or len(points) < r.epoch)
     assert {p.epoch: p.loss for p in points} == r.losses
     assert [(p.epoch, p.online) for p in points] == r.trajectory
-    continued, whole = checkpoint.load(tmp_path / f"{r.root}.pt"), checkpoint.load(tmp_path / "whole.pt")
+    continued, whole = checkpoint.load(found.ledger.checkpoint(r)), checkpoint.load(tmp_path / "whole.pt")
     assert_equal(continued.state, whole.state)
     assert_equal(continued.random_state, whole.random_state)
 
