@@ -192,7 +192,9 @@ def test_what_are_no_numbers_is_refused_by_a_regressor(name):
     refused(lambda: mf.AutoRegressor(**CHEAP).fit(X, NO_NUMBERS[name]))
 
 
-@pytest.mark.parametrize("changes", ARGUMENTS, ids=str)
+@pytest.mark.parametrize(
+    "changes", ARGUMENTS, ids=lambda changes: re.sub(" at 0x[0-9a-fA-F]+", "", str(changes))
+)
 def test_an_argument_that_cannot_be_is_refused_before_the_search(changes):
     refused(lambda: mf.AutoClassifier(**{**CHEAP, **changes}).fit(X, ["a", "b"] * 12))
 
