@@ -282,10 +282,11 @@ def table(found: list[Row]) -> str:
 
 def figure(found: list[Row]) -> None:
     shown = [task for task in TASKS if any(r["task"] == task and r["arm"] != COST for r in found)]
-    fig = Figure(figsize=(3.4 * len(shown) + 0.4, 5.6), layout="constrained")
-    axes = fig.subplots(len(ENGINES), len(shown), squeeze=False)
+    engines = [engine for engine in ENGINES if any(r.get("engine") == engine for r in found)]
+    fig = Figure(figsize=(3.4 * len(shown) + 0.4, 2.6 * len(engines) + 0.4), layout="constrained")
+    axes = fig.subplots(len(engines), len(shown), squeeze=False)
     budgets = np.geomspace(1, TRAININGS, 40)
-    for (i, engine), (k, task) in product(enumerate(ENGINES), enumerate(shown)):
+    for (i, engine), (k, task) in product(enumerate(engines), enumerate(shown)):
         axis = axes[i][k]
         for arm, colour in zip(ARMS, ("tab:blue", "tab:cyan", "tab:grey"), strict=True):
             e = np.array([errors(found, task, engine, arm, b) for b in budgets])
@@ -298,7 +299,7 @@ def figure(found: list[Row]) -> None:
         axis.set_xticks(BUDGETS, [str(b) for b in BUDGETS])
         axis.set_yscale("log")
         axis.set_title(f"{task.replace('_', ' ')}, {engine}")
-        if i == len(ENGINES) - 1:
+        if i == len(engines) - 1:
             axis.set_xlabel("compute, in plain trainings")
         if k == 0:
             axis.set_ylabel("test error of the best so far")
