@@ -147,10 +147,10 @@ class Processes:
                 "a hyper-step must succeed in all processes, but failed in another; see its error."
             )
         if most != -least:
+            wrap = "" if self.sharded else "wrap the model in DistributedDataParallel, and "
             raise UnsupportedSetting(
                 "processes that train together must have equal weights and hyperparameters, but theirs "
-                "differ; wrap the model in DistributedDataParallel, and build equal spaces, optimisers and "
-                "tuners."
+                f"differ; {wrap}build equal spaces, optimisers and tuners."
             )
 
     def _reduce(self, vector: Tensor, largest: bool = False) -> Tensor:

@@ -197,7 +197,8 @@ def require_supported(modules: list[Any], weights: Mapping[str, Tensor], count: 
         if id(p) not in known or mesh is None:
             raise UnsupportedSetting(
                 "if trained weights are sharded, fully_shard must have split all of them, but "
-                f"{name} was not split by it; call it on the whole model, before the optimiser is built."
+                f"{name} was not split by it; call it on the whole model, without ignored_params, before the "
+                "optimiser is built."
             )
         if mesh.ndim != 1 or mesh.size() != count:
             raise UnsupportedSetting(
