@@ -30,7 +30,7 @@ class InvalidLoss(MidflightError, TypeError):
 
 
 class UnsupportedSetting(MidflightError, NotImplementedError):
-    """midflight does not support this, for example a model that is TorchScript."""
+    """midflight does not support this, for example a TorchScript model."""
 
 
 class AnotherProcessFailed(MidflightError, RuntimeError):

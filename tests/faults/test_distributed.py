@@ -162,7 +162,7 @@ def test_a_run_that_diverges_goes_back_in_all_processes(found):
     assert bool(one["weights"].isfinite().all())
 
 
-def test_a_bad_batch_of_one_process_costs_the_look_of_all(found):
+def test_a_bad_batch_of_one_process_skips_the_hyperstep_of_all(found):
     one, other = (each["one bad batch"] for each in found)
     assert one == other
     assert one["skipped"] >= 1

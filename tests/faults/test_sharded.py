@@ -201,7 +201,7 @@ class WithoutGraph(Sharded):
 
 
 class OnWeights(Sharded):
-    """The loss reads weights as they lie: whole in one process, as `DTensor` in several."""
+    """The loss reads the weights themselves: whole tensors in one process, `DTensor`s in several."""
 
     def penalty(self, logits):
         squares = [w.square().sum() for w in self.net[1].parameters() if w.ndim > 1]
@@ -317,7 +317,7 @@ def by_two(rank, count):
 
 
 def with_an_error(rank, count):
-    """The first look fails within the model, in all processes, and the loop goes on."""
+    """The first validation loss fails within the model, in all processes, and the loop goes on."""
     run, calls = Sharded(rank, count, **STILL), []
 
     def valid_loss_fn(model, batch):
@@ -526,7 +526,7 @@ def test_processes_may_have_unequal_numbers_of_validation_batches(found):
         assert each["uneven"]["finished"] == pytest.approx(finished, rel=1e-12)
 
 
-def test_a_bad_batch_of_one_process_costs_the_look_of_all(found):
+def test_a_bad_batch_of_one_process_skips_the_hyperstep_of_all(found):
     one, other = (each["one bad batch"] for each in found)
     assert one == other
     assert one["skipped"] >= 1

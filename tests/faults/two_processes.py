@@ -28,7 +28,7 @@ T1, T2 = table(1), table(2)
 
 
 def own(data, rank, count):
-    """The rows of one process."""
+    """Return the rows of one process."""
     share = slice(rank * ROWS // count, (rank + 1) * ROWS // count)
     return tuple(part[share] for part in data)
 
@@ -38,7 +38,7 @@ def network(*layers):
 
 
 class Run:
-    """A loop on one process's share of the data, with what a case changes of it."""
+    """A loop on one process's share of the data; a case overrides what it changes."""
 
     def __init__(
         self, rank, count, *, layers=(), wrap=True, lr=1e-2, make=torch.optim.AdamW, seed=0, **arguments
@@ -61,18 +61,18 @@ class Run:
         self.attach(self.valid_loss_fn, **{"schedule": 1, **arguments})
 
     def more(self):
-        """Further hyperparameters."""
+        """Return further hyperparameters, name -> spec."""
         return {}
 
     def build(self, layers):
         return network(*layers)
 
     def wrap(self, net):
-        """The model that several processes train."""
+        """Return the model that several processes train."""
         return DistributedDataParallel(net)
 
     def unsynced(self):
-        """A pass within leaves the processes' gradients as they are."""
+        """Let backward passes inside not average gradients over the processes."""
         return self.model.no_sync()
 
     def attach(self, valid_loss_fn, valid_loader=None, **arguments):
@@ -138,7 +138,7 @@ def diverging(rank, count, kind=Run, steps=60):
 
 
 def one_bad_batch(rank, count, kind=Run):
-    """Some looks of one process are NaN."""
+    """Some validation losses of one process are NaN."""
     run, calls = kind(rank, count, **STILL), []
 
     def valid_loss_fn(model, batch):
@@ -211,7 +211,7 @@ def in_two_processes(folder, cases, last=some_steps, limit=120):
 
 
 def both(folder):
-    """What each process found, by case."""
+    """Return what each process found: case -> result."""
     return [torch.load(folder / f"found{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
 

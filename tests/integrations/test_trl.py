@@ -1,4 +1,4 @@
-"""TRL's trainers are Trainers of Transformers, so `hf.Tune` serves them; and `datasets` are data as any."""
+"""`hf.Tune` serves TRL's trainers, which are Trainers of Transformers. Loaders may read `datasets`."""
 
 import pytest
 import torch

@@ -110,8 +110,9 @@ class Step:
         clipped: w -> J^T w, J the Jacobian of what the loop does to the gradient between `backward` and
             `step`; None if it does nothing.
         members: size of a population, the first dimension of every tensor; None for a single training.
-        shards: over how many processes each weight is split, where `params` and all other trees hold one part
-            of each. The mean over the processes of what `chain` returns is then the sum over the parts.
+        shards: number of processes over which each weight is split; 1 for whole weights. If above 1, `params`
+            and all other trees hold this process's parts. `chain` multiplies by this number, so that a mean
+            over the processes is a sum over the parts.
     """
 
     params: Tensors

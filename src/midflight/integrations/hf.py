@@ -33,7 +33,8 @@ class Tune(TrainerCallback):
 
     Each checkpoint of the trainer gets a file "midflight.pt", or one per process, from which the tuner
     resumes. The trainer logs the hyperparameters as "tune/value/..." and the validation loss, after each
-    hyper-step. `on_hyperstep=` gets all numbers.
+    hyper-step. `on_hyperstep=` gets all numbers. An exception or Ctrl-C that leaves `trainer.train` ends the
+    tuning.
 
     Args:
         trainer: the trainer, which gives the loss and the data.
@@ -52,6 +53,7 @@ class Tune(TrainerCallback):
         TypeError: an option is no argument of `Tuner`.
         UnusableLoader: when the training begins: the trainer has no `eval_dataset`, or several.
         FileNotFoundError: when the training resumes: the checkpoint of a tuned training has no tuner.
+        InvalidLoss: at a hyper-step: `compute_loss` returns no loss.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Tune(TrainerCallback):
                 raise InvalidLoss(f"compute_loss must return a loss, but gave a {type(loss).__name__}.")
             return loss
 
-        self._host.load_state_dict({})  # a training that failed may have left one
+        self._host.load_state_dict({})  # one loaded for a training that failed is not for this one
         if state.global_step:
             self._resume(args, state)
         train_loader, valid_loader = self._loaders
@@ -101,7 +103,7 @@ class Tune(TrainerCallback):
         """Log values and validation loss; all numbers would hide the trainer's own."""
         shown = PREFIX + "value/", PREFIX + "valid_loss"
         logs = {name: x for name, x in numbers.items() if name.startswith(shown)}
-        # not the log of a subclass, as those of TRL: it adds its own numbers and begins anew
+        # `log` of a subclass, such as TRL's, would add its own numbers and set them to zero
         Trainer.log(self._trainer, logs)
 
     def _valid_loader(self) -> Iterable[Any] | None:

@@ -143,9 +143,10 @@ FEW_ENTRIES = 1000
 
 
 def unchanged(thing: Any) -> AbstractContextManager[None]:
-    """Restore the attributes of an object, and lists and dicts in them, such as counts of a library.
+    """Restore an object's attributes at the end, and lists and dicts in them, such as a library's counts.
 
-    Lists and dicts may lie in each other, as in `attribute[mode][name].append(number)`.
+    Lists and dicts may be nested three deep, as in `attribute[mode][name].append(number)`. Those with more
+    than FEW_ENTRIES entries are left alone, and so are those inside them.
     """
     found, level = [vars(thing)], [vars(thing)]
     for _ in range(3):
@@ -156,21 +157,22 @@ def unchanged(thing: Any) -> AbstractContextManager[None]:
 
 
 class OnFailure:
-    """A method of an object that also calls `do` if an exception or Ctrl-C leaves it.
+    """Replaces a method of an object: does the same, and calls `do` if an exception or Ctrl-C leaves it.
 
-    For a library that does not tell its callbacks about an exception. It is set on the object itself. A copy
-    of the object has a copy of this, which calls the copy's method.
+    The exception is raised again. This serves libraries that do not tell their callbacks about an exception.
+    The replacement is an attribute of the object. So a copy of the object has a copy of the replacement,
+    which calls the method of the copy.
 
     Args:
-        owner: the object.
+        owner: the object; its attribute of this name is set.
         method: name of the method.
-        do: a bound method, which can be copied.
+        do: a bound method, so that copies call it on a copy of its own object.
     """
 
     def __init__(self, owner: Any, method: str, do: Callable[[], Any]) -> None:
         self._owner, self._method, self._do = owner, method, do
         self._before = vars(owner).get(method)
-        """What the user has set on the object itself."""
+        """What the user had set on the object under this name; None if nothing."""
         vars(owner)[method] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +184,7 @@ class OnFailure:
             raise
 
     def remove(self) -> None:
-        """Take it off the object, unless the user has set something on top."""
+        """Restore the method, unless the user has replaced it since."""
         if vars(self._owner).get(self._method) is self:
             del vars(self._owner)[self._method]
             if self._before is not None:

@@ -27,7 +27,8 @@ class Tune(Callback):
     """Tunes hyperparameters while a skorch net trains.
 
     The net's history gets the hyperparameters of each epoch as "tune/...". Each `fit` begins with the initial
-    values of the space. A further `partial_fit` goes on with the present values, but anneals anew.
+    values of the space. A further `partial_fit` goes on with the present values, but anneals anew. An
+    exception ends the tuning. skorch takes Ctrl-C for the end of the training, and so does the tuner.
 
     Args:
         space: the hyperparameters to tune, or a function of the net that returns them. scikit-learn copies a
@@ -88,6 +89,7 @@ class Tune(Callback):
     def on_train_begin(self, net: Any, **_: Any) -> None:
         self._begun = False
         self._release()
+        # other callbacks may also fail outside `fit_loop`, at the beginning or end of the training
         self._watching = [OnFailure(net, method, self._fail) for method in ("fit_loop", "notify")]
 
     def _fail(self) -> None:

@@ -30,16 +30,17 @@ class Processes:
 
     Args:
         model: the model being trained.
-        weights: that are trained, name -> leaf.
+        weights: the trained weights, name -> leaf; by default all parameters of the model.
 
     Raises:
-        UnsupportedSetting: the model is sharded otherwise than by `fully_shard` over all processes. Or there
-            are several, and the model has a layer or a communication hook that is not supported.
+        UnsupportedSetting: the model is sharded, but not by `fully_shard` over all processes, or its gradient
+            is not their mean. Or there are several processes, and the model has a layer or a communication
+            hook that is not supported.
 
     Attributes:
-        count: how many there are.
-        sharded: whether each has a part of every weight.
-        parts: reduces over these parts.
+        count: number of processes.
+        sharded: whether each process has a part of every weight.
+        parts: sums over these parts; `WHOLE` if weights are not sharded.
     """
 
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -57,20 +58,21 @@ class Processes:
 
     @property
     def place(self) -> list[int] | None:
-        """[the number of this process, how many there are] if weights are sharded; None otherwise."""
+        """[rank of this process, number of processes] if weights are sharded; None otherwise."""
         return [torch.distributed.get_rank(), self.count] if self.sharded else None
 
     @contextmanager
     def together(self, equal: Sequence[Tensor] = ()) -> Iterator[None]:
         """Compute what follows in all processes; if it fails in one, it fails in all.
 
-        With sharded weights, the others go on or wait, until the process that failed ends.
+        With sharded weights, an error is raised only where it occurs. The other processes go on, or wait
+        until that process ends.
 
         Args:
             equal: tensors that must be the same in every process, bit for bit.
 
         Raises:
-            AnotherProcessFailed: it failed in another process.
+            AnotherProcessFailed: the computation failed in another process; never with sharded weights.
             UnsupportedSetting: the tensors differ, or the processes joined after the tuner was built.
         """
         if self.count != _count():
@@ -87,7 +89,7 @@ class Processes:
         except AnotherProcessFailed:
             raise
         except Exception:
-            if not self.sharded:  # where others may wait for its part of a weight, and would misread this
+            if not self.sharded:  # FSDP may wait for parts of weights, and would take this message for one
                 self._reduce(torch.ones(3, dtype=torch.int64), largest=True)
             raise
 
@@ -109,7 +111,7 @@ class Processes:
         return {name: t.div_(self.count).to(tensors[name].dtype) for name, t in found.items()}
 
     def mean_gradient(self, found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
-        """Return `mean_where_present` of gradients of weights; FSDP has averaged those of sharded ones."""
+        """Return `mean_where_present` of the gradients; FSDP has averaged those of sharded weights."""
         return dict(found) if self.sharded else self.mean_where_present(found, like)
 
     def mean_of(self, number: float) -> float:

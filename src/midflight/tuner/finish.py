@@ -67,9 +67,10 @@ def _losses(hyperstep: HyperStep, candidates: Mapping[str, Tensors], tensors: Te
 
 
 def _in_step(stream: Iterable[Any], processes: Processes) -> Iterator[tuple[Any, int]]:
-    """Yield each batch with its number of examples, as many in all processes that have parts of weights.
+    """Yield each batch with its number of examples; if weights are sharded, equally often in all processes.
 
-    One that has no further batch yields its last one again, with 0 examples.
+    A pass of FSDP needs all of them. So a process without further batches repeats its last one, with 0
+    examples.
     """
     batch, batches = None, iter(stream)
     while True:

@@ -56,7 +56,7 @@ class Clipped:
         limit: the number at which entries were cut off; None if none were.
         grads: the gradients that the optimiser gets, by weight.
         factors: constant factors, by weight.
-        parts: of which all these tensors are one.
+        parts: sums over the processes, if these tensors are parts of sharded ones.
     """
 
     norms: list[tuple[Tensors, float, float]] = field(default_factory=list)
@@ -104,7 +104,7 @@ class ReceivedGradient:
         max_grad_norm: the norm to which the loop clips, or infinity if it does not. None finds it out from
             two hyper-steps.
         reduced: whether the mean over several processes is taken at the end of `backward`.
-        parts: reduces over the parts of weights, if they are sharded.
+        parts: sums over the processes, if the weights are sharded.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ReceivedGradient:
         self._calls: dict[str, int] = {}
         """Number of the call of `backward` that made the last pass."""
         self._call = -1
-        """Number of the last call of `backward`, if weights are sharded."""
+        """Number of the last call of `backward`, if weights are sharded; -1 before the first."""
 
         # learned over several hyper-steps, by group of weights
         self._divides = False
@@ -168,7 +168,7 @@ class ReceivedGradient:
         for name in self._watched:
             p = params[name]
             theirs = list((p._post_accumulate_grad_hooks or {}).items())
-            # FSDP does not call this hook; autograd does, if the loss reads the weight as it lies
+            # FSDP calls no hook of a sharded weight; autograd does, if the loss reads the weight itself
             begins = self._begin_pass if is_sharded(p) else self._before_pass(name, p)
             self._hooks.append(p.register_hook(begins))  # type: ignore[no-untyped-call]
             self._hooks.append(p.register_post_accumulate_grad_hook(self._after_pass(name)))  # type: ignore[no-untyped-call]
@@ -201,10 +201,10 @@ class ReceivedGradient:
                     t.register_hook(self._begin_pass)  # type: ignore[no-untyped-call]
 
     def _begin_pass(self, grad: Tensor) -> None:
-        """Note what sharded weights hold, and count the pass, before it adds to their gradients.
+        """Note the gradients of sharded weights, and count the pass, before the pass adds to them.
 
-        FSDP adds at the end of a pass. With `set_requires_gradient_sync(False)` it adds at a later one, and
-        `.grad` is None until then.
+        FSDP writes `.grad` at the end of a pass. With `set_requires_gradient_sync(False)`, it waits for a
+        later pass, and `.grad` is None until then.
         """
         call = torch._C._current_graph_task_id()
         if call == self._call or not self._hooks:
@@ -337,13 +337,15 @@ class ReceivedGradient:
         )
 
     def _in_some(self, flags: Mapping[str, bool]) -> list[str]:
-        """Return the names of the weights of which some part has the flag."""
+        """Return the names whose flag is set in some process."""
         return [name for name, flag in zip(flags, self._parts.any(flags.values()), strict=True) if flag]
 
     def _somewhere(self, flags: Iterable[bool]) -> bool:
+        """Return whether any flag is set in any process."""
         return self._parts.any([any(flags)])[0]
 
     def _norm(self, tensors: Tensors) -> float:
+        """Return the Euclidean norm over all entries of the whole tensors."""
         return self._parts.norms([_norm(tensors)])[0]
 
     def _whole(self, fingerprints: Tensors) -> Tensors:
@@ -354,7 +356,7 @@ class ReceivedGradient:
         found = {}
         for name, each in self._parts.gathered({n: v.roll(2) for n, v in own.items()}, SAMPLED + 2).items():
             largest, norms = each[:, 0].max(), each[:, 1].norm()
-            # the zeros of short vectors are compared like entries whose gradient is 0
+            # zeros fill short vectors; they are compared as entries whose gradient is 0
             found[name] = torch.cat([each[:, 2:].flatten(), torch.stack([largest, norms])])
         return found
 
@@ -588,7 +590,7 @@ def same_entries(one: Tensor, other: Tensor) -> bool:
 def _fingerprint(grad: Tensor) -> Tensor:
     """Return a vector: some entries of a gradient, then the largest size of an entry, then the norm."""
     grad = grad.detach()
-    if not grad.numel():  # no part of a short weight is left for this process
+    if not grad.numel():  # this process has no part of a short weight
         return torch.zeros(2, dtype=grad.dtype, device=grad.device)
     low, high = torch.aminmax(grad)
     largest = torch.maximum(-low, high)

@@ -67,7 +67,7 @@ class Guard(Saved):
         params, buffers: return the weights and the model's buffers, name -> live tensor.
         optimizers: of the weights.
         options: hyperparameter -> option; only options that set how a step is taken.
-        parts: of which the weights and their gradients are one.
+        parts: sums over the processes, if the weights are sharded.
 
     Attributes:
         restored: how often the run went back.

@@ -187,7 +187,7 @@ class HyperStep(Saved):
         return {name: p for name, p, *_ in named_parameters(self._model, self._optimizers)}
 
     def weights(self) -> Tensors:
-        """Return what this process holds of the weights of the optimisers, name -> live tensor."""
+        """Return the weights of the optimisers, or this process's parts of them, name -> live tensor."""
         return parts(self.params())
 
     def _trained(self) -> Tensors:
@@ -197,7 +197,7 @@ class HyperStep(Saved):
 
     def _all_params(self) -> Tensors:
         """Return the weights of the optimisers and of the model, name -> live leaf."""
-        trained = self.params()  # before the names are read, because it reshards
+        trained = self.params()  # first, because it makes a sharded model show its parts
         return {**dict(self._model.named_parameters()), **trained}
 
     def buffers(self) -> Tensors:
@@ -214,7 +214,7 @@ class HyperStep(Saved):
         ]
 
     def gradients(self) -> Tensors:
-        """Return the dense gradients of the weights now, name -> tensor."""
+        """Return the dense gradients of what `weights` returns, name -> tensor."""
         found = {name: part_of_gradient(p) for name, p in self.params().items()}
         return {name: g for name, g in found.items() if g is not None and not g.is_sparse}
 
@@ -649,11 +649,16 @@ class HyperStep(Saved):
         return found
 
     def _require_parts_suffice(self) -> None:
-        """Raise an error if weights are sharded and the step or its derivative needs whole ones."""
+        """Refuse sharded weights if the step or its derivative needs whole ones.
+
+        Raises:
+            UnsupportedOptimizer: an optimiser with a rule is not elementwise.
+            UnsupportedSetting: the estimator, or its mixed partial, does not work on parts.
+        """
         if not self.processes.sharded:
             return
         for optimizer, rule in zip(self._optimizers, self._binding.rules, strict=True):
-            if not (rule.elementwise or isinstance(rule, BlackBox)):  # which tests it when it is built
+            if not (rule.elementwise or isinstance(rule, BlackBox)):  # a BlackBox has tested this itself
                 raise UnsupportedOptimizer(
                     "with fully_shard, each entry of a weight must be updated by itself, but "
                     f"{type(optimizer).__name__} reads whole weights; use an elementwise optimiser, or "

@@ -92,11 +92,14 @@ class LiveModel:
         self.reshard()
 
     def reshard(self) -> None:
-        """Let a sharded model show its parts, and not the weights that it gathered for its last pass."""
+        """Drop the weights that FSDP gathered for its last pass, so that the model shows its parts."""
         reshard(self._sharded)
 
     def gather(self) -> None:
-        """Let a backward pass begin inside a sharded model, until the next call of a loss."""
+        """Gather the weights of a sharded model, so that a backward pass can begin inside it.
+
+        The next call of a loss drops them.
+        """
         gather(self._sharded)
 
     def watch(self) -> None:
@@ -199,8 +202,8 @@ class LiveModel:
         """Return the loss and its gradients, name -> tensor, without leaves that the loss does not reach.
 
         Reentrant checkpointing and FSDP work with `backward` only. Then the gradients are taken from the
-        leaves' `.grad`, which `borrowed` has emptied. Those of sharded weights are the parts of the mean over
-        the processes.
+        leaves' `.grad`, which `borrowed` has emptied. For a sharded weight, this is the process's part of the
+        mean gradient over the processes.
 
         Args:
             loss: computes the loss.
@@ -225,7 +228,7 @@ class LiveModel:
 
     def _call(self, function: Loss, batch: Any) -> Tensor:
         torch.clear_autocast_cache()  # it may hold casts of other weights
-        restart(self._sharded)  # the weights may be others since it gathered them
+        restart(self._sharded)  # weights may have changed since FSDP gathered them
         key = id(function), self.model.training  # a callable object may have no hash
         own = fresh(batch, copies=self._careful.get(key, True))
         tensors = [(t, t._version) for t in tensors_of(own)]
@@ -381,11 +384,11 @@ def weights_at(params: Mapping[str, Tensor], at: Tensors) -> Iterator[None]:
     Values are exchanged by `.data`, so earlier graphs stay valid and tied weights stay tied. A weight need
     not belong to the model. Values whose weight is gone or has another shape are ignored.
 
-    FSDP does not see an exchange. So values are copied into the parts of sharded weights, and back.
+    FSDP does not notice such an exchange. So values of sharded weights are copied into the parts, and back.
 
     Args:
         params: name -> leaf.
-        at: name -> tensor; of sharded weights the parts.
+        at: name -> tensor, shaped like the weight; like its part if it is sharded.
     """
     at = {n: value for n, value in at.items() if n in params and part(params[n]).shape == value.shape}
     before = [_restorer(params[name]) for name in at]
@@ -402,15 +405,16 @@ def weights_at(params: Mapping[str, Tensor], at: Tensors) -> Iterator[None]:
 
 
 def _restorer(t: Tensor) -> Callable[[], Any]:
-    """Return what gives a tensor its present values again, after it got other ones by `.data`.
+    """Return a function that gives the tensor its present values back.
 
-    A sharded one is copied now, because it can only be written in place.
+    A plain tensor gets its old `.data` back. A sharded one can only be written in place, so its part is
+    copied now.
     """
     return partial(part(t).copy_, part(t).clone()) if is_sharded(t) else partial(setattr, t, "data", t.data)
 
 
 def _let_write(t: Tensor) -> None:
-    """Let writes go to a copy of a tensor's values; those of a sharded one go to itself."""
+    """Let writes go to a copy of a tensor's values; writes to a sharded tensor go to the tensor itself."""
     if not is_sharded(t):
         t.data = t.data.clone()
 
@@ -457,7 +461,7 @@ def preserved(
 
 @contextmanager
 def entries_kept(containers: Iterable[Any]) -> Iterator[None]:
-    """Give lists, dicts, sets and deques their entries back at the end, whatever happens."""
+    """Give lists, dicts, sets and deques their entries back at the end, also after an error."""
     entries = [(container, container.copy()) for container in containers]
     try:
         yield

@@ -8,14 +8,15 @@ from midflight.errors import require_extra, warn
 
 
 class LiveLine:
-    """Shows step, tuned values, validation loss and the number of restores, as `on_hyperstep=LiveLine()`.
+    """Shows the optimiser step, tuned values, validation loss and number of restores of a run.
 
-    A terminal shows one line, and what the loop prints stands above it. A file, a pipe or a notebook gets a
-    line at hyper-steps 1, 2, 4, 8 and so on. An error in the output ends the line with a warning, and the
-    run goes on. Copies begin anew, on standard output.
+    Pass it to `Tuner` as `on_hyperstep=LiveLine()`. A terminal shows one line, and prints of the loop stand
+    above it. A file, a pipe or a notebook gets a line at hyper-steps 1, 2, 4, 8 and so on. If the output
+    fails, a warning says so and the line ends, but the run goes on. Copies of the object, such as pickles,
+    begin a line of their own on standard output.
 
     Args:
-        total_steps: of the run, for "step 40/200".
+        total_steps: length of the run in optimiser steps, shown as in "step 40/200"; None leaves it out.
         console: where to write, a `Console` of rich; standard output by default.
 
     Raises:
@@ -29,7 +30,7 @@ class LiveLine:
         self._ended = False
 
     def __call__(self, step: int, numbers: dict[str, float]) -> None:
-        """Show the numbers of `Tuner.log`."""
+        """Show the numbers of `Tuner.log` at an optimiser step; do nothing once the line has ended."""
         if self._ended:
             return
         try:
@@ -39,7 +40,7 @@ class LiveLine:
             warn(f"the live line ends, because it cannot be written: {type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Leave the last line on the terminal; otherwise this is done when the object or the process ends."""
+        """End the line and leave it on the terminal; otherwise it ends with the object or the process."""
         self._ended = True
         if self._live is not None:
             _stop(self._live)

@@ -77,7 +77,7 @@ class MixedPartial:
         loss_fn: (model, batch) -> training loss.
         examples: how many examples of a batch are used, the first ones along dimension 0; None for all.
         method: one of the three methods; None chooses.
-        processes: that train the model together.
+        processes: the processes that train the model together.
 
     Attributes:
         method: the method in use; None before the first hyper-step.

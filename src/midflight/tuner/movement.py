@@ -41,7 +41,7 @@ class Beginning(Saved):
 
     Args:
         params, buffers: return the weights and the model's buffers, name -> live tensor.
-        parts: of which the weights are one.
+        parts: sums over the processes, if the weights are sharded.
 
     Attributes:
         steps: optimiser steps since the beginning, or since the guard has restored weights.
@@ -107,7 +107,7 @@ class Speed:
     """Measures how far a step moves the weights, relative to the weights.
 
     Args:
-        parts: of which the weights are one.
+        parts: sums over the processes, if the weights are sharded.
     """
 
     def __init__(self, parts: Parts = WHOLE) -> None:

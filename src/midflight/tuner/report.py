@@ -97,7 +97,7 @@ def sentences(
     about_loss = _earlier(space, run, finished) if finished else _rising(run)
     found = run.returns() + run.failures.report() + run.bounds.report(space, paid=not about_loss)
     groups = (group for optimizer in hyperstep.optimizers for group in optimizer.param_groups)
-    # of sharded weights the part here, because one process alone may ask for the report
+    # a process looks at its own parts of sharded weights, because it may ask for the report alone
     finite = all_finite(part(p).detach() for group in groups for p in group["params"])
     if not finite:
         guarded = "" if run.guard is not None else 'keep guard=True and horizon="run", or '

@@ -4,8 +4,8 @@ Each process holds a part of every weight, as the local tensor of a `DTensor`. A
 parts. A norm or an inner product is then the sum over all parts, which `Parts` takes. A forward pass gathers
 the whole weights, and a backward pass leaves the part of the mean gradient in `.grad`.
 
-FSDP keeps gathered weights after some passes, and the model then shows these in place of the parts. So they
-are dropped before the weights are looked at, and before each pass of the tuner's.
+After some passes FSDP keeps the gathered weights, and `model.parameters()` then yields these in place of the
+parts. So the tuner drops them before it reads weights, and before each of its own passes.
 """
 
 import sys
@@ -22,13 +22,13 @@ from midflight.errors import UnsupportedSetting
 
 
 def is_sharded(t: Any) -> bool:
-    """Return whether a tensor is a `DTensor`; the others are whole in each process."""
+    """Return whether a tensor is a `DTensor`; other tensors are whole in each process."""
     module = sys.modules.get("torch.distributed.tensor")  # no tensor is one before this is imported
     return module is not None and isinstance(t, module.DTensor)
 
 
 def part(t: Any) -> Any:
-    """Return the part that this process holds, without a graph, on the same memory; a whole tensor itself."""
+    """Return this process's part of a sharded tensor, detached, in the same memory; others as given."""
     if not is_sharded(t):
         return t
     with torch.no_grad():
@@ -36,7 +36,10 @@ def part(t: Any) -> Any:
 
 
 def part_of_gradient(p: Tensor) -> Tensor | None:
-    """Return the part of the gradient of a weight that belongs to the weight's own part."""
+    """Return the gradient of this process's part of a weight; None if the weight has no gradient.
+
+    A loss that reads a sharded weight itself may leave a gradient with another placement.
+    """
     grad: Any = p.grad
     if is_sharded(grad) and grad.placements != p.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
@@ -45,23 +48,25 @@ def part_of_gradient(p: Tensor) -> Tensor | None:
 
 
 def parts(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `part` of each tensor, also of those in containers."""
+    """Replace each tensor by its `part`, in nested containers too; other entries stay."""
     return {n: part(t) if isinstance(t, Tensor) else tree_map(part, t) for n, t in tensors.items()}
 
 
 class Parts:
-    """Reduces over the parts of sharded tensors; every process must call it with the same number of tensors.
+    """Takes sums, maxima and norms over the parts of sharded tensors.
+
+    All processes must make the same calls, in the same order, with equally many numbers or tensors.
 
     Args:
-        count: how many processes hold a part each. With 1, nothing is sent.
-        device: where the backend reduces.
+        count: number of processes that hold a part each. With 1, nothing is sent.
+        device: on which the backend reduces.
     """
 
     def __init__(self, count: int = 1, device: torch.device | None = None) -> None:
         self.count, self._device = count, device
 
     def reduced(self, numbers: Iterable[float], largest: bool = False) -> list[float]:
-        """Return the sum of each number over the processes, or the largest."""
+        """Return the sum of each number over the processes; with `largest`, its maximum."""
         given = list(map(float, numbers))
         if self.count == 1 or not given:
             return given
@@ -72,7 +77,7 @@ class Parts:
         return found
 
     def sum(self, number: float) -> float:
-        """Return the sum over the processes."""
+        """Return the sum of one number over the processes."""
         return self.reduced([number])[0] if self.count > 1 else number
 
     def any(self, flags: Iterable[bool]) -> list[bool]:
@@ -95,7 +100,7 @@ class Parts:
         return own if self.count == 1 else own.new_tensor(self.norms([float(own)])[0])
 
     def gathered(self, vectors: Tensors, length: int) -> Tensors:
-        """Return what each process has, name -> tensor of shape (processes, length).
+        """Return the vectors of all processes, name -> float64 CPU tensor of shape (processes, length).
 
         Args:
             vectors: name -> float64 vector on the CPU of at most `length` entries; zeros fill it up.
@@ -112,7 +117,7 @@ class Parts:
 
 
 WHOLE = Parts()
-"""Of tensors that are not sharded."""
+"""Serves tensors that are not sharded: nothing is sent."""
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:
@@ -135,7 +140,7 @@ def gather(modules: Iterable[Any]) -> None:
 
 
 def restart(modules: Iterable[Any]) -> None:
-    """Do as `reshard`, and forget a pass that failed half way."""
+    """Drop gathered weights, and let FSDP forget a pass that failed half way."""
     for module in modules:
         if module._get_fsdp_state()._is_root and hasattr(module, "reset_iter_state"):  # torch >= 2.13
             module.reset_iter_state()
@@ -146,7 +151,8 @@ def restart(modules: Iterable[Any]) -> None:
 def passes_between(modules: list[Any]) -> Iterator[None]:
     """Average the gradients of each backward pass inside, and leave the model sharded.
 
-    The loop may have switched the averaging off, to accumulate gradients without it.
+    The loop may have switched the averaging off, to accumulate gradients without it. If an error leaves the
+    block, gradients of whole weights that wait for the averaging are dropped.
     """
     groups = [group for module in modules for group in _groups(module)]
     flags = "reduce_grads", "all_reduce_grads", "reshard_after_backward"
@@ -187,8 +193,8 @@ def require_supported(modules: list[Any], weights: Mapping[str, Tensor], count: 
 
     Args:
         modules: see `sharded_modules`.
-        weights: that are trained, name -> leaf.
-        count: how many processes there are.
+        weights: the trained weights, name -> leaf.
+        count: number of processes.
     """
     groups = [group for module in modules for group in _groups(module)]
     known = {id(w.sharded_param) for group in groups for w in group.fsdp_params}
@@ -197,8 +203,8 @@ def require_supported(modules: list[Any], weights: Mapping[str, Tensor], count: 
         if id(p) not in known or mesh is None:
             raise UnsupportedSetting(
                 "if trained weights are sharded, fully_shard must have split all of them, but "
-                f"{name} was not split by it; call it on the whole model, without ignored_params, before the "
-                "optimiser is built."
+                f"{name} was not split by it; call fully_shard on the whole model, without ignored_params, "
+                "before the optimiser is built."
             )
         if mesh.ndim != 1 or mesh.size() != count:
             raise UnsupportedSetting(

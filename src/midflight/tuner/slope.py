@@ -31,7 +31,7 @@ def warn_unless_slope(
         at: weights, name -> tensor.
         v: the gradient there, for some of the weights.
         rounding: absolute rounding of the loss.
-        parts: of which `at` and `v` are one.
+        parts: sums over the processes, if the weights are sharded.
     """
     lengths = dict(zip(v, parts.norms([float(t.norm()) for t in v.values()]), strict=True))
     expected = sum(lengths.values())

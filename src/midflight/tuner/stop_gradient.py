@@ -93,7 +93,7 @@ class ByDifference:
 
     Args:
         space: the hyperparameters.
-        parts: of which weights and gradients are one.
+        parts: sums over the processes, if the weights are sharded.
 
     Attributes:
         names: those whose derivative by autograd is wrong.

@@ -90,10 +90,11 @@ class Tuner:
             file.
         InvalidLoss: a loss reads an iterator. At a hyper-step: the loss is no scalar, or does not depend on
             the trained weights.
-        UnsupportedSetting: the model is TorchScript. Or several processes train it, and the schedule is a
-            `TimeBudget`, or it is sharded otherwise than by `fully_shard` over all of them, or it is sharded
-            and the estimator needs whole weights.
-        AnotherProcessFailed: at a hyper-step: it failed in another process; not if the model is sharded.
+        UnsupportedSetting: the model is TorchScript. Or several processes train the model, and the schedule
+            is a `TimeBudget`, or the model has a layer or a hook that is not supported. Or the model is
+            sharded, but not by `fully_shard` over all processes, or the estimator needs whole weights.
+        AnotherProcessFailed: at a hyper-step: the hyper-step failed in another process. A sharded model never
+            raises this.
         TypeError, UnknownName, SpaceError, ValueError: an argument is not one of those allowed.
     """
 
@@ -164,7 +165,7 @@ class Tuner:
         return report.card(self.space, self._binding, self._controller, self._hyperstep, self._finished)
 
     def _repr_html_(self) -> str:
-        """Return the same for a notebook."""
+        """Return the text of `__repr__` as HTML, for a notebook."""
         from html import escape
 
         return f"<pre>{escape(repr(self))}</pre>"
@@ -237,7 +238,7 @@ class Tuner:
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume, including the space's values and the place in the data.
 
-        Of several processes each has its own.
+        Each of several processes has a state of its own. That of a sharded model holds this process's parts.
         """
         own: dict[str, Any] = {"optimizers": self._kinds, "binding": self._binding.state_dict()}
         if (place := self._hyperstep.processes.place) is not None:
@@ -249,7 +250,7 @@ class Tuner:
 
         Raises:
             ValueError: `state` is not of a tuner, or of one with other classes of optimiser, schedule,
-                horizon or hyper_optimizer. Or it holds another part of sharded weights.
+                horizon or hyper_optimizer. Or it does not hold this process's parts of sharded weights.
             SpaceError, BindingError: it has other hyperparameters, or bound others.
         """
         self._controller.require_fitting(state, self.state_dict())
@@ -292,7 +293,7 @@ def _require_same_part(saved: list[int] | None, own: list[int] | None) -> None:
         names = ["whole weights" if p is None else f"part {p[0]} of {p[1]}" for p in (saved, own)]
         raise ValueError(
             f"the saved tuner had {names[0]}, this one has {names[1]}; save one state per process, and "
-            "resume each in the same one of as many."
+            "resume each in the process of the same rank, with the same number of processes."
         )
 
 
