@@ -79,7 +79,7 @@ def test_a_report_on_5000_trials_takes_less_than_5_seconds_and_stays_small(tmp_p
         began = time.process_time()
         page = write_report("s", DECLARATION, records[:count], tmp_path)
         seconds[count] = time.process_time() - began
-    assert seconds[5000] - seconds[20] < 3  # 1 s when nothing else runs; drawing 20 trials takes 2 s
+    assert seconds[5000] - seconds[20] < 3
     assert page.stat().st_size < 5e6
     assert as_json("s", DECLARATION, records).count('"number"') == 5000
 

@@ -43,6 +43,22 @@ def test_ctrl_c_waits_for_the_end_of_an_open_transaction():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_second_ctrl_c_does_not_wait():
+    done = []
+
+    @uninterrupted()
+    def block():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        done.append("the rest of the block")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert not done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize(
     "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 )

@@ -106,9 +106,8 @@ class Codes:
 def number(value: Any) -> float | None:
     """Return a value as a number, text included; None if it is none or not finite."""
     if isinstance(value, str):
-        value = {"true": "1", "false": "0"}.get(
-            value.casefold(), value.replace("_", "?")
-        )  # float("1_0") is 10
+        plain = value.replace("_", "?")  # float("1_0") is 10
+        value = {"true": "1", "false": "0"}.get(value.casefold(), plain)
     try:
         read = float(value)
     except (TypeError, ValueError, OverflowError):

@@ -71,9 +71,8 @@ def _forked(run: Callable[[], None]) -> int:
     pids: list[int] = []
 
     def fork() -> None:
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
-        )  # Ctrl-C goes to all processes of a terminal
+        # Ctrl-C goes to all processes of a terminal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forks with threads
             pid = os.fork()

@@ -5,14 +5,12 @@ number.
 """
 
 import math
-import signal
-import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from midflight.search.ledger import HEARTBEAT, Ledger, Record, best
 from midflight.search.space import Config, Space
 from midflight.search.trial import Job, Outcome
 from midflight.space import Categorical, Int
+from midflight.tuner.live import signals_wait
 
 MAX_DEATHS = 3  # a trial fails when its worker has died this often
 MAX_FAILURES = 3  # the search stops if this many first trials all fail
@@ -54,26 +53,8 @@ class Result:
         return saved.state if saved else None
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C to the end of the block; an open transaction would lock the storage for a minute."""
-    before, caught = signal.getsignal(signal.SIGINT), list[Any]()
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def later(*how: Any) -> None:
-        caught.append(how)
-        if len(caught) > 1:  # the storage does not answer
-            before(*how)
-
-    signal.signal(signal.SIGINT, later)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if len(caught) == 1:
-            before(*caught[0])
+uninterrupted = partial(signals_wait, impatient=2)
+"""Delays Ctrl-C, but not a second one; an open transaction would lock the storage for a minute."""
 
 
 @dataclass

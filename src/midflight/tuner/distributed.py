@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from midflight._tensors import Tensors
 from midflight.errors import AnotherProcessFailed, UnsupportedSetting
-from midflight.tuner.sharded import WHOLE, Parts, is_sharded, require_supported, sharded_modules
+from midflight.tuner.sharded import WHOLE, Parts, is_sharded, reduced, require_supported, sharded_modules
 
 PLAIN_HOOKS = {"allreduce_hook", "fp16_compress_hook", "bf16_compress_hook"}
 """Communication hooks of DistributedDataParallel that give the mean gradient, up to rounding."""
@@ -90,7 +90,7 @@ class Processes:
             raise
         except Exception:
             if not self.sharded:  # FSDP may wait for parts of weights, and would take this message for one
-                self._reduce(torch.ones(3, dtype=torch.int64), largest=True)
+                reduced([1, 1, 1], self._device, largest=True)
             raise
 
     def mean(self, tensors: Tensors) -> Tensors:
@@ -124,7 +124,7 @@ class Processes:
         if self.count == 1:
             return given
         self._agree()
-        return self._reduce(torch.tensor(given, dtype=torch.float64)).tolist()
+        return reduced(given, self._device)
 
     def mean_where_present(self, found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
         """Return the mean over processes of tensors that some may lack, where they count as 0.
@@ -143,7 +143,7 @@ class Processes:
         """Wait until every process is here, and raise an error in all if one failed or differs."""
         parts = [t.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for t in equal]
         own = zlib.crc32(b"".join(parts))
-        failed, most, least = self._reduce(torch.tensor([0, own, -own]), largest=True).tolist()
+        failed, most, least = reduced([0, own, -own], self._device, largest=True)
         if failed:
             raise AnotherProcessFailed(
                 "a hyper-step must succeed in all processes, but failed in another; see its error."
@@ -154,12 +154,6 @@ class Processes:
                 "processes that train together must have equal weights and hyperparameters, but theirs "
                 f"differ; {wrap}build equal spaces, optimisers and tuners."
             )
-
-    def _reduce(self, vector: Tensor, largest: bool = False) -> Tensor:
-        """Return the sum over processes, or the largest."""
-        vector, how = vector.to(self._device), torch.distributed.ReduceOp
-        torch.distributed.all_reduce(vector, op=how.MAX if largest else how.SUM)
-        return vector.cpu()
 
 
 def _count() -> int:

@@ -341,10 +341,10 @@ class Guard(Saved):
 
     def _largest(self, tensors: Tensors) -> list[float]:
         """Return the size of the largest entry of each tensor; one synchronisation with a GPU."""
-        present = [t for t in tensors.values() if t.numel()]
-        sizes = torch._foreach_norm(present, math.inf)
-        numbers = iter(torch.stack([size.to(sizes[0]) for size in sizes]).tolist() if sizes else [])
+        present = [name for name, t in tensors.items() if t.numel()]
+        sizes = torch._foreach_norm([tensors[name] for name in present], math.inf)
+        own = torch.stack([size.to(sizes[0]) for size in sizes]).tolist() if sizes else []
         if self._parts.count == 1:
-            return list(numbers)
-        own = [next(numbers) if t.numel() else 0.0 for t in tensors.values()]
-        return self._parts.reduced(own, largest=True)
+            return own
+        of_parts = dict.fromkeys(tensors, 0.0) | dict(zip(present, own, strict=True))
+        return self._parts.reduced(of_parts.values(), largest=True)

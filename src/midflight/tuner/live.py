@@ -574,9 +574,13 @@ class _Waiting:
     """A handler that keeps signals until `signals_wait` is over.
 
     Signals that already wait for an outer block keep its handler.
+
+    Args:
+        impatient: the number of signals of one kind from which on they do not wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, impatient: int) -> None:
+        self._impatient = impatient
         known = {s: signal.getsignal(s) for s in _SIGNALS}
         self.handlers = {s: h for s, h in known.items() if callable(h) and not isinstance(h, _Waiting)}
         self.came: list[tuple[int, FrameType | None]] = []
@@ -584,17 +588,21 @@ class _Waiting:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.came.append((number, frame))
-        if self.over or sum(number == n for n, _ in self.came) >= IMPATIENT:
+        if self.over or sum(number == n for n, _ in self.came) >= self._impatient:
             self.handlers[signal.Signals(number)](number, frame)
 
 
 @contextmanager
-def signals_wait() -> Iterator[None]:
-    """Delay signals with a Python handler, such as Ctrl-C, to the end of the block, but not a third one."""
+def signals_wait(impatient: int = IMPATIENT) -> Iterator[None]:
+    """Delay signals with a Python handler, such as Ctrl-C, to the end of the block.
+
+    Args:
+        impatient: the number of signals of one kind from which on they do not wait.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    waiting = _Waiting()
+    waiting = _Waiting(impatient)
     try:
         for number in waiting.handlers:
             signal.signal(number, waiting)

@@ -52,6 +52,21 @@ def parts(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {n: part(t) if isinstance(t, Tensor) else tree_map(part, t) for n, t in tensors.items()}
 
 
+def reduced(numbers: Iterable[float], device: torch.device | None, largest: bool = False) -> list[float]:
+    """Return the sum of each number over all processes, or the largest; whole numbers up to 2^53 are exact.
+
+    Args:
+        numbers: as many in every process.
+        device: where the backend reduces.
+        largest: whether to return the largest.
+    """
+    how = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
+    vector = torch.tensor([float(n) for n in numbers], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(vector, op=how)
+    found: list[float] = vector.tolist()
+    return found
+
+
 class Parts:
     """Takes sums, maxima and norms over the parts of sharded tensors.
 
@@ -68,13 +83,7 @@ class Parts:
     def reduced(self, numbers: Iterable[float], largest: bool = False) -> list[float]:
         """Return the sum of each number over the processes; with `largest`, its maximum."""
         given = list(map(float, numbers))
-        if self.count == 1 or not given:
-            return given
-        how = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
-        vector = torch.tensor(given, dtype=torch.float64, device=self._device)
-        torch.distributed.all_reduce(vector, op=how)
-        found: list[float] = vector.tolist()
-        return found
+        return reduced(given, self._device, largest) if self.count > 1 and given else given
 
     def sum(self, number: float) -> float:
         """Return the sum of one number over the processes."""
