@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from sklearn.base import clone
 from sklearn.compose import TransformedTargetRegressor
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine, make_friedman1
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -107,8 +107,8 @@ def test_a_scaled_regression_equals_its_row_built_by_hand():
 
 
 def test_the_ensemble_predicts_the_weighted_mean_of_its_members():
-    X, y = load_diabetes(return_X_y=True)
-    families = ["svm", "elastic_net", "tree", "knn"]
+    X, y = make_friedman1(200, noise=1.0, random_state=1)
+    families = ["tree", "forest", "knn", "linear"]
     auto = mf.AutoRegressor(seconds=None, trials=4, families=families, random_state=0).fit(X, y)
     members = [row for row in auto.leaderboard_ if row["weight"]]
     assert len(auto.members_) == len(members) > 1
@@ -188,6 +188,16 @@ def test_a_slow_family_gets_half_of_the_time_left_and_the_search_goes_on(monkeyp
     assert rows["slow"]["seconds"] < 3.3
     assert "linear" in rows
     assert auto.best_params_["family"] in ("linear", "tree")
+
+
+def test_a_trial_whose_folds_would_take_too_long_ends_after_the_first(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "slow", fake(Spoilt(lambda X: time.sleep(1.0)), needs_scale=True))
+    options = {"seconds": 6, "trials": 3, "families": ["tree", "slow", "linear"], "random_state": 0}
+    slow = next(r for r in mf.AutoClassifier(**options).fit(*WINE).leaderboard_ if r["family"] == "slow")
+    assert slow["state"] == "skipped"
+    assert slow["message"].startswith("4 more folds would take about")
+    assert len(slow["fold_losses"]) == 1
+    assert slow["seconds"] < 2
 
 
 def test_a_family_that_was_too_slow_before_is_skipped_without_a_fit():

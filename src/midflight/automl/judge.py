@@ -273,8 +273,13 @@ class Judge:
         seconds = self._fold_seconds.setdefault(row.family, [])
         first, folds = not seconds, self.problem.folds
         until, predictions = self._clock() + self._allowed_seconds(row), []
-        for fold in folds:
-            predictions.append(self._fold(row, fold, until - self._clock(), seconds))
+        for n, fold in enumerate(folds):
+            left, more = until - self._clock(), len(folds) - n
+            if n and (needed := more * row.fit_seconds) > left:
+                raise OutOfTime(
+                    f"{more} more folds would take about {needed:.3g} s, but only {left:.3g} s are left for it"
+                )
+            predictions.append(self._fold(row, fold, left, seconds))
             if not math.isfinite(row.loss):
                 raise ValueError("the loss was not finite")
             if not first and self._is_behind(row):

@@ -142,10 +142,12 @@ class Ledger:
 
     def clear_checkpoints(self) -> None:
         """Delete the checkpoints of this study that no trial can continue; keep the best trial's."""
+        if not (paths := list(self.folder.glob("*.pt"))):
+            return
         records = self.records()
         chosen = best(records)
         kept = {r.root for r in records if r.state == "unfinished"} | ({chosen.root} if chosen else set())
-        for path in self.folder.glob("*.pt"):
+        for path in paths:
             number = path.name.partition("-")[0]
             root = int(number) if number.isdecimal() else len(records)
             if root < len(records) and root not in kept and records[root].checkpoint == path.name:
