@@ -99,10 +99,15 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_lose_and_repeat_nothing(tmp_path, whole, group_ends):
-    starts, store = 12, tmp_path / "s.sqlite"
-    moments = random.Random(0)
-    for kill in range(10):
+@pytest.mark.parametrize(
+    ("kills", "starts", "all_at_once"),
+    [(10, 12, False), *(pytest.param(20, 30, both, marks=pytest.mark.slow) for both in (False, True))],
+)
+def test_kills_at_random_moments_lose_and_repeat_nothing(
+    kills, starts, all_at_once, tmp_path, whole, group_ends
+):
+    store, moments = tmp_path / "s.sqlite", random.Random(0)
+    for kill in range(kills):
         process = in_a_process_group(tiny(store, starts, workers=2), stderr=subprocess.DEVNULL)
         before = count(store)
         if kill % 2:  # at any moment, the start of the workers included
@@ -112,7 +117,7 @@ def test_ten_kills_at_random_moments_lose_and_repeat_nothing(tmp_path, whole, gr
                 time.sleep(0.005)
             time.sleep(moments.uniform(0, 0.1))
         assert process.poll() is None, "the study was over before it was killed"
-        process.send_signal(signal.SIGKILL)
+        (os.killpg if all_at_once else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
         assert group_ends(process.pid), "workers outlived their parent"
     arms = PER_START * starts + LANDSCAPE

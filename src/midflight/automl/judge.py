@@ -277,7 +277,7 @@ class Judge:
             left, more = until - self._clock(), len(folds) - n
             if n and (needed := more * row.fit_seconds) > left:
                 raise OutOfTime(
-                    f"{more} more folds would take about {needed:.3g} s, but only {left:.3g} s are left for it"
+                    f"{more} more folds would take about {needed:.3g} s, but only {left:.3g} s are left"
                 )
             predictions.append(self._fold(row, fold, left, seconds))
             if not math.isfinite(row.loss):
@@ -306,9 +306,7 @@ class Judge:
         if needed > allowed:
             if all(fmean(s) > self.seconds_left for s in self._fold_seconds.values() if s):
                 raise SearchEnds
-            raise OutOfTime(
-                f"a fold would take about {needed:.3g} s, but only {allowed:.3g} s are left for it"
-            )
+            raise OutOfTime(f"a fold would take about {needed:.3g} s, but only {allowed:.3g} s are left")
         return allowed
 
     def _fold(self, row: Row, fold: Fold, allowed: float, seconds: list[float]) -> Array:

@@ -7,6 +7,7 @@ engine, so a search with workers proposes what one without them does, and it nee
 
 import os
 import pickle
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -21,6 +22,7 @@ from midflight.search.jobs import Search
 from midflight.search.trial import Job, Objective, Outcome, run_job
 
 POLL = 1.0  # seconds between checks of the time limit
+ATTEMPTS, PAUSE = 5, 0.2  # to start a process, and seconds between two of them
 MAX_FAILED_STARTS = 3  # the search stops when this many workers in a row die before they are ready
 
 
@@ -33,9 +35,19 @@ class Worker:
     def __init__(self, pickled: bytes, threads: int) -> None:
         context = fresh_processes(__name__)
         self._pipe, other_end = context.Pipe()
-        self._process = context.Process(target=_serve_in_process, args=(other_end, pickled, threads))
-        self._process.start()
-        other_end.close()
+        with other_end:
+            for attempt in range(ATTEMPTS):
+                self._process = context.Process(target=_serve_in_process, args=(other_end, pickled, threads))
+                try:
+                    self._process.start()
+                    return
+                except (
+                    EOFError,
+                    OSError,
+                ):  # the server that forks was killed; another start begins a new one
+                    if attempt == ATTEMPTS - 1:
+                        raise
+                    time.sleep(PAUSE)
 
     @staticmethod
     def pickle(objective: Objective) -> bytes:
