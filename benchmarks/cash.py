@@ -1,26 +1,34 @@
-"""Compare midflight.AutoClassifier and AutoRegressor with other AutoML on small tables.
+"""Compare midflight.AutoClassifier and AutoRegressor with other AutoML on ten tables.
 
     python benchmarks/cash.py                     # all datasets and methods; resumes
-    python benchmarks/cash.py --datasets wine iris --arms midflight
+    python benchmarks/cash.py --datasets wine --arms midflight
+    python benchmarks/cash.py --autogluon PYTHON  # also AutoGluon, in an interpreter that has it
     python benchmarks/cash.py --table             # tables of the stored rows
     python benchmarks/cash.py --figure            # also the figure
     python benchmarks/cash.py --time              # measure whether the time limit is kept; four minutes
 
-Data: eight tables of scikit-learn (friedman1 and moons are synthetic), five random splits each, 70 % for
-training and 30 % for testing. One process, one thread, 28 minutes. midflight and FLAML have 20 seconds each.
-Two scikit-learn learners with default options have no time limit. Loss: log loss, or squared error over the
-variance of the test target. "midflight, best alone" is the best configuration of the same search without the
-ensemble. A method that fails leaves a row with its error. FLAML needs pip install 'flaml[automl]'. Rows:
-docs/results/cash.jsonl.
+Data: five classifications and five regressions, of 178 to 20,000 rows, five random splits each, 70 % for
+training and 30 % for testing. moons, friedman1 and the large ones are generated; concrete and red_wine are of
+the UCI repository, in ../shared/data/uci; the others come with scikit-learn. One process, one thread.
+midflight, FLAML and AutoGluon have 20 seconds each. Two scikit-learn learners with default options have no
+time limit. Loss: log loss, or squared error over the variance of the test target. "midflight, best alone" is
+the best configuration of the same search without the ensemble. A method that fails leaves a row with its
+error. FLAML needs pip install 'flaml[automl]'. AutoGluon needs an environment of its own with
+'autogluon.tabular[lightgbm,xgboost,catboost]', because it wants an older pandas.
+
+Rows: docs/results/cash_tables.jsonl. Rows of the first edition, on eight tables: docs/results/cash.jsonl.
 """
 
 import argparse
 import os
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,33 +48,47 @@ from tasks import RESULTS, Row, append, one_thread, rows
 import midflight as mf
 from midflight._reporting.machine import machine
 
-ROWS = RESULTS / "cash.jsonl"
+ROWS = RESULTS / "cash_tables.jsonl"
+DATA = Path(__file__).parents[2] / "shared/data/uci"
+WORKER = Path(__file__).parent / "autogluon_worker.py"
 SECONDS = 20.0
 SEEDS = 5
-TIMES = [(500, 10.0), (5000, 10.0), (50_000, 10.0), (500_000, 10.0), (5000, 60.0), (50_000, 60.0)]
-"""(rows, seconds) for --time."""
+TIMES = [
+    (500, 30, 3, 10.0), (5000, 30, 3, 10.0), (50_000, 30, 3, 10.0), (500_000, 30, 3, 10.0),
+    (5000, 30, 3, 60.0), (50_000, 30, 3, 60.0), (2000, 2000, 10, 5.0), (10_000, 20, 500, 10.0),
+]  # fmt: skip
+"""(rows, columns, classes, seconds) for --time."""
 Arrays = tuple[np.ndarray, np.ndarray]
 Models = dict[str, Any]
 """Name of a method -> function that fits it."""
 
 
-def linnerud() -> Arrays:
-    """Return the data of 20 men: three exercises, and the weight as target."""
-    x, y = datasets.load_linnerud(return_X_y=True)
-    return x, y[:, 0]
+def uci(name: str) -> Arrays:
+    """Return a table of the UCI repository."""
+    file = np.load(DATA / f"{name}.npz")
+    return file["x"], file["y"].ravel()
+
+
+def large_values() -> Arrays:
+    """Return 20,000 rows of friedman1 with 30 columns, of which 25 are noise."""
+    return datasets.make_friedman1(20_000, 30, noise=1.0, random_state=0)
 
 
 CLASSIFICATIONS: dict[str, Callable[[], Arrays]] = {
     "breast_cancer": partial(datasets.load_breast_cancer, return_X_y=True),
     "wine": partial(datasets.load_wine, return_X_y=True),
-    "iris": partial(datasets.load_iris, return_X_y=True),
     "digits": partial(datasets.load_digits, return_X_y=True),
     "moons": partial(datasets.make_moons, 500, noise=0.3, random_state=0),
+    "large_classes": partial(
+        datasets.make_classification, 20_000, 30, n_informative=15, n_classes=5, flip_y=0.05, random_state=0
+    ),
 }
 REGRESSIONS: dict[str, Callable[[], Arrays]] = {
     "diabetes": partial(datasets.load_diabetes, return_X_y=True),
-    "linnerud": linnerud,
     "friedman1": partial(datasets.make_friedman1, 600, noise=1.0, random_state=0),
+    "concrete": partial(uci, "concrete"),
+    "red_wine": partial(uci, "wine"),
+    "large_values": large_values,
 }
 DATASETS = CLASSIFICATIONS | REGRESSIONS
 
@@ -98,10 +120,42 @@ def flaml(x: np.ndarray, y: np.ndarray, classes: bool, seed: int) -> Models:
     return {"FLAML": model}
 
 
+class AutoGluon:
+    """Fits and predicts in another interpreter."""
+
+    python = ""
+    """The interpreter, from --autogluon."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        np.savez(self.folder / "train.npz", x=x, y=y)
+        self._call("fit", str(SECONDS))
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        np.savez(self.folder / "test.npz", x=x)
+        self._call("predict")
+        found: np.ndarray = np.load(self.folder / "found.npy")
+        return found
+
+    predict_proba = predict
+
+    def _call(self, verb: str, *more: str) -> None:
+        command = [self.python, str(WORKER), verb, str(self.folder), *more]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+
+
+def autogluon(x: np.ndarray, y: np.ndarray, classes: bool, seed: int) -> Models:
+    """Fit AutoGluon; its start takes two seconds more, which the row's seconds include."""
+    return {"AutoGluon": AutoGluon(x, y)}
+
+
 ARMS: dict[str, Callable[..., Models]] = {
-    "midflight": midflight, "FLAML": flaml, "random forest": forest, "boosting": boosting
+    "midflight": midflight, "FLAML": flaml, "AutoGluon": autogluon, "random forest": forest,
+    "boosting": boosting,
 }  # fmt: skip
-SHOWN = ["midflight", "midflight, best alone", "FLAML", "random forest", "boosting"]
+SHOWN = ["midflight", "midflight, best alone", "FLAML", "AutoGluon", "random forest", "boosting"]
 
 
 def run(name: str, arm: str, seed: int) -> list[Row]:
@@ -144,25 +198,27 @@ def chosen(model: Any) -> str:
     return ""
 
 
-def time_kept(n: int, seconds: float) -> Row:
-    """Time a fit on a synthetic table of n rows, 30 columns and 3 classes."""
-    x, y = datasets.make_classification(n, 30, n_informative=15, n_classes=3, flip_y=0.05, random_state=0)
+def time_kept(n: int, columns: int, classes: int, seconds: float) -> Row:
+    """Time a fit on a synthetic table of n rows."""
+    x, y = datasets.make_classification(
+        n, columns, n_informative=15, n_classes=classes, flip_y=0.05, random_state=0
+    )
     began = time.perf_counter()
     model = mf.AutoClassifier(seconds=seconds, random_state=0).fit(x, y)
     took = time.perf_counter() - began
     states = [row["state"] for row in model.leaderboard_]
     counts = {state: states.count(state) for state in ("complete", "behind", "skipped", "failed")}
-    return {"task": "time", "arm": f"{n} rows", "index": n, "budget": seconds, "took": round(took, 2),
-            "chosen": chosen(model), **counts}  # fmt: skip
+    return {"task": "time", "arm": f"{n:,} x {columns:,}, {classes} classes", "index": n, "budget": seconds,
+            "took": round(took, 2), "chosen": chosen(model), **counts}  # fmt: skip
 
 
 def time_table(found: Sequence[Row]) -> str:
-    lines = ["| rows | seconds given | taken | configurations complete, given up, skipped, failed | chosen |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    heads = "table", "seconds given", "taken", "complete, given up, skipped, failed", "chosen"
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in found:
         if r["task"] == "time":
             counts = ", ".join(str(r[state]) for state in ("complete", "behind", "skipped", "failed"))
-            lines.append(f"| {r['index']:,} | {r['budget']:g} | {r['took']:.1f} | {counts} | {r['chosen']} |")
+            lines.append(f"| {r['arm']} | {r['budget']:g} | {r['took']:.1f} | {counts} | {r['chosen']} |")
     return "\n".join(lines)
 
 
@@ -187,7 +243,7 @@ def ranks(losses: dict[str, list[float]]) -> dict[str, float]:
 def table(found: Sequence[Row]) -> str:
     """Print mean test loss [minimum, maximum], mean ranks, wins and losses of midflight, and seconds."""
     lines = [f"| dataset | {' | '.join(SHOWN)} |", "|---|" + "---|" * len(SHOWN)]
-    all_ranks: dict[str, list[float]] = {arm: [] for arm in SHOWN}
+    all_ranks: dict[str, dict[str, float]] = {arm: {} for arm in SHOWN}
     for name in DATASETS:
         losses = by_seed(found, name)
         if not losses:
@@ -203,9 +259,11 @@ def table(found: Sequence[Row]) -> str:
             cells.append(f"**{text}**" if mean == best else text)
         lines.append(f"| {name} | {' | '.join(cells)} |")
         for arm, rank in ranks(losses).items():
-            all_ranks[arm].append(rank)
-    cells = [f"{np.mean(all_ranks[arm]):.2f}" if all_ranks[arm] else "" for arm in SHOWN]
-    lines.append(f"| mean rank of {len(SHOWN) - 1} | {' | '.join(cells)} |")
+            all_ranks[arm][name] = rank
+    for kind, names in (("classification", CLASSIFICATIONS), ("regression", REGRESSIONS)):
+        of_kind = {arm: [of[n] for n in names if n in of] for arm, of in all_ranks.items()}
+        cells = [f"{np.mean(of_kind[arm]):.2f}" if of_kind[arm] else "" for arm in SHOWN]
+        lines.append(f"| mean rank, {kind} | {' | '.join(cells)} |")
     cells = []
     for arm in SHOWN:
         seconds = [r["seconds"] for r in found if r["arm"] == arm and "seconds" in r]
@@ -259,24 +317,30 @@ def figure(found: Sequence[Row]) -> None:
     ax.set_xticks(range(len(DATASETS)), list(DATASETS))
     ax.set_ylabel("test loss / default random forest")
     fig.legend(loc="outside lower center", ncols=len(arms), fontsize=8)
-    fig.savefig(RESULTS / "cash.png", dpi=110)
+    fig.savefig(ROWS.with_suffix(".png"), dpi=110)
 
 
 def main() -> None:
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
     parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=[a for a in ARMS if a != "AutoGluon"]
+    )
+    parser.add_argument("--autogluon", metavar="PYTHON", help="interpreter that has AutoGluon; adds that arm")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
     parser.add_argument("--table", action="store_true", help="run nothing; print the tables")
     parser.add_argument("--figure", action="store_true", help="run nothing; also draw the figure")
     parser.add_argument("--time", action="store_true", help="only measure whether the time limit is kept")
     options = parser.parse_args()
+    if options.autogluon:
+        AutoGluon.python = options.autogluon
+        options.arms = [*options.arms, "AutoGluon"]
     if options.time:
         one_thread()
         append(ROWS, {"machine": machine()})
-        for n, seconds in TIMES:
-            append(ROWS, time_kept(n, seconds))
+        for table_and_seconds in TIMES:
+            append(ROWS, time_kept(*table_and_seconds))
     elif not (options.table or options.figure):
         one_thread()
         done = {(row["task"], row["arm"], row["index"]) for row in rows(ROWS)}

@@ -1,22 +1,21 @@
 """Compare tuning during the trials of a search with searching all hyperparameters.
 
-    python benchmarks/merger.py                       # all tasks, methods and seeds; resumes
+    python benchmarks/merger.py                       # all tasks and seeds, without "cold"; resumes
     python benchmarks/merger.py --tasks digits --seeds 3
     python benchmarks/merger.py --figure              # table and figure of the stored rows
 
-The search chooses layers, width, activation, optimiser and learning rate of a small network. Weight decay,
-input noise and dropout depend on the method:
+The search chooses layers, width, activation, optimiser and momentum of a small network. Learning rate, weight
+decay, input noise and dropout depend on the method:
 
     merged        tuned during each trial, starting at the final values of the nearest good trial
     merged, cold  tuned during each trial, starting at their defaults
     searched      searched by the same engine
 
-Each search has a budget of 16 full trainings. An epoch of a tuned trial costs its time over that of a plain
+Each search has a budget of 32 full trainings. An epoch of a tuned trial costs its time over that of a plain
 epoch, measured here with alternating turns on one thread. Validation passes and the engine's own time are
 free. Both kinds of trial finish alike: with the best, by validation, of last weights, their average, and
 the best earlier average. The best model so far has the lowest validation loss at any epoch of any trial;
-its test error is only reported. Needs midflight[search]. Rows: docs/results/merger_seam.jsonl. `searched`
-uses no tuner, so the first edition's rows (git tag first-edition) are reused: docs/results/merger.jsonl.
+its test error is only reported. Needs midflight[search]. Rows: docs/results/merger.jsonl.
 """
 
 import argparse
@@ -37,21 +36,21 @@ from torch import Tensor, nn
 import midflight as mf
 from midflight import search
 from midflight._tensors import Tensors
-from midflight.datasets import Shuffled
+from midflight.datasets import Shuffled, Split
 from midflight.search.problems import MLP_SPACE, network, optimizer_for
 from midflight.tuner.live import evaluating, weights_at
 from midflight.tuner.optimizers import trained_parameters
 
-FIRST, ROWS = RESULTS / "merger.jsonl", RESULTS / "merger_seam.jsonl"
-"""Rows of the first edition and of the current version."""
-SEEDS, EPOCHS, TRAININGS = 10, 27, 16
-BUDGETS = [1, 2, 4, 8, 16]
+ROWS = RESULTS / "merger.jsonl"
+SEEDS, EPOCHS, TRAININGS = 10, 27, 32
+BUDGETS = [1, 2, 4, 8, 16, 32]
 ENGINES = ["bohb", "smac"]
 ARMS = ["merged", "merged, cold", "searched"]
 COST = "cost of tuning"
+FIXED = ("layers", "width", "batch_norm", "lr")
 SPACE = search.Space(
-    {name: spec for name, spec in MLP_SPACE.specs.items() if name not in ("layers", "width", "batch_norm")},
-    layers=mf.Int(1, 3), width=mf.Int(16, 128, log=True),
+    {name: spec for name, spec in MLP_SPACE.specs.items() if name not in FIXED},
+    layers=mf.Int(1, 3), width=mf.Int(16, 128, log=True), lr=mf.Float(1e-4, 0.3, log=True, online=True),
 )  # fmt: skip
 
 
@@ -75,10 +74,22 @@ class Task:
         return float((outputs.argmax(1) != y).float().mean())
 
 
+def friedman() -> Splits:
+    """Make scikit-learn's table friedman1: 600 training rows, 200 each for T2 and test; standardised."""
+    from sklearn.datasets import make_friedman1
+
+    x, y = make_friedman1(1000, noise=1.0, random_state=0)
+    x, y = ((a - a[:600].mean(0)) / a[:600].std(0) for a in (x, y))
+    table = Split(torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)[:, None])
+    return table[:600], table[600:800], table[800:]
+
+
 TASKS = {
     "digits": Task(lambda: images("digits", 1000, 437), 50),
     "mnist_2k": Task(lambda: images("mnist", 2000, 1000), 100),
+    "fashion_2k": Task(lambda: images("fashion_mnist", 2000, 1000), 100),
     "tabular": Task(diabetes, 20, 1, F.mse_loss),
+    "friedman": Task(friedman, 30, 1, F.mse_loss),
 }
 
 
@@ -188,11 +199,6 @@ class Purse:
             trial.report(epoch, valid, training.state_dict(), online)
 
 
-def known() -> list[Row]:
-    """Return the current rows and the first edition's rows of `searched`."""
-    return [row for row in rows(FIRST) if row["arm"] == "searched"] + rows(ROWS)
-
-
 def searched(job: tuple[str, str, str, int]) -> Row:
     """Return a search as a row; its trace has [trainings spent, validation loss, test error] of the best."""
     task, engine, arm, seed = job
@@ -219,7 +225,7 @@ def compute_cost(task: str, pairs: int = 12) -> None:
     for n in range(pairs):
         params = {
             "layers": int(rng.integers(1, 4)), "width": int(rng.integers(16, 129)), "activation": "relu",
-            "lr": 1e-3, **({"optimizer": "sgd", "momentum": 0.9} if n % 2 else {"optimizer": "adam"}),
+            **({"optimizer": "sgd", "momentum": 0.9} if n % 2 else {"optimizer": "adam"}),
         }  # fmt: skip
         online = SPACE.tuned(SPACE.starts(params))
         runs = [Training(task, {**params, **SPACE.starts(params)}, space, n) for space in (None, online)]
@@ -276,10 +282,11 @@ def table(found: list[Row]) -> str:
 
 def figure(found: list[Row]) -> None:
     shown = [task for task in TASKS if any(r["task"] == task and r["arm"] != COST for r in found)]
-    fig = Figure(figsize=(3.4 * len(shown) + 0.4, 5.6), layout="constrained")
-    axes = fig.subplots(len(ENGINES), len(shown), squeeze=False)
+    engines = [engine for engine in ENGINES if any(r.get("engine") == engine for r in found)]
+    fig = Figure(figsize=(3.4 * len(shown) + 0.4, 2.6 * len(engines) + 0.4), layout="constrained")
+    axes = fig.subplots(len(engines), len(shown), squeeze=False)
     budgets = np.geomspace(1, TRAININGS, 40)
-    for (i, engine), (k, task) in product(enumerate(ENGINES), enumerate(shown)):
+    for (i, engine), (k, task) in product(enumerate(engines), enumerate(shown)):
         axis = axes[i][k]
         for arm, colour in zip(ARMS, ("tab:blue", "tab:cyan", "tab:grey"), strict=True):
             e = np.array([errors(found, task, engine, arm, b) for b in budgets])
@@ -292,7 +299,7 @@ def figure(found: list[Row]) -> None:
         axis.set_xticks(BUDGETS, [str(b) for b in BUDGETS])
         axis.set_yscale("log")
         axis.set_title(f"{task.replace('_', ' ')}, {engine}")
-        if i == len(ENGINES) - 1:
+        if i == len(engines) - 1:
             axis.set_xlabel("compute, in plain trainings")
         if k == 0:
             axis.set_ylabel("test error of the best so far")
@@ -307,7 +314,8 @@ def main() -> None:
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES[:1])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["merged", "searched"])
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--figure", action="store_true", help="run nothing; table and figure of stored rows")
@@ -317,16 +325,16 @@ def main() -> None:
         for task in options.tasks:
             if task not in paid:
                 compute_cost(task)
-        done = {(r["task"], r.get("engine"), r["arm"], r["index"]) for r in known()}
+        done = {(r["task"], r.get("engine"), r["arm"], r["index"]) for r in rows(ROWS)}
         jobs = [
             (t, e, a, s)
-            for t in options.tasks
             for s in range(options.seeds)
+            for t in options.tasks
             for e in options.engines
-            for a in ARMS
+            for a in options.arms
         ]
         compute(ROWS, [job for job in jobs if job not in done], searched, options.workers)
-    found = known()
+    found = rows(ROWS)
     print(table(found))
     figure(found)
 

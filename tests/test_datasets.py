@@ -449,6 +449,7 @@ def test_digits_are_the_same_on_every_machine():
 
 def test_unknown_name_says_which_are_known():
     with pytest.raises(
-        ValueError, match=r"^dataset must be one of mnist, fashion_mnist, digits; got 'minst'\.$"
+        ValueError,
+        match=r"^dataset must be one of mnist, fashion_mnist, digits; got 'minst'; did you mean mnist\?$",
     ):
         load("minst")

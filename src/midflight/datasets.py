@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from midflight.errors import MidflightError, UnknownName
 
-DATASETS = ("mnist", "fashion_mnist", "digits")
+DATASETS = {"mnist": (60_000, 10_000), "fashion_mnist": (60_000, 10_000), "digits": (1437, 360)}
+"""Name -> number of training and of test images."""
 Raw: TypeAlias = dict[str, npt.NDArray[np.uint8]]
 """Field of `Arrays` -> images, shape (n, features), or labels, shape (n,)."""
 

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from difflib import get_close_matches
 from importlib.util import find_spec
 
 
@@ -29,7 +30,7 @@ class InvalidLoss(MidflightError, TypeError):
 
 
 class UnsupportedSetting(MidflightError, NotImplementedError):
-    """midflight does not support this, for example a model that is sharded over processes."""
+    """midflight does not support this, for example a TorchScript model."""
 
 
 class AnotherProcessFailed(MidflightError, RuntimeError):
@@ -74,8 +75,11 @@ class UnknownName(MidflightError, ValueError):
     """A name is not in the table of known names."""
 
     def __init__(self, kind: str, name: object, known: object) -> None:
-        names = ", ".join(str(k) for k in known) if hasattr(known, "__iter__") else str(known)
-        super().__init__(f"{kind} must be one of {names}; got {name!r}.")
+        names = [str(k) for k in known] if hasattr(known, "__iter__") else [str(known)]
+        folded = {n.casefold(): n for n in names}
+        near = get_close_matches(str(name).casefold(), folded, 1)
+        hint = f"; did you mean {folded[near[0]]}?" if near else "."
+        super().__init__(f"{kind} must be one of {', '.join(names)}; got {name!r}{hint}")
 
 
 def require_extra(module: str, extra: str) -> None:

@@ -1,5 +1,7 @@
 """The perceptrons that tune their own regularisation."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,29 @@ def test_equal_seeds_give_equal_networks_and_leave_the_global_generator_alone(re
     torch.manual_seed(99)
     np.testing.assert_array_equal(clone(model).fit(x, y).predict_proba(x), first)
     assert np.any(clone(model).set_params(random_state=4).fit(x, y).predict_proba(x) != first)
+
+
+@contextlib.contextmanager
+def other_dtype():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        torch.no_grad, torch.inference_mode, other_dtype, lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_what_the_caller_has_set_in_torch_changes_no_bit(changed):
+    x, y = make_moons(100, noise=0.3, random_state=0)
+    model = mf.OnlineMLPClassifier(max_steps=60, random_state=3)
+    expected = clone(model).fit(x, y).predict_proba(x)
+    with changed():
+        network_ = clone(model).fit(x, y)
+    np.testing.assert_array_equal(network_.predict_proba(x), expected)
 
 
 def test_the_second_training_follows_the_first_on_all_rows(monkeypatch):

@@ -1,23 +1,13 @@
 """The parts of the search, each against what it must do."""
 
-import contextlib
 import itertools
-import signal
-import sys
-import threading
-import time
 
 import numpy as np
-import pandas as pd
 import pytest
-import torch
 from smac import HyperparameterOptimizationFacade
 
 import midflight as mf
-from midflight.automl import limit as module
-from midflight.automl.columns import as_text, coded, columns_of, scaled
 from midflight.automl.ensemble import greedy, helps
-from midflight.automl.limit import OutOfTime, limit
 from midflight.automl.validation import folds_of, log_loss, loss_of, squared_error
 from midflight.search import Space, run
 
@@ -100,111 +90,6 @@ def test_losses_equal_those_of_scikit_learn():
     assert np.isfinite(log_loss(np.array([[1.0, 0.0]]), np.array([1])))
 
 
-def test_time_runs_out_in_the_middle_of_a_loop_and_the_alarm_is_given_back():
-    before = signal.getsignal(signal.SIGALRM)
-    began = time.monotonic()
-
-    def loop():
-        while time.monotonic() - began < 100:
-            pass
-
-    with pytest.raises(OutOfTime, match=r"not done within 0.1 s"), limit(0.1):
-        loop()
-    assert signal.getsignal(signal.SIGALRM) is before
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
-
-
-def test_the_alarm_rings_again_if_it_was_not_heard(monkeypatch):
-    monkeypatch.setattr(module, "REPEAT", 0.1)
-    began = time.monotonic()
-
-    def deaf():
-        with contextlib.suppress(OutOfTime):
-            time.sleep(100)
-        time.sleep(100)
-
-    with pytest.raises(OutOfTime), limit(0.1):
-        deaf()
-    assert time.monotonic() - began >= 0.2
-
-
-class InDestructor:
-    """The alarm that rings in its destructor is dropped by Python."""
-
-    def __del__(self):
-        began = time.monotonic()
-        while time.monotonic() - began < 0.2:
-            pass
-
-
-def test_a_dropped_alarm_is_not_reported_and_rings_again(monkeypatch):
-    monkeypatch.setattr(module, "REPEAT", 0.3)
-    reported = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: reported.append(dropped.exc_type))
-
-    class Broken:
-        def __del__(self):
-            raise KeyError
-
-    def broken_and_deaf():
-        Broken()
-        InDestructor()
-        time.sleep(100)
-
-    with pytest.raises(OutOfTime), limit(0.1):
-        broken_and_deaf()
-    assert reported == [KeyError]
-
-
-def test_a_block_that_is_quick_enough_and_another_thread_are_left_alone():
-    with limit(100):
-        pass
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
-    done = []
-
-    def in_thread():
-        with limit(0.01):
-            time.sleep(0.05)
-            done.append(True)
-
-    thread = threading.Thread(target=in_thread)
-    thread.start()
-    thread.join()
-    assert done == [True]
-
-
-def test_an_alarm_of_somebody_else_is_not_touched():
-    rung = []
-    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
-    signal.setitimer(signal.ITIMER_REAL, 1)
-    try:
-        with limit(0.01):
-            while not rung:
-                time.sleep(0.01)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert rung == [True]
-
-
-def test_categories_become_text_and_a_gap_is_one_of_them():
-    frame = pd.DataFrame({"a": ["x", None, 3], "b": pd.Categorical(["u", "v", None])})
-    assert as_text(frame).tolist() == [["x", "u"], ["", "v"], ["3", ""]]
-
-
-def test_scaled_tables_have_no_gaps_and_coded_ones_keep_them():
-    frame = pd.DataFrame({"c": ["x", "y", None, "x"] * 10, "n": [1.0, 2.0, np.nan, 3.0] * 10})
-    columns = columns_of(frame)
-    assert (columns.numbers, columns.categories) == ((1,), (0,))
-    plain = scaled(columns, "standard").fit_transform(frame)
-    assert plain.shape == (40, 2 + 3)  # the number and its marker, three values
-    assert np.isfinite(plain).all()
-    np.testing.assert_allclose(plain[:, :2].std(0), 1)
-    codes = coded(columns).fit(frame)
-    np.testing.assert_array_equal(codes.transform(frame)[:4], [[1, 1], [2, 2], [np.nan, 0], [3, 1]])
-    new = pd.DataFrame({"c": ["never seen"], "n": [0.0]})
-    np.testing.assert_array_equal(codes.transform(new), [[0, np.nan]])
-
-
 def distance(config):
     return abs(config.get("x", config.get("y")) - 0.25)
 
@@ -238,14 +123,3 @@ def test_smac_is_told_the_loss_of_each_configuration_that_was_tried(monkeypatch)
     assert len(told) >= 4  # the last one need not be told
     for config, cost in told:
         assert cost == pytest.approx(distance(config))
-
-
-def test_a_time_limit_leaves_gradients_on():
-    def interrupted():  # as if the alarm rang inside torch.no_grad().__enter__
-        torch.set_grad_enabled(False)
-        while True:
-            pass
-
-    with pytest.raises(OutOfTime), limit(0.05):
-        interrupted()
-    assert torch.is_grad_enabled()

@@ -1,138 +1,30 @@
 """Two processes that train one model: equal to the bit, and equal to one process with the joined batch."""
 
-import math
-import os
-import time
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from loops import Still
 from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from two_processes import (
+    STEPS,
+    STILL,
+    Run,
+    both,
+    diverging,
+    exact,
+    in_two_processes,
+    one_bad_batch,
+    resumed,
+    said,
+    same,
+    tuned,
+)
 
 import midflight as mf
 from midflight.tuner.distributed import Processes
 from midflight.tuner.gradient import ReceivedGradient
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without distributed.")
-STEPS, ROWS = 12, 32
-PROCESSES = 2
-
-
-def table(seed):
-    x = torch.randn(ROWS, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return x, x[:, :3].argmax(1)
-
-
-T1, T2 = table(1), table(2)
-
-
-def own(data, rank, count):
-    """The rows of one process."""
-    share = slice(rank * ROWS // count, (rank + 1) * ROWS // count)
-    return tuple(part[share] for part in data)
-
-
-def network(*layers):
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), *layers, nn.Linear(8, 3)).double()
-
-
-class Run:
-    """A loop on one process's share of the data, with what a case changes of it."""
-
-    def __init__(
-        self, rank, count, *, layers=(), wrap=True, lr=1e-2, make=torch.optim.AdamW, seed=0, **arguments
-    ):
-        torch.manual_seed(seed)
-        self.rank, self.count = rank, count
-        self.net = network(*layers)
-        self.space = mf.Space(
-            lr=mf.Float(1e-6, 1e2, log=True, init=lr),
-            weight_decay=mf.Float(1e-5, 1e-1, log=True, init=1e-3),
-            l2=mf.Float(1e-5, 1e-1, log=True, init=1e-3),
-            smoothing=mf.Float(0.0, 0.5, init=0.1),
-            dtype=torch.float64,
-        )
-        self.model = DistributedDataParallel(self.net) if wrap and count > 1 else self.net
-        self.optimizer = make(self.model.parameters(), lr=lr, weight_decay=1e-3)
-        self.t1, self.t2 = own(T1, rank, count), own(T2, rank, count)
-        self.tuner = None
-        self.attach(self.valid_loss_fn, **{"schedule": 1, **arguments})
-
-    def attach(self, valid_loss_fn, valid_loader=None, **arguments):
-        if self.tuner is not None:
-            self.tuner.detach()
-        self.tuner = mf.Tuner(
-            self.model, self.optimizer, self.space, self.loss_fn, [self.t1], valid_loader or [self.t2],
-            valid_loss_fn=valid_loss_fn, **arguments,
-        )  # fmt: skip
-
-    def loss_fn(self, model, batch):
-        x, y = batch
-        log_p = model(x).log_softmax(1)
-        s = self.space["smoothing"].value
-        penalty = sum(w.square().sum() for w in self.net.parameters())
-        return (1 - s) * F.nll_loss(log_p, y) - s * log_p.mean() + self.space["l2"] * penalty
-
-    def valid_loss_fn(self, model, batch):
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    def steps(self, n=STEPS, clip=None, passes=1):
-        for _ in range(n):
-            self.optimizer.zero_grad()
-            for k, micro in enumerate(zip(*(part.chunk(passes) for part in self.t1), strict=True)):
-                quiet = self.count > 1 and k + 1 < passes and self.model is not self.net
-                with self.model.no_sync() if quiet else nullcontext():
-                    (self.loss_fn(self.model, micro) / passes).backward()
-            if clip is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-            self.optimizer.step()
-        return self
-
-    def result(self):
-        finished = self.tuner.finish()
-        return {
-            "weights": torch.cat([p.detach().flatten() for p in self.net.parameters()]),
-            "values": self.space.as_dict(),
-            "hypergradients": [
-                [float(g) for g in row] for row in getattr(self.tuner.hyper_optimizer, "given", [])
-            ],
-            "log": {k: v for k, v in self.tuner.log().items() if v == v},
-            "finished": finished,
-        }
-
-
-STILL = {"horizon": "step", "hyper_optimizer": Still}
-
-
-def exact(rank, count, **how):
-    return Run(rank, count, **STILL).steps(**how).result()
-
-
-def tuned(rank, count, layers=(), **how):
-    return Run(rank, count, layers=[make() for make in layers], total_steps=STEPS).steps(**how).result()
-
-
-def diverging(rank, count):
-    run = Run(rank, count, lr=50.0, make=partial(torch.optim.SGD, momentum=0.9), total_steps=60).steps(60)
-    return {"restored": run.tuner.log()["restored"], **run.result()}
-
-
-def one_bad_batch(rank, count):
-    """Some looks of one process are NaN."""
-    run, calls = Run(rank, count, **STILL), []
-
-    def valid_loss_fn(model, batch):
-        calls.append(1)
-        loss = F.cross_entropy(model(batch[0]), batch[1])
-        return loss * math.nan if rank == 1 and len(calls) % 8 == 0 else loss
-
-    run.attach(valid_loss_fn, schedule=1, horizon="step")
-    run.steps()
-    return {"skipped": run.tuner.log()["skipped"], "values": run.space.as_dict()}
 
 
 def uneven(rank, count):
@@ -143,28 +35,6 @@ def uneven(rank, count):
         run.valid_loss_fn, valid_loader=[(x[k:], y[k:]) for k in range(3 if rank else 1)], total_steps=STEPS
     )
     return run.steps().result()
-
-
-def resumed(rank, count):
-    first = Run(rank, count, total_steps=STEPS).steps(5)
-    state = [first.model.state_dict(), first.optimizer.state_dict(), first.tuner.state_dict()]
-    torch.save(state, path := f"{os.environ['HERE']}/{rank}.pt")
-    first.steps(STEPS - 5)
-    again = Run(rank, count, total_steps=STEPS, seed=7)
-    model, optimizer, tuner = torch.load(path)
-    again.model.load_state_dict(model)
-    again.optimizer.load_state_dict(optimizer)
-    again.tuner.load_state_dict(tuner)
-    again.steps(STEPS - 5)
-    return {"whole": first.result(), "again": again.result()}
-
-
-def said(action):
-    try:
-        action()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "", ""
 
 
 def failing(rank, count):
@@ -251,48 +121,14 @@ CASES = {
 }
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    os.environ["HERE"] = str(folder)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES
-    )
-    found = {}
-    for name, case in CASES.items():
-        torch.manual_seed(rank)
-        found[name] = case(rank, PROCESSES)
-    torch.save(found, folder / f"found{rank}.pt")
-    distributed.barrier()
-    if rank == 1:  # killed in mid-run
-        Run(rank, PROCESSES, **STILL).steps(3)
-        os._exit(9)
-    began = time.monotonic()
-    said(Run(rank, PROCESSES, **STILL).steps)
-    (folder / "seconds").write_text(str(time.monotonic() - began))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    context = torch.multiprocessing.spawn(work, (folder,), PROCESSES, join=False)
-    until = time.monotonic() + 120
-    for process in context.processes:
-        process.join(max(0.0, until - time.monotonic()))
-        process.kill()
-    assert (folder / "seconds").exists(), "a process waited for another, or failed"
-    return folder
+    return in_two_processes(tmp_path_factory.mktemp("processes"), CASES)
 
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """What each process found, by case."""
-    return [torch.load(folder / f"found{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
-
-
-def same(one, other):
-    return torch.equal(one["weights"], other["weights"]) and all(
-        one[key] == other[key] for key in ("values", "hypergradients", "finished", "log")
-    )
+    return both(folder)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +162,7 @@ def test_a_run_that_diverges_goes_back_in_all_processes(found):
     assert bool(one["weights"].isfinite().all())
 
 
-def test_a_bad_batch_of_one_process_costs_the_look_of_all(found):
+def test_a_bad_batch_of_one_process_skips_the_hyperstep_of_all(found):
     one, other = (each["one bad batch"] for each in found)
     assert one == other
     assert one["skipped"] >= 1

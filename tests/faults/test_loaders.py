@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -218,6 +218,34 @@ def as_dict(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     return {"x": torch.stack(x), "y": torch.stack(y)}
 
 
+class Named(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+@dataclass
+class Fields:
+    x: Tensor
+    y: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.x, self.y))
+
+
+def collated(kind: Any, rows: list[tuple[Tensor, Tensor]]) -> Any:
+    return kind(**as_dict(rows))
+
+
+class Growing(Sampler[list[int]]):
+    """Batches of 1, 2, 3, ... rows."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from ([(7 * n + i) % ROWS for i in range(n)] for n in range(1, 7))
+
+    def __len__(self) -> int:
+        return 6
+
+
 def shaken(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     x, y = zip(*rows, strict=True)
     return torch.stack(x) + np.random.rand() + random.random(), torch.stack(y)
@@ -286,6 +314,9 @@ AUGMENTED: dict[str, Callable[[], Any]] = {
     "a transform with slots": lambda: load(Rows(Slotted())),
     "generators of the module": lambda: load(Rows(plus_global)),
     "collated to a dict": lambda: load(shuffle=True, collate_fn=as_dict),
+    "collated to a named tuple": lambda: load(shuffle=True, collate_fn=partial(collated, Named)),
+    "collated to a dataclass": lambda: load(shuffle=True, collate_fn=partial(collated, Fields)),
+    "batches that grow": lambda: load(batch_sampler=Growing()),
     "collated at random": lambda: load(shuffle=True, collate_fn=shaken),
     "collated by a closure": lambda: load(collate_fn=shaken_by_closure()),
     "rows that know how many were read": lambda: load(Ageing(), shuffle=True),
@@ -461,6 +492,36 @@ def test_the_loop_reads_and_draws_what_it_would_without_a_tuner(kind):
         assert_same(trace(loaders, True), trace(loaders, False))
 
 
+def test_so_with_an_evaluation_of_the_loops_own_between_steps():
+    def run_of(hyper_optimizer: Any) -> list[Any]:
+        seed_everything()
+        run, loader, valid = new_run(), load(shuffle=True), load(shuffle=True)
+        if hyper_optimizer is not None:
+            tuned(run, loader, valid, schedule=2, hyper_optimizer=hyper_optimizer)
+        found = []
+        for batch in [*loader, *loader]:
+            run.step(batch)
+            run.model.eval()
+            with torch.no_grad():
+                found += [float(loss_fn(run.model, other)) for other in valid]
+            run.model.train()
+        return [*found, drawn()]
+
+    assert run_of(Still) == run_of(None)
+    assert run_of(mf.SignSteps) != run_of(None)
+
+
+def test_a_loop_that_stops_early_finishes_as_any():
+    run, valid = new_run(), list(load())
+    tuner = tuned(run, load(), valid, schedule=2, total_steps=1000)
+    for batch in load():
+        run.step(batch)
+    found = tuner.finish()
+    best = sum(evaluated(run, batch) * len(batch[1]) for batch in valid) / ROWS
+    assert best == pytest.approx(min(found.values()), rel=1e-6)
+    assert any("5 optimiser steps, but total_steps=1000" in sentence for sentence in tuner.report())
+
+
 @pytest.mark.parametrize("kind", WORKERS)
 def test_so_with_workers_in_one_loader_for_loop_and_tuner(kind):
     loaders = partial(both, WORKERS[kind])
@@ -565,6 +626,44 @@ def test_finish_ends_with_a_valid_loader_that_does_not(kind):
 def test_an_iterator_of_training_data_is_refused_since_the_loop_would_miss_its_batches(loader):
     with pytest.raises(mf.errors.UnusableLoader, match="would be missing"):
         tuned(new_run(), loader, load())
+
+
+class ByIndex:
+    """Rows read by index, of a class that torch does not know, with an iterator for another purpose."""
+
+    def __init__(self) -> None:
+        self.rows, self.names = rows(), itertools.count()
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, i: int) -> Any:
+        return self.rows[i]
+
+
+class ByPasses:
+    """The same rows, one after the other, from an iterator that it keeps."""
+
+    def __init__(self) -> None:
+        self.rows = itertools.cycle(load())
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.rows, 4)
+
+
+class ByBoth(ByPasses, ByIndex):
+    """A loader with an index too."""
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_iterator_in_a_dataset_that_is_read_by_index_is_not_what_the_loop_reads(shuffle):
+    run, loader = new_run(), load(ByIndex(), shuffle=shuffle)
+    tuned(run, loader, load(), schedule=1)
+    for batch in loader:
+        run.step(batch)
+    for loader in (ByPasses(), ByBoth()):
+        with pytest.raises(mf.errors.UnusableLoader, match="keeps the cycle"):
+            tuned(new_run(), loader, load())
 
 
 @pytest.mark.parametrize(

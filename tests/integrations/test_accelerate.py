@@ -1,9 +1,11 @@
 """Tuning with Accelerate needs no callback: the loop stays, and checkpoints hold the tuner."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import same, state
+from comparing import STOPS, assert_detached, at_call, same, state
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,7 +20,7 @@ Y = X[:, :1] * 2 + 0.3 * torch.randn(96, 1, generator=DATA)
 EPOCHS = 6
 
 
-def run(folder, epochs, accumulate=1, precision="no", load=False):
+def run(folder, epochs, accumulate=1, precision="no", load=False, at_each_loss=lambda: None):
     torch.manual_seed(1)
     accelerate.state.AcceleratorState._reset_state()
     accelerator = accelerate.Accelerator(
@@ -35,6 +37,7 @@ def run(folder, epochs, accumulate=1, precision="no", load=False):
     model, optimizer, batches, valid_batches, schedule = prepared
 
     def loss_fn(model, batch):
+        at_each_loss()
         return F.mse_loss(model(batch[0]), batch[1])
 
     tuner = mf.Tuner(
@@ -44,19 +47,22 @@ def run(folder, epochs, accumulate=1, precision="no", load=False):
     accelerator.register_for_checkpointing(tuner)
     if load:
         accelerator.load_state(folder)
-    for _ in range(epochs):
-        for batch in batches:
-            with accelerator.accumulate(model):
-                accelerator.backward(loss_fn(model, batch))
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-    steps = tuner.steps
-    accelerator.save_state(folder)
-    tuner.detach()
-    return steps, state(model, space)
+    try:
+        with tuner:
+            for _ in range(epochs):
+                for batch in batches:
+                    with accelerator.accumulate(model):
+                        accelerator.backward(loss_fn(model, batch))
+                        if accelerator.sync_gradients:
+                            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                        optimizer.step()
+                        schedule.step()
+                        optimizer.zero_grad()
+                accelerator.save_state(folder)
+    finally:
+        factor = 0.5 * (1 + math.cos(math.pi * tuner.steps / 100))
+        assert_detached(optimizer.optimizer, space, factor)
+    return tuner.steps, state(model, space)
 
 
 @pytest.mark.parametrize(("accumulate", "precision"), [(1, "no"), (2, "no"), (1, "bf16")])
@@ -67,4 +73,17 @@ def test_a_resumed_training_goes_on_bit_for_bit(tmp_path, accumulate, precision)
     steps, resumed = run(tmp_path / "half", EPOCHS // 2, accumulate, precision, load=True)
     assert steps == EPOCHS * 4 // accumulate
     assert whole["lr"] != pytest.approx(3e-3)
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize(("at", "do"), list(zip((60, 62, 65), STOPS, strict=True)))
+def test_a_training_that_was_stopped_goes_on_bit_for_bit(tmp_path, at, do):
+    _, whole = run(tmp_path / "whole", EPOCHS)
+    with pytest.raises((KeyboardInterrupt, ArithmeticError)):
+        run(tmp_path / "stopped", EPOCHS, at_each_loss=at_call(at, do))
+    states = (tmp_path / "stopped").glob("custom_checkpoint_*")
+    done = torch.load(next(states), weights_only=False)["steps"] // 4
+    assert 0 < done < EPOCHS
+    steps, resumed = run(tmp_path / "stopped", EPOCHS - done, load=True)
+    assert steps == EPOCHS * 4
     assert same(whole, resumed)

@@ -1,8 +1,12 @@
 """Tuning in Hugging Face's Trainer: equal to the same loop by hand, saved with its checkpoints."""
 
+import copy
+import math
+from collections import defaultdict
+
 import pytest
 import torch
-from comparing import same, state
+from comparing import STOPS, assert_detached, at_call, same, state
 from torch import nn
 
 import midflight as mf
@@ -135,23 +139,48 @@ def test_options_of_the_trainer_work(tmp_path, options):
     assert values.as_dict() != space().as_dict()
 
 
-def test_a_failed_training_and_a_second_one(tmp_path):
-    class Fails(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step == 5 and not args.run_name == "again":
-                raise ArithmeticError
+class Stops(transformers.Trainer):
+    """Calls a function at each loss, those of hyper-steps and of the validation included."""
 
-    net, values = model(), space()
-    runner = trainer(tmp_path, net)
-    callback = Tune(runner, values, schedule=3)
-    runner.add_callback(callback)
-    fails = Fails()
-    runner.add_callback(fails)
-    with pytest.raises(ArithmeticError):
+    def compute_loss(self, *args, **kwargs):
+        self.at_each_loss()
+        return super().compute_loss(*args, **kwargs)
+
+
+# in a batch, in a hyper-step, in the validation
+@pytest.mark.parametrize(("at", "do"), list(zip((45, 40, 55), STOPS, strict=True)))
+def test_what_stops_a_training_leaves_no_hook_and_the_tuned_options_and_it_goes_on(tmp_path, at, do):
+    options = {"save_strategy": "steps", "save_steps": 6, "eval_strategy": "steps", "eval_steps": 12}
+    net, values, *_ = tuned(tmp_path / "whole", **options)
+    stopped_net, stopped_values = model(), space()
+    runner = trainer(tmp_path / "stopped", stopped_net, Stops, **options)
+    runner.at_each_loss = at_call(at, do)
+    tune = Tune(runner, stopped_values, schedule=3)
+    runner.add_callback(tune)
+    with pytest.raises((KeyboardInterrupt, ArithmeticError)):
         runner.train()
-    runner.remove_callback(fails)
+    steps = tune.tuner.steps
+    assert 6 < steps < STEPS
+    factor = 0.5 * (1 + math.cos(math.pi * steps / STEPS))
+    assert_detached(runner.optimizer.optimizer, stopped_values, factor)
+    runner.train(resume_from_checkpoint=True)
+    assert tune.tuner.steps == STEPS
+    assert same(state(stopped_net, stopped_values), state(net, values))
     runner.train()
-    assert callback.tuner.steps == STEPS
+    assert tune.tuner.steps == STEPS
+
+
+def test_a_training_after_a_resumed_one_that_failed_begins_anew(tmp_path):
+    tuned(tmp_path, save_strategy="steps", save_steps=12)
+    runner = trainer(tmp_path, model())
+    valid, runner.eval_dataset = runner.eval_dataset, None
+    tune = Tune(runner, space(), schedule=3)
+    runner.add_callback(tune)
+    with pytest.raises(mf.errors.UnusableLoader):
+        runner.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    runner.eval_dataset = valid
+    runner.train()
+    assert tune.tuner.steps == STEPS
 
 
 def test_without_validation_data_it_says_so(tmp_path):
@@ -176,6 +205,29 @@ def test_the_loss_of_a_trainer_is_called_as_the_trainer_calls_it(tmp_path):
     assert "log" not in vars(runner)
 
 
+def test_what_a_trainer_counts_by_itself_is_as_without_a_tuner(tmp_path):
+    class Counts(transformers.Trainer):  # as TRL's do
+        losses, seen = 0, None
+
+        def compute_loss(self, model, *args, **kwargs):
+            self.seen = self.seen or {"train": defaultdict(list), "eval": defaultdict(list)}
+            self.losses += 1
+            self.seen["train" if model.training else "eval"]["losses"].append(self.losses)
+            return super().compute_loss(model, *args, **kwargs)
+
+        def log(self, logs, *args, **kwargs):
+            super().log({**logs, **self.seen["train"]}, *args, **kwargs)
+            self.seen["train"].clear()
+
+    untouched = trainer(tmp_path, model(), Counts)
+    untouched.train()
+    *_, runner, callback = tuned(tmp_path, cls=Counts)
+    assert callback.tuner.log()["hypersteps"] >= 4
+    of_both = [[e["losses"] for e in t.state.log_history if "losses" in e] for t in (untouched, runner)]
+    assert of_both[0] == of_both[1] == [list(range(n + 1, n + 5)) for n in range(0, STEPS, 4)]
+    assert untouched.seen == runner.seen
+
+
 def test_own_loaders_need_no_length_and_a_later_start_is_known(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -189,3 +241,11 @@ def test_own_loaders_need_no_length_and_a_later_start_is_known(tmp_path):
     with pytest.warns(UserWarning, match="tuning begins anew"):
         runner.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
     assert callback.tuner.steps == callback.tuner._total == STEPS - 12
+
+
+def test_a_copy_of_a_trainer_trains_itself(tmp_path):
+    runner = trainer(tmp_path, model())
+    runner.add_callback(Tune(runner, space(), schedule=3))
+    other = copy.deepcopy(runner)
+    other.train()
+    assert (runner.state.global_step, other.state.global_step) == (0, STEPS)

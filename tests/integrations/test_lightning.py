@@ -1,9 +1,12 @@
 """Tuning in Lightning: equal to the same loop by hand, saved with the trainer, gone after a failure."""
 
+import math
+import signal
+
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import same, state
+from comparing import STOPS, assert_detached, at_call, same, state
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -260,3 +263,83 @@ def test_a_tuner_that_comes_later_knows_how_many_steps_are_left(tmp_path):
     tune = Tune(module.space, schedule=3)
     trainer(tmp_path, tune).fit(module, *loaders(), ckpt_path=tmp_path / "half.ckpt")
     assert tune.tuner.steps == tune.tuner._total == (EPOCHS - 2) * 4
+
+
+class Stops(Module):
+    """Calls a function at each call of `training_step`, those of hyper-steps included."""
+
+    def __init__(self, at_each_call):
+        super().__init__()
+        self.at_each_call = at_each_call
+
+    def training_step(self, batch, index):
+        self.at_each_call()
+        return super().training_step(batch, index)
+
+
+@pytest.fixture
+def control_c():
+    """Lightning ignores Ctrl-C once it was pressed."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("control_c")
+@pytest.mark.parametrize("at", [27, 28])  # in the loop, in a hyper-step
+@pytest.mark.parametrize("do", STOPS)
+def test_what_stops_a_training_leaves_no_hook_and_the_tuned_options(tmp_path, do, at):
+    module, optimizers = Stops(at_call(at, do)), []
+    tune = Tune(module.space, schedule=3)
+    with pytest.raises((SystemExit, ArithmeticError)):
+        trainer(tmp_path, tune, Takes(optimizers)).fit(module, *loaders())
+    steps = tune.tuner.steps
+    assert 0 < steps < EPOCHS * 4
+    assert_detached(optimizers[0], module.space, factor=0.5 * (1 + math.cos(math.pi * steps / 100)))
+    trainer(tmp_path, tune).fit(module, *loaders())
+    assert tune.tuner.steps == EPOCHS * 4
+
+
+class Takes(pl.Callback):
+    def __init__(self, optimizers):
+        self.optimizers = optimizers
+
+    def on_train_start(self, trainer, module):
+        self.optimizers += trainer.optimizers
+
+
+class StopsAt(pl.Callback):
+    def __init__(self, do, step):
+        self.do, self.step = do, step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.do()
+
+
+@pytest.mark.usefixtures("control_c")
+@pytest.mark.parametrize("do", STOPS)
+def test_a_training_that_was_stopped_goes_on_bit_for_bit(tmp_path, do):
+    step = 8  # the end of an epoch: in the midst of one, Lightning itself reads other batches
+    whole, first, second = Module(), Module(), Module()
+    tune = [Tune(module.space, schedule=3) for module in (whole, first, second)]
+    trainer(tmp_path, tune[0]).fit(whole, *loaders())
+    saves = pl.callbacks.OnExceptionCheckpoint(tmp_path)
+    saves.teardown = lambda *_, **__: None  # keeps the file
+    with pytest.raises((SystemExit, ArithmeticError)):
+        trainer(tmp_path, tune[1], StopsAt(do, step), saves, enable_checkpointing=True).fit(first, *loaders())
+    trainer(tmp_path, tune[2]).fit(second, *loaders(), ckpt_path=saves.ckpt_path)
+    assert same(state(second, second.space), state(whole, whole.space))
+
+
+def test_a_training_after_a_resumed_one_that_failed_begins_anew(tmp_path):
+    module = Module()
+    first = trainer(tmp_path, Tune(module.space, schedule=3), epochs=3)
+    first.fit(module, *loaders())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    module = Module()
+    tune = Tune(module.space, schedule=3)
+    with pytest.raises(mf.errors.UnusableLoader):
+        trainer(tmp_path, tune).fit(module, loaders()[0], ckpt_path=tmp_path / "half.ckpt")
+    trainer(tmp_path, tune).fit(module, *loaders())
+    assert tune.tuner.steps == EPOCHS * 4

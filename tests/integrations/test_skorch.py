@@ -3,10 +3,12 @@
 import copy
 import math
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from comparing import STOPS, assert_detached, at_call, fail, same, state
 from torch import nn
 
 import midflight as mf
@@ -41,11 +43,11 @@ def of_module(net):
     return net.module_.space
 
 
-def net(*callbacks, **options):
+def net(*callbacks, cls=skorch.NeuralNetClassifier, **options):
     torch.manual_seed(0)
     settings = {"max_epochs": 6, "batch_size": 16, "optimizer": torch.optim.AdamW, "lr": 3e-3, "verbose": 0}
     settings |= {"criterion": nn.CrossEntropyLoss, "callbacks": list(callbacks), **options}
-    return skorch.NeuralNetClassifier(Module, **settings)
+    return cls(Module, **settings)
 
 
 def test_it_tunes_and_the_history_has_the_values():
@@ -91,19 +93,45 @@ def test_without_a_split_or_with_a_wrong_option_it_says_so():
         net(Tune(of_module), train_split=None).fit(X, Y)
 
 
-def test_an_exception_leaves_no_hook_once_the_net_is_initialised_again():
-    class Fails(skorch.callbacks.Callback):
-        def on_batch_end(self, net, **_):
-            if net.history and len(net.history) > 2:
-                raise ArithmeticError
+class Stops(skorch.NeuralNetClassifier):
+    """Calls a function at each loss, those of hyper-steps and of the validation included."""
 
+    def get_loss(self, *args, **kwargs):
+        self.at_each_loss()
+        return super().get_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("at", [91, 93, 109])  # in a batch, in a hyper-step, in the validation
+@pytest.mark.parametrize("do", STOPS)
+def test_what_stops_a_fit_leaves_no_hook_and_the_tuned_options_and_the_next_fit_is_as_a_first(do, at):
     tune = Tune(of_module, schedule=3)
-    failing = net(tune, Fails())
-    with pytest.raises(ArithmeticError):
-        failing.fit(X, Y)
-    optimizer = failing.optimizer_
-    failing.initialize()
-    assert not optimizer._optimizer_step_pre_hooks
+    stopped = net(tune, cls=Stops)
+    stopped.at_each_loss = at_call(at, do)
+    with pytest.raises(ArithmeticError) if do is fail else nullcontext():  # skorch takes Ctrl-C for the end
+        stopped.fit(X, Y)
+    assert 0 < tune.tuner.steps < 36
+    assert_detached(stopped.optimizer_, stopped.module_.space)
+    assert "fit_loop" not in vars(stopped)
+    torch.manual_seed(0)
+    stopped.fit(X, Y)
+    first = net(Tune(of_module, schedule=3), cls=Stops)
+    first.at_each_loss = lambda: None
+    first.fit(X, Y)
+    assert same(state(stopped.module_, stopped.module_.space), state(first.module_, first.module_.space))
+
+
+def test_what_a_net_counts_by_itself_is_as_without_a_tuner():
+    class Counts(skorch.NeuralNetClassifier):
+        losses = 0
+
+        def get_loss(self, *args, **kwargs):
+            self.losses += 1
+            return super().get_loss(*args, **kwargs)
+
+    counts = [
+        net(*callbacks, cls=Counts).fit(X, Y).losses for callbacks in ((), [Tune(of_module, schedule=3)])
+    ]
+    assert counts[0] == counts[1] > 36
 
 
 def test_each_fit_begins_at_the_initial_values_and_a_clone_too():
@@ -121,3 +149,56 @@ def test_each_fit_begins_at_the_initial_values_and_a_clone_too():
     del seen[:]
     tuned.partial_fit(X, Y)
     assert abs(math.log(seen[0]["value/weight_decay"] / ended)) < 1 < abs(math.log(1e-2 / ended))
+
+
+class Fails(skorch.callbacks.Callback):
+    """Raises in one of its methods, or copies the net there."""
+
+    def __init__(self, at, copies=False):
+        self.at, self.copies, self.copy = at, copies, None
+
+    def notify(self, method, net, **_):
+        if method != self.at:
+            return
+        if self.copies:
+            self.copy = copy.deepcopy(net)
+        else:
+            raise ArithmeticError("a callback failed")
+
+    def on_train_begin(self, net, **_):
+        self.notify("on_train_begin", net)
+
+    def on_train_end(self, net, **_):
+        self.notify("on_train_end", net)
+
+
+def test_a_callback_that_fails_at_the_end_leaves_no_hook():
+    fitted = net(("fails", Fails("on_train_end")), ("tune", Tune(of_module, schedule=3)))
+    with pytest.raises(ArithmeticError):
+        fitted.fit(X, Y)
+    assert not fitted.optimizer_._optimizer_step_pre_hooks
+    assert not {"fit_loop", "notify"} & set(vars(fitted))
+
+
+def test_a_net_whose_training_failed_to_begin_can_be_pickled_and_its_copy_trains_itself():
+    fitted = net(("tune", Tune(of_module, schedule=3)), ("fails", Fails("on_train_begin")))
+    with pytest.raises(ArithmeticError):
+        fitted.fit(X, Y)
+    pickle.dumps(fitted)
+    other = copy.deepcopy(fitted)
+    other.set_params(callbacks__fails=None)
+    other.fit(X, Y)
+    assert len(other.history) == 6
+    assert not fitted.history
+    assert torch.equal(
+        fitted.module_.state_dict()["net.1.weight"], net().initialize().module_.state_dict()["net.1.weight"]
+    )
+
+
+def test_a_copy_made_while_a_training_begins_trains_itself():
+    copies = Fails("on_train_begin", copies=True)
+    fitted = net(("tune", Tune(of_module, schedule=3)), ("copies", copies)).fit(X, Y)
+    before, other = copy.deepcopy(fitted.module_.state_dict()), copies.copy
+    other.partial_fit(X, Y)
+    assert len(other.history) == len(fitted.history) == 6
+    assert all(torch.equal(t, before[name]) for name, t in fitted.module_.state_dict().items())

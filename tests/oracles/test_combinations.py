@@ -161,6 +161,11 @@ ROWS = {
     "schedule-free AdamW": Row(optimizer=schedule_free),
     "an optimiser of one's own": Row(optimizer=Belief),
 }
+PROCESSES = {
+    "two processes (DDP)": "exact",
+    "two processes (FSDP2)": "exact",
+}
+"""Rows that `tests/faults/test_sharded.py` measures, all columns at once."""
 NEEDS = {"LoRA (peft)": "peft", "schedule-free AdamW": "schedulefree"}
 
 
@@ -343,6 +348,7 @@ def page():
             c if (c := row.claim(column)) in ("exact", "first order") else "refused" for column in COLUMNS
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [f"| {name}{f' | {cell}' * len(COLUMNS)} |" for name, cell in PROCESSES.items()]
     return "\n".join(lines) + "\n"
 
 

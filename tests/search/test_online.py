@@ -9,6 +9,7 @@ import torch
 import midflight as mf
 from midflight import search
 from midflight.search import checkpoint, problems
+from midflight.search import search as run_module
 from midflight.search.jobs import nearest_values
 from midflight.search.ledger import Record, best
 from midflight.search.problems import MLP_SPACE, Mlp
@@ -242,3 +243,134 @@ def test_mlp_cloned_by_pbt_trains_with_its_own_options(tmp_path):
     assert {name: group[name] for name in ("lr", "momentum", "weight_decay")} == {
         "lr": 0.0012, "momentum": 0.9, "weight_decay": 1e-5,
     }  # fmt: skip
+
+
+SEARCHED = search.Space(lr=mf.Float(1e-4, 1.0, log=True), momentum=mf.Float(0.0, 0.99), width=mf.Int(1, 9))
+
+
+def trained(restore):
+    """An objective with a torch optimiser and a schedule; `restore` loads its state, or changes it after."""
+    used = []
+
+    def objective(trial):
+        weight = torch.nn.Parameter(torch.ones(()))
+        params = trial.params
+        optimizer = torch.optim.SGD([weight], lr=params["lr"], momentum=params["momentum"])
+        state = trial.load()
+        if state:
+            restore(optimizer, state["nested"][0])
+        for epoch in range(state["epoch"] + 1 if state else 1, trial.epochs + 1):
+            weight.grad = torch.ones(())
+            optimizer.step()
+            group = optimizer.param_groups[0]
+            used.append((group["lr"], group["momentum"]))
+            trial.report(epoch, 1.0, {"epoch": epoch, "nested": [optimizer.state_dict()]})
+
+    return objective, used
+
+
+PARENT = {"lr": 0.1, "momentum": 0.5, "width": 3}
+CHILD = {"lr": 0.0012, "momentum": 0.9, "width": 3}
+
+
+def test_what_a_copied_trial_trains_with_is_what_its_configuration_says(tmp_path):
+    objective, used = trained(lambda optimizer, state: optimizer.load_state_dict(state))
+    for config, on in ((PARENT, False), (CHILD, True)):
+        outcome = run_job(
+            Job(0, config, {}, 3, 0, SEARCHED, tmp_path / "c.pt"), objective, lambda _, on=on: on
+        )
+    assert outcome.how == "complete"
+    assert used == [(0.1, 0.5), (0.0012, 0.9), (0.0012, 0.9)]
+
+
+def test_a_copied_trial_that_trains_with_the_other_ones_values_is_refused(tmp_path):
+    def wrong(optimizer, state):
+        optimizer.load_state_dict(state)
+        optimizer.param_groups[0]["lr"] = 0.1  # the parent's
+
+    objective, _ = trained(wrong)
+    for config, on in ((PARENT, False), (CHILD, True)):
+        outcome = run_job(
+            Job(0, config, {}, 3, 0, SEARCHED, tmp_path / "c.pt"), objective, lambda _, on=on: on
+        )
+    assert outcome.how == "failed"
+    assert "must train with lr=0.0012, but its optimiser has the 0.1 of the trial" in outcome.message
+
+
+def test_an_objective_cannot_change_what_the_ledger_says():
+    def objective(trial):
+        trial.params.pop("width")
+        trial.params["lr"] = 99.0
+        return trial.params["lr"]
+
+    found = search.run(objective, SEARCHED, engine="random", trials=3, epochs=1)
+    assert [r.loss for r in found.records] == [r.config["lr"] for r in found.records]
+
+
+@pytest.fixture
+def population(monkeypatch):
+    """Makes `search.run` train a population, in this process."""
+    from dataclasses import replace
+
+    from midflight.search.engines.population import Population
+
+    def built(name, task, options, build=run_module.build):
+        moves = Population(task)
+        return replace(build(name, task, options), explore=moves.explore, interval=moves.interval)
+
+    monkeypatch.setattr(run_module, "build", built)
+
+
+@pytest.mark.parametrize("cut_at", [None, (2, 4), (0, 7)])
+def test_a_population_trains_what_its_ledger_says_also_after_a_restart(population, cut_at, tmp_path):
+    trained_with = {}
+
+    def objective(trial):
+        state, params = trial.load(), trial.params
+        for epoch in range(state["epoch"] + 1 if state else 1, trial.epochs + 1):
+            trained_with[trial.number] = params
+            loss = abs(math.log10(params["lr"]) + 2) + 1 / epoch
+            trial.report(epoch, loss, {"epoch": epoch, "lr": torch.tensor(params["lr"])})
+
+    def cut(record):
+        if cut_at == (record.number, record.epoch) and "cut" not in trained_with:
+            trained_with["cut"] = True
+            raise KeyboardInterrupt
+
+    options = {"engine": "random", "trials": 8, "epochs": 10, "storage": str(tmp_path / "s.journal")}
+    if cut_at:
+        with pytest.raises(search.Interrupted):
+            search.run(objective, SEARCHED, callbacks=[cut], **options)
+    found = search.run(objective, SEARCHED, **options)
+    trained_with.pop("cut", None)
+    assert [(r.state, r.epoch) for r in found.records] == [("complete", 10)] * 8
+    assert {r.number: r.config for r in found.records} == trained_with
+    proposed = [t.params for t in found.ledger.study.trials]
+    moved = [r for r in found.records if r.config != proposed[r.number]]
+    assert moved
+    for r in moved:
+        assert any(r.config["width"] == config["width"] for config in proposed)
+        assert r.online["lr"] == r.config["lr"]
+    assert float(found.load()["lr"]) == pytest.approx(found.best.config["lr"])
+    worst = max(abs(math.log10(config["lr"]) + 2) for config in proposed)
+    assert max(r.loss for r in found.records) < worst
+
+
+def test_a_population_needs_states_to_copy(population):
+    with pytest.raises(search.SearchError, match="must pass state= to trial"):
+        search.run(
+            lambda trial: [trial.report(e, 1.0) for e in range(1, 11)] and None,
+            SEARCHED, engine="random", trials=4, epochs=10,
+        )  # fmt: skip
+
+
+def test_an_error_of_a_callback_ends_the_search_and_is_not_the_trials(tmp_path):
+    def wrong(record):
+        if record.epoch == 1:
+            raise ZeroDivisionError("of the callback")
+
+    options = {"engine": "random", "trials": 2, "epochs": 2, "storage": str(tmp_path / "s.journal")}
+    with pytest.raises(ZeroDivisionError, match="of the callback"):
+        search.run(lambda trial: trial.report(1, 1.0), SPACE, callbacks=[wrong], **options)
+    found = search.run(lambda trial: 1.0, SPACE, **options)
+    assert [r.state for r in found.records] == ["complete"] * 2

@@ -101,6 +101,54 @@ def test_a_search_whose_own_process_is_killed_goes_on_where_it_was(
     assert len(trace()) <= 8 * 4 + 2 * 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sqlite", "journal", "postgres"])
+@pytest.mark.parametrize("victim", ["search", "worker", "both"])
+def test_twenty_kills_lose_and_repeat_nothing(
+    victim, kind, request, objective_file, tmp_path, trace, slowed, group_ends
+):
+    storage = request.getfixturevalue("postgres") if kind == "postgres" else str(tmp_path / f"s.{kind}")
+    name, more = victim, ("--trials", "60", "--workers", "2", "--folder", str(tmp_path / "out"))
+    moments, process = random.Random(f"{victim} {kind}"), None
+    epochs = 7 if victim == "worker" else 2  # between kills; a trial whose workers die three times is failed
+    slowed(0.2)
+    for kill in range(20):
+        before = len(trace())
+        if process is None or victim != "worker":
+            process = by_command(objective_file, storage, *more, name=name)
+        while len(trace()) < before + epochs and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
+        assert process.poll() is None, f"the search was over before kill {kill}"
+        if victim == "worker":
+            _kill(moments.choice(_workers_of(process.pid)))
+        else:
+            (os.kill if victim == "search" else os.killpg)(process.pid, signal.SIGKILL)
+            process.wait()
+            assert group_ends(process.pid), "workers outlived their parent"
+    slowed(0)
+    process = process if victim == "worker" else by_command(objective_file, storage, *more, name=name)
+    assert process.wait(600) == 0, (tmp_path / "printed").read_text()
+    with read_study(storage, name) as (ledger, _):
+        records = ledger.records()
+    assert [r.state for r in records] == ["complete"] * 60
+    assert all(list(r.losses) == [1, 2, 3, 4] for r in records)
+    assert set(trace()) == {(n, e) for n in range(60) for e in range(1, 5)}
+    assert len(trace()) <= 60 * 4 + 2 * 20  # the epochs that both workers were in when they died
+
+
+def _workers_of(search):
+    """The processes of a search that run trials, and the server that forks them."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            command = (stat.parent / "cmdline").read_text()
+            ours = int(stat.read_text().rpartition(")")[2].split()[2]) == search  # its process group
+            if ours and "multiprocessing" in command and "tracker" not in command:
+                found.append(int(stat.parent.name))
+    return found
+
+
 def test_two_processes_share_one_study(objective_file, tmp_path, trace):
     storage = str(tmp_path / "s.sqlite")
     other = by_command(objective_file, storage, "--trials", "12", "--workers", "1")
@@ -211,7 +259,7 @@ def test_a_promoted_trial_continues_bit_for_bit(tmp_path):
     run_job(job, objective, lambda new: points.extend(new) or len(points) < r.epoch)
     assert {p.epoch: p.loss for p in points} == r.losses
     assert [(p.epoch, p.online) for p in points] == r.trajectory
-    continued, whole = checkpoint.load(tmp_path / f"{r.root}.pt"), checkpoint.load(tmp_path / "whole.pt")
+    continued, whole = checkpoint.load(found.ledger.checkpoint(r)), checkpoint.load(tmp_path / "whole.pt")
     assert_equal(continued.state, whole.state)
     assert_equal(continued.random_state, whole.random_state)
 

@@ -1,5 +1,6 @@
 """The declaration of a space: what it refuses, and that every engine samples from the same set."""
 
+import numpy as np
 import optuna
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -72,6 +73,12 @@ def test_an_online_whole_number_cannot_even_be_written_and_the_tuner_points_to_t
         (lambda: mf.Categorical([]), "at least one value"),
         (lambda: mf.Categorical("adam"), "must be a list"),
         (lambda: mf.Categorical([1, True]), "True came twice"),
+        (lambda: mf.Categorical({"a", "b"}), "must be a list"),  # its order differs between processes
+        (lambda: mf.Categorical({"a": 1}), "must be a list"),
+        (lambda: mf.Categorical(3), "must be a list"),
+        (lambda: mf.Int(True, 2), "low must be a whole number"),
+        (lambda: search.Space([("x", mf.Int(1, 2))]), "needs a dict of names"),
+        (lambda: search.Space({1: mf.Int(1, 2)}), "must be a text, but got 1"),
         (lambda: mf.Categorical([[1], [2]]), "must be a string, a number, a boolean or None"),
     ],
 )
@@ -185,6 +192,22 @@ def test_a_space_survives_json(space):
     again = search.Space.from_json(space.to_json())
     assert again == space
     assert again.specs == space.specs
+
+
+def test_a_space_of_numpy_numbers_is_that_of_plain_ones():
+    numpy = search.Space(
+        n=mf.Int(np.int64(1), np.int8(4)),
+        c=mf.Categorical(np.array([1, 2])),
+        s=mf.Categorical([np.str_("a"), np.float64(0.5), np.bool_(True)]),
+        x=mf.Float(np.float32(0), np.float64(1)),
+        d=mf.Float(0, 1, online=True, init=np.float32(0.5), when={"n": np.int64(2)}),
+    )
+    plain = search.Space(
+        n=mf.Int(1, 4), c=mf.Categorical([1, 2]), s=mf.Categorical(["a", 0.5, True]), x=mf.Float(0.0, 1.0),
+        d=mf.Float(0, 1, online=True, init=0.5, when={"n": 2}),
+    )  # fmt: skip
+    assert search.Space.from_json(numpy.to_json()) == plain
+    assert not plain.differences(numpy)
 
 
 def test_distance_is_gowers():

@@ -6,9 +6,8 @@ from torch import nn
 
 from midflight.errors import NoCompiler
 from midflight.nn import GaussianNoise
-from midflight.study import cohort
-from midflight.study.arm import prepare, run_arm, space_of
-from midflight.study.cohort import cohorts, run_cohort
+from midflight.study import arm as arms_of_a_study
+from midflight.study.arm import cohorts, prepare, run_arm, run_cohort, space_of
 from midflight.study.run import run_study
 from midflight.study.spec import Arm, preset
 from midflight.study.store import Store
@@ -76,13 +75,13 @@ def test_without_a_compiler_a_cohort_runs_uncompiled(monkeypatch):
             raise NoCompiler("no g++ here")
         return Population(*args, **options)
 
-    monkeypatch.setattr(cohort, "Population", population)
+    monkeypatch.setattr(arms_of_a_study, "Population", population)
     spec = preset("smoke", **{**vars(SPEC), "epochs": 1})
     arms, data = [Arm(NETWORK, "tuned", "one_step", 0)], prepare(spec)
     run_cohort(spec, arms, [spec.start(0)], data, lambda *_: None)
     assert asked == [False]
     with pytest.warns(UserWarning, match=r"without compilation, so it is slower: no g\+\+ here"):
-        cohort._compiled_if_possible(
+        arms_of_a_study._compiled_if_possible(
             preset("smoke", **{**vars(SPEC), "device": "cuda"}), 1, lambda space: nn.Linear(4, 3),
             space_of(spec, spec.start(0)), torch.optim.Adam, loss_fn=None, valid_loader=[0],
         )  # fmt: skip

@@ -4,8 +4,9 @@ import io
 import json
 import math
 import re
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from midflight.study.figures import COLOURS, OTHER_COLOUR, all_figures
 from midflight.study.report import as_json, summary_table, write_report
 from midflight.study.spec import PRESETS, Arm, Kind, Spec
 from midflight.study.store import Result, Row, Store
-from midflight.study.summary import Tuning, summarise
+from midflight.study.summary import Numbers, as_dict, summarise
 
 NETWORK = "8-8"
 SPEC = Spec(
@@ -105,7 +106,7 @@ def no_pngs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("midflight._reporting.figures.as_png", lambda figure: b"")
 
 
-def tuning(rows: list[Row], estimator: str = "one_step") -> Tuning:
+def tuning(rows: list[Row], estimator: str = "one_step") -> Numbers:
     tunings = summarise(SPEC, rows).networks[0].tunings
     return next(t for t in tunings if t.estimator == estimator)
 
@@ -261,7 +262,7 @@ def test_a_partial_study_gives_json_without_nan_and_a_report(
         text = as_json(store, "r")
         read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
         page = write_report(store, "r", tmp_path / "out").read_text()
-    assert read["summary"] == json.loads(json.dumps(asdict(summarise(SPEC, rows))))
+    assert read["summary"] == json.loads(json.dumps(as_dict(summarise(SPEC, rows))))
     assert Spec.from_json(json.dumps(read["spec"])) == SPEC
     assert ("This study is incomplete" in page) == (len(rows) < len(list(SPEC.arms())))
     assert "nan" not in re.sub(r'src="[^"]*"', "", page).lower()
@@ -270,7 +271,7 @@ def test_a_partial_study_gives_json_without_nan_and_a_report(
 @pytest.mark.parametrize("kept", range(24))
 def test_json_of_any_part_of_a_study_is_json(kept: int) -> None:
     for rows in (whole()[:kept], whole()[kept:]):
-        json.dumps(asdict(summarise(SPEC, rows)), allow_nan=False)
+        json.dumps(as_dict(summarise(SPEC, rows)), allow_nan=False)
 
 
 def test_an_empty_study_has_null_for_every_spread() -> None:
@@ -430,3 +431,23 @@ def test_table_for_the_terminal_has_a_line_per_arm() -> None:
     for cell in ("4 of 4", "2.35", "1 of 4", "+25.0"):
         assert cell in lines["tuned, one_step"]
     assert "landscape" not in text
+
+
+@pytest.mark.slow
+def test_a_report_of_five_thousand_rows_takes_seconds_and_no_megabytes(
+    tmp_path: Path,
+) -> None:
+    spec = replace(PRESETS["smoke"], starts=714)
+    rows = []
+    for i, arm in enumerate(spec.arms()):
+        noise, error = 0.8 * (i * 0.618 % 1), 0.02 + 0.2 * (i * 0.414 % 1)
+        steps = [[5.0 * k, -4.0, noise] for k in range(1, 81)] if arm.kind == "tuned" else []
+        test = None if arm.kind == "landscape" else error
+        result = Result((-4.0, noise), (-4.0, noise), 1.0, error, test, [error] * 20, steps)
+        rows.append(Row(arm, result, [0.1] * 20))
+    assert len(rows) > 5000
+    with stored([], tmp_path, spec=spec) as store:
+        began = time.process_time()
+        write_report(store, "r", tmp_path / "out", [], rows)
+        assert time.process_time() - began < 5
+    assert max(path.stat().st_size for path in (tmp_path / "out").glob("*.svg")) < 1.5e6

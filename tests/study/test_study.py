@@ -99,10 +99,15 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_lose_and_repeat_nothing(tmp_path, whole, group_ends):
-    starts, store = 12, tmp_path / "s.sqlite"
-    moments = random.Random(0)
-    for kill in range(10):
+@pytest.mark.parametrize(
+    ("kills", "starts", "all_at_once"),
+    [(10, 12, False), *(pytest.param(20, 30, both, marks=pytest.mark.slow) for both in (False, True))],
+)
+def test_kills_at_random_moments_lose_and_repeat_nothing(
+    kills, starts, all_at_once, tmp_path, whole, group_ends
+):
+    store, moments = tmp_path / "s.sqlite", random.Random(0)
+    for kill in range(kills):
         process = in_a_process_group(tiny(store, starts, workers=2), stderr=subprocess.DEVNULL)
         before = count(store)
         if kill % 2:  # at any moment, the start of the workers included
@@ -112,7 +117,7 @@ def test_ten_kills_at_random_moments_lose_and_repeat_nothing(tmp_path, whole, gr
                 time.sleep(0.005)
             time.sleep(moments.uniform(0, 0.1))
         assert process.poll() is None, "the study was over before it was killed"
-        process.send_signal(signal.SIGKILL)
+        (os.killpg if all_at_once else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
         assert group_ends(process.pid), "workers outlived their parent"
     arms = PER_START * starts + LANDSCAPE
@@ -243,8 +248,8 @@ def test_starts_do_not_depend_on_how_many_there_are_and_stay_inside():
         (("study", "smoke", "--speed", "3"), "--speed"),
         (("study", "smoke", "--epochs", "many"), "--epochs"),
         (("study", "smoke", "--epochs", "0"), "epochs >= 1 must hold, but got 0"),
-        (("study", "smoke", "--l2", "-1", "-5"), "low < high must hold, but got (-1.0, -5.0)"),
-        (("study", "smoke", "--noise", "-0.1", "0.5"), "low >= 0 must hold"),
+        (("study", "smoke", "--l2", "-1", "-5"), "high - low >= 1e-6 must hold, but got (-1.0, -5.0)"),
+        (("study", "smoke", "--noise", "-0.1", "0.5"), "low >= 0 and high <= 1e+38 must hold"),
         (("study", "smoke", "--networks", "12x4"), "widths"),
         (("study", "smoke", "--networks", "0-5"), "widths"),
         (("study", "smoke", "--workers", "-2"), "workers >= 1 must hold, but got -2"),

@@ -414,3 +414,43 @@ def test_a_hyperparameter_of_noise_sees_other_numbers_at_each_hyper_step():
     train(model, optimizer, 6, WHOLE)
     assert len({*draws}) >= 12  # of the loop's six and the tuner's six
     assert len({*last}) == 6
+
+
+class Heads(nn.Module):
+    """Attention on (batch, heads, time, width), which torch runs in a fused kernel without forward mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv, self.out = nn.Embedding(11, 16), nn.Linear(16, 48), nn.Linear(16, 11)
+
+    def forward(self, x):
+        h = self.embed(x)
+        q, k, v = self.qkv(h).view(*x.shape, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(h + mixed.transpose(1, 2).reshape(h.shape))
+
+
+def test_a_loss_weight_of_a_model_with_fused_attention_is_differentiated_in_forward_mode():
+    torch.manual_seed(0)
+    values = mf.Space(weight=mf.Float(0.1, 1.0, init=0.5))
+    x = torch.randint(0, 11, (16, 9))
+
+    def loss_fn(model, x):
+        loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+        return values["weight"] * loss if model.training else loss
+
+    found = []
+    for estimator in ("one_step", "central_difference"):
+        torch.manual_seed(0)
+        model = Heads()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tuned = mf.Tuner(
+            model, optimizer, values, loss_fn, [x], [x], schedule=1, horizon="step", hyper_optimizer=Recorder,
+            estimator=estimator,
+        )  # fmt: skip
+        loss_fn(model, x).backward()
+        optimizer.step()
+        found.append(float(tuned.hyper_optimizer.seen[-1][0]))
+        assert tuned.mixed_partial == ("forward mode" if estimator == "one_step" else "difference")
+        tuned.detach()
+    assert found[0] == pytest.approx(found[1], rel=0.01)  # float32

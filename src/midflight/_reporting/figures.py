@@ -75,7 +75,7 @@ def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
 
 def as_svg(figure: Figure) -> str:
     """Return the figure as SVG with selectable text; equal figures give equal files."""
-    return _render(figure, "svg", metadata={"Date": None, "Creator": None}).decode()
+    return _render(figure, "svg", dpi=160, metadata={"Date": None, "Creator": None}).decode()
 
 
 def as_png(figure: Figure) -> bytes:

@@ -1,6 +1,8 @@
 """Write files atomically: a reader sees the old content or the new one, never a part."""
 
+import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,3 +17,11 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def file_name(name: str) -> str:
+    """Return `name` if it can name a file in any folder, else its plain characters and a digest."""
+    plain = re.sub(r"[^\w .=+,@-]", "_", name)[:60].strip(" .")
+    if plain == name:
+        return name
+    return f"{plain}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"

@@ -7,27 +7,44 @@ other members of an ensemble if that is better.
 
 import math
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import suppress
+from numbers import Integral, Real
 from typing import Any, Self
 
 import numpy as np
+from joblib import effective_n_jobs
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.utils import assert_all_finite, check_array, check_random_state, column_or_1d
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.pipeline import Pipeline
+from sklearn.utils import assert_all_finite, check_random_state, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
-from midflight.automl.columns import columns_of, is_frame
-from midflight.automl.ensemble import choose_members
 from midflight.automl.families import FAMILIES, Task, default_of, space_of
-from midflight.automl.judge import Judge, Problem, TimeIsUp
-from midflight.automl.network import warm_up
-from midflight.automl.validation import Array, folds_of, loss_of, predictions_of
+from midflight.automl.judge import Judge, Problem, Row, SearchEnds
+from midflight.automl.table import NUMBER, Table, is_frame, number, scaled
+from midflight.automl.validation import (
+    Array,
+    Loss,
+    folds_of,
+    loss_of,
+    our_settings,
+    predictions_of,
+    spread,
+    thinned,
+)
 from midflight.errors import UnknownName, warn
 from midflight.search.errors import SearchError
 from midflight.search.search import run
 
+ENGINES = ("random", "smac", "tpe")
 MIN_ROWS = 4
+GAPS = ("NAType", "NaTType")
+"""Types of pandas' gaps, by name, because pandas is optional."""
+_KINDS = {Real: "a number", Integral: "a whole number"}
+STOPGAP_ROWS, STOPGAP_CELLS = 1000, 200_000
+"""Maximal size of the table of nearest neighbours that is used if nothing could be trained in time."""
 
 
 class _Auto(BaseEstimator):
@@ -37,10 +54,11 @@ class _Auto(BaseEstimator):
         self,
         seconds: float | None = 60.0,
         trials: int | None = None,
-        families: Sequence[str] | None = None,
+        families: Iterable[str] | None = None,
         engine: str = "tpe",
         scoring: Any = None,
         ensemble: int = 8,
+        n_jobs: int | None = None,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.seconds = seconds
@@ -49,6 +67,7 @@ class _Auto(BaseEstimator):
         self.engine = engine
         self.scoring = scoring
         self.ensemble = ensemble
+        self.n_jobs = n_jobs
         self.random_state = random_state
 
     def __sklearn_tags__(self) -> Any:
@@ -56,44 +75,85 @@ class _Auto(BaseEstimator):
         tags.input_tags.allow_nan = True
         return tags
 
-    def _search(self, X: Any, y: Array, task: Task, classes: Array | None, began: float) -> None:
+    def _search(self, X: Array, y: Array, task: Task, classes: Array | None, began: float) -> None:
         """Search and fit the ensemble; `began` is the time when `fit` was called."""
         names = self._names()
         if len(y) < MIN_ROWS:
             raise ValueError(f"X must have at least {MIN_ROWS} rows, but n_samples = {len(y)}.")
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        seconds = math.inf if self.seconds is None else self.seconds
-        problem = Problem(
-            X=X, y=y, task=task, classes=classes, columns=columns_of(X), folds=folds_of(y, seed, seconds),
-            loss=loss_of(self.scoring, classes), seed=seed,
-        )  # fmt: skip
-        warm_up()
-        judge = Judge(problem, deadline=began + seconds)
-        interrupted = False
         try:
-            run(
-                judge, space_of(names), engine=self.engine, trials=self.trials, seconds=self.seconds,
-                epochs=1, seed=seed, first=[default_of(name) for name in names],
-            )  # fmt: skip
-        except TimeIsUp:
-            pass
+            seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        except ValueError as error:
+            raise SearchError(
+                f"random_state must be a seed, but random_state={self.random_state}: {error}."
+            ) from None
+        seconds = math.inf if self.seconds is None else float(self.seconds)
+        problem = Problem(
+            X=X, y=y, task=task, classes=classes, categories=list(self._reader.codes_),
+            folds=folds_of(y, seed, seconds), loss=self._loss(y, classes), seed=seed,
+            threads=effective_n_jobs(self.n_jobs),
+        )  # fmt: skip
+        judge = Judge(problem, began + seconds)
+        try:
+            with suppress(SearchEnds):
+                run(
+                    judge, space_of(names), engine=self.engine, trials=self.trials, seconds=self.seconds,
+                    epochs=1, seed=seed, first=[default_of(name) for name in names],
+                )  # fmt: skip
+            members = judge.final(self.ensemble)
         except KeyboardInterrupt:
-            if judge.best is None:
-                raise
-            interrupted = True
-            warn(
-                f"interrupted after {len(judge.rows)} configurations; the best one so far is fitted.",
+            if judge.kept is None:
+                raise KeyboardInterrupt(
+                    "fit was interrupted before a configuration was trained; it must be called again."
+                ) from None
+            warn(f"interrupted after {len(judge.rows)} configurations; the best model so far is used.")
+            members = judge.so_far()
+        if not members and judge.rows and all(row.state == "failed" for row in judge.rows):
+            raise SearchError(
+                f"at least one configuration must train, but none did; the last: {judge.rows[-1].message}."
             )
         if judge.best is None:
-            reason = judge.rows[-1].message if judge.rows else "there was no trial"
-            raise SearchError(f"at least one configuration must train, but none did; the last: {reason}.")
-        self._finish(judge, alone=interrupted)
+            warn(
+                f"no configuration was validated within seconds={self.seconds}, so the model is poor; "
+                "raise seconds."
+            )
+        members = members or [(Row(-1, {}), 1, self._stopgap(problem))]
+        weights = {row.number: weight for row, weight, _ in members}
+        models = [Pipeline([("table", self._reader), *model.steps]) for _, _, model in members]
+        self.__dict__.update(  # at once, so that Ctrl-C leaves all or nothing
+            members_=[(weight, model) for (_, weight, _), model in zip(members, models, strict=True)],
+            best_estimator_=models[0],
+            best_params_=members[0][0].config,
+            leaderboard_=[{**r.as_dict(), "weight": weights.get(r.number, 0)} for r in judge.leaderboard()],
+        )
 
     def _names(self) -> list[str]:
         """Check the arguments and return the families to search."""
-        if self.ensemble < 1:
-            raise SearchError(f"ensemble >= 1 must hold, but ensemble={self.ensemble}; pass 1 for one model.")
-        names = list(FAMILIES) if self.families is None else list(self.families)
+        for name, kind in (
+            ("seconds", Real),
+            ("trials", Integral),
+            ("ensemble", Integral),
+            ("n_jobs", Integral),
+        ):
+            value = getattr(self, name)
+            if value is None and name != "ensemble":
+                continue
+            if not isinstance(value, kind) or isinstance(value, bool) or math.isnan(value):
+                raise SearchError(f"{name} must be {_KINDS[kind]}, but {name}={value!r}.")
+            bound = {"n_jobs": "!= 0", "ensemble": ">= 1"}.get(name, "> 0")
+            if value == 0 or (value < 0 and name != "n_jobs"):
+                raise SearchError(f"{name} {bound} must hold, but {name}={value}.")
+        if self.trials is None and (self.seconds is None or math.isinf(self.seconds)):
+            raise SearchError("one of seconds and trials must be given, because the search would never end.")
+        if self.engine not in ENGINES:
+            raise UnknownName("engine", self.engine, ENGINES)
+        names = FAMILIES if self.families is None else self.families
+        if (
+            isinstance(names, str)
+            or not isinstance(names, Iterable)
+            or not all(isinstance(n, str) for n in names)
+        ):
+            raise SearchError(f"families must be a list of names, but families={self.families!r}.")
+        names = list(dict.fromkeys(names))
         for name in names:
             if name not in FAMILIES:
                 raise UnknownName("a family", name, FAMILIES)
@@ -101,68 +161,90 @@ class _Auto(BaseEstimator):
             raise SearchError(f"families must name at least one of {', '.join(FAMILIES)}, but is empty.")
         return names
 
-    def _finish(self, judge: Judge, alone: bool) -> None:
-        """Fit the best configuration on all rows, then the other members while time is left."""
-        assert judge.best is not None
-        chosen = [judge.best] if alone else choose_members(judge, self.ensemble)
-        self.best_params_ = judge.best.config
-        self.best_estimator_ = judge.refit(judge.best)
-        self.members_ = []
-        weights = Counter(map(id, chosen))
-        for row in {id(row): row for row in chosen}.values():
-            if row is judge.best:
-                self.members_.append((weights[id(row)], self.best_estimator_))
-            elif judge.refit_seconds(row) <= judge.seconds_to_deadline:
-                self.members_.append((weights[id(row)], judge.refit(row)))
-            else:
-                del weights[id(row)]
-        self.leaderboard_ = [{**row.as_dict(), "weight": weights[id(row)]} for row in judge.ranked()]
+    def _loss(self, y: Array, classes: Array | None) -> Loss:
+        """Return the loss, after a trial on uniform predictions."""
+        some = y[thinned(np.arange(len(y)), STOPGAP_ROWS)]
+        guess = (
+            np.full(len(some), y.mean())
+            if classes is None
+            else np.full((len(some), len(classes)), 1 / len(classes))
+        )
+        try:
+            with our_settings(1):
+                loss = loss_of(self.scoring, classes)
+                loss(guess, some)
+        except Exception as error:
+            raise SearchError(
+                f"scoring must score predictions of this target, but scoring={self.scoring!r}: {error}"
+            ) from error
+        return loss
+
+    def _stopgap(self, problem: Problem) -> Pipeline:
+        """Return nearest neighbours of a few rows, which take no time to fit."""
+        learner = KNeighborsRegressor() if problem.classes is None else KNeighborsClassifier()
+        rows = min(STOPGAP_ROWS, max(MIN_ROWS, STOPGAP_CELLS // problem.X.shape[1]))
+        few = thinned(spread(problem.y, problem.seed), rows)
+        learner.set_params(n_neighbors=min(5, len(few)))
+        model = Pipeline([("columns", scaled(problem.categories, "standard")), ("learner", learner)])
+        return problem.fit(model, few)
 
     def _predictions(self, X: Any) -> Array:
         """Return the weighted mean of the members' predictions, see `predictions_of`."""
-        check_is_fitted(self)
-        X = self._table(X)
-        weights, models = zip(*self.members_, strict=True)
-        predictions = [predictions_of(model, X, getattr(self, "classes_", None)) for model in models]
-        mean: Array = np.average(predictions, axis=0, weights=weights)
+        check_is_fitted(self, "members_")
+        X = self._read(X)
+        with our_settings(effective_n_jobs(self.n_jobs)):
+            predictions = [
+                predictions_of(m[1:], X, getattr(self, "classes_", None)) for _, m in self.members_
+            ]
+        mean: Array = np.average(predictions, axis=0, weights=[weight for weight, _ in self.members_])
         return mean
 
-    def _checked(self, X: Any, y: Any) -> tuple[Any, Array]:
-        """Validate X as in `_table`, and y, shape (n,), without missing values."""
-        self._columns = columns_of(X) if is_frame(X) else None
-        if not self._has_categories:
-            X, y = validate_data(self, X, y, dtype=np.float64, ensure_all_finite="allow-nan")
-            return X, y
+    def _checked(self, X: Any, y: Any) -> tuple[Array, Array]:
+        """Return X as floats, shape (n, features), and y, shape (n,), without gaps; decide the types of X."""
+        self.__dict__.pop("members_", None)  # a fit that fails must not leave a model of other columns
+        self._reader = Table().fit(X)
+        floats = self._read(X, reset=True)
         validate_data(self, X, y, skip_check_array=True)
-        y = column_or_1d(y, warn=True)
-        check_consistent_length(X, y)
+        y = column_or_1d(_labels(y), warn=True)
+        check_consistent_length(floats, y)
         assert_all_finite(y, input_name="y")
-        return self._with_floats(X), y
+        return floats, y
 
-    def _table(self, X: Any) -> Any:
-        """Return X as floats that may be NaN, or as a frame if `fit` saw categories."""
-        if not self._has_categories:
-            return validate_data(self, X, dtype=np.float64, ensure_all_finite="allow-nan", reset=False)
+    def _read(self, X: Any, reset: bool = False) -> Array:
+        """Return X as floats by the types seen in `fit`, after scikit-learn's checks of names and numbers."""
+        if is_frame(X):
+            validate_data(self, X, skip_check_array=True, reset=reset)
+        floats = self._reader.transform(X)
         if not is_frame(X):
-            raise TypeError(
-                f"X must be a pandas frame with the columns seen in fit, but got a {type(X).__name__}."
-            )
-        validate_data(self, X, skip_check_array=True, reset=False)
-        return self._with_floats(X)
+            validate_data(self, X, skip_check_array=True, reset=reset)
+        return floats
 
-    @property
-    def _has_categories(self) -> bool:
-        return self._columns is not None and bool(self._columns.categories)
 
-    def _with_floats(self, X: Any) -> Any:
-        """Return the frame with its numbers as floats, finite or NaN."""
-        numbers = list(self._columns.numbers) if self._columns else []
-        X = X.copy()
-        if numbers:
-            values = check_array(X.iloc[:, numbers], dtype=np.float64, ensure_all_finite="allow-nan")
-            for column, floats in zip(numbers, values.T, strict=True):
-                X.isetitem(column, floats)
-        return X
+def _labels(y: Any) -> Array:
+    """Return y as an array of one type."""
+    values = np.asarray(y, dtype=object if isinstance(y, list | tuple) else None)  # no text from NaN or 1
+    if values.dtype.kind in "mMcV":
+        raise TypeError(f"y must hold numbers or labels, but its type is {values.dtype}; convert it.")
+    if values.dtype.kind not in "OT":
+        return values
+    flat = values.ravel().tolist()
+    gap = next(
+        (v for v in flat if v is None or type(v).__name__ in GAPS or (isinstance(v, Real) and v != v)), y
+    )
+    if gap is not y:
+        raise ValueError(f"y must not have gaps, but contains {gap!r} (NaN, None or NA); drop these rows.")
+    if all(isinstance(v, NUMBER) for v in flat):
+        numbers = np.array(flat).reshape(values.shape)
+        if numbers.dtype == object and None not in (floats := [number(v) for v in flat]):
+            numbers = np.array(floats).reshape(values.shape)
+        return numbers
+    other = next((v for v in flat if not isinstance(v, str)), None)
+    if other is not None:
+        raise TypeError(
+            f"y must hold only text or only numbers, but holds {flat[0]!r} and {other!r}, a "
+            f"{type(other).__name__}; convert it."
+        )
+    return values.astype(object)
 
 
 class AutoClassifier(ClassifierMixin, _Auto):
@@ -170,31 +252,33 @@ class AutoClassifier(ClassifierMixin, _Auto):
 
     Each family is tried with its defaults, then an engine searches all families together. Validation uses
     five stratified folds below 5,000 rows (the limit is lower for a short search), else one held-out fifth.
-    Ctrl-C during `fit` ends the search and fits the best configuration so far.
+    Ctrl-C during `fit` ends the search and keeps the best model so far.
 
     Args:
-        seconds: time limit of `fit`, including the final fits; None: only `trials` limits it. The first trial
-            and the final fit of the best configuration may exceed it; docs/automl.md shows measured times.
-        trials: maximal number of configurations. `seconds=None` with an int `random_state` makes fits repeat.
+        seconds: time limit of `fit`, final fits included. On Linux each fit runs in a fork of this process,
+            which is killed when its time is over. None: fits run here, only `trials` limits them, and fits
+            with one int as `random_state` are equal.
+        trials: maximal number of configurations.
         families: names from `midflight.automl.FAMILIES`; None: all.
         engine: engine of `midflight.search`: "tpe", "smac" or "random".
         scoring: scikit-learn score to maximise, as a name or scorer; None: negative log loss.
         ensemble: maximal number of members, which are chosen greedily with repetition and averaged. The
             ensemble is used only if it is better on validation data that did not choose it. 1: no ensemble.
+        n_jobs: threads of each fit; None: one, -1: all.
         random_state: seed of folds, engine and learners.
 
     X is an array of numbers, or a pandas frame with numbers and categories (strings, categoricals). Both may
-    have missing values. y has at least two classes.
+    have missing values. `fit` decides the types, see `midflight.automl.table`. y has at least two classes.
 
     Attributes:
         classes_: the classes, sorted, shape (classes,).
         best_estimator_: fitted pipeline of the best configuration.
-        best_params_: the best configuration.
+        best_params_: the best configuration; empty if none was trained in time.
         members_: (weight, fitted pipeline) of each member, the best configuration first.
         leaderboard_: one dict per configuration, the best first; `pandas.DataFrame` accepts the list.
 
     Raises:
-        SearchError: neither seconds nor trials is given, or no configuration could be trained.
+        SearchError: an argument is invalid, or no configuration could be trained.
         UnknownName: a family or the engine does not exist.
     """
 
@@ -226,7 +310,7 @@ class AutoRegressor(RegressorMixin, _Auto):
     Like `AutoClassifier`, with squared error in place of log loss, and folds stratified by the sorted target.
 
     Args:
-        seconds, trials, families, engine, scoring, ensemble, random_state: as for `AutoClassifier`.
+        seconds, trials, families, engine, scoring, ensemble, n_jobs, random_state: as for `AutoClassifier`.
 
     Attributes:
         best_estimator_, best_params_, members_, leaderboard_: as for `AutoClassifier`.
@@ -237,15 +321,18 @@ class AutoRegressor(RegressorMixin, _Auto):
     """
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Search, then fit on all rows: X, shape (n, features), and y, shape (n,)."""
+        """Search, then fit on all rows: X, shape (n, features), and y, shape (n,), which must vary."""
         began = time.monotonic()
         X, y = self._checked(X, y)
         try:
             y = y.astype(np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise TypeError(
                 f"y must hold numbers for AutoRegressor, but its first value is {y[0]!r}; use AutoClassifier."
             ) from None
+        assert_all_finite(y, input_name="y")
+        if np.ptp(y) == 0 and len(y) > 1:
+            raise ValueError(f"y must vary, but each value is {y[0]}.")
         self._search(X, y, "regression", None, began)
         return self
 

@@ -6,22 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from midflight.automl.judge import Judge, Row
 from midflight.automl.validation import Array, Loss, Parts
 
 ROUNDING = 1e-6
 """Relative gain that counts as an improvement; smaller ones may be rounding errors."""
 
 
-def choose_members(judge: Judge, size: int) -> list[Row]:
-    """Return the members, the best configuration first, repeated by weight; it alone if no ensemble helps."""
-    assert judge.best is not None
-    leaders = judge.leaders()
-    predictions = [row.predictions for row in leaders if row.predictions is not None]
-    parts, loss = judge.problem.parts, judge.problem.loss
+def choose_members(predictions: Sequence[Array], parts: Parts, loss: Loss, size: int) -> list[int]:
+    """Return candidates, repeated by weight; only the first, which must be the best, if no ensemble helps."""
     if size == 1 or len(predictions) == 1 or not helps(predictions, parts, loss, size):
-        return [judge.best]
-    return [leaders[i] for i in greedy(predictions, parts, loss, size)]
+        return [0]
+    return greedy(predictions, parts, loss, size)
 
 
 def greedy(predictions: Sequence[Array], parts: Parts, loss: Loss, size: int) -> list[int]:

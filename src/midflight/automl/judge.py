@@ -7,41 +7,43 @@ Its estimated loss is the best one's plus the mean difference on the folds that 
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
 
-from midflight.automl.columns import Columns
+from midflight.automl.ensemble import choose_members
 from midflight.automl.families import FAMILIES, Params, Task, pipeline
-from midflight.automl.limit import OutOfTime, limit
 from midflight.automl.validation import (
     FOLDS,
     Array,
     Fold,
     Loss,
     Parts,
-    fitted,
+    our_settings,
     predictions_of,
-    rows_of,
     spread,
     thinned,
 )
+from midflight.automl.worker import CallFailed, OutOfTime, limited
 from midflight.search.trial import Trial
 
-PILOT = 1000
-"""Rows of a first timing fit of a family, used if a fold has more than twice as many."""
 REFIT_SHARE = 0.1
 """Share of the time reserved for the final fits of all leaders."""
 BEST_REFIT_SHARE = 0.3
 """Maximal share of the time reserved for the final fit of the best configuration."""
 LEADERS = 5
 """Best configurations that keep their predictions for an ensemble, besides the best of each family."""
+MAX_FAILURES = 20
+"""The search ends when this many configurations failed and none is complete."""
+STATES = ("complete", "behind", "skipped", "failed")
+"""States of a configuration in the order of the leaderboard; see `Row`."""
 
 
-class TimeIsUp(BaseException):
-    """The time is up; a BaseException, so that it passes through the search like Ctrl-C."""
+class SearchEnds(BaseException):
+    """The time is up, or nothing trains; a BaseException, to pass through the search like Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -49,32 +51,49 @@ class Problem:
     """A learning problem.
 
     Attributes:
-        X: array or frame with n rows.
+        X: table read by `Table`, shape (n, features).
         y: target, shape (n,).
         task: "classification" or "regression".
         classes: sorted classes; None for regression.
-        columns: kinds of the columns of X.
+        categories: positions of the categories in X.
         folds: training and validation rows of each fold.
         loss: (predictions, targets) -> loss to minimise.
         seed: seed of the learners.
+        threads: threads of a fit.
     """
 
-    X: Any
+    X: Array
     y: Array
     task: Task
     classes: Array | None
-    columns: Columns
+    categories: list[int]
     folds: list[Fold]
     loss: Loss
     seed: int
+    threads: int
 
     def pipeline(self, config: Params) -> Any:
         """Return the unfitted pipeline of a configuration."""
-        return pipeline(self.task, config, self.columns, self.seed)
+        return pipeline(self.task, config, self.categories, self.seed, self.threads)
 
-    def fit(self, config: Params, rows: Array) -> Any:
-        """Return the pipeline of a configuration, fitted on `rows`."""
-        return fitted(self.pipeline(config), rows_of(self.X, rows), self.y[rows])
+    def fit(self, model: Any, rows: Array) -> Any:
+        """Return a model, fitted on `rows`."""
+        with our_settings(self.threads):
+            return model.fit(self.X[rows], self.y[rows])
+
+    def validate(self, model: Any, fold: Fold, losses: list[float], best: float) -> tuple[Array, float, Any]:
+        """Return predictions, their loss, and the model if the mean loss with `losses` is under `best`."""
+        training, validating = fold
+        self.fit(model, training)
+        with our_settings(self.threads):
+            predictions = predictions_of(model, self.X[validating], self.classes)
+            loss = self.loss(predictions, self.y[validating])
+        return predictions, loss, model if fmean([*losses, loss]) < best else None
+
+    def ensemble(self, predictions: list[Array], size: int) -> list[int]:
+        """Return the members among some candidates, the best first; see `choose_members`."""
+        with our_settings(self.threads):
+            return choose_members(predictions, self.parts, self.loss, size)
 
     @property
     def parts(self) -> Parts:
@@ -125,6 +144,10 @@ class Row:
         return {name: getattr(self, name) for name in names}
 
 
+Member = tuple[Row, int, Any]
+"""(row, weight, fitted pipeline)"""
+
+
 class Judge:
     """An objective for `midflight.search.run`.
 
@@ -136,6 +159,7 @@ class Judge:
     Attributes:
         rows: one row per configuration, in order of evaluation.
         best: the complete row with the lowest loss; None before the first.
+        kept: the member to use if the search ends now: `best`, or the first that was fitted.
     """
 
     def __init__(
@@ -144,43 +168,98 @@ class Judge:
         self.problem = problem
         self.rows: list[Row] = []
         self.best: Row | None = None
+        self.kept: Member | None = None
         self._clock = clock
         self._deadline = deadline
         self._seconds = deadline - clock() if math.isfinite(deadline) else 0.0
         self._fold_seconds: dict[str, list[float]] = {}
 
     def __call__(self, trial: Trial) -> float:
-        """Return the validation loss of a configuration; infinity if it has none. Raises `TimeIsUp`."""
+        """Return the validation loss of a configuration; infinity if it has none. Raises `SearchEnds`."""
         known = next((row for row in self.rows if row.config == trial.params), None)
         if known is not None:
             return known.loss
-        if self.best is not None and self.seconds_left <= 0:
-            raise TimeIsUp
+        failed = sum(row.state == "failed" for row in self.rows)
+        if self.seconds_left <= 0 or (self.best is None and failed >= MAX_FAILURES):
+            raise SearchEnds
         row, began = Row(len(self.rows), dict(trial.params)), self._clock()
         try:
             self._evaluate(row)
         except OutOfTime as error:
-            row.state, row.message = "skipped", str(error)
+            row.state, row.message, row.loss = "skipped", str(error), math.inf
         except Exception as error:  # a learner may raise anything; the search continues
-            row.state, row.message = "failed", f"{type(error).__name__}: {error}"
-        if math.isnan(row.loss):
-            row.loss = math.inf
+            message = str(error) if isinstance(error, CallFailed) else f"{type(error).__name__}: {error}"
+            row.state, row.message, row.loss = "failed", message, math.inf
         row.seconds = self._clock() - began
         self.rows.append(row)
-        self._drop_predictions()
+        leaders = {id(leader) for leader in self.leaders()}
+        for other in self.rows:
+            if id(other) not in leaders:
+                other.predictions = None
         return row.loss
+
+    def _call(self, seconds: float, method: Callable[..., Any], *args: Any) -> Any:
+        """Call a method of the problem, in a child process if there is a time limit."""
+        return limited(seconds, method, *args) if math.isfinite(self._deadline) else method(*args)
 
     @property
     def seconds_left(self) -> float:
         """Seconds left for the search, without the time reserved for the final fits."""
-        return self.seconds_to_deadline - self._reserved_seconds()
+        left = self._deadline - self._clock()
+        if self.best is None:
+            return left
+        all_refits = sum(map(self._refit_seconds, self.leaders()))
+        best_refit = min(self._refit_seconds(self.best), BEST_REFIT_SHARE * self._seconds)
+        return left - max(best_refit, min(all_refits, REFIT_SHARE * self._seconds))
 
-    @property
-    def seconds_to_deadline(self) -> float:
-        """Seconds left for the search and the final fits."""
-        return self._deadline - self._clock()
+    def leaders(self) -> list[Row]:
+        """Return the rows that keep their predictions, the best first."""
+        complete = sorted((r for r in self.rows if r.predictions is not None), key=lambda r: r.loss)
+        best_of_each = {row.family: id(row) for row in reversed(complete)}.values()
+        return [row for n, row in enumerate(complete) if n < LEADERS or id(row) in best_of_each]
 
-    def refit_seconds(self, row: Row) -> float:
+    def leaderboard(self) -> list[Row]:
+        """Return all rows sorted by state, then by loss."""
+        return sorted(self.rows, key=lambda row: (STATES.index(row.state), row.loss))
+
+    def final(self, size: int) -> list[Member]:
+        """Fit the best configuration on all rows, then other members of an ensemble while time is left."""
+        if self.best is None:
+            return self.so_far()
+        leaders = self.leaders()  # the first is the best
+        try:
+            self.kept = self.best, 1, self._refit(self.best)
+            predictions = [row.predictions for row in leaders]
+            chosen = self._call(self._deadline - self._clock(), self.problem.ensemble, predictions, size)
+        except (OutOfTime, CallFailed):
+            return self.so_far()
+        members = []
+        for n in sorted(set(chosen)):
+            row, weight = leaders[n], chosen.count(n)
+            if n == 0:
+                members.append((row, weight, self.kept[2]))
+            elif self._refit_seconds(row) <= self._deadline - self._clock():
+                with suppress(OutOfTime, CallFailed):
+                    members.append((row, weight, self._refit(row)))
+        return members or self.so_far()
+
+    def so_far(self) -> list[Member]:
+        """Return `final` without any fit: the model of the best row so far, or nothing."""
+        return [] if self.kept is None else [self.kept]
+
+    def _refit(self, row: Row) -> Any:
+        """Return the pipeline of a row, fitted on all rows.
+
+        If the time is too short, fit on fewer rows, but at least on as many as in the search.
+        """
+        p, left, needed = self.problem, self._deadline - self._clock(), self._refit_seconds(row)
+        rows = np.arange(len(p.y))
+        if needed > left:
+            most = len(rows) * (max(left, 0.0) / needed) ** (1 / FAMILIES[row.family].growth)
+            rows = thinned(spread(p.y, p.seed), max(len(p.folds[0][0]), most))
+        return self._call(left, p.fit, p.pipeline(row.config), rows)
+
+    def _refit_seconds(self, row: Row) -> float:
         """Estimate the seconds of a fit on all rows."""
         return self._on_all_rows(row.fit_seconds, row.family)
 
@@ -190,57 +269,17 @@ class Judge:
         seconds: float = fold_seconds * ratio ** FAMILIES[family].growth
         return seconds
 
-    def refit(self, row: Row) -> Any:
-        """Return the pipeline of a row, fitted on all rows.
-
-        If the time is too short, fit on fewer rows, but at least on as many as in the search.
-        """
-        p = self.problem
-        rows, searched = np.arange(len(p.y)), len(p.folds[0][0])
-        left, needed = self.seconds_to_deadline, self.refit_seconds(row)
-        if needed > left:
-            share = max(left, 0.0) / needed
-            most = max(searched, len(rows) * share ** (1 / FAMILIES[row.family].growth))
-            rows = thinned(spread(p.y, p.seed), most)
-        return p.fit(row.config, rows)
-
-    def leaders(self) -> list[Row]:
-        """Return the rows that keep their predictions, the best first."""
-        complete = sorted((r for r in self.rows if r.predictions is not None), key=lambda r: r.loss)
-        best_of_each = {row.family: id(row) for row in reversed(complete)}.values()
-        return [row for n, row in enumerate(complete) if n < LEADERS or id(row) in best_of_each]
-
-    def ranked(self) -> list[Row]:
-        """Return all rows sorted by state (complete, behind, skipped, failed), then by loss."""
-        order = ["complete", "behind", "skipped", "failed"]
-        return sorted(self.rows, key=lambda row: (order.index(row.state), row.loss))
-
-    def _reserved_seconds(self) -> float:
-        """Return the seconds reserved for the final fits."""
-        if self.best is None:
-            return 0.0
-        all_refits = sum(map(self.refit_seconds, self.leaders()))
-        best_refit = self.refit_seconds(self.best)
-        return max(
-            min(best_refit, BEST_REFIT_SHARE * self._seconds), min(all_refits, REFIT_SHARE * self._seconds)
-        )
-
-    def _drop_predictions(self) -> None:
-        """Drop the predictions of all rows but the leaders."""
-        leaders = {id(row) for row in self.leaders()}
-        for row in self.rows:
-            if id(row) not in leaders:
-                row.predictions = None
-
     def _evaluate(self, row: Row) -> None:
         seconds = self._fold_seconds.setdefault(row.family, [])
-        first = not seconds
-        # the first model gets any time, because there must be one
-        allowed = math.inf if self.best is None else self._allowed_seconds(row, first)
-        predictions = []
-        until = self._clock() + allowed
-        for fold in self.problem.folds:
-            predictions.append(self._fold(row, fold, until - self._clock(), seconds))
+        first, folds = not seconds, self.problem.folds
+        until, predictions = self._clock() + self._allowed_seconds(row), []
+        for n, fold in enumerate(folds):
+            left, more = until - self._clock(), len(folds) - n
+            if n and (needed := more * row.fit_seconds) > left:
+                raise OutOfTime(
+                    f"{more} more folds would take about {needed:.3g} s, but only {left:.3g} s are left"
+                )
+            predictions.append(self._fold(row, fold, left, seconds))
             if not math.isfinite(row.loss):
                 raise ValueError("the loss was not finite")
             if not first and self._is_behind(row):
@@ -250,42 +289,44 @@ class Judge:
         if self.best is None or row.loss < self.best.loss:
             self.best = row
 
-    def _allowed_seconds(self, row: Row, first: bool) -> float:
+    def _allowed_seconds(self, row: Row) -> float:
         """Return the time limit of a configuration.
 
         Raises:
             OutOfTime: a fold would take longer.
-            TimeIsUp: a fold of every timed family would take longer than the search has left.
+            SearchEnds: a fold of every timed family would take longer than the search has left.
         """
-        needed = self._expected_seconds(row, first)
+        timed = self._fold_seconds[row.family]
+        needed = fmean(timed) if timed else 0.0
         # it may become the best one and need a final fit
         refit = min(self._on_all_rows(needed, row.family), BEST_REFIT_SHARE * self._seconds)
-        left = min(self.seconds_left, self.seconds_to_deadline - refit)
+        left = min(self.seconds_left, self._deadline - self._clock() - refit)
         # half the time left, so that one trial cannot use up the search; all of it for a last trial
         allowed = max(left / 2, min(left, 2 * needed))
         if needed > allowed:
             if all(fmean(s) > self.seconds_left for s in self._fold_seconds.values() if s):
-                raise TimeIsUp
-            raise OutOfTime(
-                f"a fold would take about {needed:.3g} s, but only {allowed:.3g} s are left for it"
-            )
+                raise SearchEnds
+            raise OutOfTime(f"a fold would take about {needed:.3g} s, but only {allowed:.3g} s are left")
         return allowed
 
     def _fold(self, row: Row, fold: Fold, allowed: float, seconds: list[float]) -> Array:
         """Fit and validate a fold; add its loss to the row and its time to `seconds`."""
-        p, began = self.problem, self._clock()
-        training, validating = fold
+        predictions: Array
+        began, n, losses = self._clock(), len(row.fold_losses) + 1, row.fold_losses
+        last = n == len(self.problem.folds)
+        bar = math.inf if self.best is None else self.best.loss if last else -math.inf
         try:
-            with limit(allowed):
-                predictions = predictions_of(p.fit(row.config, training), rows_of(p.X, validating), p.classes)
+            model = self.problem.pipeline(row.config)
+            predictions, loss, model = self._call(allowed, self.problem.validate, model, fold, losses, bar)
         finally:
             seconds.append(self._clock() - began)
-        row.fold_losses.append(p.loss(predictions, p.y[validating]))
-        n = len(row.fold_losses)
+        losses.append(loss)
         row.fit_seconds = fmean(seconds[-n:])
-        row.loss = fmean(row.fold_losses)
-        if self.best is not None and n < len(p.folds):
+        row.loss = fmean(losses)
+        if self.best is not None and not last:
             row.loss += self.best.loss - fmean(self.best.fold_losses[:n])
+        if model is not None:
+            self.kept = row, 1, model
         return predictions
 
     def _is_behind(self, row: Row) -> bool:
@@ -296,21 +337,3 @@ class Judge:
         if n == 1:
             return row.fold_losses[0] > max(self.best.fold_losses)
         return all(own > best for own, best in zip(row.fold_losses, self.best.fold_losses, strict=False))
-
-    def _expected_seconds(self, row: Row, first: bool) -> float:
-        """Estimate the seconds of a fold from earlier folds, or from a fit on `PILOT` rows; 0: unknown."""
-        if not first:
-            return fmean(self._fold_seconds[row.family])
-        p = self.problem
-        training, validating = p.folds[0]
-        if not math.isfinite(self._deadline) or len(training) <= 2 * PILOT:
-            return 0.0
-        few, began = thinned(training, PILOT), self._clock()
-        try:
-            with limit(self.seconds_left / 4):
-                predictions_of(p.fit(row.config, few), rows_of(p.X, thinned(validating, PILOT)), p.classes)
-        finally:
-            growth: float = (len(training) / len(few)) ** FAMILIES[row.family].growth
-            expected = (self._clock() - began) * growth
-            self._fold_seconds[row.family].append(expected)
-        return expected

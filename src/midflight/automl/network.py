@@ -6,7 +6,8 @@ section 4).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, repeat
 
@@ -56,9 +57,24 @@ def space_at(starts: dict[str, float]) -> Space:
     return Space({name: default_range(name, init=start) for name, start in starts.items()})
 
 
-def warm_up() -> None:
-    """Create an optimiser, so that torch's delayed imports cannot be interrupted by an alarm later."""
-    torch.optim.Adam([torch.zeros(1)])
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Use gradients, float32 and the CPU, and keep the random state, whatever the caller has set in torch."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    # a default device slows each call, so it is set only where the caller has set another
+    on_cpu = nullcontext() if device.type == "cpu" else torch.device("cpu")
+    try:
+        with (
+            on_cpu,
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 class Training:

@@ -10,7 +10,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from midflight.automl.network import Loss, Recipe, followed, space_at, tuned
+from midflight.automl.network import Loss, Recipe, followed, plain_torch, space_at, tuned
 from midflight.automl.validation import held_out
 from midflight.datasets import Split
 from midflight.tuner import Trajectory
@@ -51,9 +51,9 @@ class _OnlineMLP(BaseEstimator):
         self._check_arguments()
         x = self._standardised(x, fit=True)
         recipe = self._recipe(len(x))
-        rows = Split(torch.from_numpy(x).float(), torch.from_numpy(target))
-        t2 = held_out(target.reshape(len(x)), self.validation_fraction, recipe.seed, classes)
-        with torch.random.fork_rng(devices=[]):
+        with plain_torch():
+            rows = Split(torch.from_numpy(x).float(), torch.from_numpy(target))
+            t2 = held_out(target.reshape(len(x)), self.validation_fraction, recipe.seed, classes)
             if t2.any():
                 run = tuned(rows[~t2], rows[t2], outputs, loss, recipe)
                 self.network_, self.trajectory_ = run.network, run.trajectory

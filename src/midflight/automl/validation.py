@@ -13,14 +13,17 @@ Folds and samples are stratified by the class or by the sorted target.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
+import sklearn
+import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.metrics import get_scorer
-
-from midflight.automl.columns import is_frame
+from threadpoolctl import ThreadpoolController
 
 Array = np.ndarray[Any, Any]
 Loss = Callable[[Array, Array], float]
@@ -80,37 +83,69 @@ def held_out(y: Array, share: float, seed: int, classes: bool) -> Array:
     return chosen
 
 
-def rows_of(X: Any, rows: Array) -> Any:
-    """Return some rows of an array or a frame."""
-    return X.iloc[rows] if is_frame(X) else X[rows]
+@cache
+def _pools() -> ThreadpoolController:
+    """Return the thread pools of this process; searching for them takes 10 ms or more."""
+    return ThreadpoolController()
 
 
-def fitted(model: Any, X: Any, y: Array) -> Any:
-    """Fit a model; ignore its warnings, such as missing convergence, because the loss shows the effect."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return model.fit(X, y)
+@contextmanager
+def our_settings(threads: int) -> Iterator[None]:
+    """Use `threads` threads, no warnings and scikit-learn's defaults, whatever the caller has set.
+
+    A learner's warning, such as missing convergence, is ignored, because the loss shows the effect.
+    """
+    before = torch.get_num_threads()
+    defaults = {"assume_finite": False, "transform_output": "default", "enable_metadata_routing": False}
+    try:
+        with (
+            warnings.catch_warnings(),
+            np.errstate(all="ignore"),
+            sklearn.config_context(**defaults),
+            _pools().limit(limits=threads),
+        ):
+            warnings.simplefilter("ignore")
+            torch.set_num_threads(threads)
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def predictions_of(model: Any, X: Any, classes: Array | None) -> Array:
+def predictions_of(model: Any, X: Array, classes: Array | None) -> Array:
     """Return probabilities of `classes`, shape (n, classes), or predicted numbers, shape (n,)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if classes is None:
-            numbers: Array = np.asarray(model.predict(X), dtype=float).reshape(len(X))
-            return numbers
-        probabilities = np.zeros((len(X), len(classes)))
-        probabilities[:, np.searchsorted(classes, model.classes_)] = model.predict_proba(X)
-        return probabilities
+    if classes is None:
+        numbers: Array = np.asarray(model.predict(X), dtype=float).reshape(len(X))
+        return numbers
+    probabilities = np.zeros((len(X), len(classes)))
+    probabilities[:, np.searchsorted(classes, model.classes_)] = model.predict_proba(X)
+    return probabilities
 
 
 def loss_of(scoring: Any, classes: Array | None) -> Loss:
-    """Return log loss, squared error, or the negative of a scikit-learn score (a name or a scorer)."""
+    """Return log loss, squared error, or the negative of a scikit-learn score (a name or a scorer).
+
+    A score that needs all classes gets one further row for each class that has none, predicted perfectly.
+    """
     if scoring is None:
         return squared_error if classes is None else lambda p, y: log_loss(p, np.searchsorted(classes, y))
     scorer = get_scorer(scoring)
-    identity = GivenNumbers() if classes is None else GivenProbabilities(classes)
-    return lambda p, y: -float(scorer(identity, p, y))
+    if classes is None:
+        return lambda p, y: -float(scorer(Given(), p, y))
+
+    def loss(probabilities: Array, target: Array) -> float:
+        absent = np.setdiff1d(np.arange(len(classes)), np.searchsorted(classes, target))
+        try:
+            score = float(scorer(GivenClassifier(classes), probabilities, target))
+        except ValueError:
+            if not len(absent):
+                raise
+            score = math.nan
+        if math.isnan(score) and len(absent):
+            padded = np.vstack([probabilities, np.eye(len(classes))[absent]])
+            score = float(scorer(GivenClassifier(classes), padded, np.append(target, classes[absent])))
+        return -score
+
+    return loss
 
 
 def log_loss(probabilities: Array, target: Array) -> float:
@@ -124,11 +159,17 @@ def squared_error(numbers: Array, target: Array) -> float:
     return float(np.square(numbers - target).mean())
 
 
-class GivenProbabilities(ClassifierMixin, BaseEstimator):
-    """A classifier that returns its inputs as probabilities, so that a scorer can score predictions."""
+class Given(RegressorMixin, BaseEstimator):
+    """A regressor that returns its inputs as predictions, so that a scorer can score predictions."""
+
+    def predict(self, X: Array) -> Array:
+        return X
+
+
+class GivenClassifier(ClassifierMixin, BaseEstimator):
+    """A classifier that returns its inputs as probabilities."""
 
     def __init__(self, classes: Array) -> None:
-        self.classes = classes
         self.classes_ = classes
 
     def predict_proba(self, X: Array) -> Array:
@@ -137,10 +178,3 @@ class GivenProbabilities(ClassifierMixin, BaseEstimator):
     def predict(self, X: Array) -> Array:
         predicted: Array = self.classes_[X.argmax(1)]
         return predicted
-
-
-class GivenNumbers(RegressorMixin, BaseEstimator):
-    """A regressor that returns its inputs as predictions."""
-
-    def predict(self, X: Array) -> Array:
-        return X

@@ -18,12 +18,15 @@ Examples:
 check failed, every trial failed); 2 bad input; 130 interrupted; 141 the reader of the output ended.
 """
 
+import errno
 import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from midflight.errors import MidflightError, require_extra
+from midflight._reporting.text import printable
+from midflight.errors import MidflightError, UnknownName, require_extra
 
 STUDY = dict.fromkeys(("tyro", "rich", "jinja2", "matplotlib", "sklearn", "platformdirs"), "study")
 COMMANDS = {
@@ -33,12 +36,17 @@ COMMANDS = {
     "search": dict.fromkeys((*STUDY, "optuna"), "search"),
 }
 """Command, a module of this package with a function `run` -> the packages it needs, with their extra."""
+ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Errors of the system that the same command may not meet again; any other is about a path of the user's."""
 
 
-def main() -> None:
-    """Run the command `midflight`."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command `midflight`; default: with the arguments of this process."""
+    for stream in (sys.stdout, sys.stderr):  # an encoding that lacks a character shows an escape
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="midflight")
     try:
-        code = _run(sys.argv[1:])
+        code = _run(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
     except MidflightError as error:
         _fail(str(error), error.exit_code)
@@ -47,7 +55,8 @@ def main() -> None:
         sys.exit(141)
     except OSError as error:
         what = f"{error.filename or 'the system'}: {error.strerror or error}"
-        _fail(f"{what}; stored results are safe.", 1)
+        code = 1 if error.errno is None or error.errno in ENVIRONMENT else 2
+        _fail(f"{what}; stored results are safe.", code)
     except KeyboardInterrupt:
         _fail("interrupted; finished work is stored, the same command resumes.", 130)
     sys.exit(code)
@@ -60,12 +69,14 @@ def _run(arguments: list[str]) -> int:
         return 0 if arguments else 2
     command = arguments[0]
     if command not in COMMANDS:
-        _fail(f"the command must be one of {', '.join(COMMANDS)}, but got {command!r}.", 2)
+        raise UnknownName("the command", command, COMMANDS)
+    if any("\0" in argument for argument in arguments):
+        _fail("no argument may hold a null character.", 2)
     for package, extra in COMMANDS[command].items():
         require_extra(package, extra)
     return int(import_module(f"midflight.cli.{command}").run(arguments[1:]))
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
-    print(f"midflight: {sentence}", file=sys.stderr)
+    print("midflight:", "\n".join(map(printable, sentence.split("\n"))), file=sys.stderr)
     sys.exit(code)

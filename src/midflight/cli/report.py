@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 
+from midflight._reporting.files import file_name
+from midflight._reporting.text import printable
 from midflight.cli import search
 from midflight.cli._console import err, out
 from midflight.cli.study import DEFAULT_STORE
@@ -39,11 +42,13 @@ def run(arguments: list[str]) -> int:
         if report.json:
             print(as_json(store, report.run))
             return 0
-        store.spec(report.run)
+        spec, rows = store.spec(report.run), store.rows(report.run)
+        folder = report.out or report.store.parent / file_name(report.run)
+        folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is refused before the work
         with err.status("comparing hypergradients with central differences"):
+            torch.set_num_threads(1)  # the networks are too small to profit from more
             checks = as_dicts(run_checks())
-        folder = report.out or report.store.parent / report.run
-        page = write_report(store, report.run, folder, checks)
-        out.print(summary_table(summarise(store.spec(report.run), store.rows(report.run))))
-    out.print(f"Report: {page.resolve()}", soft_wrap=True)
+        page = write_report(store, report.run, folder, checks, rows)
+    out.print(summary_table(summarise(spec, rows)))
+    print(f"Report: {printable(str(page.resolve()))}")
     return 0

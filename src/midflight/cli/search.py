@@ -73,18 +73,22 @@ def run(arguments: list[str]) -> int:
     seconds = None if command.time is None else parse_seconds(command.time)
     what = problem(command.space, command.data, command.train)
     space = what.space.offline() if command.offline else what.space
-    name = command.study or _study_name(command)
+    name = _study_name(command) if command.study is None else command.study
     cores = len(os.sched_getaffinity(0))
     options: dict[str, Any] = {"address": command.address, "scheduler": command.scheduler}
     options = {option: value for option, value in options.items() if value is not None}
-    with showing_trials(err, command.epochs, command.trials, seconds) as table:
-        search(
+    with showing_trials(err, command.trials, seconds) as callbacks:
+        found = search(
             what.objective, space, engine=command.engine, trials=command.trials, seconds=seconds,
             epochs=command.epochs, workers=cores if command.workers is None else command.workers,
             storage=command.storage, folder=command.folder, name=name, seed=command.seed,
-            warm_start=command.warm_start, label=what.label, callbacks=[table.on_record], **options,
+            warm_start=command.warm_start, label=what.label, callbacks=callbacks, **options,
         )  # fmt: skip
-    return report(name, command.storage, command.out, command.json)
+    report(name, command.storage, command.out, command.json)
+    if found.best is None and any(record.state != "unfinished" for record in found.records):
+        err.print("midflight: no trial has a finite loss; the report has their messages.", markup=False)
+        return 1
+    return 0
 
 
 def report(name: str, storage: str, folder: Path | None, as_text: bool) -> int:
@@ -111,7 +115,7 @@ def report(name: str, storage: str, folder: Path | None, as_text: bool) -> int:
 
 def _study_name(command: Search) -> str:
     space = Path(command.space.partition(":")[0]).stem
-    data = (command.data or "digits") if space == "mlp" else ""
+    data = ("digits" if command.data is None else command.data) if space == "mlp" else ""
     size = f"{command.train}" if command.train else ""
     parts = (space, data, size, command.engine, "offline" if command.offline else "")
     return "-".join(part for part in parts if part)

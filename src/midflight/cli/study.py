@@ -1,6 +1,7 @@
 """`midflight study`: run or resume a study."""
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ import torch
 import tyro
 
 from midflight._reporting.machine import machine
+from midflight._reporting.text import printable
 from midflight.cli._console import err, out
 from midflight.study.progress import showing_progress
 from midflight.study.run import LONG, estimate_seconds, run_study
@@ -44,12 +46,13 @@ def run(arguments: list[str]) -> int:
         {name: _about(spec) for name, spec in PRESETS.items()},
     )
     study: Study = tyro.cli(presets, args=arguments, prog="midflight study", description=Study.__doc__)
-    name = study.run or arguments[0]
+    name = arguments[0] if study.run is None else study.run
     workers = len(os.sched_getaffinity(0)) if study.workers is None else study.workers
     if workers < 1:
         raise SpecError(f"workers >= 1 must hold, but got {workers}.")
-    if study.spec.device != "cpu" and not torch.cuda.is_available():
-        raise SpecError(f"device {study.spec.device} must exist, but torch finds no GPU; use --device cpu.")
+    device, gpus = study.spec.device, torch.cuda.device_count()
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= gpus:
+        raise SpecError(f"device {device} must exist, but torch finds {gpus or 'no'} GPU; use --device cpu.")
     with Store(study.store) as store:
         store.open_run(name, study.spec, machine())
         _announce(study.spec, PRESETS[arguments[0]], workers)
@@ -61,8 +64,9 @@ def run(arguments: list[str]) -> int:
             print(as_json(store, name))
         else:
             out.print(summary_table(summarise(study.spec, store.rows(name))))
-            at = "" if study.store == DEFAULT_STORE else f" --store {study.store}"
-            out.print(f"Stored as {name} in {study.store}. Next: midflight report {name}{at}", soft_wrap=True)
+            at = [] if study.store == DEFAULT_STORE else ["--store", str(study.store)]
+            after = shlex.join(["midflight", "report", name, *at])
+            print(printable(f"Stored as {name} in {study.store}. Next: {after}"))
     return 0
 
 

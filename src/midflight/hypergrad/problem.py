@@ -110,6 +110,9 @@ class Step:
         clipped: w -> J^T w, J the Jacobian of what the loop does to the gradient between `backward` and
             `step`; None if it does nothing.
         members: size of a population, the first dimension of every tensor; None for a single training.
+        shards: number of processes over which each weight is split; 1 for whole weights. If above 1, `params`
+            and all other trees hold this process's parts. `chain` multiplies by this number, so that a mean
+            over the processes is a sum over the parts.
     """
 
     params: Tensors
@@ -122,6 +125,7 @@ class Step:
     train_loss: TrainLoss | None = None
     clipped: Callable[[Tensors], Tensors] | None = None
     members: int | None = None
+    shards: int = 1
 
     def next_params(self) -> Tensors:
         """Return theta' = U(theta, s, g, phi) without a graph, in new memory."""
@@ -132,6 +136,8 @@ class Step:
 
         The result has an entry for each of the hparams on which an output depends.
         """
+        if self.shards > 1:
+            pairs = [(output, self.shards * cotangent) for output, cotangent in pairs]
         return reached([output for output, _ in pairs], self.hparams, [cotangent for _, cotangent in pairs])
 
 

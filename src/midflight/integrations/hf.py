@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from midflight.errors import InvalidLoss, warn
-from midflight.integrations.host import PREFIX, Host, only, silenced
+from midflight.integrations.host import PREFIX, Host, OnFailure, only, silenced, unchanged
 from midflight.space import Space
 from midflight.tuner import Tuner
 
@@ -33,7 +33,8 @@ class Tune(TrainerCallback):
 
     Each checkpoint of the trainer gets a file "midflight.pt", or one per process, from which the tuner
     resumes. The trainer logs the hyperparameters as "tune/value/..." and the validation loss, after each
-    hyper-step. `on_hyperstep=` gets all numbers.
+    hyper-step. `on_hyperstep=` gets all numbers. An exception or Ctrl-C that leaves `trainer.train` ends the
+    tuning.
 
     Args:
         trainer: the trainer, which gives the loss and the data.
@@ -52,6 +53,7 @@ class Tune(TrainerCallback):
         TypeError: an option is no argument of `Tuner`.
         UnusableLoader: when the training begins: the trainer has no `eval_dataset`, or several.
         FileNotFoundError: when the training resumes: the checkpoint of a tuned training has no tuner.
+        InvalidLoss: at a hyper-step: `compute_loss` returns no loss.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Tune(TrainerCallback):
     ) -> None:
         self._trainer, self._loaders, self._resume_from = trainer, (train_loader, valid_loader), resume_from
         self._host = Host(space, finish, options)
+        OnFailure(trainer, "train", self._host.detach)
 
     @property
     def tuner(self) -> Tuner | None:
@@ -80,12 +83,13 @@ class Tune(TrainerCallback):
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
             inputs = trainer._prepare_inputs(dict(batch))
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-            with trainer.compute_loss_context_manager(), silenced(trainer, "log"):
+            with trainer.compute_loss_context_manager(), unchanged(trainer), silenced(trainer, "log"):
                 loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
             if not isinstance(loss, Tensor):
                 raise InvalidLoss(f"compute_loss must return a loss, but gave a {type(loss).__name__}.")
             return loss
 
+        self._host.load_state_dict({})  # one loaded for a training that failed is not for this one
         if state.global_step:
             self._resume(args, state)
         train_loader, valid_loader = self._loaders
@@ -98,7 +102,9 @@ class Tune(TrainerCallback):
     def _write(self, numbers: dict[str, float]) -> None:
         """Log values and validation loss; all numbers would hide the trainer's own."""
         shown = PREFIX + "value/", PREFIX + "valid_loss"
-        self._trainer.log({name: x for name, x in numbers.items() if name.startswith(shown)})
+        logs = {name: x for name, x in numbers.items() if name.startswith(shown)}
+        # `log` of a subclass, such as TRL's, would add its own numbers and set them to zero
+        Trainer.log(self._trainer, logs)
 
     def _valid_loader(self) -> Iterable[Any] | None:
         data: Any = self._trainer.eval_dataset

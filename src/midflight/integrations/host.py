@@ -1,8 +1,10 @@
 """What the callbacks for other libraries share: one tuner per training, its state, and its numbers."""
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,7 +12,7 @@ from torch import nn
 from midflight.errors import UnusableLoader
 from midflight.space import Space
 from midflight.tuner import Tuner
-from midflight.tuner.live import Loss
+from midflight.tuner.live import Loss, entries_kept
 from midflight.tuner.optimizers import Optimizers
 
 OURS = ("self", "model", "optimizer", "space", "loss_fn", "train_loader", "valid_loader")
@@ -114,7 +116,7 @@ class Host:
         return {} if self.tuner is None else self.tuner.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep the state for the tuner of the next training."""
+        """Keep the state for the tuner of the next training; an empty one lets it begin anew."""
         self._state = state or None
 
 
@@ -134,6 +136,59 @@ def only(loaders: Any) -> Iterable[Any] | None:
             "train_loader= or valid_loader= of Tune."
         )
     return loaders[0] if loaders else None
+
+
+FEW_ENTRIES = 1000
+"""A list or dict with more entries is data rather than a count, and copying it at each loss takes time."""
+
+
+def unchanged(thing: Any) -> AbstractContextManager[None]:
+    """Restore an object's attributes at the end, and lists and dicts in them, such as a library's counts.
+
+    Lists and dicts may be nested three deep, as in `attribute[mode][name].append(number)`. Those with more
+    than FEW_ENTRIES entries are left alone, and so are those inside them.
+    """
+    found, level = [vars(thing)], [vars(thing)]
+    for _ in range(3):
+        values = [v for c in level for v in (c.values() if isinstance(c, dict) else c)]
+        level = [v for v in values if type(v) in (dict, defaultdict, list) and len(v) <= FEW_ENTRIES]
+        found += level
+    return entries_kept(found)
+
+
+class OnFailure:
+    """Replaces a method of an object: does the same, and calls `do` if an exception or Ctrl-C leaves it.
+
+    The exception is raised again. This serves libraries that do not tell their callbacks about an exception.
+    The replacement is an attribute of the object. So a copy of the object has a copy of the replacement,
+    which calls the method of the copy.
+
+    Args:
+        owner: the object; its attribute of this name is set.
+        method: name of the method.
+        do: a bound method, so that copies call it on a copy of its own object.
+    """
+
+    def __init__(self, owner: Any, method: str, do: Callable[[], Any]) -> None:
+        self._owner, self._method, self._do = owner, method, do
+        self._before = vars(owner).get(method)
+        """What the user had set on the object under this name; None if nothing."""
+        vars(owner)[method] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._before or partial(getattr(type(self._owner), self._method), self._owner)
+        try:
+            return call(*args, **kwargs)
+        except BaseException:
+            self._do()
+            raise
+
+    def remove(self) -> None:
+        """Restore the method, unless the user has replaced it since."""
+        if vars(self._owner).get(self._method) is self:
+            del vars(self._owner)[self._method]
+            if self._before is not None:
+                vars(self._owner)[self._method] = self._before
 
 
 @contextmanager

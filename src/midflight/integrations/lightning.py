@@ -72,6 +72,8 @@ class Tune(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stage = stage
+        if stage == "fit":
+            self._host.load_state_dict({})  # one loaded for a training that failed is not for this one
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = self._loss_fn or _training_step

@@ -18,7 +18,7 @@ from skorch.callbacks import Callback
 from skorch.dataset import unpack_data
 from torch import Tensor, nn
 
-from midflight.integrations.host import PREFIX, Host
+from midflight.integrations.host import PREFIX, Host, OnFailure, unchanged
 from midflight.space import Space
 from midflight.tuner import Tuner
 
@@ -27,7 +27,8 @@ class Tune(Callback):
     """Tunes hyperparameters while a skorch net trains.
 
     The net's history gets the hyperparameters of each epoch as "tune/...". Each `fit` begins with the initial
-    values of the space. A further `partial_fit` goes on with the present values, but anneals anew.
+    values of the space. A further `partial_fit` goes on with the present values, but anneals anew. An
+    exception ends the tuning. skorch takes Ctrl-C for the end of the training, and so does the tuner.
 
     Args:
         space: the hyperparameters to tune, or a function of the net that returns them. scikit-learn copies a
@@ -47,6 +48,7 @@ class Tune(Callback):
     def __init__(self, space: Space | Callable[[Any], Space], *, finish: bool = True, **options: Any) -> None:
         self.space, self.finish, self.options = space, finish, options
         self._host, self._begun = self._new_host(), False
+        self._watching: list[OnFailure] = []
         self._numbers: dict[str, float] = {}
 
     @property
@@ -74,7 +76,8 @@ class Tune(Callback):
 
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
             x, y = unpack_data(batch)
-            loss: Tensor = net.get_loss(net.infer(x), y, X=x, training=model.training)
+            with unchanged(net):
+                loss: Tensor = net.get_loss(net.infer(x), y, X=x, training=model.training)
             return loss
 
         t1 = net.get_iterator(dataset_train, training=True)
@@ -85,6 +88,19 @@ class Tune(Callback):
 
     def on_train_begin(self, net: Any, **_: Any) -> None:
         self._begun = False
+        self._release()
+        # other callbacks may also fail outside `fit_loop`, at the beginning or end of the training
+        self._watching = [OnFailure(net, method, self._fail) for method in ("fit_loop", "notify")]
+
+    def _fail(self) -> None:
+        self._host.detach()
+        self._release()
+
+    def _release(self) -> None:
+        """Give the net its own methods back."""
+        for watched in reversed(self._watching):
+            watched.remove()
+        self._watching = []
 
     def on_epoch_end(self, net: Any, **_: Any) -> None:
         for name, number in self._numbers.items():
@@ -92,6 +108,7 @@ class Tune(Callback):
                 net.history.record(name, number)
 
     def on_train_end(self, net: Any, **_: Any) -> None:
+        self._release()
         self._host.end()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 A file holds tensors and plain values only, so loading one from a shared folder cannot run code.
 """
 
+import io
 import pickle
 import random
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import numpy as np
 import torch
 
 from midflight._reporting.files import replacing
-from midflight.search.errors import SearchError
+from midflight.errors import warn
+from midflight.search.errors import SearchError, StorageLost
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,40 @@ class Point:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training after an epoch: its reports so far, the objective's state, and the random state."""
+    """A training after an epoch.
+
+    Attributes:
+        points: its reports so far.
+        state: what the objective reported.
+        random_state: of the global generators, see `random_state`.
+        config: configuration that was trained; another one if population-based training copied the file.
+    """
 
     points: list[Point]
     state: Any
     random_state: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write the file; a reader never sees a part of it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            torch.save({**vars(self), "points": [asdict(point) for point in self.points]}, part)
+        """Write the file; a reader never sees a part of it.
+
+        Raises:
+            SearchError: the state holds something else than tensors and plain values.
+            StorageLost: the folder cannot be written, for instance because the disk is full.
+        """
+        content = io.BytesIO()
+        torch.save({**vars(self), "points": [asdict(point) for point in self.points]}, content)
+        if len(self.points) == 1:
+            _read(content, f"the state of {path.name}")  # fails at the first report
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as part:
+                part.write_bytes(content.getbuffer())
+        except OSError as error:
+            raise StorageLost(
+                f"checkpoints must be written to {path.parent}, but {error.strerror or error}; the trials "
+                "stay unfinished, and the same command continues them when there is space."
+            ) from error
 
 
 def load(path: Path) -> Checkpoint | None:
@@ -55,16 +81,44 @@ def load(path: Path) -> Checkpoint | None:
         SearchError: the file holds more than tensors and plain values, or is damaged.
     """
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        content = io.BytesIO(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    try:
+        broken = zipfile.ZipFile(content).testzip()  # torch does not compare the checksums
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+        broken = str(error) or type(error).__name__
+    if broken:
+        raise SearchError(f"a checkpoint must be whole, but {path.name} is damaged ({broken}).")
+    saved = _read(content, path.name)
+    try:
+        return Checkpoint(**{**saved, "points": [Point(**point) for point in saved["points"]]})
+    except (TypeError, KeyError) as error:
         raise SearchError(
-            f"a checkpoint must hold tensors, strings, numbers and lists or dicts of them, but {path.name} "
+            f"{path.name} must be a checkpoint of a search, but it is not ({error})."
+        ) from error
+
+
+def load_or_drop(path: Path) -> Checkpoint | None:
+    """Load a checkpoint; warn and delete it if it cannot be used, so that the trial begins anew."""
+    try:
+        return load(path)
+    except SearchError as error:
+        path.unlink(missing_ok=True)
+        warn(f"a trial begins anew: {error}")
+        return None
+
+
+def _read(content: io.BytesIO, name: str) -> Any:
+    content.seek(0)
+    try:
+        return torch.load(content, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise SearchError(
+            f"a checkpoint must hold tensors, strings, numbers and lists or dicts of them, but {name} "
             f"does not ({str(error).splitlines()[0]}); pass such a state to `trial.report`, and convert "
             "arrays by torch.from_numpy."
         ) from error
-    return Checkpoint([Point(**point) for point in saved["points"]], saved["state"], saved["random_state"])
 
 
 def random_state() -> dict[str, Any]:

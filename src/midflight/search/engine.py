@@ -1,15 +1,18 @@
 """Define what a search gives to an engine, and what an engine gives to the search."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.study import Study
+from optuna.trial import FrozenTrial
 
-from midflight.search.space import Space
-from midflight.search.trial import Objective
+from midflight.search.ledger import Record
+from midflight.search.space import Config, Space
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,10 @@ class Engine:
         promotes: whether it may propose a configuration again, for a longer training.
         name: key in `ENGINES`.
         prepare: called before each proposal; returns False if nothing is left to propose.
-        drive: runs the trials itself, given (`Search`, objective, number of parallel trials); None: the
-            search's own processes run them.
+        hire: opens the place where trials run, given the number of parallel trials, and yields its kind of
+            worker; None: processes of this machine.
+        explore: returns a trial to copy and a new configuration for a trial, given its record and all
+            records; or None. Called every `interval` epochs.
     """
 
     sampler: BaseSampler
@@ -41,4 +46,18 @@ class Engine:
     promotes: bool = False
     name: str = ""
     prepare: Callable[[Study], bool] = lambda study: True
-    drive: Callable[[Any, Objective, int], None] | None = None
+    hire: Callable[[int], AbstractContextManager[Any]] | None = None
+    explore: Callable[[Record, list[Record]], tuple[Record, Config] | None] | None = None
+    interval: int = 0
+
+
+class IndependentSampler(BaseSampler):
+    """A sampler that draws each hyperparameter on its own; a subclass defines `sample_independent`."""
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}

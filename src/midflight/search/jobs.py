@@ -6,22 +6,26 @@ number.
 
 import math
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.trial import TrialState
 
 from midflight.search import checkpoint
 from midflight.search.checkpoint import Point
-from midflight.search.engine import Engine
-from midflight.search.errors import ObjectiveFailed
+from midflight.search.engine import Engine, Task
+from midflight.search.errors import ObjectiveFailed, SearchError, StorageLost
 from midflight.search.ledger import HEARTBEAT, Ledger, Record, best
 from midflight.search.space import Config, Space
 from midflight.search.trial import Job, Outcome
 from midflight.space import Categorical, Int
+from midflight.tuner.live import signals_wait
 
 MAX_DEATHS = 3  # a trial fails when its worker has died this often
 MAX_FAILURES = 3  # the search stops if this many first trials all fail
@@ -45,114 +49,124 @@ class Result:
 
     def load(self) -> Any:
         """Return the last state that the best trial reported; None if it reported none."""
-        saved = self.best and checkpoint.load(self.ledger.checkpoint(self.best.root))
+        saved = self.best and checkpoint.load(self.ledger.checkpoint(self.best))
         return saved.state if saved else None
 
 
+uninterrupted = partial(signals_wait, impatient=2)
+"""Delays Ctrl-C, but not a second one; an open transaction would lock the storage for a minute."""
+
+
+@dataclass
 class Search:
     """Hands out trials as jobs and stores their reports; `run_job` runs a job in any process."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        space: Space,
-        engine: Engine,
-        epochs: int,
-        trials: int | None,
-        seconds: float | None,
-        seed: int,
-        warm_start: bool,
-        first: Sequence[Config],
-        callbacks: Sequence[Callback],
-    ) -> None:
-        self.ledger = ledger
-        self.space = space
-        self.epochs = epochs
-        self.trials = trials
-        self._study = ledger.study
-        self._engine = engine
-        self._seed = seed
-        self._warm_start = warm_start
-        self._first = deque(first)
-        self._callbacks = callbacks
-        self._deadline = math.inf if seconds is None else time.monotonic() + seconds
-        self._last_take_over = time.monotonic()
+    ledger: Ledger
+    engine: Engine
+    task: Task
+    seconds: float | None
+    warm_start: bool
+    first: Sequence[Config]
+    callbacks: Sequence[Callback]
+
+    def __post_init__(self) -> None:
+        self._study = self.ledger.study
+        self._first = deque(self.first)
+        self._deadline = math.inf if self.seconds is None else time.monotonic() + self.seconds
+        self._last_take_over = -math.inf
         self._running: dict[int, _Running] = {}
         self._to_continue: deque[optuna.Trial] = deque()
+        self._to_explore: deque[optuna.Trial] = deque()
         self._first_failures: int | None = 0  # None once a trial has succeeded
+        self._coordinates: dict[int, Any] = {}
 
     @property
     def is_over(self) -> bool:
         """Whether the time is up."""
-        return time.monotonic() >= self._deadline
+        return self.seconds_left <= 0
 
     @property
     def seconds_left(self) -> float:
         """Seconds until the time is up."""
         return max(0.0, self._deadline - time.monotonic())
 
-    def take_over(self) -> None:
-        """Queue the unfinished trials of dead processes."""
-        self._last_take_over = time.monotonic()
-        for orphan in self.ledger.claim_orphans():
-            self._to_continue.append(optuna.Trial(self._study, orphan._trial_id))
-
+    @uninterrupted()
     def next_job(self) -> Job | None:
         """Return an interrupted trial or a new one; None if there is none now."""
         if time.monotonic() - self._last_take_over > HEARTBEAT:
-            self.take_over()
+            self._last_take_over = time.monotonic()
+            for orphan in self.ledger.claim_orphans():
+                self._to_continue.append(optuna.Trial(self._study, orphan._trial_id))
         if self.is_over:
             return None
         if self._to_continue:
             return self._start(self._to_continue.popleft())
-        if self.trials is not None and len(self._study.get_trials(deepcopy=False)) >= self.trials:
-            return None
-        if self._first:
-            self._study.enqueue_trial(self._first.popleft())
-        elif not self._engine.prepare(self._study):
-            return None
-        return self._start(self._study.ask())
+        trial = self._new_trial()
+        if trial is None and self._to_explore:
+            trial = self._to_explore.popleft()
+            self._explore(trial)
+        return None if trial is None else self._start(trial)
 
+    def _new_trial(self) -> optuna.Trial | None:
+        trials = self._study.get_trials(deepcopy=False)
+        waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+        if self.task.trials is not None and len(trials) - waiting >= self.task.trials:
+            return None
+        while self._first and not waiting:
+            self._study.enqueue_trial(self._first.popleft(), skip_if_exists=True)
+            waiting = len(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        if not waiting and not self.engine.prepare(self._study):
+            return None
+        return self._study.ask()
+
+    @uninterrupted()
     def on_report(self, number: int, points: list[Point]) -> bool:
         """Store the reports of a trial; return whether it continues."""
         running = self._running[number]
-        trial = running.trial
+        new = [point for point in points if point.epoch > running.epoch]
         try:
-            self._store(running, [point for point in points if point.epoch > running.epoch])
+            self._store(running, new)
         except optuna.exceptions.UpdateFinishedTrialError:  # another process took it over and finished it
             running.interrupted = True
             return False
-        self._call_callbacks(number)
+        self._call_callbacks(running.trial)
         if not math.isfinite(running.loss):
             running.stop_reason = "the loss was not finite"
-        elif running.epoch >= self.epochs:
+        elif running.epoch >= self.task.epochs:
             return True
-        elif trial.should_prune():
+        elif running.trial.should_prune():
             running.stop_reason = f"stopped by the engine after epoch {running.epoch}"
         elif self.is_over:
             running.interrupted = True
+        elif self.engine.explore and new and running.epoch % self.engine.interval == 0:
+            if not self.ledger.checkpoint(self.ledger.record(running.trial)).is_file():
+                raise SearchError(
+                    "population-based training copies the states of trials, so the objective must pass "
+                    "state= to trial.report, but passed none."
+                )
+            running.interrupted = True
+            self._to_explore.append(running.trial)
         return not (running.stop_reason or running.interrupted)
 
     def _store(self, running: "_Running", points: list[Point]) -> None:
         for point in points:
             running.trial.report(point.loss if math.isfinite(point.loss) else math.inf, point.epoch)
             running.epoch, running.loss = point.epoch, point.loss
-            if point.online:
-                running.trajectory.append((point.epoch, point.online))
-        if points and points[-1].online:
+            if online := {**running.moved, **point.online}:
+                running.trajectory.append((point.epoch, online))
+        if points and running.trajectory:
             running.trial.set_user_attr("trajectory", running.trajectory)
         if points and points[-1].extra:
             running.trial.set_user_attr("extra", points[-1].extra)
 
-    def on_new_config(self, number: int, config: Config) -> None:
-        """Store a new configuration of a running trial; population-based training changes it."""
-        self._running[number].trial.set_user_attr("config", config)
-
+    @uninterrupted()
     def on_end(self, number: int, outcome: Outcome) -> None:
         """Store how a job ended."""
         running = self._running.pop(number)
         trial = running.trial
-        if running.interrupted or self.ledger.record(number).state != "unfinished":
+        if outcome.how == "lost":
+            raise StorageLost(outcome.message)
+        if running.interrupted or self.ledger.record(trial).state != "unfinished":
             return
         message = running.stop_reason or outcome.message
         if message:
@@ -163,11 +177,12 @@ class Search:
             self._study.tell(trial, state=TrialState.FAIL)
         else:
             self._study.tell(trial, running.loss)
-        self._call_callbacks(number)
+        self._call_callbacks(trial)
         self._check_first_failures(outcome)
-        if not self._engine.promotes:
+        if not (self.engine.promotes or self.engine.explore):
             self.ledger.clear_checkpoints()
 
+    @uninterrupted()
     def on_death(self, number: int, counts: bool = True) -> None:
         """Queue the trial of a dead process again, at most `MAX_DEATHS - 1` times."""
         trial = self._running[number].trial
@@ -186,32 +201,50 @@ class Search:
 
     def _start(self, trial: optuna.Trial) -> Job:
         trial.set_user_attr("owner", self.ledger.owner)
-        config = suggest(trial, self.space)
-        if "starts" not in trial.user_attrs:
+        moved = trial.user_attrs.get("config", {})
+        config = moved or suggest(trial, self.task.space)
+        if "start" not in trial.user_attrs:
             self._initialise(trial, config)
-        attrs = trial.user_attrs
-        stored = self.ledger.record(trial.number)
-        self._running[trial.number] = _Running(trial, stored.epoch, stored.loss, stored.trajectory)
-        self._call_callbacks(trial.number)
+        stored = self.ledger.record(trial)
+        floats = {name: value for name, value in moved.items() if isinstance(value, float)}
+        self._running[trial.number] = _Running(trial, stored.epoch, stored.loss, stored.trajectory, floats)
+        self._call_callbacks(trial)
         return Job(
-            number=trial.number, config=config, starts=attrs["starts"], epochs=self.epochs, seed=self._seed,
-            space=self.space, checkpoint=self.ledger.checkpoint(attrs["root"]),
+            number=trial.number, config=config, starts=stored.starts, epochs=self.task.epochs,
+            seed=self.task.seed, space=self.task.space, checkpoint=self.ledger.checkpoint(stored),
         )  # fmt: skip
 
     def _initialise(self, trial: optuna.Trial, config: Config) -> None:
         """Store which trial this one continues, and where its tuned hyperparameters start."""
-        records = [r for r in self.ledger.records() if r.number < trial.number]
-        earlier = [r for r in records if r.config == config] if self._engine.promotes else []
-        trial.set_user_attr("engine", self._engine.name)
-        trial.set_user_attr("root", earlier[0].root if earlier else trial.number)
-        saved = checkpoint.load(self.ledger.checkpoint(earlier[0].root)) if earlier else None
-        trial.set_user_attr("from_epoch", saved.points[-1].epoch if saved else 0)
-        starts = self.space.starts(config)
+        starts = self.task.space.starts(config)
+        compares = self.engine.promotes or (self.warm_start and starts)
+        records = self.ledger.records()[: trial.number] if compares else []
+        earlier = self.engine.promotes and next((r for r in records if r.config == config), None)
+        saved = checkpoint.load_or_drop(self.ledger.checkpoint(earlier)) if earlier else None
         if earlier:
-            starts = earlier[0].starts
-        elif self._warm_start and starts:
-            starts |= nearest_values(self.space, config, records)
-        trial.set_user_attr("starts", {name: starts[name] for name in self.space.starts(config)})
+            starts = earlier.starts
+        elif self.warm_start and starts:
+            nearest = nearest_values(self.task.space, config, records, self._coordinates)
+            starts |= {name: value for name, value in nearest.items() if name in starts}
+        start = {
+            "engine": self.engine.name,
+            "root": earlier.root if earlier else trial.number,
+            # no other study in this folder has this name, not even a deleted one
+            "checkpoint": earlier.checkpoint if earlier else f"{trial.number}-{uuid.uuid4().hex[:12]}.pt",
+            "from_epoch": saved.points[-1].epoch if saved else 0,
+            "starts": starts,
+        }
+        trial.set_user_attr("start", start)
+
+    def _explore(self, trial: optuna.Trial) -> None:
+        """Copy a better trial's configuration and checkpoint to a bad one."""
+        assert self.engine.explore is not None
+        stored = self.ledger.record(trial)
+        found = self.engine.explore(stored, self.ledger.records())
+        saved = checkpoint.load_or_drop(self.ledger.checkpoint(found[0])) if found else None
+        if found and saved and saved.points[-1].epoch < self.task.epochs:  # else nothing would train with it
+            trial.set_user_attr("config", found[1])
+            saved.save(self.ledger.checkpoint(stored))
 
     def _check_first_failures(self, outcome: Outcome) -> None:
         if outcome.how != "failed":
@@ -223,11 +256,9 @@ class Search:
                     f"the first {MAX_FAILURES} trials all failed, the last with {outcome.message}"
                 ) from outcome.error
 
-    def _call_callbacks(self, number: int) -> None:
-        if self._callbacks:
-            stored = self.ledger.record(number)
-            for callback in self._callbacks:
-                callback(stored)
+    def _call_callbacks(self, trial: optuna.Trial) -> None:
+        for callback in self.callbacks:
+            callback(self.ledger.record(trial))
 
 
 @dataclass
@@ -236,27 +267,42 @@ class _Running:
 
     Attributes:
         epoch, loss: of the last report.
+        moved: values that population-based training changed.
         stop_reason: why the search ends it early; "" if it does not.
-        interrupted: whether it stays unfinished, because the time is up or another process has it.
+        interrupted: whether it stays unfinished: the time is up, another process has it, or it waits to be
+            compared with its population.
     """
 
     trial: optuna.Trial
     epoch: int
     loss: float
     trajectory: list[tuple[int, Config]]
+    moved: Config = field(default_factory=dict)
     stop_reason: str = ""
     interrupted: bool = False
 
 
-def nearest_values(space: Space, config: Config, records: Sequence[Record]) -> Config:
-    """Return the tuned values of the nearest configuration among the better half of complete trials."""
+def nearest_values(
+    space: Space, config: Config, records: Sequence[Record], known: dict[int, Any] | None = None
+) -> Config:
+    """Return the tuned values of the nearest configuration among the better half of complete trials.
+
+    Args:
+        known: keeps the coordinates of the trials by number for the next call.
+    """
+    known = {} if known is None else known
     tuned = sorted(
         (r for r in records if r.state == "complete" and r.trajectory and math.isfinite(r.loss)),
         key=lambda r: r.loss,
     )
     good = tuned[: len(tuned) // 2]  # empty for a single trial, which cannot be compared
-    nearest = min(good, key=lambda r: (space.distance(config, r.config), r.loss), default=None)
-    return dict(nearest.online) if nearest else {}
+    if not good:
+        return {}
+    for r in good:
+        if r.number not in known:
+            known[r.number] = space.coordinates(r.config)
+    distances = space.distances(space.coordinates(config), np.stack([known[r.number] for r in good]))
+    return dict(good[int(np.argmin(distances))].online)
 
 
 def suggest(trial: optuna.Trial, space: Space) -> Config:

@@ -11,9 +11,10 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class Record:
         extra: additional numbers of the last report.
         message: reason for a failure or an early stop.
         root: number of the first trial of this configuration, whose checkpoint it continues; else its own.
+        checkpoint: name of that checkpoint's file.
         from_epoch: epochs taken from that checkpoint.
         seconds: duration.
         engine: name of the engine that proposed it.
@@ -72,16 +74,17 @@ class Record:
     extra: dict[str, float] = field(default_factory=dict)
     message: str = ""
     root: int = 0
+    checkpoint: str = ""
     from_epoch: int = 0
     seconds: float = math.nan
     engine: str = ""
 
-    @property
+    @cached_property  # read for every trial whenever one starts or ends
     def epoch(self) -> int:
         """Epochs trained, including those of continued trials."""
         return max(self.losses, default=0)
 
-    @property
+    @cached_property
     def loss(self) -> float:
         """The last validation loss; NaN if there is none."""
         return self.losses[self.epoch] if self.losses else math.nan
@@ -115,63 +118,76 @@ class Ledger:
         self.study = study
         self.folder = folder
         self.owner = uuid.uuid4().hex[:12]
+        self._finished: dict[int, Record] = {}
 
     def records(self) -> list[Record]:
         """Return all trials, by number."""
-        return [record(trial) for trial in self.study.get_trials(deepcopy=False)]
+        found = []
+        for trial in self.study.get_trials(deepcopy=False):
+            known = self._finished.get(trial.number)
+            if known is None:
+                known = record(trial)
+                if trial.state.is_finished():
+                    self._finished[trial.number] = known
+            found.append(known)
+        return found
 
-    def record(self, number: int) -> Record:
+    def record(self, trial: optuna.Trial) -> Record:
         """Return one trial."""
-        return record(self.study.get_trials(deepcopy=False)[number])
+        return record(self.study._storage.get_trial(trial._trial_id))
 
-    def checkpoint(self, root: int) -> Path:
-        """Return the checkpoint file of the training that trial `root` started."""
-        return self.folder / f"{root}.pt"
+    def checkpoint(self, trial: Record) -> Path:
+        """Return the checkpoint file that a trial continues."""
+        return self.folder / trial.checkpoint
 
     def clear_checkpoints(self) -> None:
-        """Delete the checkpoints that no trial can continue; keep the best trial's."""
+        """Delete the checkpoints of this study that no trial can continue; keep the best trial's."""
+        if not (paths := list(self.folder.glob("*.pt"))):
+            return
         records = self.records()
         chosen = best(records)
         kept = {r.root for r in records if r.state == "unfinished"} | ({chosen.root} if chosen else set())
-        for path in self.folder.glob("*.pt"):
-            if path.stem.isdigit() and int(path.stem) not in kept:
+        for path in paths:
+            number = path.name.partition("-")[0]
+            root = int(number) if number.isdecimal() else len(records)
+            if root < len(records) and root not in kept and records[root].checkpoint == path.name:
                 path.unlink(missing_ok=True)
 
     def claim_orphans(self) -> list[FrozenTrial]:
         """Claim the unfinished trials whose process died; return those that this process won."""
-        owners = self._owners()
-        others_live = any(_is_alive(beat) for name, beat in owners.items() if name != self.owner)
-        dead = [
-            trial
-            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if not self._has_owner(trial, owners, others_live)
-        ]
-        for trial in dead:
-            self._set(trial, "owner", self.owner)
-        if dead and others_live:
+        attrs = self.study.user_attrs
+        alive = {key.removeprefix("owner:") for key, beat in attrs.items() if _is_alive(key, beat)} | {
+            self.owner
+        }
+        dead = {t._trial_id for t in self._unfinished() if not _has_owner(t, alive, len(alive) > 1)}
+        for trial_id in dead:
+            self.study._storage.set_trial_user_attr(trial_id, "owner", self.owner)
+        if dead and len(alive) > 1:
             time.sleep(PAUSE)  # the last process to write its claim wins (Fischer's mutual exclusion)
-        mine = {trial.number for trial in dead}
         return [
-            trial
-            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if trial.number in mine and trial.user_attrs.get("owner") == self.owner
+            t for t in self._unfinished() if t._trial_id in dead and t.user_attrs.get("owner") == self.owner
         ]
+
+    def _unfinished(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     @contextmanager
     def heartbeats(self) -> Iterator[None]:
-        """Send heartbeats in the block, so that no other process takes over this process's trials."""
-        key, ended = f"owner:{self.owner}", threading.Event()
+        """Send heartbeats in the block, so that no other process takes over this process's trials.
 
-        def beat() -> None:
-            self.study.set_user_attr(key, {"host": platform.node(), "pid": os.getpid(), "seen": time.time()})
+        Optuna's own heartbeat would fail a trial and enqueue a new one; it knows no journal, and waits for
+        minutes on the machine that sees at once that the process is gone.
+        """
+        key, ended = f"owner:{self.owner}", threading.Event()
+        me = {"host": platform.node(), "pid": os.getpid(), "began": _start_of(os.getpid())}
 
         def beats() -> None:
             while not ended.wait(HEARTBEAT):
                 with suppress(Exception):  # a lost storage raises in the main thread
-                    beat()
+                    self.study.set_user_attr(key, {**me, "seen": time.time()})
             self.study._storage.remove_session()
 
-        beat()
+        self.study.set_user_attr(key, {**me, "seen": time.time()})
         thread = threading.Thread(target=beats, daemon=True)
         thread.start()
         try:
@@ -182,26 +198,11 @@ class Ledger:
             with suppress(Exception):
                 self.study.set_user_attr(key, {"seen": 0.0})
 
-    def _owners(self) -> dict[str, dict[str, Any]]:
-        attrs = self.study.user_attrs.items()
-        return {key.removeprefix("owner:"): value for key, value in attrs if key.startswith("owner:")}
-
-    def _has_owner(self, trial: FrozenTrial, owners: Mapping[str, dict[str, Any]], others_live: bool) -> bool:
-        owner = trial.user_attrs.get("owner")
-        if owner is not None:
-            return owner == self.owner or _is_alive(owners.get(owner, {"seen": 0.0}))
-        # the process died before it wrote its name, or it is about to write it
-        began = trial.datetime_start
-        return others_live and began is not None and time.time() - began.timestamp() < HEARTBEAT_TIMEOUT
-
-    def _set(self, trial: FrozenTrial, key: str, value: Any) -> None:
-        self.study._storage.set_trial_user_attr(trial._trial_id, key, value)
-
 
 def record(trial: FrozenTrial) -> Record:
     """Convert a trial of Optuna."""
-    attrs = trial.user_attrs
-    duration = trial.duration
+    attrs = {**trial.user_attrs, **trial.user_attrs.get("start", {})}
+    root, duration = attrs.get("root", trial.number), trial.duration
     return Record(
         number=trial.number,
         state=STATES[trial.state],
@@ -211,7 +212,8 @@ def record(trial: FrozenTrial) -> Record:
         trajectory=[(epoch, values) for epoch, values in attrs.get("trajectory", [])],
         extra=attrs.get("extra", {}),
         message=attrs.get("message", ""),
-        root=attrs.get("root", trial.number),
+        root=root,
+        checkpoint=attrs.get("checkpoint", f"{root}.pt"),
         from_epoch=attrs.get("from_epoch", 0),
         seconds=duration.total_seconds() if duration else math.nan,
         engine=attrs.get("engine", ""),
@@ -235,9 +237,10 @@ def open_study(
     """Start or resume the study `name`; its storage is open in the block.
 
     Raises:
-        SearchError: the storage cannot be reached, or `name` is another search.
+        SearchError: the storage cannot be reached, `name` is another search, or there can be no such folder.
     """
     with _opened(storage) as backend:
+        _make_folder("checkpoints", folder)
         study = optuna.create_study(
             storage=backend, study_name=name, direction="minimize", load_if_exists=True, **engine
         )
@@ -262,12 +265,12 @@ def read_study(storage: str, name: str) -> Iterator[tuple[Ledger, Declaration]]:
         UnknownName: no study has this name.
     """
     with _opened(storage, create=False) as backend:
-        names = [summary.study_name for summary in optuna.get_all_study_summaries(backend)]
+        names = optuna.get_all_study_names(backend)
         if name not in names:
             raise UnknownName(f"a study in {without_password(storage)}", name, names or ["(none yet)"])
         study = optuna.load_study(storage=backend, study_name=name)
         if DECLARATION not in study.user_attrs:
-            raise SearchError(f"the study must be a search of midflight, but {name!r} is not.")
+            raise SearchError(f"the study must be one of midflight, but {name!r} is not.")
         yield Ledger(study, default_folder(storage, name)), _declaration(study)
 
 
@@ -292,23 +295,29 @@ def open_storage(storage: str | None, create: bool = True) -> optuna.storages.Ba
     if path is not None:
         if not create and not path.is_file():
             raise SearchError(f"the storage must be a file, but {path} does not exist; run the search first.")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SearchError(
-                f"the folder of the storage {path} cannot be created: {error.strerror}."
-            ) from error
+        _make_folder(f"storage {path}", path.parent)
         if path.suffix in JOURNAL:
             return _journal(path)
     return _database(storage if path is None else f"sqlite:///{path}")
 
 
+def _make_folder(what: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SearchError(
+            f"the folder of the {what} cannot be created: {folder}: {error.strerror}."
+        ) from error
+
+
 def _check_same(name: str, before: Declaration, now: Declaration) -> None:
     for what in ("space", "epochs", "seed", "objective"):
-        if getattr(before, what) != getattr(now, what):
+        old, new = getattr(before, what), getattr(now, what)
+        if old != new:
+            differ = old.differences(new) if what == "space" else f"it has {old} and this search has {new}"
             raise SearchError(
-                f"the study {name!r} must have the same {what} to be resumed, but it has "
-                f"{_as_text(before, what)} and this search has {_as_text(now, what)}; choose another name."
+                f"the study {name!r} must have the same {what} to be resumed, but {differ}; choose another "
+                "name."
             )
 
 
@@ -413,8 +422,18 @@ def _first_line(error: BaseException) -> str:
     return (str(getattr(cause, "orig", cause)).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
 
 
-def _is_alive(beat: Mapping[str, Any]) -> bool:
-    if time.time() - beat["seen"] > HEARTBEAT_TIMEOUT:
+def _has_owner(trial: FrozenTrial, alive: set[str], others_live: bool) -> bool:
+    owner = trial.user_attrs.get("owner")
+    if owner is not None:
+        return owner in alive
+    # the process died before it wrote its name, or it is about to write it
+    began = trial.datetime_start
+    return others_live and began is not None and time.time() - began.timestamp() < HEARTBEAT_TIMEOUT
+
+
+def _is_alive(key: str, beat: Any) -> bool:
+    """Whether a user attribute of the study is the recent heartbeat of a process that is not known dead."""
+    if not key.startswith("owner:") or time.time() - beat["seen"] > HEARTBEAT_TIMEOUT:
         return False
     if beat["host"] != platform.node():
         return True
@@ -424,14 +443,16 @@ def _is_alive(beat: Mapping[str, Any]) -> bool:
         return False
     except PermissionError:
         pass
-    return True
+    return bool(beat.get("began", "") == _start_of(beat["pid"]))
+
+
+def _start_of(pid: int) -> str:
+    """Return when a process began, because the system uses its number again; "" where it does not tell."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
 
 
 def _declaration(study: Study) -> Declaration:
     stored = study.user_attrs[DECLARATION]
     return Declaration(**{**stored, "space": Space.from_json(stored["space"])})
-
-
-def _as_text(declaration: Declaration, what: str) -> str:
-    value = getattr(declaration, what)
-    return ", ".join(value) if isinstance(value, Space) else str(value)

@@ -76,7 +76,6 @@ class Mlp:
             Shuffled(t2, min(BATCH, len(t2)), trial.seed + 2), total_steps=trial.epochs * len(batches),
         )  # fmt: skip
         done = _restore(trial.load(), model, optimizer, batches, tuner or None)
-        optimizer.param_groups[0].update(_options(searched))  # a copied state is of another configuration
         for epoch in range(done + 1, trial.epochs + 1):
             for batch in batches:
                 optimizer.zero_grad()
@@ -137,7 +136,7 @@ def problem(what: str, data: str | None = None, train: int | None = None) -> Pro
         SpaceError: the space in the file is invalid.
     """
     if what == "mlp":
-        data = data or "digits"
+        data = "digits" if data is None else data
         split = splits(data, train)[0]
         return Problem(Mlp(data, train), MLP_SPACE, f"mlp on {data}, {len(split)} images")
     path, _, name = what.partition(":")

@@ -6,7 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from midflight._reporting.figures import save
 from midflight._reporting.page import data_uri, write_page
@@ -23,14 +25,12 @@ CAPTIONS = {
     ),
     "importance": (
         "Importance of the searched hyperparameters",
-        "A random forest predicts the rank of a trial from its configuration and epochs. The bars show how "
-        "much its R² drops when one hyperparameter is shuffled, with the standard deviation over shuffles. "
-        "Hyperparameters tuned during the trials are not included.",
+        "How much a hyperparameter decides whether a trial is among the best, by Optuna's PED-ANOVA on all "
+        "complete and stopped trials. Hyperparameters tuned during the trials are not included.",
     ),
     "configurations": (
         "Every configuration",
-        "Each line is a trial: darker is better, blue is the best. The line passes below the axis of an "
-        "inactive hyperparameter.",
+        "Each mark is a trial, in the panel of each hyperparameter that is active in it, at its last loss.",
     ),
     "online": (
         "Tuned during training",
@@ -108,28 +108,29 @@ def headline(records: list[Record]) -> str:
 
 def summary_table(records: list[Record], most: int = 5) -> Table:
     """Return a table of the best trials for the terminal."""
-    table = Table(title=f"{len(records)} trials, the best first")
-    for column in ("trial", "configuration", "tuned values"):
-        table.add_column(column)
-    for column in ("epochs", "loss", "other numbers"):
-        table.add_column(column, justify="right")
     done = [r for r in records if r.state == "complete"] or [r for r in records if r.losses]
-    for r in sorted(done, key=lambda r: (-r.epoch, _key(r.loss)))[:most]:
+    order = sorted(done, key=lambda r: (-r.epoch, _key(r.loss)))
+    return trials_table(f"{len(records)} trials, the best first", order[:most], best(records))
+
+
+def trials_table(title: str, records: list[Record], chosen: Record | None) -> Table:
+    """Return a table of these trials for the terminal; the chosen one is bold."""
+    table = Table(title=title)
+    for column in ("trial", "configuration", "tuned values", "epochs", "loss", "state", "other numbers"):
+        table.add_column(column, justify="right" if column in ("trial", "epochs", "loss") else "left")
+    for r in records:
+        is_best = chosen is not None and r.number == chosen.number
+        state = ("running" if r.state == "unfinished" else r.state) + ", best" * is_best
         extra = ", ".join(f"{name} {value:.4g}" for name, value in r.extra.items())
-        table.add_row(
-            str(r.number),
-            config_text(r.config),
-            config_text(r.online),
-            str(r.epoch),
-            loss_text(r.loss),
-            extra,
-        )
+        cells = (f"{r.number}", config_text(r.config), config_text(r.online), f"{r.epoch}", loss_text(r.loss))
+        # a Text shows brackets, which a string would turn into markup
+        table.add_row(*map(Text, (*cells, state, extra)), style="bold" if is_best else None)
     return table
 
 
 def config_text(config: Config) -> str:
-    """Return a text such as: layers 2 · optimizer adam · lr 0.003."""
-    return " · ".join(f"{name} {value_text(value)}" for name, value in config.items()) or "–"  # noqa: RUF001
+    """Return a text such as: layers 2, optimizer adam, lr 0.003."""
+    return ", ".join(f"{name} {value_text(value)}" for name, value in config.items()) or "-"
 
 
 def value_text(value: Any) -> str:
@@ -137,18 +138,13 @@ def value_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        flat = _flat(value)
-        return f"mean {sum(flat) / len(flat):.3g} of {len(flat)}"
+        return f"mean {np.mean(value):.3g} of {np.size(value)}"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def loss_text(loss: float) -> str:
     """Format a loss to four digits; a dash if there is none."""
-    return f"{loss:.4g}" if math.isfinite(loss) else "–" if math.isnan(loss) else "diverged"  # noqa: RUF001
-
-
-def _flat(value: Any) -> list[float]:
-    return [x for part in value for x in _flat(part)] if isinstance(value, list) else [float(value)]
+    return f"{loss:.4g}" if math.isfinite(loss) else "-" if math.isnan(loss) else "diverged"
 
 
 def _key(loss: float) -> float:

@@ -1,10 +1,13 @@
 """Declare the space of a search once for all engines: searched, tuned and conditional hyperparameters."""
 
 import json
+import numbers
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from midflight.errors import SpaceError, UnknownName
@@ -35,7 +38,9 @@ class Space:
     """
 
     def __init__(self, specs: Mapping[str, Spec] | None = None, /, **named: Spec) -> None:
-        specs = specs or {}
+        specs = {} if specs is None else specs
+        if not isinstance(specs, Mapping):
+            raise SpaceError(f"a Space needs a dict of names and hyperparameters, but got {specs!r}.")
         twice = sorted(set(specs) & set(named))
         if twice:
             raise SpaceError(f"a name can be declared once, but {', '.join(twice)} is declared twice.")
@@ -105,25 +110,75 @@ class Space:
              for name, spec in self.specs.items()}
         )  # fmt: skip
 
-    def distance(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-        """Return the distance of two configurations, in [0, 1] (Gower 1971).
+    def coordinates(self, config: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+        """Return the unit coordinates of the searched hyperparameters, shape (searched,); NaN where inactive.
 
-        It is the mean over the searched hyperparameters that are active in either configuration. A number
-        contributes the difference of its unit coordinates, a category 0 or 1, and a hyperparameter that is
-        active in one configuration only contributes 1.
+        The coordinate of a category is its index.
         """
-        terms = [
-            1.0 if (name in a) != (name in b) else _difference(spec, a[name], b[name])
-            for name, spec in self.searched.items()
-            if name in a or name in b
-        ]
-        return sum(terms) / len(terms) if terms else 0.0
+        return np.array(
+            [_coordinate(spec, config[n]) if n in config else np.nan for n, spec in self.searched.items()]
+        )
+
+    def distances(
+        self, a: npt.NDArray[np.float64], others: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """Return the distances, shape (n,), of coordinates (searched,) to others (n, searched) (Gower 1971).
+
+        A distance in [0, 1] is the mean over the hyperparameters that are active in either configuration. A
+        number contributes the difference of its unit coordinates, a category 0 or 1, and a hyperparameter
+        that is active in one configuration only contributes 1.
+        """
+        terms = np.abs(others - a)
+        categories = [isinstance(spec, Categorical) for spec in self.searched.values()]
+        terms = np.where(categories, np.sign(terms), terms)
+        inactive = np.isnan(others).astype(int) + np.isnan(a)
+        terms = np.choose(inactive, [terms, 1.0, 0.0])
+        mean: npt.NDArray[np.float64] = terms.sum(1) / np.maximum(1, (inactive < 2).sum(1))
+        return mean
+
+    def distance(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+        """Return the distance of two configurations, see `distances`."""
+        return float(self.distances(self.coordinates(a), self.coordinates(b)[None])[0])
+
+    def checked(self, config: Mapping[str, Any], what: str) -> Config:
+        """Return a whole or partial configuration with plain Python values.
+
+        Args:
+            what: what it is, for messages.
+
+        Raises:
+            SpaceError: a name is not searched or not active, or a value is not possible.
+        """
+        if not isinstance(config, Mapping):
+            raise SpaceError(f"{what} must be a dict of names and values, but got {config!r}.")
+        found: Config = {}
+        for name, value in config.items():
+            if name not in self.searched:
+                raise SpaceError(
+                    f"{what} may name {', '.join(self.searched)}, which the engine searches, but it names "
+                    f"{name!r}."
+                )
+            found[name] = plain_value(self[name], name, value, f"{what} has")
+        for name in found:
+            if not self.is_active(name, found):
+                raise SpaceError(
+                    f"{what} may give {name} only where {self[name].when} holds, but is {found}."
+                )
+        return {name: found[name] for name in self.searched if name in found}
+
+    def differences(self, other: "Space") -> str:
+        """Return in words where the other space differs; "" if it does not."""
+        mine, theirs = json.loads(self.to_json()), json.loads(other.to_json())
+        return "; ".join(
+            f"{name}: {_declared(mine.get(name))}, now {_declared(theirs.get(name))}"
+            for name in {**mine, **theirs}
+            if mine.get(name) != theirs.get(name)
+        ) or "the order of its names" * ([*mine] != [*theirs])
 
     def to_json(self) -> str:
         """Return the space as JSON; see `from_json`."""
-        return json.dumps(
-            {name: {"kind": type(spec).__name__, **asdict(_plain(spec))} for name, spec in self.specs.items()}
-        )
+        specs = {name: {"kind": type(spec).__name__, **asdict(spec)} for name, spec in self.specs.items()}
+        return json.dumps(specs, default=lambda array: array.tolist())  # of numpy or torch
 
     @staticmethod
     def from_json(text: str) -> "Space":
@@ -150,25 +205,50 @@ def conditions(spec: Spec) -> dict[str, tuple[Choice, ...]]:
     }
 
 
-def unit(spec: Float | Int, value: Any) -> float:
-    """Return the unit coordinate of a number, in [0, 1]."""
-    scale = spec if isinstance(spec, Float) else Float(spec.low, spec.high, log=spec.log)
-    return float(scale.transform.raw(torch.tensor(float(value), dtype=torch.float64)))
+def plain_value(spec: Spec, name: str, value: Any, what: str) -> Choice:
+    """Return `value` as a Python value of `spec`, also if it is one of numpy.
+
+    Raises:
+        SpaceError: it is not possible; the message begins with `what`.
+    """
+    plain = value.item() if isinstance(value, np.generic) else value
+    number = isinstance(plain, numbers.Real) and not isinstance(plain, bool)
+    if isinstance(spec, Categorical):
+        allowed = f"one of {', '.join(map(repr, spec.choices))}"
+        same = [c for c in spec.choices if type(c) is type(plain) or (number and not isinstance(c, bool))]
+        possible = isinstance(plain, Choice) and plain in same
+    elif isinstance(spec, Int):
+        allowed = f"a whole number in [{spec.low}, {spec.high}]"
+        possible = number and isinstance(plain, int) and spec.low <= plain <= spec.high
+    else:
+        allowed = f"a number in [{spec.low:g}, {spec.high:g}]"
+        possible = number and spec.low <= plain <= spec.high
+    if not possible:
+        raise SpaceError(f"{what} {name}={value!r}, but {name} must be {allowed}.")
+    if isinstance(spec, Categorical):
+        return spec.choices[spec.choices.index(plain)]
+    return plain if isinstance(spec, Int) else float(plain)
 
 
 def _online(spec: Spec) -> bool:
     return isinstance(spec, Float) and spec.online
 
 
-def _difference(spec: Spec, a: Any, b: Any) -> float:
-    return float(a != b) if isinstance(spec, Categorical) else abs(unit(spec, a) - unit(spec, b))
+def _coordinate(spec: Spec, value: Any) -> float:
+    if isinstance(spec, Categorical):
+        return float(spec.choices.index(value))
+    scale = spec if isinstance(spec, Float) else Float(spec.low, spec.high, log=spec.log)
+    return float(scale.transform.raw(torch.tensor(float(value), dtype=torch.float64)))
 
 
-def _plain(spec: Spec) -> Spec:
-    """Replace tensors by lists, for JSON."""
-    if isinstance(spec, Float) and spec.init is not None:
-        return replace(spec, init=torch.as_tensor(spec.init, dtype=torch.float64).tolist())
-    return spec
+def _declared(fields: dict[str, Any] | None) -> str:
+    """Return a stored declaration as text, such as Int(low=1, high=4)."""
+    if fields is None:
+        return "nothing"
+    given = ", ".join(
+        f"{key}={value!r}" for key, value in fields.items() if value not in (None, []) and key != "kind"
+    )
+    return f"{fields['kind']}({given})"
 
 
 def _parents_first(specs: Mapping[str, Spec]) -> dict[str, Spec]:
@@ -176,6 +256,8 @@ def _parents_first(specs: Mapping[str, Spec]) -> dict[str, Spec]:
     if not specs:
         raise SpaceError("a Space needs at least one hyperparameter, such as layers=Int(1, 4).")
     for name, spec in specs.items():
+        if not isinstance(name, str) or not name:
+            raise SpaceError(f"the name of a hyperparameter must be a text, but got {name!r}.")
         if not isinstance(spec, Float | Int | Categorical):
             raise SpaceError(f"{name} must be a Float, an Int or a Categorical, but got {spec!r}.")
         if isinstance(spec, Float) and spec.shape and not spec.online:
@@ -231,14 +313,6 @@ def _check_condition(specs: Mapping[str, Spec], name: str, parent: str, values: 
             f"the condition of {name} must name an Int or a Categorical, but {parent} is {kind}."
         )
     for value in values:
-        if isinstance(spec, Categorical):
-            possible, allowed = value in spec.choices, f"one of {', '.join(map(repr, spec.choices))}"
-        else:
-            possible = isinstance(value, int) and spec.low <= value <= spec.high
-            allowed = f"a whole number in [{spec.low}, {spec.high}]"
-        if not possible:
-            raise SpaceError(
-                f"the condition of {name} requires {parent}={value!r}, but {parent} must be {allowed}."
-            )
+        plain_value(spec, parent, value, f"the condition of {name} requires")
     if not values:
         raise SpaceError(f"the condition of {name} must name a value of {parent}, but names none.")

@@ -2,13 +2,14 @@
 
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from midflight.search import checkpoint
 from midflight.search.checkpoint import Checkpoint, Point
+from midflight.search.errors import StorageLost
 from midflight.search.space import Config, Space
 from midflight.space import Space as TunedSpace
 
@@ -41,12 +42,13 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        how: "complete", "stopped" (by the search) or "failed" (by an exception).
+        how: "complete", "stopped" (by the search), "failed" (by an exception) or "lost" (the checkpoints'
+            disk failed, so the trial stays unfinished).
         message: text of the exception, or reason of the stop.
         error: the exception; None outside the process that raised it.
     """
 
-    how: Literal["complete", "stopped", "failed"]
+    how: Literal["complete", "stopped", "failed", "lost"]
     message: str = ""
     error: Exception | None = None
 
@@ -56,19 +58,24 @@ class Trial:
 
     Attributes:
         number: number of the trial in its study, from 0.
-        params: name -> value of the active hyperparameters; the initial value of a tuned one.
         epochs: epochs of a full training. `report` may end the trial earlier; it may continue later.
         seed: seed of the search, equal for all trials; torch, numpy and random are already seeded with it.
     """
 
     def __init__(self, job: Job, send: Send) -> None:
         self.number = job.number
-        self.params: Config = {**job.config, **job.starts}
         self.epochs = job.epochs
         self.seed = job.seed
         self._job = job
         self._send = send
         self._points: list[Point] = []
+        self._before: Config = {}  # other values that the loaded state was trained with
+        self._lost: StorageLost | None = None
+
+    @property
+    def params(self) -> Config:
+        """A new dict, name -> value of the active hyperparameters; the initial value of a tuned one."""
+        return {**self._job.config, **self._job.starts}
 
     def online(self) -> TunedSpace | None:
         """Return the hyperparameters to tune in this trial, at their initial values, or None."""
@@ -77,16 +84,25 @@ class Trial:
     def load(self) -> Any:
         """Return the last reported state of this configuration; None if there is none.
 
-        Also restores the global random generators of torch, numpy and random.
+        Also restores the global random generators of torch, numpy and random. If population-based training
+        copied the state from another trial, this trial's lr, momentum, ... replace the other's in every
+        `state_dict` of an optimiser.
 
         Raises:
             Stop: the search needs no further epoch of this trial.
         """
-        saved = checkpoint.load(self._job.checkpoint)
+        saved = checkpoint.load_or_drop(self._job.checkpoint)
         if saved is None:
             return None
         self._points = saved.points
         self._send_points(saved.points)
+        config = self._job.config
+        self._before = {n: v for n, v in saved.config.items() if type(v) is float and config.get(n) != v}
+        for group in _groups(saved.state):
+            for name, before in self._before.items():
+                for key in {name, f"initial_{name}"} & group.keys():
+                    scaled = group[key] * config[name] / before if before else config[name]
+                    group[key] = config[name] if group[key] == before else scaled
         checkpoint.set_random_state(saved.random_state)
         return saved.state
 
@@ -105,25 +121,39 @@ class Trial:
 
         Raises:
             Stop: the search ends this trial.
-            ValueError: the epoch is out of range.
+            ValueError: the epoch is out of range, or an optimiser in the state trains with a value that is
+                not this trial's.
+            StorageLost: the checkpoint cannot be written, so the search ends.
         """
         last = self._points[-1].epoch if self._points else 0
-        if not last < epoch <= self.epochs:
+        if not last < epoch <= self.epochs or epoch != int(epoch):
             raise ValueError(
                 f"{last} < epoch <= {self.epochs} must hold after a report of epoch {last}, but got "
                 f"epoch={epoch}; continue from the epoch in `trial.load()`."
             )
         online = {} if space is None else space.as_dict()
-        point = Point(epoch, float(loss), online, {name: float(x) for name, x in extra.items()})
+        point = Point(int(epoch), float(loss), online, {name: float(x) for name, x in extra.items()})
         self._points = [*self._points, point]
         if state is not None and math.isfinite(point.loss):
             self._save(state() if callable(state) else state)
         self._send_points([point])
 
     def _save(self, state: Any) -> None:
-        Checkpoint(self._points, state, checkpoint.random_state()).save(self._job.checkpoint)
-        if len(self._points) == 1:
-            checkpoint.load(self._job.checkpoint)  # a state that cannot be loaded fails at the first report
+        for group in _groups(state):
+            for name, before in self._before.items():
+                if group.get(name) == before:
+                    raise ValueError(
+                        f"this trial must train with {name}={self._job.config[name]}, but its optimiser has "
+                        f"the {before} of the trial that it was copied from; set the optimiser's options "
+                        "from trial.params after loading its state."
+                    )
+        try:
+            Checkpoint(self._points, state, checkpoint.random_state(), self._job.config).save(
+                self._job.checkpoint
+            )
+        except StorageLost as error:
+            self._lost = error  # an objective may catch it
+            raise
 
     def _send_points(self, points: list[Point]) -> None:
         if not self._send(points):
@@ -136,15 +166,30 @@ def run_job(job: Job, objective: Objective, send: Send) -> Outcome:
     trial = Trial(job, send)
     try:
         loss = objective(trial)
-        if loss is not None:
+        if trial._lost is None and loss is not None:
             trial.report(job.epochs, float(loss))
         elif not trial._points:
             raise ValueError("the objective must report or return a loss, but it did neither.")
     except Stop:
         return Outcome("stopped")
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return Outcome(
-            "failed", f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})", error
-        )
+        if trial._lost is None:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            return Outcome("failed", text, error)
+    if trial._lost is not None:
+        return Outcome("lost", str(trial._lost))
     return Outcome("complete")
+
+
+def _groups(state: Any) -> Iterator[dict[str, Any]]:
+    """Yield the parameter groups of all optimisers' states in a nested state."""
+    if isinstance(state, dict):
+        groups = state.get("param_groups")
+        if isinstance(groups, list):
+            yield from (group for group in groups if isinstance(group, dict))
+        for value in state.values():
+            yield from _groups(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _groups(value)

@@ -1,12 +1,14 @@
-"""Run trials in worker processes; replace a worker that dies, and continue its trial in the next.
+"""Run trials in workers; replace a worker that dies, and continue its trial in the next.
 
-A worker runs many trials. It receives a job through a pipe and sends reports back. The search answers each
-report with whether the trial continues.
+A worker runs many trials. It receives a job and sends reports back. The search answers each report with
+whether the trial continues. Several processes on one storage would not do instead: only one process asks the
+engine, so a search with workers proposes what one without them does, and it needs no storage on a disk.
 """
 
 import os
 import pickle
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -20,40 +22,95 @@ from midflight.search.jobs import Search
 from midflight.search.trial import Job, Objective, Outcome, run_job
 
 POLL = 1.0  # seconds between checks of the time limit
+ATTEMPTS, PAUSE = 5, 0.2  # to start a process, and seconds between two of them
 MAX_FAILED_STARTS = 3  # the search stops when this many workers in a row die before they are ready
 
 
-def run_in_workers(search: Search, objective: Objective, workers: int) -> None:
+class Worker:
+    """A process of this machine that runs jobs, one at a time; a subclass runs them elsewhere."""
+
+    job: Job | None = None
+    ready = False
+
+    def __init__(self, pickled: bytes, threads: int) -> None:
+        context = fresh_processes(__name__)
+        self._pipe, other_end = context.Pipe()
+        with other_end:
+            for attempt in range(ATTEMPTS):
+                self._process = context.Process(target=_serve_in_process, args=(other_end, pickled, threads))
+                try:
+                    self._process.start()
+                    return
+                except (
+                    EOFError,
+                    OSError,
+                ):  # the server that forks was killed; another start begins a new one
+                    if attempt == ATTEMPTS - 1:
+                        raise
+                    time.sleep(PAUSE)
+
+    @staticmethod
+    def pickle(objective: Objective) -> bytes:
+        return pickle.dumps(objective)
+
+    @staticmethod
+    def wait(workers: Sequence[Any], seconds: float) -> None:
+        """Wait until one of the workers has a message or dies."""
+        wait([w._pipe for w in workers] + [w._process.sentinel for w in workers], seconds)
+
+    def send(self, message: Job | bool) -> None:
+        with suppress(OSError):  # it just died
+            self._pipe.send(message)
+
+    def receive(self) -> Any:
+        """Return its next message, or None if there is none yet."""
+        try:
+            return self._pipe.recv() if self._pipe.poll() else None
+        except (EOFError, OSError):
+            self.end()
+            return None
+
+    def is_alive(self) -> bool:
+        return bool(self._process.is_alive())
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+def run_in_workers(search: Search, objective: Objective, workers: int, kind: type[Worker]) -> None:
     """Run trials, `workers` at a time, until none are left or the time is up.
 
     Raises:
         SearchError: the objective cannot be pickled, or workers cannot start.
     """
     try:
-        pickled = pickle.dumps(objective)
+        pickled = kind.pickle(objective)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise SearchError(
             f"with workers={workers} the objective must be a function at the top of a module, but "
             f"{objective!r} cannot be pickled ({error}); move it there, or use workers=1."
         ) from error
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    pool: list[_Worker] = []
+    pool: list[Worker] = []
     failed_starts = 0
     try:
         while True:
-            while _has_room(pool, workers) and (job := search.next_job()) is not None:
+            while sum(w.job is not None for w in pool) < workers and (job := search.next_job()) is not None:
                 worker = next((w for w in pool if w.job is None), None)
                 if worker is None:
-                    worker = _Worker(pickled, threads)
-                    pool.append(worker)
-                worker.start(job)
+                    pool.append(worker := kind(pickled, threads))
+                worker.job = job
+                worker.send(job)
             busy = [worker for worker in pool if worker.job is not None]
             if not busy or search.is_over:
                 return
-            wait([w.pipe for w in busy] + [w.process.sentinel for w in busy], min(POLL, search.seconds_left))
+            kind.wait(busy, min(POLL, search.seconds_left))
             for worker in busy:
-                if worker.answer(search):
+                if _hear(worker, search):
                     continue
+                worker.end()
                 pool.remove(worker)
                 failed_starts = 0 if worker.ready else failed_starts + 1
                 if failed_starts >= MAX_FAILED_STARTS:
@@ -66,60 +123,32 @@ def run_in_workers(search: Search, objective: Objective, workers: int) -> None:
             worker.end()
 
 
-def _has_room(pool: list["_Worker"], workers: int) -> bool:
-    return sum(worker.job is not None for worker in pool) < workers
+def _hear(worker: Worker, search: Search) -> bool:
+    """Pass the worker's messages to the search and answer them; return whether the worker is alive."""
+    while worker.job is not None and (message := worker.receive()) is not None:
+        number = worker.job.number
+        if isinstance(message, Outcome):
+            worker.job = None
+            search.on_end(number, message)
+        elif isinstance(message, list):
+            worker.send(search.on_report(number, message))
+        elif message == "ready":
+            worker.ready = True
+        else:
+            raise SearchError(message)
+    alive = worker.is_alive()
+    if not alive and worker.job is not None:
+        search.on_death(worker.job.number, counts=worker.ready)
+    return alive
 
 
-class _Worker:
-    """A process and its current job."""
-
-    def __init__(self, pickled: bytes, threads: int) -> None:
-        context = fresh_processes(__name__)
-        self.pipe, other_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other_end, pickled, threads))
-        self.process.start()
-        other_end.close()
-        self.job: Job | None = None
-        self.ready = False
-
-    def start(self, job: Job) -> None:
-        self.job = job
-        with suppress(OSError):  # the process just died; `answer` notices
-            self.pipe.send(job)
-
-    def answer(self, search: Search) -> bool:
-        """Pass the worker's messages to the search and answer them; return whether the worker is alive."""
-        assert self.job is not None
-        number = self.job.number
-        try:
-            while self.job is not None and self.pipe.poll():
-                message: str | list[Point] | Outcome = self.pipe.recv()
-                if isinstance(message, Outcome):
-                    self.job = None
-                    search.on_end(number, message)
-                elif isinstance(message, list):
-                    self.pipe.send(search.on_report(number, message))
-                elif message == "ready":
-                    self.ready = True
-                else:
-                    raise SearchError(message)
-            alive = bool(self.process.is_alive())
-        except (EOFError, OSError):
-            alive = False
-        if not alive and self.job is not None:
-            self.end()
-            search.on_death(number, counts=self.ready)
-        return alive
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
-
-
-def _serve(pipe: Connection, pickled: bytes, threads: int) -> None:
-    """Run jobs from the pipe until this process is killed."""
+def _serve_in_process(pipe: Connection, pickled: bytes, threads: int) -> None:
     begin_worker()
+    serve(pipe, pickled, threads)
+
+
+def serve(pipe: Connection, pickled: bytes, threads: int) -> None:
+    """Run jobs from the pipe until this process is killed."""
     torch.set_num_threads(threads)
     try:
         objective: Callable[[Any], Any] = pickle.loads(pickled)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,8 +177,9 @@ class Int:
 
     def __post_init__(self) -> None:
         for name, bound in (("low", self.low), ("high", self.high)):
-            if isinstance(bound, bool) or not isinstance(bound, int):
+            if isinstance(bound, bool) or not isinstance(bound, numbers.Integral):
                 raise SpaceError(f"{name} must be a whole number, but got {bound!r}; use Float for others.")
+            object.__setattr__(self, name, int(bound))
         _require_bounds(self.low, self.high, self.log)
 
 
@@ -197,9 +199,11 @@ class Categorical:
     when: When | None = field(default=None, kw_only=True, hash=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.choices, str) or not len(self.choices):
+        ordered = hasattr(self.choices, "__getitem__") and not isinstance(self.choices, str | Mapping)
+        if not ordered or not len(self.choices):
             raise SpaceError(f"choices must be a list of at least one value, but got {self.choices!r}.")
-        object.__setattr__(self, "choices", tuple(self.choices))
+        plain = [c.item() if isinstance(c, np.generic) else c for c in self.choices]
+        object.__setattr__(self, "choices", tuple(plain))
         for n, choice in enumerate(self.choices):
             if not isinstance(choice, str | int | float | bool | None):
                 raise SpaceError(

@@ -10,15 +10,17 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator
 
 from midflight._reporting.figures import BOX, INK, MUTED, RULE, WORSE, note, panels, style
+from midflight.datasets import DATASETS
 from midflight.study import summary as numbers
 from midflight.study.spec import DEFAULT, Kind, Spec
 from midflight.study.store import Row
-from midflight.study.summary import INITIAL, PAPER, ArmKind, Network, Tuning
+from midflight.study.summary import INITIAL, PAPER, ArmKind, Numbers
 
 Values: TypeAlias = npt.NDArray[np.float64]
 
@@ -38,7 +40,7 @@ DATASET_NAMES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "
 
 PANEL, NARROW_PANEL = 4.1, 3.4  # side of a panel in inches, with two or three panels in a row
 PANEL_POINTS = 6_000  # points drawn per panel of trajectories; the paper's hundred starts have 275,000
-MIN_POINTS, MAX_POINTS = 60, 250  # points drawn per trajectory
+MIN_POINTS, MAX_POINTS = 30, 250  # points drawn per trajectory
 MANY = 30  # above this number, trajectories are drawn as thin lines
 WIDE_RANGE = 3.0  # above this ratio of maximum and minimum, an error axis is logarithmic
 
@@ -48,7 +50,7 @@ class Study(NamedTuple):
 
     spec: Spec
     finished: numbers.Finished
-    networks: list[Network]
+    networks: list[Numbers]
 
 
 def all_figures(spec: Spec, rows: list[Row]) -> dict[str, Figure]:
@@ -70,7 +72,7 @@ def trajectories(study: Study) -> Figure:
     """Draw Fig. 1: paths of (log10 L2, noise) over the validation error of fixed runs."""
     l2, noise = study.spec.intervals()
 
-    def draw(axis: Axes, network: Network, tuning: Tuning) -> str:
+    def draw(axis: Axes, network: Numbers, tuning: Numbers) -> str:
         _landscape(study, network, axis)
         tuned = study.finished.of_kind(network.network, ("tuned", tuning.estimator))
         axis.set(xlim=l2, ylim=noise, xlabel="log₁₀ L2", ylabel="standard deviation of the input noise")
@@ -94,7 +96,7 @@ def trajectories(study: Study) -> Figure:
 def before_and_after(study: Study) -> Figure:
     """Draw Fig. 2: test error of each start with fixed and with tuned hyperparameters."""
 
-    def draw(axis: Axes, network: Network, tuning: Tuning) -> str:
+    def draw(axis: Axes, network: Numbers, tuning: Numbers) -> str:
         pairs = _scatter_axes(study, axis, network, tuning, "initial")
         axis.set(xlabel="test error, fixed at the start (%)", ylabel="test error, tuned (%)")
         if not len(pairs):
@@ -115,9 +117,9 @@ def before_and_after(study: Study) -> Figure:
 
 def end_and_rerun(study: Study) -> Figure:
     """Draw Fig. 3: test error at the end of tuning and of a re-run fixed at the tuned values."""
-    images = numbers.TEST_IMAGES[study.spec.dataset]
+    images = DATASETS[study.spec.dataset][1]
 
-    def draw(axis: Axes, network: Network, tuning: Tuning) -> str:
+    def draw(axis: Axes, network: Numbers, tuning: Numbers) -> str:
         pairs = _scatter_axes(study, axis, network, tuning, "rerun")
         axis.set(xlabel="test error, re-run at the tuned values (%)", ylabel="test error, end of tuning (%)")
         if not len(pairs):
@@ -175,9 +177,9 @@ def _panels(
     return panels(f"{title}{between}{data}", size, len(study.networks), columns, **options)
 
 
-def _per_estimator(study: Study, title: str, draw: Callable[[Axes, Network, Tuning], str]) -> Figure:
+def _per_estimator(study: Study, title: str, draw: Callable[[Axes, Numbers, Numbers], str]) -> Figure:
     """Draw a panel per network and estimator; `draw` returns the finding for its title."""
-    rows, columns = len(study.networks), len(numbers.estimators(study.spec))
+    rows, columns = len(study.networks), len(study.spec.estimator)
     panel = PANEL if columns <= 2 else NARROW_PANEL  # the page shrinks wide figures together with their text
     size = (max(panel * columns + 0.9, 6.2), (panel + 0.25) * rows + 0.8)
     figure, axes = _panels(study, title, size, columns)
@@ -189,7 +191,7 @@ def _per_estimator(study: Study, title: str, draw: Callable[[Axes, Network, Tuni
     return figure
 
 
-def _name_network(study: Study, network: Network, axis: Axes) -> None:
+def _name_network(study: Study, network: Numbers, axis: Axes) -> None:
     if len(study.networks) > 1:
         axis.set_title(f"{network.network}\n{axis.get_title(loc='left')}", loc="left")
 
@@ -217,16 +219,21 @@ def _is_wide(low: float, high: float) -> bool:
 
 def _paths(axis: Axes, tuned: list[Row], colour: str) -> None:
     """Draw each run from its start (hollow) to its end (filled)."""
-    few = len(tuned) <= MANY
-    width = 1.3 if few else 0.6
-    for row in tuned:
-        path = np.array([row.result.start, *[point[1:] for point in row.result.trajectory]])
-        x, y = _subsampled(path, len(tuned)).T
-        if few:
-            axis.plot(x, y, color="white", lw=width + 1.4, alpha=0.7, zorder=3)
-        axis.plot(x, y, color=colour, lw=width, alpha=0.75, zorder=4)
+    whole = ([row.result.start, *(point[1:] for point in row.result.trajectory)] for row in tuned)
+    paths = [_subsampled(np.array(path), len(tuned)) for path in whole]
+    if len(paths) <= MANY:
+        _lines(axis, paths, color="white", lw=2.7, alpha=0.7, zorder=3)
+    _lines(axis, paths, color=colour, lw=1.3 if len(paths) <= MANY else 0.6, alpha=0.75, zorder=4)
     _points(axis, np.array([row.result.start for row in tuned]), "white", ms=5, mec=colour, mew=1.2, zorder=5)
     _points(axis, np.array([row.result.end for row in tuned]), colour, zorder=6)
+
+
+def _lines(axis: Axes, paths: list[Values], **style: Any) -> None:
+    """Draw lines; many of them as pixels, because an SVG of a thousand paths takes seconds and megabytes."""
+    many = len(paths) > MANY
+    lines = LineCollection(paths, capstyle="round", rasterized=many, **style)
+    lines.set_in_layout(False)  # they lie inside the panel; measuring them takes as long as drawing
+    axis.add_collection(lines, autolim=False)
 
 
 def _subsampled(path: Values, paths: int) -> Values:
@@ -235,7 +242,7 @@ def _subsampled(path: Values, paths: int) -> Values:
     return path if len(path) <= most else path[np.linspace(0, len(path) - 1, most).round().astype(int)]
 
 
-def _landscape(study: Study, network: Network, axis: Axes) -> None:
+def _landscape(study: Study, network: Numbers, axis: Axes) -> None:
     """Draw the validation error of the grid: contours of a complete grid, points of a partial one."""
     n, found = study.spec.landscape, study.finished.of_kind(network.network, ("landscape", ""))
     missing = "" if len(found) == n**2 else f"{len(found)} of {n**2} runs so far"
@@ -285,12 +292,12 @@ def _colour_bar(axis: Axes, drawn: Any, low: float, high: float, log: bool) -> N
     bar.ax.yaxis.set_major_formatter("{x:g}")
 
 
-def _errors(study: Study, network: Network, first: ArmKind, second: ArmKind) -> Values:
+def _errors(study: Study, network: Numbers, first: ArmKind, second: ArmKind) -> Values:
     """Return the test errors of two arms of the same start in percent, shape (starts, 2)."""
     return 100 * np.array(study.finished.errors(network.network, first, second), dtype=float).reshape(-1, 2)
 
 
-def _scatter_axes(study: Study, axis: Axes, network: Network, tuning: Tuning, fixed: Kind) -> Values:
+def _scatter_axes(study: Study, axis: Axes, network: Numbers, tuning: Numbers, fixed: Kind) -> Values:
     """Return (test error of the fixed arm, of the tuned arm); the panels of a network share their limits."""
 
     def errors(estimator: str) -> Values:
@@ -328,7 +335,7 @@ def _diagonal(axis: Axes, above: tuple[str, str], below: tuple[str, str]) -> Non
     axis.text(0.97, 0.03, below[0], transform=axis.transAxes, ha="right", va="bottom", color=below[1])
 
 
-def _seconds(study: Study, network: Network, axis: Axes) -> None:
+def _seconds(study: Study, network: Numbers, axis: Axes) -> None:
     """Draw seconds per epoch: initial runs in the first column, then one column per estimator."""
     columns = {"plain": (MUTED, numbers.epoch_seconds(study.finished.of_kind(network.network, INITIAL)))}
     for t in network.tunings:
@@ -353,7 +360,7 @@ def _seconds(study: Study, network: Network, axis: Axes) -> None:
     axis.yaxis.set_major_locator(_ticks(0, longest, n=5))
 
 
-def _overheads(study: Study, network: Network, axis: Axes) -> None:
+def _overheads(study: Study, network: Numbers, axis: Axes) -> None:
     """Draw the time that tuning adds to an epoch, one line per estimator, beside the paper's number."""
     main = numbers.main_estimator(study.spec)
     medians = {t.estimator: t.overhead_percent for t in network.tunings}
@@ -399,7 +406,7 @@ def _jitter(n: int) -> Values:
     return np.asarray((np.arange(1, n + 1) * golden) % 1 - 0.5)
 
 
-def _side_by_side(study: Study, network: Network, axis: Axes) -> None:
+def _side_by_side(study: Study, network: Numbers, axis: Axes) -> None:
     """Draw the test errors at the end of tuning by `paper` and by the reference estimator."""
     ours = numbers.reference(study.spec)
     pairs = _errors(study, network, ("tuned", "paper"), ("tuned", ours))
@@ -418,7 +425,7 @@ def _side_by_side(study: Study, network: Network, axis: Axes) -> None:
     _points(axis, pairs[y == x], MUTED)
 
 
-def _noise_over_steps(study: Study, network: Network, tuning: Tuning, axis: Axes) -> None:
+def _noise_over_steps(study: Study, network: Numbers, tuning: Numbers, axis: Axes) -> None:
     """Draw the noise of each start during tuning, and their median."""
     colour, end, spec = _colour(tuning.estimator), tuning.noise_end, study.spec
     finding = f"\nthe middle half ends in {end.quartile_low:.2f} to {end.quartile_high:.2f}" if end else ""
@@ -431,9 +438,8 @@ def _noise_over_steps(study: Study, network: Network, tuning: Tuning, axis: Axes
         note(axis, f"No tuned arm of {tuning.estimator} is stored yet.")
         return
     paths = [_subsampled(np.array(numbers.noise_path(row)), len(tuned)) for row in tuned]
-    for path in paths:
-        axis.plot(*path.T, color=colour, lw=1.1, alpha=0.45, clip_on=False)
-        axis.plot(*path[-1], "o", ms=4.5, mfc=colour, mec="white", mew=0.6, clip_on=False, zorder=5)
+    _lines(axis, paths, color=colour, lw=1.1, alpha=0.45, zorder=4, clip_on=False)
+    _points(axis, np.array([path[-1] for path in paths]), colour, ms=4.5, mew=0.6, zorder=5)
     if len({path.shape for path in paths}) == 1:
         x, y = np.median(np.array(paths), axis=0).T
         axis.plot(x, y, color=INK, lw=2.2, zorder=6)

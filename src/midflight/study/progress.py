@@ -12,62 +12,47 @@ from midflight.study.arm import EpochDone
 from midflight.study.spec import Arm, Spec, products
 from midflight.study.store import Row
 
+COLUMNS = (
+    TextColumn("arms"), BarColumn(), TextColumn("{task.fields[done]}/{task.fields[arms]} ·"),
+    TimeElapsedColumn(), TextColumn("· left"), TimeRemainingColumn(),
+)  # fmt: skip
+
 
 class StudyProgress:
-    """Update a rich progress bar from the callbacks of `run_study`.
+    """Update a progress bar from the callbacks of `run_study`.
 
     The bar counts epochs weighted by the size of the network, because time left is estimated from it.
     """
 
     def __init__(self, progress: Progress, spec: Spec, done: list[Row]) -> None:
-        self._progress = progress
-        self._epochs = dict.fromkeys(spec.arms(), 0) | {row.arm: spec.epochs for row in done}
-        self._bar = progress.add_task(
-            "study",
-            total=spec.epochs * sum(map(_cost, self._epochs)),
-            done=len(done),
-            arms=len(self._epochs),
-        )
-        self._update()
+        costs = {arm: products(arm.network) for arm in spec.arms()}
+        self._costs, self._progress, self.done = costs, progress, len(done)
         self.now = Text("starting the workers")
+        self._bar = progress.add_task(
+            "study", total=spec.epochs * sum(costs.values()), done=self.done, arms=len(costs),
+            completed=spec.epochs * sum(costs.get(row.arm, 0) for row in done),
+        )  # fmt: skip
 
     def on_epoch(self, done: EpochDone) -> None:
         """Show the epoch that was just trained."""
-        self._epochs[done.arm] = done.epoch
-        l2, noise = done.point
-        self.now.plain = (
-            f"{_label(done.arm)}, epoch {done.epoch}: L2 10^{l2:.2f}, noise {noise:.2f}, "
-            f"T2 error {100 * done.valid_error:.2f} %"
-        )
-        self._update()
+        (l2, noise), error = done.point, 100 * done.valid_error
+        now = f"epoch {done.epoch}: L2 10^{l2:.2f}, noise {noise:.2f}, T2 error {error:.2f} %"
+        self.now.plain = f"{_label(done.arm)}, {now}"
+        self._progress.update(self._bar, advance=self._costs[done.arm])
 
     def on_row(self, row: Row) -> None:
         """Count an arm that was just stored."""
-        self._progress.update(self._bar, done=self._progress.tasks[0].fields["done"] + 1)
-
-    def _update(self) -> None:
-        done = sum(epochs * _cost(arm) for arm, epochs in self._epochs.items())
-        self._progress.update(self._bar, completed=done)
+        self.done += 1
+        self._progress.update(self._bar, done=self.done)
 
 
 @contextmanager
 def showing_progress(spec: Spec, done: list[Row], console: Console) -> Iterator[StudyProgress]:
     """Show a progress bar; the arms in `done` are stored already."""
-    progress = Progress(
-        TextColumn("arms"),
-        BarColumn(),
-        TextColumn("{task.fields[done]}/{task.fields[arms]} ·"),
-        TimeElapsedColumn(),
-        TextColumn("· left"),
-        TimeRemainingColumn(),
-    )
+    progress = Progress(*COLUMNS)
     shown = StudyProgress(progress, spec, done)
-    with Live(Group(progress, shown.now), console=console, refresh_per_second=4):
+    with Live(Group(progress, shown.now, ""), console=console, refresh_per_second=4):
         yield shown
-
-
-def _cost(arm: Arm) -> float:
-    return products(arm.network) / 1e6
 
 
 def _label(arm: Arm) -> str:

@@ -18,16 +18,12 @@ from midflight._reporting.figures import save
 from midflight._reporting.page import data_uri, write_page
 from midflight.study.figures import DATASET_NAMES, all_figures, by
 from midflight.study.spec import PRESETS, Spec, changed_fields
-from midflight.study.store import Store
+from midflight.study.store import Row, Store
 from midflight.study.summary import (
     NEAR_LOW_END,
     POOR,
-    ArmSummary,
-    Network,
-    Spread,
-    Summary,
-    Tuning,
-    estimators,
+    Numbers,
+    as_dict,
     main_estimator,
     reference,
     summarise,
@@ -55,13 +51,20 @@ TEXT = 99  # as `Table.numbers`: no column is numeric
 TERMINAL_COLUMNS = ("Arm", "Done", "Median", "Quartiles", "Rescued", "Made worse", "Added time")
 
 
-def write_report(store: Store, run: str, folder: Path, checks: list[dict[str, Any]] | None = None) -> Path:
+def write_report(
+    store: Store,
+    run: str,
+    folder: Path,
+    checks: list[dict[str, Any]] | None = None,
+    rows: list[Row] | None = None,
+) -> Path:
     """Write the figures (PNG and SVG) and report.html of a run; the page says if the run is incomplete.
 
     Args:
         run: name of the run in the store.
         folder: output folder; created if missing.
         checks: the table of `midflight check`, one dict per line; None omits the section.
+        rows: the rows of the run if they were read already; reading thousands takes seconds.
 
     Returns:
         The path of report.html.
@@ -69,7 +72,7 @@ def write_report(store: Store, run: str, folder: Path, checks: list[dict[str, An
     Raises:
         UnknownName: the store has no such run.
     """
-    spec, rows = store.spec(run), store.rows(run)
+    spec, rows = store.spec(run), store.rows(run) if rows is None else rows
     svgs = [p for p in save(all_figures(spec, rows), folder) if p.suffix == ".svg"]
     path = folder / "report.html"
     write_page(
@@ -82,7 +85,7 @@ def write_report(store: Store, run: str, folder: Path, checks: list[dict[str, An
         spec=spec,
         dataset=DATASET_NAMES[spec.dataset],
         summary=summarise(spec, rows),
-        estimators=estimators(spec),
+        estimators=spec.estimator,
         main=main_estimator(spec),
         reference=reference(spec),
         by=by,
@@ -109,12 +112,12 @@ def as_json(store: Store, run: str) -> str:
         "run": run,
         "machine": store.machine(run),
         "spec": asdict(spec),
-        "summary": asdict(summarise(spec, store.rows(run))),
+        "summary": as_dict(summarise(spec, store.rows(run))),
     }
     return json.dumps(whole, indent=2, allow_nan=False)
 
 
-def summary_table(summary: Summary) -> rich.table.Table:
+def summary_table(summary: Numbers) -> rich.table.Table:
     """Return the table of a study for the terminal: one line per network and arm."""
     state = "" if summary.complete else ", incomplete"
     table = rich.table.Table(
@@ -146,7 +149,7 @@ def _table(head: Any, lines: Any, numbers: int = TEXT) -> Table:
     return Table(cells(head), [cells(line) for line in lines], numbers)
 
 
-def _arm(network: Network, arm: ArmSummary) -> dict[str, Cell]:
+def _arm(network: Numbers, arm: Numbers) -> dict[str, Cell]:
     """Return column -> cell of one kind of arm."""
     name = {"rerun": "re-run"}.get(arm.kind, arm.kind) + (f", {arm.estimator}" if arm.estimator else "")
     errors, seconds, best = arm.test_error_percent, arm.epoch_seconds, arm.best
@@ -172,12 +175,12 @@ def _arm(network: Network, arm: ArmSummary) -> dict[str, Cell]:
     return cells
 
 
-def _arms(network: Network) -> Table:
+def _arms(network: Numbers) -> Table:
     lines = [_arm(network, arm) for arm in network.arms if arm.kind != "landscape"]
     return _table(lines[0], [line.values() for line in lines], numbers=1)
 
 
-def _eq6(network: Network) -> Table:
+def _eq6(network: Numbers) -> Table:
     """Return where the noise goes with each estimator."""
     end, change = "Noise at the end", "tuned − initial, median points"  # noqa: RUF001
     head = (
@@ -198,7 +201,7 @@ def _eq6(network: Network) -> Table:
     return _table(head, lines, numbers=1)
 
 
-def _statements(summary: Summary, network: Network) -> Table:  # one table, so one long function
+def _statements(summary: Numbers, network: Numbers) -> Table:  # one table, so one long function
     """Return each statement of the paper with its definition, beside the measurement of each estimator."""
     paper, tunings = summary.paper, network.tunings
     poor, good = network.poor_above_test_error_percent, paper.good_starts_below_test_error_percent
@@ -266,14 +269,14 @@ def _statements(summary: Summary, network: Network) -> Table:  # one table, so o
     )
 
 
-def _noise_at_low_end(t: Tuning) -> Cell:
+def _noise_at_low_end(t: Numbers) -> Cell:
     if t.noise_end is None:
         return MISSING
     more = f"; median {t.noise_end.median:.2f}"
     return _share(t.noise_at_low_end_percent, t.noise_at_low_end, t.noise_end.count, more)
 
 
-def _worse(t: Tuning, good: float) -> Cell:
+def _worse(t: Numbers, good: float) -> Cell:
     if not t.pairs:
         return MISSING
     ends = t.good_starts_tuned_test_error_percent
@@ -288,13 +291,13 @@ def _share(percent: float | None, part: int, whole: int, more: str = "") -> Cell
     return MISSING if percent is None else Cell(f"{percent:.0f} %", f"{part} of {whole}{more}")
 
 
-def _median(spread: Spread | None, form: str, unit: str = "") -> Cell:
+def _median(spread: Numbers | None, form: str, unit: str = "") -> Cell:
     if spread is None:
         return MISSING
     return Cell(f"{spread.median:{form}}{unit}", f"quartiles {_quartiles(spread, form)}")
 
 
-def _quartiles(spread: Spread, form: str = ".2f") -> str:
+def _quartiles(spread: Numbers, form: str = ".2f") -> str:
     return f"{spread.quartile_low:{form}} to {spread.quartile_high:{form}}"
 
 

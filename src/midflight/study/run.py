@@ -14,8 +14,16 @@ import torch
 from midflight._processes import begin_worker, fresh_processes
 from midflight.datasets import Split
 from midflight.errors import MidflightError
-from midflight.study.arm import Data, OnEpoch, SingleRun, prepare, run_arm
-from midflight.study.cohort import cohorts, run_cohort
+from midflight.study.arm import (
+    Data,
+    OnEpoch,
+    SingleRun,
+    cohorts,
+    prepare,
+    run_arm,
+    run_cohort,
+    train_epoch,
+)  # fmt: skip
 from midflight.study.spec import Arm, Spec
 from midflight.study.store import Point, Row, Store
 
@@ -41,7 +49,7 @@ def run_study(
     """Run every arm of `spec` that `store` does not hold yet under the name `run`.
 
     On a CPU, each arm runs in a process. The rows depend neither on `workers` nor on interruptions.
-    On a GPU, arms run together (`midflight.study.cohort`), with matrix products in TF32.
+    On a GPU, arms run together (`midflight.study.arm.Cohort`), with matrix products in TF32.
 
     Args:
         workers: number of processes, one thread each.
@@ -137,10 +145,10 @@ def _seconds_per_step(spec: Spec, network: str, steps: int) -> float:
     batch = Split(x, torch.zeros(spec.batch, dtype=torch.int64))
     run = SingleRun(spec, Arm(network, "initial", "", 0), spec.start(0), Data(batch, batch, batch))
     for _ in range(2):  # torch allocates memory in the first steps
-        run.train_epoch()
+        train_epoch(run)
     began = time.perf_counter()
     for _ in range(steps):
-        run.train_epoch()
+        train_epoch(run)
     return (time.perf_counter() - began) / steps
 
 

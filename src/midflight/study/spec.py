@@ -1,6 +1,7 @@
 """Declare a study: its presets, its arms, and the starts that the arms share."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
@@ -16,6 +17,14 @@ DEFAULT = "default"
 """Tune with `mf.Tuner` and no options of its own."""
 TUNINGS = (*ESTIMATORS, DEFAULT)
 """Ways to tune a run: an estimator with the paper's settings, or `DEFAULT`."""
+COUNTS = dict.fromkeys(("train", "valid", "epochs", "batch", "every", "starts"), 1) | {
+    "landscape": 0,
+    "seed": 0,
+}
+"""Field -> its least value."""
+MOST_WEIGHTS = 10**9
+MOST_ARMS = 10**6
+"""A report holds all arms in memory, at about 10 kB each."""
 
 Kind = Literal["initial", "tuned", "rerun", "landscape"]
 
@@ -87,7 +96,7 @@ class Spec:
     noise: tuple[float, float] = (0.0, 0.8)
     wide: bool = False
     estimator: tuple[str, ...] = ("one_step",)
-    hyper_optimizer: Literal["sign", "adam"] = "sign"
+    hyper_optimizer: str = "sign"
     hyper_lr: float = 0.03
     landscape: int = 0
     seed: int = 0
@@ -102,20 +111,36 @@ class Spec:
         ):
             if value not in known:
                 raise UnknownName(name, value, known)
-        for name in ("train", "valid", "epochs", "batch", "every", "starts"):
-            self._require(name, getattr(self, name) >= 1, f"{name} >= 1")
-        for name in ("landscape", "seed"):
-            self._require(name, getattr(self, name) >= 0, f"{name} >= 0")
+        for name, least in COUNTS.items():
+            value = getattr(self, name)
+            self._require(name, type(value) is int and value >= least, f"{name} >= {least}")
         for name in ("lr", "lr_end", "hyper_lr"):
             self._require(name, 0 < getattr(self, name) <= 1, f"0 < {name} <= 1")
-        for name in ("l2", "noise"):
+        for name, (lowest, highest) in {"l2": (-37.0, 38.0), "noise": (0.0, 1e38)}.items():  # of float32
             low, high = getattr(self, name)
-            self._require(name, low < high, "low < high")
-        self._require("noise", self.noise[0] >= 0, "low >= 0")
+            self._require(name, high - low >= 1e-6, "high - low >= 1e-6")
+            self._require(
+                name, lowest <= low and high <= highest, f"low >= {lowest:g} and high <= {highest:g}"
+            )
+        for name in ("networks", "estimator"):
+            values = getattr(self, name)
+            whole = type(values) is tuple and 0 < len(values) == len(set(values))
+            self._require(name, whole, "at least one, and none twice,")
+        self._require("networks", all(map(widths, self.networks)), 'widths joined by "-", such as 500-500,')
+        heavy = f"at most {MOST_WEIGHTS:,} weights, which take 16 GB with the state of Adam,"
+        self._require("networks", max(map(products, self.networks)) <= MOST_WEIGHTS, heavy)
         self._require("batch", self.batch <= min(self.train, self.valid), "batch <= train and valid")
-        self._require("estimator", bool(self.estimator), "at least one estimator")
-        are_widths = bool(self.networks) and all(map(widths, self.networks))
-        self._require("networks", are_widths, 'at least one network, widths joined by "-", such as 500-500')
+        most = DATASETS[self.dataset][0]
+        if self.train + self.valid > most:
+            raise SpecError(
+                f"train + valid must be at most {most} for {self.dataset}, "
+                f"but got {self.train} + {self.valid}."
+            )
+        runs = len(self.networks) * (self.starts * (1 + 2 * len(self.estimator)) + self.landscape**2)
+        if runs > MOST_ARMS:
+            raise SpecError(f"starts and landscape must give at most {MOST_ARMS:,} runs, but give {runs:,}.")
+        if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device, re.ASCII):
+            raise SpecError(f"device must be cpu, cuda or cuda:NUMBER, but got {self.device!r}.")
         if self.device != "cpu" and DEFAULT in self.estimator:
             others = " ".join(e for e in self.estimator if e != DEFAULT) or "one_step"
             raise SpecError(
@@ -172,8 +197,8 @@ class Spec:
 
 def widths(network: str) -> list[int]:
     """Return [500, 300] for "500-300", and [] for a malformed text."""
-    parts = network.split("-")
-    return [int(p) for p in parts] if all(p.isdigit() and int(p) > 0 for p in parts) else []
+    whole = re.fullmatch(r"0*[1-9]\d{0,8}(-0*[1-9]\d{0,8})*", network, re.ASCII)
+    return [int(width) for width in network.split("-")] if whole else []
 
 
 def products(network: str) -> int:

@@ -2,6 +2,7 @@
 
 from midflight.tuner.horizon import Averaged, NextStep
 from midflight.tuner.hyper_optimizer import SignSteps
+from midflight.tuner.live_line import LiveLine
 from midflight.tuner.optimizers import param_groups
 from midflight.tuner.population import Population, stacked
 from midflight.tuner.schedule import Every, FrontLoaded, TimeBudget
@@ -12,6 +13,7 @@ __all__ = [
     "Averaged",
     "Every",
     "FrontLoaded",
+    "LiveLine",
     "NextStep",
     "Population",
     "Replay",

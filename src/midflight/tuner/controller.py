@@ -26,6 +26,7 @@ from midflight.tuner.hyper_optimizer import MakeOptimizer, Move, SignSteps
 from midflight.tuner.hyperstep import HyperStep, HyperStepResult
 from midflight.tuner.live import signals_wait
 from midflight.tuner.schedule import Schedule
+from midflight.tuner.sharded import part
 from midflight.tuner.step_options import ERASED, stride
 from midflight.tuner.trajectory import Trajectory
 
@@ -200,7 +201,7 @@ class Controller:
 
     def _weights_are_lost(self) -> bool:
         """Return whether a training gradient is not finite; otherwise a batch of T2 is to blame."""
-        return not all_finite(self._hyperstep.gradients().values())
+        return not self._hyperstep.processes.parts.all_finite(self._hyperstep.gradients().values())
 
     def _go_back(self, restore: Callable[[], bool], reason: str) -> bool:
         """Let the guard go back; return whether it did."""
@@ -253,13 +254,13 @@ class Controller:
         result, self._result = self._result, None
         try:
             if self.horizon.due(self.steps):
-                busy = self.horizon.follow(self._hyperstep.params(), self.steps, self.progress())
+                busy = self.horizon.follow(self._hyperstep.weights(), self.steps, self.progress())
             if result is not None:
                 self._hyperstep.require_expected_step()
                 self._apply(result)
                 if self.hypersteps.bit_count() == 1:  # at 1, 2, 4, 8, ..., because it reads all weights
                     params = self._hyperstep.params().items()
-                    self._standing.note({name: p for name, p in params if p.grad is not None})
+                    self._standing.note({name: part(p) for name, p in params if p.grad is not None})
             if self.steps == self.total_steps:
                 self._end()
         finally:
@@ -275,7 +276,7 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume."""
         counts = {name: getattr(self, name) for name in _COUNTS} | {"returns": list(self._returns)}
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        parts = {name: saved.state_dict() for name, saved in self._parts().items()}
         return {"policies": self._policies(), "space": self._space.state_dict(), **counts, **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -285,8 +286,8 @@ class Controller:
         for name in _COUNTS:
             setattr(self, name, state[name])
         self._returns = [tuple(entry) for entry in state["returns"]]
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        for name, saved in self._parts().items():
+            saved.load_state_dict(state[name])
         if not same_range:  # the recorded coordinates are of another range
             self.trajectory = Trajectory()
             self.trajectory.record(self.steps, self._space)

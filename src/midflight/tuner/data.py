@@ -227,7 +227,8 @@ def require_many_passes(loader: Any, name: str) -> None:
             f"{name} must be iterable anew at each pass, such as a DataLoader or a list, but got the "
             f"iterator {type(loader).__name__}: batches taken by the tuner would be missing in the loop."
         )
-    for thing in held([loader], (Iterator, io.IOBase), _kept):
+    by_passes = not isinstance(loader, Dataset) and _is_read_by_index(loader)  # the loop iterates over it
+    for thing in held(parts_of(loader) if by_passes else [loader], (Iterator, io.IOBase), _kept):
         if not isinstance(thing, io.IOBase) or (not thing.closed and thing.readable()):
             raise UnusableLoader(
                 f"{name} must open its files and make its iterators anew at each pass, but keeps the "
@@ -238,11 +239,18 @@ def require_many_passes(loader: Any, name: str) -> None:
 
 def _kept(thing: Any) -> list[Any]:
     """Return what a loader keeps while it is read, without datasets that are read by index."""
-    if isinstance(thing, Dataset) and not isinstance(thing, IterableDataset):
+    if _is_read_by_index(thing):
         return []
     if isinstance(thing, DataLoader):  # `own_copy` drops its iterator
         return [value for name, value in vars(thing).items() if name != "_iterator"]
     return parts_of(thing)
+
+
+def _is_read_by_index(thing: Any) -> bool:
+    """Return whether this is a map-style dataset: of torch, or of a class like that of Hugging Face."""
+    if isinstance(thing, IterableDataset | Mapping | list | tuple):
+        return False
+    return isinstance(thing, Dataset) or all(hasattr(type(thing), m) for m in ("__getitem__", "__len__"))
 
 
 def require_no_iterators(function: Any, name: str) -> None:

@@ -3,11 +3,15 @@
 Each process has batches of its own. Losses, v = dC2/dtheta and hypergradients are averaged over the
 processes, as DistributedDataParallel averages the training gradient. So every decision is the same
 everywhere, and weights and hyperparameters stay equal, bit for bit.
+
+With `fully_shard`, a process has a part of every weight. FSDP itself averages all gradients of weights. An
+inner product over weights, such as v . dU/dphi, is a sum over the parts; see `sharded`.
 """
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from midflight._tensors import Tensors
 from midflight.errors import AnotherProcessFailed, UnsupportedSetting
+from midflight.tuner.sharded import WHOLE, Parts, is_sharded, reduced, require_supported, sharded_modules
 
 PLAIN_HOOKS = {"allreduce_hook", "fp16_compress_hook", "bf16_compress_hook"}
 """Communication hooks of DistributedDataParallel that give the mean gradient, up to rounding."""
@@ -25,27 +30,49 @@ class Processes:
 
     Args:
         model: the model being trained.
+        weights: the trained weights, name -> leaf; by default all parameters of the model.
 
     Raises:
-        UnsupportedSetting: there are several processes, and the model is sharded or has a layer or a
-            communication hook that is not supported.
+        UnsupportedSetting: the model is sharded, but not by `fully_shard` over all processes, or its gradient
+            is not their mean. Or there are several processes, and the model has a layer or a communication
+            hook that is not supported.
+
+    Attributes:
+        count: number of processes.
+        sharded: whether each process has a part of every weight.
+        parts: sums over these parts; `WHOLE` if weights are not sharded.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
         self.count = _count()
+        weights = dict(model.named_parameters()) if weights is None else weights
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        first: Any = next(filter(is_sharded, weights.values()), None)
+        self.sharded = first is not None
+        if first is not None:
+            require_supported(sharded_modules(model), weights, self.count)
+            self._device = torch.device(first.device_mesh.device_type)  # the weights may be offloaded
         if self.count > 1:
-            _require_replicas(model)
+            _require_plain_mean(model)
+        self.parts = Parts(self.count, self._device) if self.sharded else WHOLE
+
+    @property
+    def place(self) -> list[int] | None:
+        """[rank of this process, number of processes] if weights are sharded; None otherwise."""
+        return [torch.distributed.get_rank(), self.count] if self.sharded else None
 
     @contextmanager
     def together(self, equal: Sequence[Tensor] = ()) -> Iterator[None]:
         """Compute what follows in all processes; if it fails in one, it fails in all.
 
+        With sharded weights, an error is raised only where it occurs. The other processes go on, or wait
+        until that process ends.
+
         Args:
             equal: tensors that must be the same in every process, bit for bit.
 
         Raises:
-            AnotherProcessFailed: it failed in another process.
+            AnotherProcessFailed: the computation failed in another process; never with sharded weights.
             UnsupportedSetting: the tensors differ, or the processes joined after the tuner was built.
         """
         if self.count != _count():
@@ -62,7 +89,8 @@ class Processes:
         except AnotherProcessFailed:
             raise
         except Exception:
-            self._reduce(torch.ones(3, dtype=torch.int64), largest=True)
+            if not self.sharded:  # FSDP may wait for parts of weights, and would take this message for one
+                reduced([1, 1, 1], self._device, largest=True)
             raise
 
     def mean(self, tensors: Tensors) -> Tensors:
@@ -82,6 +110,10 @@ class Processes:
             wait.wait()
         return {name: t.div_(self.count).to(tensors[name].dtype) for name, t in found.items()}
 
+    def mean_gradient(self, found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
+        """Return `mean_where_present` of the gradients; FSDP has averaged those of sharded weights."""
+        return dict(found) if self.sharded else self.mean_where_present(found, like)
+
     def mean_of(self, number: float) -> float:
         """Return the mean of a number over the processes."""
         return self.sum_of([number / self.count])[0]
@@ -92,7 +124,7 @@ class Processes:
         if self.count == 1:
             return given
         self._agree()
-        return self._reduce(torch.tensor(given, dtype=torch.float64)).tolist()
+        return reduced(given, self._device)
 
     def mean_where_present(self, found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
         """Return the mean over processes of tensors that some may lack, where they count as 0.
@@ -111,23 +143,17 @@ class Processes:
         """Wait until every process is here, and raise an error in all if one failed or differs."""
         parts = [t.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for t in equal]
         own = zlib.crc32(b"".join(parts))
-        failed, most, least = self._reduce(torch.tensor([0, own, -own]), largest=True).tolist()
+        failed, most, least = reduced([0, own, -own], self._device, largest=True)
         if failed:
             raise AnotherProcessFailed(
                 "a hyper-step must succeed in all processes, but failed in another; see its error."
             )
         if most != -least:
+            wrap = "" if self.sharded else "wrap the model in DistributedDataParallel, and "
             raise UnsupportedSetting(
                 "processes that train together must have equal weights and hyperparameters, but theirs "
-                "differ; wrap the model in DistributedDataParallel, and build equal spaces, optimisers and "
-                "tuners."
+                f"differ; {wrap}build equal spaces, optimisers and tuners."
             )
-
-    def _reduce(self, vector: Tensor, largest: bool = False) -> Tensor:
-        """Return the sum over processes, or the largest."""
-        vector, how = vector.to(self._device), torch.distributed.ReduceOp
-        torch.distributed.all_reduce(vector, op=how.MAX if largest else how.SUM)
-        return vector.cpu()
 
 
 def _count() -> int:
@@ -135,14 +161,12 @@ def _count() -> int:
     return torch.distributed.get_world_size() if there else 1
 
 
-def _require_replicas(model: nn.Module) -> None:
-    """Raise `UnsupportedSetting` unless each process has the whole model and averages plain gradients."""
-    from torch.distributed.tensor import DTensor
-
-    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-    if sharded or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+def _require_plain_mean(model: nn.Module) -> None:
+    """Raise `UnsupportedSetting` unless the gradient is the plain mean over the processes."""
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise UnsupportedSetting(
-            "each process must have the whole model, but it is sharded; use DistributedDataParallel."
+            "a sharded model must keep the shapes of its weights, but FullyShardedDataParallel flattens "
+            "them; use fully_shard or DistributedDataParallel."
         )
     if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         raise UnsupportedSetting(

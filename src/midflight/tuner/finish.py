@@ -1,7 +1,7 @@
 """Choose the best among the weights that a run can end with."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from midflight.tuner.data import examples_of
 from midflight.tuner.distributed import Processes
 from midflight.tuner.hyperstep import HyperStep
 from midflight.tuner.live import signals_wait, weights_at
+from midflight.tuner.sharded import part
 
 
 def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str, float]:
@@ -30,7 +31,7 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
         name -> validation loss, the best first.
     """
     live = hyperstep.live
-    candidates = {name: at for name, at in candidates.items() if _fits(at, hyperstep.params())}
+    candidates = {name: at for name, at in candidates.items() if _fits(at, hyperstep.weights())}
     tensors = {**dict(live.model.named_buffers()), **hyperstep.params()}
     with hyperstep.processes.together():
         losses = _losses(hyperstep, {"last": {}, **candidates}, tensors)
@@ -43,7 +44,7 @@ def choose(hyperstep: HyperStep, candidates: Mapping[str, Tensors]) -> dict[str,
         )
     with signals_wait(), torch.no_grad():
         for name, value in candidates.get(best, {}).items():
-            tensors[name].copy_(value)
+            part(tensors[name]).copy_(value)
     return ranked
 
 
@@ -59,10 +60,29 @@ def _losses(hyperstep: HyperStep, candidates: Mapping[str, Tensors], tensors: Te
             hyperstep.randomness.rewind(states)
             stream = hyperstep.t2.whole_pass() if batches is None else batches
             found[name] = [
-                (live.number(partial(live.valid_loss, hyperstep.valid_loss, batch)), examples_of(batch) or 1)
-                for batch in stream
+                (live.number(partial(live.valid_loss, hyperstep.valid_loss, batch)), examples)
+                for batch, examples in _in_step(stream, hyperstep.processes)
             ]
     return _means(found, hyperstep.processes)
+
+
+def _in_step(stream: Iterable[Any], processes: Processes) -> Iterator[tuple[Any, int]]:
+    """Yield each batch with its number of examples; if weights are sharded, equally often in all processes.
+
+    A pass of FSDP needs all of them. So a process without further batches repeats its last one, with 0
+    examples.
+    """
+    batch, batches = None, iter(stream)
+    while True:
+        following = next(batches, _END)
+        here = following is not _END
+        if not processes.parts.any([here])[0]:
+            return
+        batch = following if here else batch
+        yield batch, (examples_of(batch) or 1) if here else 0
+
+
+_END = object()
 
 
 def _fits(candidate: Tensors, params: Tensors) -> bool:
@@ -73,7 +93,9 @@ def _fits(candidate: Tensors, params: Tensors) -> bool:
 def _means(found: Mapping[str, list[tuple[float, int]]], processes: Processes) -> dict[str, float]:
     """Return each candidate's mean loss over the examples of batches that are finite for some candidate."""
     columns: list[Any] = list(zip(*found.values(), strict=False))
-    kept = [n for n, column in enumerate(columns) if any(math.isfinite(loss) for loss, _ in column)]
+    kept = [
+        n for n, column in enumerate(columns) if any(math.isfinite(loss) and size for loss, size in column)
+    ]
     means = {}
     for name, losses in found.items():
         chosen = [losses[n] for n in kept]

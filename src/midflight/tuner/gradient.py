@@ -28,7 +28,8 @@ from torch.utils.hooks import RemovableHandle
 
 from midflight._tensors import Tensors
 from midflight.errors import UnknownGradient, UnsupportedSetting, warn
-from midflight.tuner.data import examples_of
+from midflight.tuner.data import examples_of, tensors_of
+from midflight.tuner.sharded import WHOLE, Parts, is_sharded, part, part_of_gradient
 
 EPSILON = 1e-6
 """torch clips by c / (|r| + EPSILON)."""
@@ -55,12 +56,14 @@ class Clipped:
         limit: the number at which entries were cut off; None if none were.
         grads: the gradients that the optimiser gets, by weight.
         factors: constant factors, by weight.
+        parts: sums over the processes, if these tensors are parts of sharded ones.
     """
 
     norms: list[tuple[Tensors, float, float]] = field(default_factory=list)
     limit: float | None = None
     grads: Tensors = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
+    parts: Parts = WHOLE
 
     def received(self, grads: Tensors) -> Tensors:
         """Return another gradient after the same clipping and scaling, name -> tensor."""
@@ -77,7 +80,7 @@ class Clipped:
             for name in w:
                 found[name] = torch.where(self.grads[name].abs() < self.limit, w[name], 0)
         for unit, factor, share in self.norms:
-            along = sum(float((w[name] * u).sum()) for name, u in unit.items() if name in w)
+            along = self.parts.sum(sum(float((w[name] * u).sum()) for name, u in unit.items() if name in w))
             for name, u in unit.items():
                 found[name] = factor * (w.get(name, 0) - share * along * u)
         return found
@@ -101,13 +104,16 @@ class ReceivedGradient:
         max_grad_norm: the norm to which the loop clips, or infinity if it does not. None finds it out from
             two hyper-steps.
         reduced: whether the mean over several processes is taken at the end of `backward`.
+        parts: sums over the processes, if the weights are sharded.
     """
 
-    def __init__(self, max_grad_norm: float | None = None, reduced: bool = False) -> None:
+    def __init__(
+        self, max_grad_norm: float | None = None, reduced: bool = False, parts: Parts = WHOLE
+    ) -> None:
         if max_grad_norm is not None and not (max_grad_norm > 0 and max_grad_norm is not True):
             raise ValueError(f"max_grad_norm must be a positive number, but max_grad_norm={max_grad_norm}.")
         self._max_norm = max_grad_norm
-        self._reduced = reduced
+        self._reduced, self._parts = reduced, parts
         self._waiting: Tensors = {}
         """Weights whose gradient is recorded at the end of the present pass."""
         self.carried = False
@@ -136,6 +142,8 @@ class ReceivedGradient:
         """Whether the gradient was changed between two passes."""
         self._calls: dict[str, int] = {}
         """Number of the call of `backward` that made the last pass."""
+        self._call = -1
+        """Number of the last call of `backward`, if weights are sharded; -1 before the first."""
 
         # learned over several hyper-steps, by group of weights
         self._divides = False
@@ -155,15 +163,19 @@ class ReceivedGradient:
         self._watched = [name for name, p in params.items() if p.requires_grad]
         if getattr(model, "_compiled_call_impl", None) is None:  # a hook would recompile it
             self._hooks.append(model.register_forward_pre_hook(self._counter, with_kwargs=True))
+            if any(map(is_sharded, params.values())):
+                self._hooks.append(model.register_forward_hook(self._await_backward))
         for name in self._watched:
             p = params[name]
             theirs = list((p._post_accumulate_grad_hooks or {}).items())
-            self._hooks.append(p.register_hook(self._before_pass(name, p)))  # type: ignore[no-untyped-call]
+            # FSDP calls no hook of a sharded weight; autograd does, if the loss reads the weight itself
+            begins = self._begin_pass if is_sharded(p) else self._before_pass(name, p)
+            self._hooks.append(p.register_hook(begins))  # type: ignore[no-untyped-call]
             self._hooks.append(p.register_post_accumulate_grad_hook(self._after_pass(name)))  # type: ignore[no-untyped-call]
             if theirs and self._reduced:
                 raise UnsupportedSetting(
-                    "with several processes, no hook may change the gradient of a weight before their mean "
-                    f"is taken, but {name} has a post_accumulate_grad_hook; clip after backward instead."
+                    "with several processes, no hook may change the gradient of a weight during backward, "
+                    f"but {name} has a post_accumulate_grad_hook; clip after backward instead."
                 )
             for key, hook in theirs:  # the user's hooks, such as clipping, must run after ours
                 del p._post_accumulate_grad_hooks[key]
@@ -179,17 +191,51 @@ class ReceivedGradient:
             hook.remove()
         self._hooks, self._fingerprints, self._passes, self._before = [], {}, {}, {}
         self._weights, self._entries, self._changed, self._waiting, self._calls = {}, {}, {}, {}, {}
+        self._call = -1
+
+    def _await_backward(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Let `_begin_pass` be called when a backward pass reaches the output of the model."""
+        if not self._counter.stopped:
+            for t in tensors_of(output):
+                if t.requires_grad:
+                    t.register_hook(self._begin_pass)  # type: ignore[no-untyped-call]
+
+    def _begin_pass(self, grad: Tensor) -> None:
+        """Note the gradients of sharded weights, and count the pass, before the pass adds to them.
+
+        FSDP writes `.grad` at the end of a pass. With `set_requires_gradient_sync(False)`, it waits for a
+        later pass, and `.grad` is None until then.
+        """
+        call = torch._C._current_graph_task_id()
+        if call == self._call or not self._hooks:
+            return
+        self._call = call
+        for name in self._watched:
+            p = self._params[name]
+            own = part_of_gradient(p)
+            if own is None:
+                self._before.pop(name, None)
+            elif name not in self._fingerprints and name not in self._before:
+                self._before[name] = sampled(own).clone()
+            if name in self._fingerprints:
+                self._compare_between(name, p)
+            self._passes[name] = self._passes.get(name, 0) + 1
+
+    def _compare_between(self, name: str, p: Tensor) -> None:
+        """Note whether a gradient was changed since the last pass, just before the next one."""
+        grad = part_of_gradient(p)
+        if grad is None:  # a new beginning: a skipped step may have left something
+            for records in (self._fingerprints, self._passes, self._changed):
+                records.pop(name, None)
+        elif name in self._fingerprints and not grad.is_sparse:
+            now = sampled(grad)
+            before = self._fingerprints[name][:-2]
+            changed = ((now != before) & ~(now.isnan() & before.isnan())).any() & now.any()
+            self._changed[name] = changed | self._changed.get(name, torch.zeros_like(changed))
 
     def _before_pass(self, name: str, p: Tensor) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
-            if p.grad is None:  # a new beginning: a skipped step may have left something
-                for records in (self._fingerprints, self._passes, self._changed):
-                    records.pop(name, None)
-            elif name in self._fingerprints and not p.grad.is_sparse:
-                now = sampled(p.grad.detach())
-                before = self._fingerprints[name][:-2]
-                changed = ((now != before) & ~(now.isnan() & before.isnan())).any() & now.any()
-                self._changed[name] = changed | self._changed.get(name, torch.zeros_like(changed))
+            self._compare_between(name, p)
             if name not in self._fingerprints and not grad.is_sparse:
                 self._before[name] = sampled(grad).clone()  # `_after_pass` subtracts it from the sum
 
@@ -199,7 +245,7 @@ class ReceivedGradient:
         def hook(p: Tensor) -> None:
             grad = p.grad
             if grad is not None and not grad.is_sparse and grad.numel():
-                if name not in self._fingerprints and name in self._before:
+                if name not in self._fingerprints and name in self._before and not is_sharded(p):
                     self._before[name] = sampled(grad) - self._before[name]
                 if not self._reduced:
                     self._record(name, p, grad)
@@ -213,13 +259,15 @@ class ReceivedGradient:
 
     def _end_pass(self) -> None:
         for name, p in self._waiting.items():
-            if p.grad is not None and self._hooks:
-                self._record(name, p, p.grad)
+            grad = part_of_gradient(p)
+            if grad is not None and self._hooks:
+                self._record(name, p, grad)
         self._waiting = {}
 
     def _record(self, name: str, p: Tensor, grad: Tensor) -> None:
         self._fingerprints[name] = _fingerprint(grad)
-        self._passes[name] = self._passes.get(name, 0) + 1
+        if not is_sharded(p) or self._call < 0:  # `_begin_pass` counts, if the model calls hooks
+            self._passes[name] = self._passes.get(name, 0) + 1
         self._weights[name] = p, p._version
         self._entries[name] = sampled(p.detach()).clone()
         self._calls[name] = torch._C._current_graph_task_id()
@@ -242,18 +290,18 @@ class ReceivedGradient:
         calls = {self._calls[name] for name in grads if name in self._calls}
         grads = grads | {n: g for n, g in (standing or {}).items() if self._calls.get(n) in {None, *calls}}
         before_first = {name: t for name, t in self._before.items() if name in grads}
-        self.carried = any(bool(t.any()) for t in _fetched(before_first).values())
+        self.carried = self._somewhere(bool(t.any()) for t in _fetched(before_first).values())
         self.passes = max((n for name, n in self._passes.items() if name in grads), default=1)
         unwatched = {n: self._params.get(n) for n in grads if n not in self._watched}
         new = [n for n, p in unwatched.items() if p is None or p.requires_grad]  # None: added just now
         moved = self._moved(name for name in self._weights if name in grads or self._calls[name] in calls)
-        changed = [name for name, flag in self._changed.items() if name in grads and bool(flag)]
+        changed = self._in_some({n: bool(flag) for n, flag in self._changed.items() if n in grads})
         self.rest()
         _require_unchanged(moved, changed)
         unseen = {name: grads[name] for name in self._watched if name in grads and name not in left}
-        if any(bool(g.any()) for g in unseen.values()):
+        if self._somewhere(bool(g.any()) for g in unseen.values()):
             self._require_not_clipped(unseen)
-        before, after = _fetched(left), _fetched({name: _fingerprint(grads[name]) for name in left})
+        before, after = self._whole(left), self._whole({name: _fingerprint(grads[name]) for name in left})
         if all(same_entries(before[name], after[name]) for name in left):
             return None
         if new:
@@ -270,7 +318,7 @@ class ReceivedGradient:
         if limit is not None and all(
             _is_cut_off(limit, before[name], after[name], scale, tolerance[name]) for name in left
         ):
-            return Clipped(limit=limit, grads=grads)
+            return Clipped(limit=limit, grads=grads, parts=self._parts)
         groups = _grouped(factors, tolerance)
         if len(groups) == 1:  # weights whose gradient is 0 were clipped with the others
             groups[0][1].extend(name for name in left if name not in factors)
@@ -281,11 +329,36 @@ class ReceivedGradient:
         weights = {name: self._weights[name] for name in names}
         before = _fetched({name: self._entries[name] for name in weights})
         after = _fetched({name: sampled(p.detach()) for name, (p, _) in weights.items()})
-        return [
-            name
-            for name, (p, version) in weights.items()
-            if p._version != version or not same_entries(before[name], after[name])
-        ]
+        return self._in_some(
+            {
+                name: p._version != version or not same_entries(before[name], after[name])
+                for name, (p, version) in weights.items()
+            }
+        )
+
+    def _in_some(self, flags: Mapping[str, bool]) -> list[str]:
+        """Return the names whose flag is set in some process."""
+        return [name for name, flag in zip(flags, self._parts.any(flags.values()), strict=True) if flag]
+
+    def _somewhere(self, flags: Iterable[bool]) -> bool:
+        """Return whether any flag is set in any process."""
+        return self._parts.any([any(flags)])[0]
+
+    def _norm(self, tensors: Tensors) -> float:
+        """Return the Euclidean norm over all entries of the whole tensors."""
+        return self._parts.norms([_norm(tensors)])[0]
+
+    def _whole(self, fingerprints: Tensors) -> Tensors:
+        """Return the fingerprints of whole gradients, in float64 on the CPU, given those of the parts."""
+        own = _fetched(fingerprints)
+        if self._parts.count == 1:
+            return own
+        found = {}
+        for name, each in self._parts.gathered({n: v.roll(2) for n, v in own.items()}, SAMPLED + 2).items():
+            largest, norms = each[:, 0].max(), each[:, 1].norm()
+            # zeros fill short vectors; they are compared as entries whose gradient is 0
+            found[name] = torch.cat([each[:, 2:].flatten(), torch.stack([largest, norms])])
+        return found
 
     def _require_not_clipped(self, grads: Tensors) -> None:
         """Raise `UnknownGradient` unless `max_grad_norm` shows that these gradients were not clipped.
@@ -297,7 +370,7 @@ class ReceivedGradient:
                 "the gradient must come from backward(), but it was written into .grad by other means, so "
                 "the tuner cannot tell what was done to it; pass max_grad_norm=math.inf if nothing was."
             )
-        if _norm(grads) >= self._max_norm * (1 - SAME_NORM):
+        if self._norm(grads) >= self._max_norm * (1 - SAME_NORM):
             raise UnknownGradient(
                 "a clipped gradient must come from backward(), but it was written into .grad by other means."
             )
@@ -317,7 +390,7 @@ class ReceivedGradient:
                 factors |= dict.fromkeys(names, 0.0)
                 continue
             group, together = frozenset(names), {name: grads[name] for name in names}
-            size = _norm(together)
+            size = self._norm(together)
             try:
                 clipped = self._is_clipped(group, factor, size, passes, max(1e-6, tolerance))
             except UnknownGradient as error:  # go on: the factors of the other groups are needed next time
@@ -335,7 +408,7 @@ class ReceivedGradient:
                 factors |= dict.fromkeys(names, factor)
         if unknown is not None:
             raise unknown
-        return Clipped(norms=norms, factors=factors) if norms or factors else None
+        return Clipped(norms=norms, factors=factors, parts=self._parts) if norms or factors else None
 
     def _excess_of(self, group: frozenset[str], size: float, factor: float, own_norm: OwnNorm) -> float:
         """Return |gradient of `backward`| / |gradient of `loss_fn`|, the geometric mean of a few hyper-steps.
@@ -504,7 +577,7 @@ def scaler_stage(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer)
 
 def sampled(t: Tensor) -> Tensor:
     """Return up to SAMPLED entries, spread evenly, as a vector."""
-    flat = t.detach().reshape(-1)
+    flat: Tensor = part(t).detach().reshape(-1)
     stride = max(1, flat.numel() // SAMPLED)
     return flat[: SAMPLED * stride : stride]
 
@@ -517,6 +590,8 @@ def same_entries(one: Tensor, other: Tensor) -> bool:
 def _fingerprint(grad: Tensor) -> Tensor:
     """Return a vector: some entries of a gradient, then the largest size of an entry, then the norm."""
     grad = grad.detach()
+    if not grad.numel():  # this process has no part of a short weight
+        return torch.zeros(2, dtype=grad.dtype, device=grad.device)
     low, high = torch.aminmax(grad)
     largest = torch.maximum(-low, high)
     return torch.cat([sampled(grad), largest[None], torch.linalg.vector_norm(grad)[None]])

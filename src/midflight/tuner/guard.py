@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from midflight._tensors import Tensors, all_finite, write
+from midflight._tensors import Tensors, write
 from midflight.space import Space
 from midflight.tuner.horizon import Averaged
 from midflight.tuner.movement import Beginning, Speed
 from midflight.tuner.saved import Saved
+from midflight.tuner.sharded import WHOLE, Parts
 from midflight.tuner.step_options import LENGTHS, RISKY, stepped_back
 
 LOOKS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64})
@@ -66,6 +67,7 @@ class Guard(Saved):
         params, buffers: return the weights and the model's buffers, name -> live tensor.
         optimizers: of the weights.
         options: hyperparameter -> option; only options that set how a step is taken.
+        parts: sums over the processes, if the weights are sharded.
 
     Attributes:
         restored: how often the run went back.
@@ -85,8 +87,10 @@ class Guard(Saved):
         buffers: Callable[[], Tensors],
         optimizers: Sequence[torch.optim.Optimizer],
         options: Mapping[str, str],
+        parts: Parts = WHOLE,
     ) -> None:
         self._space, self._horizon, self._optimizers = space, horizon, list(optimizers)
+        self._parts = parts
         self._params, self._buffers, self._options = params, buffers, dict(options)
         self.restored, self.replaced = 0, False
         self._initial: float | None = None
@@ -103,7 +107,7 @@ class Guard(Saved):
         """How many weight tensors had a gradient of 0 at the first step."""
         self._trial: tuple[int, float, Tensors] | None = None
         """Steps, C2 and raw coordinates when the run began again, until the two can be compared."""
-        self.beginning, self._speed = Beginning(params, buffers), Speed()
+        self.beginning, self._speed = Beginning(params, buffers, parts), Speed(parts)
         self._lengths = [name for name, option in self._options.items() if option in LENGTHS]
 
     @property
@@ -121,7 +125,7 @@ class Guard(Saved):
         self._initial = loss
         self._horizon.keep(loss, self._params(), self._buffers())
         self._at_best = self._raws()
-        self._zero = _largest(grads).count(0)
+        self._zero = self._largest(grads).count(0)
         if "lr" in self._options.values():
             self.beginning.keep(self._raws())
 
@@ -139,7 +143,7 @@ class Guard(Saved):
             grads: of the weights.
             look: returns C2 at the weights, on the batch of `begin` if that is known.
         """
-        sizes = _largest(grads)
+        sizes = self._largest(grads)
         if not all(map(math.isfinite, sizes)):
             return True
         zero = sizes.count(0)
@@ -200,7 +204,8 @@ class Guard(Saved):
         """Return whether there is a finite best average of all present weights."""
         best, params = self._horizon.best, self._params()
         fits = all(name in best and best[name].shape == p.shape for name, p in params.items())
-        return fits and all_finite(best[name] for name in params)  # a buffer may hold -inf, as a mask does
+        finite = self._parts.all_finite(best[name] for name in params if name in best)
+        return fits and finite  # a buffer may hold -inf, as a mask does
 
     @torch.no_grad()
     def restore(self, diverged: bool = True) -> bool:
@@ -217,7 +222,7 @@ class Guard(Saved):
         if not self._best_fits():
             return False
         self._in_vain += diverged
-        if self._in_vain > MOST_IN_VAIN and all_finite(self._params().values()):
+        if self._in_vain > MOST_IN_VAIN and self._parts.all_finite(self._params().values()):
             return False
         self._take_best()
         self._forget_steps()
@@ -291,9 +296,9 @@ class Guard(Saved):
         self.beginning.count_anew()
         for optimizer in self._optimizers:
             optimizer.state.clear()  # old second moments would make the first steps too long
-        for p in self._params().values():
-            if p.grad is not None:
-                p.grad.zero_()
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                if p.grad is not None:
+                    p.grad.zero_()
 
     def begin_step(self) -> None:
         """Note the weights before a step that has a hyper-step."""
@@ -334,8 +339,12 @@ class Guard(Saved):
     def _raws(self) -> Tensors:
         return {name: raw.detach().clone() for name, raw in self._space.raws.items()}
 
-
-def _largest(tensors: Tensors) -> list[float]:
-    """Return the size of the largest entry of each tensor; one synchronisation with a GPU."""
-    sizes = torch._foreach_norm([t for t in tensors.values() if t.numel()], math.inf)
-    return torch.stack([size.to(sizes[0]) for size in sizes]).tolist() if sizes else []
+    def _largest(self, tensors: Tensors) -> list[float]:
+        """Return the size of the largest entry of each tensor; one synchronisation with a GPU."""
+        present = [name for name, t in tensors.items() if t.numel()]
+        sizes = torch._foreach_norm([tensors[name] for name in present], math.inf)
+        own = torch.stack([size.to(sizes[0]) for size in sizes]).tolist() if sizes else []
+        if self._parts.count == 1:
+            return own
+        of_parts = dict.fromkeys(tensors, 0.0) | dict(zip(present, own, strict=True))
+        return self._parts.reduced(of_parts.values(), largest=True)

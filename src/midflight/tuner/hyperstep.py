@@ -15,12 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midflight._tensors import Tensors, all_finite, detach, norm
-from midflight.errors import UnknownGradient, UnsupportedOptimizer, UnsupportedParameter, warn
+from midflight._tensors import Tensors, detach
+from midflight.errors import (
+    UnknownGradient,
+    UnsupportedOptimizer,
+    UnsupportedParameter,
+    UnsupportedSetting,
+    warn,
+)
 from midflight.hypergrad import Estimator
 from midflight.hypergrad.graph import graph_leaves
 from midflight.hypergrad.mixed import rounding_of, value_grads
-from midflight.hypergrad.one_step import one_step
+from midflight.hypergrad.one_step import OneStep, one_step
 from midflight.hypergrad.problem import Dependence, Step, added
 from midflight.space import Space
 from midflight.tuner.binding import Binding
@@ -29,7 +35,7 @@ from midflight.tuner.distributed import Processes
 from midflight.tuner.gradient import Clipped, ReceivedGradient, calling_scaler, sampled, scaler_stage
 from midflight.tuner.horizon import Horizon
 from midflight.tuner.live import LiveModel, Loss, preserved, require_moved, weights_at
-from midflight.tuner.mixed_partial import MixedPartial
+from midflight.tuner.mixed_partial import DIFFERENCE, MixedPartial
 from midflight.tuner.optimizers import named_parameters, require_real
 from midflight.tuner.randomness import Randomness, held, plain, restored
 from midflight.tuner.running_statistics import (
@@ -40,9 +46,10 @@ from midflight.tuner.running_statistics import (
     moved_statistics,
 )
 from midflight.tuner.saved import Saved
+from midflight.tuner.sharded import part, part_of_gradient, parts
 from midflight.tuner.slope import warn_unless_slope
 from midflight.tuner.step_options import LENGTHS, slopes_of_length
-from midflight.updates import State, Updates, step_ahead
+from midflight.updates import BlackBox, State, Updates, step_ahead
 from midflight.updates.base import tuned_options
 
 _RAW = "raw of "
@@ -116,11 +123,14 @@ class HyperStep(Saved):
         others = [p for _, p, *_ in named_parameters(model, optimizers) if id(p) not in own]
         self.live = LiveModel(model, self.randomness, others, held([*loaders, *losses, model], nn.Module))
         self.train_loss, self.valid_loss = losses
+        self.processes = Processes(self.live.all, self._trained())
+        self._require_parts_suffice()
         self.mixed = MixedPartial(
-            self.live, self.randomness, space, self.train_loss, examples, estimator.mixed
-        )
-        self.processes = Processes(self.live.all)
-        self.received = ReceivedGradient(max_grad_norm, reduced=self.processes.count > 1)
+            self.live, self.randomness, space, self.train_loss, examples,
+            DIFFERENCE if self.processes.sharded else estimator.mixed, self.processes,
+        )  # fmt: skip
+        several = self.processes.count > 1 or self.processes.sharded
+        self.received = ReceivedGradient(max_grad_norm, several, self.processes.parts)
         self._loss_reads: bool | None = True if binding.unbound else None
         """Whether the loss reads the space; None where it need not, until the first hyper-step."""
         self._guessed = binding.guessed and bool(binding.options)
@@ -173,11 +183,22 @@ class HyperStep(Saved):
 
     def params(self) -> Tensors:
         """Return the weights of the optimisers, name -> live leaf."""
+        self.live.reshard()
         return {name: p for name, p, *_ in named_parameters(self._model, self._optimizers)}
+
+    def weights(self) -> Tensors:
+        """Return the weights of the optimisers, or this process's parts of them, name -> live tensor."""
+        return parts(self.params())
+
+    def _trained(self) -> Tensors:
+        """Return the weights of the optimisers, and those of the model that require a gradient."""
+        own = self.params()
+        return {n: p for n, p in self._all_params().items() if n in own or p.requires_grad}
 
     def _all_params(self) -> Tensors:
         """Return the weights of the optimisers and of the model, name -> live leaf."""
-        return {**dict(self._model.named_parameters()), **self.params()}
+        trained = self.params()  # first, because it makes a sharded model show its parts
+        return {**dict(self._model.named_parameters()), **trained}
 
     def buffers(self) -> Tensors:
         """Return the model's buffers, name -> live tensor."""
@@ -193,8 +214,8 @@ class HyperStep(Saved):
         ]
 
     def gradients(self) -> Tensors:
-        """Return the dense gradients of the weights now, name -> tensor."""
-        found = {name: p.grad for name, p in self.params().items()}
+        """Return the dense gradients of what `weights` returns, name -> tensor."""
+        found = {name: part_of_gradient(p) for name, p in self.params().items()}
         return {name: g for name, g in found.items() if g is not None and not g.is_sparse}
 
     def gradient_versions(self, of: torch.optim.Optimizer | None = None) -> dict[int, tuple[Tensor, int]]:
@@ -206,7 +227,7 @@ class HyperStep(Saved):
         if not self.several:
             return {}
         weights = named_parameters(self._model, self._optimizers if of is None else [of])
-        return {id(p): (p.grad, p.grad._version) for _, p, *_ in weights if p.grad is not None}
+        return {id(p): (p.grad, part(p.grad)._version) for _, p, *_ in weights if p.grad is not None}
 
     def watch(self) -> None:
         """Note the gradient that `backward` leaves, because a hyper-step comes with the next step."""
@@ -232,10 +253,11 @@ class HyperStep(Saved):
             return self._take(params)
 
     def _equal(self, params: Tensors) -> list[Tensor]:
-        """Return what must be equal in all processes: the raw coordinates, some entries of the weights."""
+        """Return what must be equal in all processes: the raw coordinates, some entries of whole weights."""
         if self.processes.count == 1:
             return []
-        return [*self._space.raws.values(), *map(sampled, params.values())]
+        whole = [] if self.processes.sharded else params.values()
+        return [*self._space.raws.values(), *map(sampled, whole)]
 
     def _take(self, params: Tensors) -> HyperStepResult:
         grads = self._final_gradients(params)
@@ -284,8 +306,8 @@ class HyperStep(Saved):
         at = {name: p for name, p in self._all_params().items() if name in names}
         with self.live.borrowed():
             loss = partial(self.live.train_loss, self.train_loss, next(self.t1))
-            found = self.processes.mean_where_present(self.live.gradients(loss, at)[1], at)
-        return float(norm(found)) if found else 0.0
+            found = self.processes.mean_gradient(self.live.gradients(loss, at)[1], at)
+        return float(self.processes.parts.norm(found)) if found else 0.0
 
     def _result(
         self, params: Tensors, grads: Tensors, clipped: Clipped | None, live: Tensors, batch: Any
@@ -311,7 +333,7 @@ class HyperStep(Saved):
             if not math.isfinite(valid_loss):
                 return HyperStepResult({}, valid_loss, train_loss)
         if options:
-            _, v, _ = self._valid_gradient(params, self.horizon.ahead(params), grads, {})
+            _, v, _ = self._valid_gradient(params, self.horizon.ahead(parts(params)), grads, {})
             found |= self._of_options(step, options, v)
         elif self.horizon.at_average:
             return HyperStepResult(found, valid_loss, train_loss)
@@ -410,7 +432,7 @@ class HyperStep(Saved):
         valid_loss, v, of_statistics = self._valid_gradient(params, at, step.grads, layers)
         if not math.isfinite(valid_loss):
             return valid_loss, {}
-        if not all_finite(v.values()):
+        if not self.processes.parts.all_finite(v.values()):
             return math.nan, {}
         found = self.estimator(step, self.horizon.smoothed(v))
         if of_statistics:
@@ -426,9 +448,10 @@ class HyperStep(Saved):
         owners = {
             id(p): self._optimizers[o] for _, p, o, _ in named_parameters(self._model, self._optimizers)
         }
-        used = {name: params[name] for name in grads}
-        state = {name: owners[id(p)].state.get(p, {}) for name, p in used.items()}
-        updates = self._binding.updates(used, values)
+        leaves = {name: params[name] for name in grads}
+        updates = self._binding.updates(leaves, values)
+        state = {name: parts(owners[id(p)].state.get(p, {})) for name, p in leaves.items()}
+        used = parts(leaves)
         self._judge_rules(used, grads, state, updates)
 
         def dependence() -> Dependence:
@@ -437,7 +460,7 @@ class HyperStep(Saved):
             trained = {name: p for name, p in live.items() if p.requires_grad}
             few = self.mixed.try_subsample(batch)
             theirs, along = self.mixed(few, trained)
-            theirs = self.processes.mean_where_present(theirs, trained)
+            theirs = self.processes.mean_gradient(theirs, trained)
 
             def mixed_partial(w: Tensors) -> Tensors:  # the gradient of a frozen weight stays as it is
                 return along({name: w[name] for name in w if name in trained})
@@ -457,6 +480,7 @@ class HyperStep(Saved):
             dependence=dependence,
             train_loss=self.mixed.train_loss(batch) if self.estimator.needs_train_loss else None,
             clipped=clipped,
+            shards=self.processes.parts.count,
         )
 
     def _judge_rules(
@@ -484,7 +508,7 @@ class HyperStep(Saved):
             UnsupportedOptimizer: the optimiser took another step than its rule says.
         """
         expected, self._expected = self._expected, {}
-        params = self.params()
+        params = self.weights() if expected else {}
         for name, (before, after) in expected.items():
             if name not in params or params[name].shape != before.shape or not before.numel():
                 continue
@@ -535,8 +559,9 @@ class HyperStep(Saved):
                 warn(sentence)
             self._judged_reading = True
             self._check_slope(batch, params, at, float(value), {n: found[n] for n in targets if n in found})
-        v = {name: found[name] if name in found else torch.zeros_like(p) for name, p in targets.items()}
-        return self.processes.mean_of(float(value)), self.processes.mean(v), statistics
+        v = {name: found[name] if name in found else torch.zeros_like(part(p)) for name, p in targets.items()}
+        mean = v if self.processes.sharded else self.processes.mean(v)
+        return self.processes.mean_of(float(value)), mean, statistics
 
     def _check_slope(self, batch: Any, params: Tensors, at: Tensors, value: float, v: Tensors) -> None:
         """Warn if v is not the slope of the validation loss, which is `value` at the weights `at`."""
@@ -545,10 +570,12 @@ class HyperStep(Saved):
         def loss_at(moved: Tensors) -> float:
             self.randomness.rewind(states)
             with weights_at(params, at | moved):
-                return self.live.number(loss)
+                return mean(self.live.number(loss))
 
+        # the gradient of sharded weights is that of the mean loss
+        mean = self.processes.mean_of if self.processes.sharded else float
         rounding = rounding_of(lambda: self.live.number(loss), at)
-        warn_unless_slope(loss_at, at, v, rounding * abs(value))
+        warn_unless_slope(loss_at, at, v, rounding * abs(mean(value)), self.processes.parts)
         self.randomness.rewind(states)
 
     def _through_statistics(self, batch: Any, layers: Layers, along: Statistics) -> Tensors:
@@ -557,6 +584,7 @@ class HyperStep(Saved):
         with passes:
             self.live.train_loss(self.train_loss, self.mixed.subsample(batch))
         moved = moved_statistics(layers, passes, along, self.received.passes)
+        self.live.gather()
         return {} if moved is None else value_grads(moved, self._space.raws)
 
     def _warn_if_reached(self, others: set[str], batch: Any) -> None:
@@ -595,19 +623,22 @@ class HyperStep(Saved):
                     f"gradients must be dense, but that of {name} is sparse; "
                     "build its embedding with sparse=False."
                 )
+            grad = part_of_gradient(p)
+            assert grad is not None
             scale = getattr(self._optimizers[o], "grad_scale", None)
             if scale is None and scaler is not None and scaler_stage(scaler, self._optimizers[o]) == "READY":
                 scale = scaler.get_scale()  # it steps later and is unscaled then
-            found[name] = p.grad.detach() if scale is None else p.grad.detach() / scale
+            found[name] = grad.detach() if scale is None else grad.detach() / scale
         return found
 
     def _standing(self, params: Tensors) -> Tensors:
         """Return the gradients of the model's weights that no optimiser moves."""
         own = {id(p) for p in params.values()}
         found = {
-            name: p.grad.detach()
+            name: grad.detach()
             for name, p in self._model.named_parameters()
-            if p.requires_grad and p.grad is not None and id(p) not in own and not p.grad.is_sparse
+            if p.requires_grad and id(p) not in own
+            if (grad := part_of_gradient(p)) is not None and not grad.is_sparse
         }
         if found and not self._said_standing:
             self._said_standing = True
@@ -616,6 +647,28 @@ class HyperStep(Saved):
                 "tuner and count as standing still; pass all optimisers as a list.",
             )
         return found
+
+    def _require_parts_suffice(self) -> None:
+        """Refuse sharded weights if the step or its derivative needs whole ones.
+
+        Raises:
+            UnsupportedOptimizer: an optimiser with a rule is not elementwise.
+            UnsupportedSetting: the estimator, or its mixed partial, does not work on parts.
+        """
+        if not self.processes.sharded:
+            return
+        for optimizer, rule in zip(self._optimizers, self._binding.rules, strict=True):
+            if not (rule.elementwise or isinstance(rule, BlackBox)):  # a BlackBox has tested this itself
+                raise UnsupportedOptimizer(
+                    "with fully_shard, each entry of a weight must be updated by itself, but "
+                    f"{type(optimizer).__name__} reads whole weights; use an elementwise optimiser, or "
+                    "DistributedDataParallel."
+                )
+        if not isinstance(self.estimator, OneStep) or self.estimator.mixed not in (None, DIFFERENCE):
+            raise UnsupportedSetting(
+                "with fully_shard, the estimator must work on parts of weights, as 'one_step', "
+                "'one_step_cheap' and 'central_difference' do; use one of these."
+            )
 
     def _require_smooth(self) -> None:
         for optimizer, rule in zip(self._optimizers, self._binding.rules, strict=True):

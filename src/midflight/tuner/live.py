@@ -14,6 +14,7 @@ import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -31,6 +32,16 @@ from midflight.tuner.data import fresh, tensors_of
 from midflight.tuner.distributed import local
 from midflight.tuner.gradient import same_entries, sampled
 from midflight.tuner.randomness import Randomness
+from midflight.tuner.sharded import (
+    gather,
+    is_sharded,
+    part,
+    part_of_gradient,
+    passes_between,
+    reshard,
+    restart,
+    sharded_modules,
+)
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar."""
@@ -77,12 +88,26 @@ class LiveModel:
         self._derives = False
         """Whether a loss computes derivatives itself, so that it needs a graph."""
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in self.all.modules())
+        self._sharded = sharded_modules(self.all)
+        self.reshard()
+
+    def reshard(self) -> None:
+        """Drop the weights that FSDP gathered for its last pass, so that the model shows its parts."""
+        reshard(self._sharded)
+
+    def gather(self) -> None:
+        """Gather the weights of a sharded model, so that a backward pass can begin inside it.
+
+        The next call of a loss drops them.
+        """
+        gather(self._sharded)
 
     def watch(self) -> None:
         """Begin to note which parameters the loop writes until the next hyper-step.
 
         Entries of frozen ones are noted too, because a write by `.data` does not change the version.
         """
+        self.reshard()
         self._before = [
             (p, p._version, None if p.requires_grad else sampled(p).clone()) for p in self.all.parameters()
         ]
@@ -90,6 +115,7 @@ class LiveModel:
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Let a hyper-step change the model and the modules beside it; restore them at the end."""
+        self.reshard()
         self._find_written()
         with ExitStack() as stack:
             stack.enter_context(signals_wait())
@@ -97,6 +123,8 @@ class LiveModel:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self._randomness.borrowed())
             stack.enter_context(preserved(self.all, self._others, self._written))
+            if self._sharded:  # inside, so that the model is sharded when `preserved` restores its tables
+                stack.enter_context(passes_between(self._sharded))
             stack.enter_context(_uncompiled())
             stack.enter_context(local(self.all))
             stack.enter_context(_no_autocast_cache())
@@ -120,6 +148,7 @@ class LiveModel:
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Put the model in eval mode, for a backward pass too, because checkpoints recompute in it."""
+        self.reshard()
         return evaluating(self.all, self._by_flags)
 
     def choose_mode(self, function: Loss, batch: Any) -> None:
@@ -172,8 +201,9 @@ class LiveModel:
     ) -> tuple[Tensor, Tensors]:
         """Return the loss and its gradients, name -> tensor, without leaves that the loss does not reach.
 
-        Reentrant checkpointing works with `backward` only. Then the gradients are taken from the leaves'
-        `.grad`, which `borrowed` has emptied.
+        Reentrant checkpointing and FSDP work with `backward` only. Then the gradients are taken from the
+        leaves' `.grad`, which `borrowed` has emptied. For a sharded weight, this is the process's part of the
+        mean gradient over the processes.
 
         Args:
             loss: computes the loss.
@@ -186,18 +216,19 @@ class LiveModel:
             at = at | {name: t for name, t in inside().items() if t.requires_grad}
             if not at:
                 return value.detach(), {}
-            if not reenters(value):
+            if not (any(map(is_sharded, at.values())) or reenters(value)):
                 return value.detach(), _grad(value, at)
             for leaf in at.values():
                 leaf.grad = None
             value.backward()  # type: ignore[no-untyped-call]
-        grads = {name: leaf.grad for name, leaf in at.items() if leaf.grad is not None}
+        grads = {name: g for name, leaf in at.items() if (g := part_of_gradient(leaf)) is not None}
         for leaf in at.values():
             leaf.grad = None
         return value.detach(), grads
 
     def _call(self, function: Loss, batch: Any) -> Tensor:
         torch.clear_autocast_cache()  # it may hold casts of other weights
+        restart(self._sharded)  # weights may have changed since FSDP gathered them
         key = id(function), self.model.training  # a callable object may have no hash
         own = fresh(batch, copies=self._careful.get(key, True))
         tensors = [(t, t._version) for t in tensors_of(own)]
@@ -326,11 +357,11 @@ def evaluating(model: nn.Module, by_flags: bool = False) -> Iterator[None]:
     """
     modes = [(m, m.training) for m in model.modules()]
     own = [m for m, _ in modes if type(m).train is not nn.Module.train]
-    tensors = [(p, p.data) for m in own for p in m.parameters(recurse=False)]
+    tensors = [(p, _restorer(p)) for m in own for p in m.parameters(recurse=False)]
     attributes = [(m.__dict__, dict(m.__dict__)) for m in own]
     try:
-        for p, data in tensors:
-            p.data = data.clone()
+        for p, _ in tensors:
+            _let_write(p)
         if by_flags:
             for module, _ in modes:
                 module.training = False
@@ -340,8 +371,8 @@ def evaluating(model: nn.Module, by_flags: bool = False) -> Iterator[None]:
     finally:
         for table, before in attributes:
             _restore_entries(table, before)
-        for p, data in tensors:
-            p.data = data
+        for _, restore in tensors:
+            restore()
         for module, mode in modes:
             module.training = mode
 
@@ -352,16 +383,40 @@ def weights_at(params: Mapping[str, Tensor], at: Tensors) -> Iterator[None]:
 
     Values are exchanged by `.data`, so earlier graphs stay valid and tied weights stay tied. A weight need
     not belong to the model. Values whose weight is gone or has another shape are ignored.
+
+    FSDP does not notice such an exchange. So values of sharded weights are copied into the parts, and back.
+
+    Args:
+        params: name -> leaf.
+        at: name -> tensor, shaped like the weight; like its part if it is sharded.
     """
-    at = {name: value for name, value in at.items() if name in params and params[name].shape == value.shape}
-    before = {name: params[name].data for name in at}
+    at = {n: value for n, value in at.items() if n in params and part(params[n]).shape == value.shape}
+    before = [_restorer(params[name]) for name in at]
     try:
         for name, value in at.items():
-            params[name].data = value
+            if is_sharded(params[name]):
+                part(params[name]).copy_(value)
+            else:
+                params[name].data = value
         yield
     finally:
-        for name, data in before.items():
-            params[name].data = data
+        for restore in before:
+            restore()
+
+
+def _restorer(t: Tensor) -> Callable[[], Any]:
+    """Return a function that gives the tensor its present values back.
+
+    A plain tensor gets its old `.data` back. A sharded one can only be written in place, so its part is
+    copied now.
+    """
+    return partial(part(t).copy_, part(t).clone()) if is_sharded(t) else partial(setattr, t, "data", t.data)
+
+
+def _let_write(t: Tensor) -> None:
+    """Let writes go to a copy of a tensor's values; writes to a sharded tensor go to the tensor itself."""
+    if not is_sharded(t):
+        t.data = t.data.clone()
 
 
 @contextmanager
@@ -380,29 +435,39 @@ def preserved(
         written: parameters that forward passes write, such as those of a momentum encoder.
     """
     kept = list(_kept_by(m.__dict__ for m in model.modules()))
-    entries = [(c, c.copy()) for c in kept if not isinstance(c, Tensor | np.ndarray)]
+    containers = [c for c in kept if not isinstance(c, Tensor | np.ndarray)]
     arrays = [(a, a.copy()) for a in kept if isinstance(a, np.ndarray) and a.flags.writeable]
     held = [t for t in kept if isinstance(t, Tensor)]
-    tensors = [(t, t.data) for t in {id(t): t for t in [*model.buffers(), *held, *written]}.values()]
+    tensors = [(t, _restorer(t)) for t in {id(t): t for t in [*model.buffers(), *held, *written]}.values()]
     weights = {id(p): p for p in [*model.parameters(), *others]}.values()
     params = [(p, p.grad, p.requires_grad) for p in weights]
     try:
-        for t, data in tensors:
-            t.data = data.clone()
-        for p, *_ in params:
-            p.grad = None
-        yield
+        with entries_kept(containers):
+            for t, _ in tensors:
+                _let_write(t)
+            for p, *_ in params:
+                p.grad = None
+            yield
     finally:
-        for container, before in entries:
-            _restore_entries(container, before)
         for array, values in arrays:
             array[...] = values
-        for t, data in tensors:
-            t.data = data
+        for _, restore in tensors:
+            restore()
         for p, grad, requires_grad in params:
             if p.requires_grad is not requires_grad:
                 p.requires_grad_(requires_grad)
             p.grad = grad
+
+
+@contextmanager
+def entries_kept(containers: Iterable[Any]) -> Iterator[None]:
+    """Give lists, dicts, sets and deques their entries back at the end, also after an error."""
+    entries = [(container, container.copy()) for container in containers]
+    try:
+        yield
+    finally:
+        for container, before in entries:
+            _restore_entries(container, before)
 
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque, tuple)
@@ -509,9 +574,13 @@ class _Waiting:
     """A handler that keeps signals until `signals_wait` is over.
 
     Signals that already wait for an outer block keep its handler.
+
+    Args:
+        impatient: the number of signals of one kind from which on they do not wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, impatient: int) -> None:
+        self._impatient = impatient
         known = {s: signal.getsignal(s) for s in _SIGNALS}
         self.handlers = {s: h for s, h in known.items() if callable(h) and not isinstance(h, _Waiting)}
         self.came: list[tuple[int, FrameType | None]] = []
@@ -519,17 +588,21 @@ class _Waiting:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.came.append((number, frame))
-        if self.over or sum(number == n for n, _ in self.came) >= IMPATIENT:
+        if self.over or sum(number == n for n, _ in self.came) >= self._impatient:
             self.handlers[signal.Signals(number)](number, frame)
 
 
 @contextmanager
-def signals_wait() -> Iterator[None]:
-    """Delay signals with a Python handler, such as Ctrl-C, to the end of the block, but not a third one."""
+def signals_wait(impatient: int = IMPATIENT) -> Iterator[None]:
+    """Delay signals with a Python handler, such as Ctrl-C, to the end of the block.
+
+    Args:
+        impatient: the number of signals of one kind from which on they do not wait.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    waiting = _Waiting()
+    waiting = _Waiting(impatient)
     try:
         for number in waiting.handlers:
             signal.signal(number, waiting)

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from midflight._tensors import Tensors, detach, leaves, norm
+from midflight._tensors import Tensors, detach, leaves
 from midflight.errors import InvalidLoss, NotTwiceDifferentiable
 from midflight.hypergrad.graph import graph_leaves, has_own_backward, require_twice_differentiable
 from midflight.hypergrad.mixed import (
@@ -39,8 +39,10 @@ from midflight.hypergrad.problem import double_backward
 from midflight.nn.magnitude import held_constants
 from midflight.space import Space
 from midflight.tuner.data import first_examples
+from midflight.tuner.distributed import Processes
 from midflight.tuner.live import LiveModel, Loss, reenters, weights_at, with_tensors
 from midflight.tuner.randomness import Randomness
+from midflight.tuner.sharded import part
 from midflight.tuner.stop_gradient import ByDifference, StoppedReads
 
 _Failures = type[Exception] | tuple[type[Exception], ...]
@@ -75,6 +77,7 @@ class MixedPartial:
         loss_fn: (model, batch) -> training loss.
         examples: how many examples of a batch are used, the first ones along dimension 0; None for all.
         method: one of the three methods; None chooses.
+        processes: the processes that train the model together.
 
     Attributes:
         method: the method in use; None before the first hyper-step.
@@ -88,8 +91,10 @@ class MixedPartial:
         space: Space,
         loss_fn: Loss,
         examples: int | None,
-        method: str | None = None,
+        method: str | None,
+        processes: Processes,
     ) -> None:
+        self._processes = processes
         self._live, self._randomness, self._space, self._loss_fn = live, randomness, space, loss_fn
         self._examples = examples or 0
         self._checked = False
@@ -150,12 +155,14 @@ class MixedPartial:
 
         def mixed_partial(w: Tensors) -> Tensors:
             found, after = along(w), self._randomness.snapshot()
+            if self._processes.sharded:  # gradients of sharded weights are those of the mean loss
+                found = self._processes.mean_where_present(found, self._space.raws)
             with held_constants():  # layers of this library take values out on purpose
                 if self._stopped is None:
                     suspects = set() if reads is None else reads.names
                     slope = partial(self._live.gradients, loss)
                     rounding = partial(self._rounding_of, batch, params)
-                    self._stopped = ByDifference(self._space)
+                    self._stopped = ByDifference(self._space, self._processes.parts)
                     self._stopped.judge(suspects, loss, slope, rounding)
                     hooked = _is_hooked(params) and self.method != DOUBLE_BACKWARD
                     if hooked or has_own_backward(loss()):
@@ -244,15 +251,20 @@ class MixedPartial:
         return detach(grads), mixed_partial
 
     def _difference(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
-        at = {name: params[name].detach() for name in w if name in params}
-        length = norm({name: w[name] for name in at})
+        at = {name: part(params[name]).detach() for name in w if name in params}
+        sized = self._processes.parts.norm
+        length = sized({name: w[name] for name in at})
         states, raws = self._randomness.snapshot(), self._space.raws
 
         def loss() -> Tensor:
             self._randomness.rewind(states)
             return self._live.train_loss(self._loss_fn, batch)
 
-        e = relative_epsilon(self._rounding_of(batch, params)) * norm(at) / torch.where(length > 0, length, 1)
+        e = (
+            relative_epsilon(self._rounding_of(batch, params))
+            * sized(at)
+            / torch.where(length > 0, length, 1)
+        )
         sides = []
         for sign in (1.0, -1.0):
             moved = {name: p + (sign * e).to(p) * w[name].to(p) for name, p in at.items()}
@@ -271,7 +283,8 @@ class MixedPartial:
     def _forward_mode(self, batch: Any, params: Mapping[str, Tensor], w: Tensors) -> Tensors:
         values = {name: self._space[name].value for name in self._space}
         at = {name: params[name].detach() for name in w if name in params}
-        found = mixed_partial_of(FORWARD_MODE, self.train_loss(batch), at, detach(values), w)
+        with plain_attention():  # fused kernels have no forward mode
+            found = mixed_partial_of(FORWARD_MODE, self.train_loss(batch), at, detach(values), w)
         outputs = [values[name] for name in found]
         grads = torch.autograd.grad(
             outputs, list(self._space.raws.values()), list(found.values()), allow_unused=True
@@ -344,7 +357,7 @@ class MixedPartial:
         self.method, self.whole_batches = state["method"], state["whole_batches"]
         self._stopped = None
         if state["by_difference"] is not None:
-            self._stopped = ByDifference(self._space)
+            self._stopped = ByDifference(self._space, self._processes.parts)
             self._stopped.names = list(state["by_difference"])
 
     def log(self) -> dict[str, float]:

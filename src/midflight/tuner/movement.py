@@ -15,6 +15,7 @@ from torch import Tensor
 from midflight._tensors import Tensors, all_finite, write
 from midflight.tuner.horizon import KEPT
 from midflight.tuner.saved import Saved
+from midflight.tuner.sharded import WHOLE, Parts
 
 MOVED = {16: 1.2, 64: 3.0}
 """Optimiser steps -> the largest relative change of the weights over these first steps."""
@@ -40,6 +41,7 @@ class Beginning(Saved):
 
     Args:
         params, buffers: return the weights and the model's buffers, name -> live tensor.
+        parts: sums over the processes, if the weights are sharded.
 
     Attributes:
         steps: optimiser steps since the beginning, or since the guard has restored weights.
@@ -48,8 +50,10 @@ class Beginning(Saved):
 
     SAVED = ("steps", "_restarts", "_kept", "raws")
 
-    def __init__(self, params: Callable[[], Tensors], buffers: Callable[[], Tensors]) -> None:
-        self._params, self._buffers = params, buffers
+    def __init__(
+        self, params: Callable[[], Tensors], buffers: Callable[[], Tensors], parts: Parts = WHOLE
+    ) -> None:
+        self._params, self._buffers, self._parts = params, buffers, parts
         self.steps, self._restarts = 0, 0
         self._kept: Tensors = {}
         self.raws: Tensors = {}
@@ -87,7 +91,7 @@ class Beginning(Saved):
         """Return the factor on lr with which to begin again, if the weights have changed too much."""
         if not self.due:
             return None
-        change = relative_change(_samples(self._kept), _samples(self._params()))
+        change = relative_change(_samples(self._kept), _samples(self._params()), self._parts)
         return max(LEAST, AIM / change) if change > MOVED[self.steps] else None
 
     @torch.no_grad()
@@ -100,10 +104,15 @@ class Beginning(Saved):
 
 
 class Speed:
-    """Measures how far a step moves the weights, relative to the weights."""
+    """Measures how far a step moves the weights, relative to the weights.
 
-    def __init__(self) -> None:
+    Args:
+        parts: sums over the processes, if the weights are sharded.
+    """
+
+    def __init__(self, parts: Parts = WHOLE) -> None:
         self._before: Tensors = {}
+        self._parts = parts
 
     def begin(self, params: Tensors) -> None:
         """Note the weights before a step, ENTRIES of each matrix."""
@@ -121,7 +130,8 @@ class Speed:
                 is not slow.
         """
         before, self._before = self._before, {}
-        change, fast = relative_change(before, _samples(params)), max(FAST, FAST_AT_FIRST / max(1, steps))
+        change = relative_change(before, _samples(params), self._parts)
+        fast = max(FAST, FAST_AT_FIRST / max(1, steps))
         if change > fast:
             return 0.0
         return min(FURTHER, max(1.0, SLOW * fast * factor / change)) if change else 1.0
@@ -137,7 +147,7 @@ def _sample(matrix: Tensor) -> Tensor:
     return flat[:: max(1, -(-flat.numel() // ENTRIES))]
 
 
-def relative_change(before: Tensors, after: Tensors) -> float:
+def relative_change(before: Tensors, after: Tensors, parts: Parts = WHOLE) -> float:
     """Return the median, over matrices with a norm above 0, of |after - before| / |before|."""
     names = [n for n, then in before.items() if n in after and after[n].shape == then.shape]
     if not names:
@@ -148,6 +158,6 @@ def relative_change(before: Tensors, after: Tensors) -> float:
         torch.stack([t.float().to(changes[0].device) for t in norms])
         for norms in (changes, torch._foreach_norm(then))
     ]
-    pairs = torch.stack(both, 1).tolist()  # the one synchronisation with a GPU
-    found = [change / norm for change, norm in pairs if norm > 0]
+    numbers = parts.norms(torch.cat(both).tolist())  # the one synchronisation with a GPU
+    found = [change / norm for change, norm in zip(numbers, numbers[len(names) :], strict=False) if norm > 0]
     return sorted(found)[(len(found) - 1) // 2] if found else 0.0

@@ -27,6 +27,7 @@ from midflight.tuner.optimizers import trained_parameters
 from midflight.tuner.randomness import Randomness
 from midflight.tuner.saved import Saved, copied
 from midflight.tuner.schedule import Schedule, schedule_for, whole
+from midflight.tuner.sharded import is_sharded
 from midflight.updates import State, Update, UpdateRule, Updates, compiled, rule_for
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -65,7 +66,7 @@ class Population(Saved):
         ValueError: n < 1, there are not n starts or seeds, or another number is out of its range.
         BindingError: as for `Tuner`, or a bound hyperparameter is not a single number.
         UnsupportedOptimizer: the optimiser has no update rule, or mixes the entries of a weight (Muon).
-        UnsupportedParameter: the model has buffers, such as running averages, or complex weights.
+        UnsupportedParameter: the model has buffers, such as running averages, or complex or sharded weights.
         NoCompiler: torch.compile does not work here.
 
     Source: population-based training, Jaderberg et al. 2017, with hypergradients in place of perturbations.
@@ -325,6 +326,11 @@ def _require_numbers(
 def _require_batchable(model: nn.Module, optimizer: torch.optim.Optimizer, rule: UpdateRule) -> None:
     if any(True for _ in model.buffers()):
         raise UnsupportedParameter("the model must have no buffers, but has some; use LayerNorm, say.")
+    if any(map(is_sharded, model.parameters())):
+        raise UnsupportedParameter(
+            "the members must be whole models, to be stacked, but `build` shards them; leave out "
+            "fully_shard, or use a Tuner."
+        )
     if not rule.elementwise:
         kind = type(optimizer).__name__
         raise UnsupportedOptimizer(f"the optimiser must step elementwise, but {kind} does not.")

@@ -209,7 +209,8 @@ def _is_library(module: str) -> bool:
     return module.partition(".")[0] in _LIBRARIES
 
 
-_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "midflight"}
+_LIBRARIES = {*sys.stdlib_module_names, "multiprocess", "torch", "numpy", "midflight"}
+"""Packages whose code reads no data; `datasets` uses `multiprocess`, a copy of the standard library's."""
 
 
 def _slots(kind: type) -> tuple[str, ...]:

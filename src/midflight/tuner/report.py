@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from midflight._tensors import all_finite, detach
+from midflight._tensors import all_finite
 from midflight.hypergrad import ESTIMATORS
 from midflight.space import Space
 from midflight.tuner.binding import Binding
 from midflight.tuner.controller import Controller
 from midflight.tuner.diagnostics import overfitted
 from midflight.tuner.hyperstep import HyperStep
+from midflight.tuner.sharded import part
 
 FEW = 20
 """The number of hyper-steps in a run below which the report says that they are few."""
@@ -95,7 +96,9 @@ def sentences(
     run, total = controller, controller.total_steps
     about_loss = _earlier(space, run, finished) if finished else _rising(run)
     found = run.returns() + run.failures.report() + run.bounds.report(space, paid=not about_loss)
-    finite = all_finite(detach(hyperstep.params()).values())
+    groups = (group for optimizer in hyperstep.optimizers for group in optimizer.param_groups)
+    # a process looks at its own parts of sharded weights, because it may ask for the report alone
+    finite = all_finite(part(p).detach() for group in groups for p in group["params"])
     if not finite:
         guarded = "" if run.guard is not None else 'keep guard=True and horizon="run", or '
         found.append(f"the weights are not finite; {guarded}start from a lower lr.")

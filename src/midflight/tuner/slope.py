@@ -7,8 +7,9 @@ v = dC2/dtheta is not the slope, and hypergradients are wrong.
 import math
 from collections.abc import Callable
 
-from midflight._tensors import Tensors, norm
+from midflight._tensors import Tensors
 from midflight.errors import warn
+from midflight.tuner.sharded import WHOLE, Parts
 
 STEP = 1e-3
 """How far each weight is moved, relative to the norm of all weights."""
@@ -18,7 +19,9 @@ WRONG = 0.2
 """Relative difference from the slope beyond which a gradient is wrong."""
 
 
-def warn_unless_slope(loss: Callable[[Tensors], float], at: Tensors, v: Tensors, rounding: float) -> None:
+def warn_unless_slope(
+    loss: Callable[[Tensors], float], at: Tensors, v: Tensors, rounding: float, parts: Parts = WHOLE
+) -> None:
     """Warn if the validation loss rises along its gradient faster or more slowly than the gradient says.
 
     The direction has equal parts along the gradient of each weight, so that each counts.
@@ -28,10 +31,11 @@ def warn_unless_slope(loss: Callable[[Tensors], float], at: Tensors, v: Tensors,
         at: weights, name -> tensor.
         v: the gradient there, for some of the weights.
         rounding: absolute rounding of the loss.
+        parts: sums over the processes, if the weights are sharded.
     """
-    lengths = {name: float(t.norm()) for name, t in v.items()}
+    lengths = dict(zip(v, parts.norms([float(t.norm()) for t in v.values()]), strict=True))
     expected = sum(lengths.values())
-    unit = STEP * float(norm(at)) if at else 0.0
+    unit = STEP * float(parts.norm(at)) if at else 0.0
     if not rounding / NOISE < unit * expected < math.inf:
         return
 

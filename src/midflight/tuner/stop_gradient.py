@@ -19,6 +19,7 @@ from midflight._tensors import Tensors, dot
 from midflight.errors import warn
 from midflight.hypergrad.graph import graph_leaves
 from midflight.space import Space
+from midflight.tuner.sharded import WHOLE, Parts
 
 STEP = 0.01
 """h, in unit coordinates."""
@@ -92,13 +93,14 @@ class ByDifference:
 
     Args:
         space: the hyperparameters.
+        parts: sums over the processes, if the weights are sharded.
 
     Attributes:
         names: those whose derivative by autograd is wrong.
     """
 
-    def __init__(self, space: Space) -> None:
-        self._space = space
+    def __init__(self, space: Space, parts: Parts = WHOLE) -> None:
+        self._space, self._parts = space, parts
         self.names: list[str] = []
 
     def judge(self, suspects: set[str], loss: Loss, slope: Slope, rounding: Callable[[], float]) -> None:
@@ -114,7 +116,7 @@ class ByDifference:
             rounding: returns the relative rounding of the loss.
         """
         for name in sorted(suspects):
-            if self._is_wrong(name, loss, slope, rounding):
+            if self._parts.any([self._is_wrong(name, loss, slope, rounding)])[0]:
                 self._difference_or_warn(
                     name, f"takes values of {name} out of the graph, by detach or no_grad"
                 )
@@ -132,7 +134,7 @@ class ByDifference:
             found, gradient, w: as in `__call__`.
             rounding: the relative rounding of the loss.
         """
-        along = _along(gradient, w)
+        along = self._along(gradient, w)
         for name in [name for name in self._space if name not in self.names]:
             (first, _), (second, predicted) = self._slopes(name, along, found)
             off, noise = abs(second - predicted), 10 * rounding / STEP * abs(float(along()))
@@ -147,8 +149,18 @@ class ByDifference:
             gradient: returns g, with the same batch and random numbers at each call.
             w: a direction in the space of weights, name -> tensor.
         """
-        along = _along(gradient, w)
+        along = self._along(gradient, w)
         return found | {name: self._difference(name, along) for name in self.names}
+
+    def _along(self, gradient: Callable[[], Tensors], w: Tensors) -> Callable[[], Tensor]:
+        """Return the function () -> <w, g>."""
+
+        def along() -> Tensor:
+            g = {name: t for name, t in gradient().items() if name in w}
+            own = dot({name: w[name] for name in g}, g)
+            return own if self._parts.count == 1 else own.new_tensor(self._parts.sum(float(own)))
+
+        return along
 
     def _difference_or_warn(self, name: str, what: str) -> None:
         if self._space[name].raw.numel() <= MOST:
@@ -195,16 +207,6 @@ class ByDifference:
                 sides.append(self._at(name, moved, f))
             found.view(-1)[i] = ((sides[0] - sides[1]) / (high - low)).to(found)
         return found
-
-
-def _along(gradient: Callable[[], Tensors], w: Tensors) -> Callable[[], Tensor]:
-    """Return the function () -> <w, g>."""
-
-    def along() -> Tensor:
-        g = {name: t for name, t in gradient().items() if name in w}
-        return dot({name: w[name] for name in g}, g)
-
-    return along
 
 
 def _signs(raw: Tensor) -> Tensor:

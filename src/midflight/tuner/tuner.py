@@ -83,15 +83,18 @@ class Tuner:
 
     Raises:
         BindingError: a bound name is no hyperparameter, or no tunable option of the optimiser.
-        UnsupportedOptimizer: there is no update rule for the optimiser.
+        UnsupportedOptimizer: there is no update rule for the optimiser; or the model is sharded, and the
+            optimiser is not elementwise.
         UnsupportedParameter: a weight is complex.
         UnusableLoader: a loader is empty or not iterable, or `train_loader` keeps an iterator or an open
             file.
         InvalidLoss: a loss reads an iterator. At a hyper-step: the loss is no scalar, or does not depend on
             the trained weights.
-        UnsupportedSetting: the model is TorchScript. Or several processes train it, and it is sharded, or the
-            schedule is a `TimeBudget`.
-        AnotherProcessFailed: at a hyper-step: it failed in another process.
+        UnsupportedSetting: the model is TorchScript. Or several processes train the model, and the schedule
+            is a `TimeBudget`, or the model has a layer or a hook that is not supported. Or the model is
+            sharded, but not by `fully_shard` over all processes, or the estimator needs whole weights.
+        AnotherProcessFailed: at a hyper-step: the hyper-step failed in another process. A sharded model never
+            raises this.
         TypeError, UnknownName, SpaceError, ValueError: an argument is not one of those allowed.
     """
 
@@ -135,8 +138,9 @@ class Tuner:
         options = {name: self._binding.options[name] for name in self._binding.step_options}
         watch = None
         if guard and isinstance(self.horizon, Averaged):
-            tensors = self._hyperstep.params, self._hyperstep.buffers
-            watch = Guard(space, self.horizon, *tensors, optimizers, options)
+            tensors = self._hyperstep.weights, self._hyperstep.buffers
+            parts = self._hyperstep.processes.parts
+            watch = Guard(space, self.horizon, *tensors, optimizers, options, parts)
         self._controller = Controller(
             space, self._hyperstep, self.horizon, self.schedule, Failures(), watch, options,
             hyper_optimizer, self._total,
@@ -159,6 +163,12 @@ class Tuner:
     def __repr__(self) -> str:
         """Return what is tuned, how, and what it has cost so far, a line each."""
         return report.card(self.space, self._binding, self._controller, self._hyperstep, self._finished)
+
+    def _repr_html_(self) -> str:
+        """Return the text of `__repr__` as HTML, for a notebook."""
+        from html import escape
+
+        return f"<pre>{escape(repr(self))}</pre>"
 
     @property
     def steps(self) -> int:
@@ -226,8 +236,13 @@ class Tuner:
             self._binding.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume, including the space's values and the place in the data."""
-        own = {"optimizers": self._kinds, "binding": self._binding.state_dict()}
+        """Return everything needed to resume, including the space's values and the place in the data.
+
+        Each of several processes has a state of its own. That of a sharded model holds this process's parts.
+        """
+        own: dict[str, Any] = {"optimizers": self._kinds, "binding": self._binding.state_dict()}
+        if (place := self._hyperstep.processes.place) is not None:
+            own["part"] = place
         return own | self._controller.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -235,10 +250,11 @@ class Tuner:
 
         Raises:
             ValueError: `state` is not of a tuner, or of one with other classes of optimiser, schedule,
-                horizon or hyper_optimizer.
+                horizon or hyper_optimizer. Or it does not hold this process's parts of sharded weights.
             SpaceError, BindingError: it has other hyperparameters, or bound others.
         """
         self._controller.require_fitting(state, self.state_dict())
+        _require_same_part(state.get("part"), self._hyperstep.processes.place)
         _require_same_kinds(state["optimizers"], self._kinds)
         self._binding.load_state_dict(state["binding"])
         self._controller.load_state_dict(state)
@@ -269,6 +285,15 @@ def _require_same_kinds(saved: list[str], own: list[str]) -> None:
         raise ValueError(
             f"the saved tuner was made with {', '.join(saved)}, this one with {', '.join(own)}; make it with "
             "the same kind of optimiser."
+        )
+
+
+def _require_same_part(saved: list[int] | None, own: list[int] | None) -> None:
+    if saved != own:
+        names = ["whole weights" if p is None else f"part {p[0]} of {p[1]}" for p in (saved, own)]
+        raise ValueError(
+            f"the saved tuner had {names[0]}, this one has {names[1]}; save one state per process, and "
+            "resume each in the process of the same rank, with the same number of processes."
         )
 
 

@@ -32,7 +32,7 @@ def build(name: str, task: Task, options: Mapping[str, Any]) -> Engine:
         SearchError: an option is unknown or invalid.
         MissingExtra: a package of the engine is not installed.
     """
-    if name not in ENGINES:
+    if not isinstance(name, str) or name not in ENGINES:
         raise UnknownName("engine", name, ENGINES)
     module, function = ENGINES[name].split(":")
     require_extra("optuna", "search")

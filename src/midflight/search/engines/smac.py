@@ -17,14 +17,13 @@ from typing import Any
 import ConfigSpace
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 from smac import HyperparameterOptimizationFacade, MultiFidelityFacade, Scenario
 from smac.main.exceptions import ConfigurationSpaceExhaustedException
 from smac.runhistory import StatusType, TrialInfo, TrialValue
 
-from midflight.search.engine import Engine, Task
+from midflight.search.engine import Engine, IndependentSampler, Task
 from midflight.search.space import Config, Space, Spec, conditions
 from midflight.space import Categorical, Int
 
@@ -39,7 +38,7 @@ def smac(task: Task) -> Engine:
     return Engine(sampler, UntilPruner(), promotes=True, prepare=sampler.prepare)
 
 
-class SmacSampler(BaseSampler):
+class SmacSampler(IndependentSampler):
     """Gives SMAC's proposals to Optuna."""
 
     def __init__(self, task: Task) -> None:
@@ -51,16 +50,28 @@ class SmacSampler(BaseSampler):
         self._told: set[int] = set()
 
     def prepare(self, study: Study) -> bool:
-        """Tell SMAC the new results and ask for a proposal; False if all configurations are known."""
-        self._tell(study.get_trials(deepcopy=False))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # inside SMAC and scikit-learn; users cannot act on them
-                info = self._facade.ask()
-        except (ConfigurationSpaceExhaustedException, StopIteration):
-            return False
-        self._proposal = info, to_config(self._space, info.config)
+        """Tell SMAC the new results and ask for a proposal; False if all configurations are known.
+
+        A proposal that another process already runs is left to it, because SMAC's first ones depend on the
+        seed only.
+        """
+        trials = study.get_trials(deepcopy=False)
+        self._tell(trials)
+        begun = [(t.params, t.system_attrs.get(UNTIL)) for t in trials]
+        for _ in range(len(trials) + 1):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # inside SMAC and scikit-learn; users cannot act on them
+                    info = self._facade.ask()
+            except (ConfigurationSpaceExhaustedException, StopIteration):
+                return False
+            self._proposal = info, to_config(self._space, info.config)
+            if (self._proposal[1], self._until(info)) not in begun:
+                break
         return True
+
+    def _until(self, info: TrialInfo) -> int:
+        return self._epochs if info.budget is None else min(self._epochs, max(1, round(info.budget)))
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         if UNTIL in trial.system_attrs or "fixed_params" in trial.system_attrs:
@@ -70,16 +81,7 @@ class SmacSampler(BaseSampler):
         assert self._proposal is not None
         self._asked[trial.number] = self._proposal
         info, self._proposal = self._proposal[0], None
-        until = self._epochs if info.budget is None else min(self._epochs, max(1, round(info.budget)))
-        study._storage.set_trial_system_attr(trial._trial_id, UNTIL, until)
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}
+        study._storage.set_trial_system_attr(trial._trial_id, UNTIL, self._until(info))
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -177,7 +179,9 @@ def _facade(configs: ConfigSpace.ConfigurationSpace, task: Task) -> Any:
         configs, deterministic=True, n_trials=trials, seed=task.seed, output_directory=folder, **budgets
     )
     kind = MultiFidelityFacade if task.epochs > 1 else HyperparameterOptimizationFacade
-    facade = kind(scenario, _never_called, logging_level=False, overwrite=True)
+    facade = kind(
+        scenario, _never_called if budgets else lambda config, seed: 0.0, logging_level=False, overwrite=True
+    )
     weakref.finalize(facade, shutil.rmtree, folder, ignore_errors=True)
     return facade
 
