@@ -374,3 +374,18 @@ def test_an_error_of_a_callback_ends_the_search_and_is_not_the_trials(tmp_path):
         search.run(lambda trial: trial.report(1, 1.0), SPACE, callbacks=[wrong], **options)
     found = search.run(lambda trial: 1.0, SPACE, **options)
     assert [r.state for r in found.records] == ["complete"] * 2
+
+
+def test_an_error_of_a_callback_ends_the_search_also_if_the_objective_catches_it():
+    def wrong(record):
+        if record.epoch == 1:
+            raise ZeroDivisionError("of the callback")
+
+    def objective(trial):
+        try:
+            trial.report(1, 1.0)
+        except ZeroDivisionError:
+            return 1.0
+
+    with pytest.raises(ZeroDivisionError, match="of the callback"):
+        search.run(objective, SPACE, engine="random", trials=2, epochs=2, callbacks=[wrong])

@@ -139,8 +139,7 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, internal, gauss = state["random"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate(state["random"])
 
 
 def seed_all(seed: int) -> None:
