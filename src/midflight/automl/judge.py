@@ -280,17 +280,16 @@ class Judge:
         first, folds, losses = not seconds, self.problem.folds, row.fold_losses
         until, predictions = self._clock() + self._allowed_seconds(row), []
         for n, fold in enumerate(folds, 1):
-            last, began, more = n == len(folds), self._clock(), len(folds) - n + 1
-            if n > 1 and (needed := more * row.fit_seconds) > until - began:
+            last, began = n == len(folds), self._clock()
+            left, more = until - began, len(folds) - n + 1
+            if n > 1 and (needed := more * row.fit_seconds) > left:
                 raise OutOfTime(
-                    f"{more} more folds would take about {needed:.3g} s, but only {until - began:.3g} s are left"
+                    f"{more} more folds would take about {needed:.3g} s, but only {left:.3g} s are left"
                 )
             bar = math.inf if self.best is None else self.best.loss if last else -math.inf
             try:
                 model = self.problem.pipeline(row.config)
-                of_fold, loss, model = self._call(
-                    until - began, self.problem.validate, model, fold, losses, bar
-                )
+                of_fold, loss, model = self._call(left, self.problem.validate, model, fold, losses, bar)
             finally:
                 seconds.append(self._clock() - began)
             predictions.append(of_fold)
