@@ -44,10 +44,11 @@ GAPS = ("NAType", "NaTType")
 """Types of pandas' gaps, by name, because pandas is optional."""
 ARGUMENTS = {
     "seconds": (Real, "a number", "> 0"),
+    "trials": (Integral, "a whole number", "> 0"),
     "ensemble": (Integral, "a whole number", ">= 1"),
     "n_jobs": (Integral, "a whole number", "!= 0"),
 }
-"""Name -> its type, the type in words, and its bound; `run` checks the others."""
+"""Name -> its type, the type in words, and its bound."""
 STOPGAP_ROWS, STOPGAP_CELLS = 1000, 200_000
 """Maximal size of the table of nearest neighbours that is used if nothing could be trained in time."""
 

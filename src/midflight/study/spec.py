@@ -106,6 +106,7 @@ class Spec:
         for name, value, known in (
             ("dataset", self.dataset, DATASETS),
             ("hyper_optimizer", self.hyper_optimizer, ("sign", "adam")),
+            ("device", self.device.split(":")[0], ("cpu", "cuda")),
             *(("estimator", estimator, TUNINGS) for estimator in self.estimator),
         ):
             if value not in known:
