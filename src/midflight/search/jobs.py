@@ -29,6 +29,7 @@ from midflight.space import Categorical, Int
 from midflight.tuner.live import signals_wait
 
 MAX_DEATHS = 3  # a trial fails when its worker has died this often
+MOST_NEAR = 200  # trials whose distances are computed when a trial starts
 MAX_FAILURES = 3  # the search stops if this many first trials all fail
 
 Callback = Callable[[Record], None]
@@ -217,7 +218,8 @@ class Search:
     def _initialise(self, trial: optuna.Trial, config: Config) -> None:
         """Store which trial this one continues, and where its tuned hyperparameters start."""
         starts = self.task.space.starts(config)
-        records = self.ledger.records()[: trial.number]
+        compares = self.engine.promotes or (self.warm_start and starts)
+        records = self.ledger.records()[: trial.number] if compares else []
         earlier = self.engine.promotes and next((r for r in records if r.config == config), None)
         saved = checkpoint.load_or_drop(self.ledger.checkpoint(earlier)) if earlier else None
         if earlier:
@@ -266,12 +268,15 @@ class _Running:
 
 
 def nearest_values(space: Space, config: Config, records: Sequence[Record]) -> Config:
-    """Return the tuned values of the nearest configuration among the better half of complete trials."""
+    """Return the tuned values of the nearest configuration among the better half of complete trials.
+
+    If that are more than `MOST_NEAR`, it is the nearest of the best ones.
+    """
     tuned = sorted(
         (r for r in records if r.state == "complete" and r.trajectory and math.isfinite(r.loss)),
         key=lambda r: r.loss,
     )
-    good = tuned[: len(tuned) // 2]  # empty for a single trial, which cannot be compared
+    good = tuned[: min(len(tuned) // 2, MOST_NEAR)]  # empty for a single trial, which cannot be compared
     if not good:
         return {}
     distances = space.distances(config, [r.config for r in good])
