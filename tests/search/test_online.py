@@ -1,5 +1,6 @@
 """What is tuned inside the trials: where it starts, what flows back, and what an objective may do."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -389,3 +390,17 @@ def test_an_error_of_a_callback_ends_the_search_also_if_the_objective_catches_it
 
     with pytest.raises(ZeroDivisionError, match="of the callback"):
         search.run(objective, SPACE, engine="random", trials=2, epochs=2, callbacks=[wrong])
+
+
+def test_an_error_of_a_callback_ends_the_search_also_if_the_search_ends_the_trial_that_caught_it():
+    def wrong(record):
+        if record.epoch == 1:
+            raise ZeroDivisionError("of the callback")
+
+    def objective(trial):
+        with contextlib.suppress(ZeroDivisionError):
+            trial.report(1, 1.0)
+        trial.report(2, math.nan)
+
+    with pytest.raises(ZeroDivisionError, match="of the callback"):
+        search.run(objective, SPACE, engine="random", trials=1, epochs=2, callbacks=[wrong])

@@ -149,6 +149,18 @@ def _workers_of(search):
     return found
 
 
+@pytest.mark.parametrize("torn", [1, 10])
+def test_a_journal_whose_last_line_is_torn_is_resumed(torn, tmp_path):
+    journal = tmp_path / "s.journal"
+    options = {"engine": "random", "epochs": 1, "storage": journal}
+    space = search.Space({"x": mf.Float(0.0, 1.0)})
+    search.run(lambda trial: 1.0, space, trials=2, **options)
+    journal.write_bytes(journal.read_bytes()[:-torn])
+    for trials in (3, 4):
+        found = search.run(lambda trial: 1.0, space, trials=trials, **options)
+        assert [r.state for r in found.records] == ["complete"] * trials
+
+
 def test_two_processes_share_one_study(objective_file, tmp_path, trace):
     storage = str(tmp_path / "s.sqlite")
     other = by_command(objective_file, storage, "--trials", "12", "--workers", "1")

@@ -21,6 +21,7 @@ from typing import Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import get_lock_file
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
@@ -331,7 +332,7 @@ def _backend(storage: str, create: bool) -> optuna.storages.BaseStorage:
     if not create and not path.is_file():
         raise SearchError(f"the storage must be a file, but {path} does not exist; run the search first.")
     _make_folder(f"storage {path}", path.parent)
-    return _journal(path) if path.suffix in JOURNAL else _database(f"sqlite:///{path}")
+    return _journal(path, create) if path.suffix in JOURNAL else _database(f"sqlite:///{path}")
 
 
 def _path(storage: str) -> Path | None:
@@ -348,13 +349,24 @@ def _path(storage: str) -> Path | None:
     return path
 
 
-def _journal(path: Path) -> optuna.storages.BaseStorage:
+def _journal(path: Path, create: bool) -> optuna.storages.BaseStorage:
     try:
-        return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+        backend = JournalFileBackend(str(path))
+        journal = optuna.storages.JournalStorage(backend)  # raises if another line than the last is wrong
+        if create:
+            _cut_torn_line(path, backend)
+        return journal
     except (OSError, ValueError) as error:  # ValueError: a line that is not JSON
         raise SearchError(
             f"the storage must be a journal file of Optuna, but {path} is not: {error}."
         ) from error
+
+
+def _cut_torn_line(path: Path, backend: JournalFileBackend) -> None:
+    """Cut a last line that a full disk or a power failure tore; the next line would be appended to it."""
+    with get_lock_file(backend._lock), path.open("r+b") as file:
+        if end := file.read().rfind(b"\n") + 1:
+            file.truncate(end)
 
 
 def _database(url: str, attempts: int = ATTEMPTS) -> optuna.storages.BaseStorage:

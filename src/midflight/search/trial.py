@@ -177,10 +177,10 @@ def run_job(job: Job, objective: Objective, send: Send) -> Outcome:
             trial.report(job.epochs, float(loss))
         elif not trial._points:
             raise ValueError("the objective must report or return a loss, but it did neither.")
-    except Stop:
-        return Outcome("stopped")
     except Exception as error:
         if trial._lost is None:
+            if isinstance(error, Stop):
+                return Outcome("stopped")
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
             return Outcome("failed", text, error)
