@@ -149,6 +149,22 @@ def _workers_of(search):
     return found
 
 
+@pytest.mark.parametrize("line", ["garbage", "[1]", '{"op_code": 0}', '{"op_code": 99, "worker_id": "a"}'])
+def test_a_file_of_other_lines_is_no_journal(line, tmp_path):
+    path = tmp_path / "s.journal"
+    path.write_text(f"{line}\n{line}\n")
+    with pytest.raises(search.SearchError, match="must be a journal file of Optuna"):
+        search.run(lambda trial: 0.0, search.Space(a=mf.Int(1, 2)), trials=1, storage=path)
+    assert path.read_text() == f"{line}\n{line}\n"
+
+
+def test_a_checkpoint_that_cannot_be_read_ends_the_search_and_stays(tmp_path):
+    (tmp_path / "1.pt").mkdir()
+    with pytest.raises(search.StorageLost, match="must be readable"):
+        checkpoint.load_or_drop(tmp_path / "1.pt")
+    assert (tmp_path / "1.pt").is_dir()
+
+
 @pytest.mark.parametrize("torn", [1, 10])
 def test_a_journal_whose_last_line_is_torn_is_resumed(torn, tmp_path):
     journal = tmp_path / "s.journal"

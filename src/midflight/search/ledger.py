@@ -356,7 +356,7 @@ def _journal(path: Path, create: bool) -> optuna.storages.BaseStorage:
         if create:
             _cut_torn_line(path, backend)
         return journal
-    except (OSError, ValueError) as error:  # ValueError: a line that is not JSON
+    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:  # the last four: other lines
         raise SearchError(
             f"the storage must be a journal file of Optuna, but {path} is not: {error}."
         ) from error
