@@ -16,7 +16,7 @@ the best configuration of the same search without the ensemble. A method that fa
 error. FLAML needs pip install 'flaml[automl]'. AutoGluon needs an environment of its own with
 'autogluon.tabular[lightgbm,xgboost,catboost]', because it wants an older pandas.
 
-Rows: docs/results/cash_tables.jsonl. Rows of the first edition, on eight tables: docs/results/cash.jsonl.
+Rows: docs/results/cash_tables.jsonl.
 """
 
 import argparse
@@ -314,7 +314,7 @@ def figure(found: Sequence[Row]) -> None:
                     label=arm if i == 0 else None)  # fmt: skip
     ax.axhline(1, color="grey", linewidth=1)
     ax.set_yscale("log")
-    ax.set_xticks(range(len(DATASETS)), list(DATASETS))
+    ax.set_xticks(range(len(DATASETS)), list(DATASETS), fontsize=8)
     ax.set_ylabel("test loss / default random forest")
     fig.legend(loc="outside lower center", ncols=len(arms), fontsize=8)
     fig.savefig(ROWS.with_suffix(".png"), dpi=110)

@@ -201,9 +201,7 @@ def test_a_trial_whose_folds_would_take_too_long_ends_after_the_first(monkeypatc
 
 
 def test_a_family_that_was_too_slow_before_is_skipped_without_a_fit():
-    problem = Problem(
-        None, np.arange(8), "regression", None, [], [(np.arange(4), np.arange(4, 8))], None, 0, 1
-    )
+    problem = Problem(None, np.arange(8), None, [], [(np.arange(4), np.arange(4, 8))], None, 0, 1)
     judge = Judge(problem, deadline=10.0, clock=lambda: 8.0)
     judge._fold_seconds = {"tree": [0.1], "svm": [5.0]}
     judge.best = Row(0, default_of("tree"), loss=1.0, fold_losses=[1.0], fit_seconds=0.1)

@@ -1,5 +1,6 @@
 """What is tuned inside the trials: where it starts, what flows back, and what an objective may do."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -374,3 +375,32 @@ def test_an_error_of_a_callback_ends_the_search_and_is_not_the_trials(tmp_path):
         search.run(lambda trial: trial.report(1, 1.0), SPACE, callbacks=[wrong], **options)
     found = search.run(lambda trial: 1.0, SPACE, **options)
     assert [r.state for r in found.records] == ["complete"] * 2
+
+
+def test_an_error_of_a_callback_ends_the_search_also_if_the_objective_catches_it():
+    def wrong(record):
+        if record.epoch == 1:
+            raise ZeroDivisionError("of the callback")
+
+    def objective(trial):
+        try:
+            trial.report(1, 1.0)
+        except ZeroDivisionError:
+            return 1.0
+
+    with pytest.raises(ZeroDivisionError, match="of the callback"):
+        search.run(objective, SPACE, engine="random", trials=2, epochs=2, callbacks=[wrong])
+
+
+def test_an_error_of_a_callback_ends_the_search_also_if_the_search_ends_the_trial_that_caught_it():
+    def wrong(record):
+        if record.epoch == 1:
+            raise ZeroDivisionError("of the callback")
+
+    def objective(trial):
+        with contextlib.suppress(ZeroDivisionError):
+            trial.report(1, 1.0)
+        trial.report(2, math.nan)
+
+    with pytest.raises(ZeroDivisionError, match="of the callback"):
+        search.run(objective, SPACE, engine="random", trials=1, epochs=2, callbacks=[wrong])

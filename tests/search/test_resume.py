@@ -149,6 +149,34 @@ def _workers_of(search):
     return found
 
 
+@pytest.mark.parametrize("line", ["garbage", "[1]", '{"op_code": 0}', '{"op_code": 99, "worker_id": "a"}'])
+def test_a_file_of_other_lines_is_no_journal(line, tmp_path):
+    path = tmp_path / "s.journal"
+    path.write_text(f"{line}\n{line}\n")
+    with pytest.raises(search.SearchError, match="must be a journal file of Optuna"):
+        search.run(lambda trial: 0.0, search.Space(a=mf.Int(1, 2)), trials=1, storage=path)
+    assert path.read_text() == f"{line}\n{line}\n"
+
+
+def test_a_checkpoint_that_cannot_be_read_ends_the_search_and_stays(tmp_path):
+    (tmp_path / "1.pt").mkdir()
+    with pytest.raises(search.StorageLost, match="must be readable"):
+        checkpoint.load_or_drop(tmp_path / "1.pt")
+    assert (tmp_path / "1.pt").is_dir()
+
+
+@pytest.mark.parametrize("torn", [1, 10])
+def test_a_journal_whose_last_line_is_torn_is_resumed(torn, tmp_path):
+    journal = tmp_path / "s.journal"
+    options = {"engine": "random", "epochs": 1, "storage": journal}
+    space = search.Space({"x": mf.Float(0.0, 1.0)})
+    search.run(lambda trial: 1.0, space, trials=2, **options)
+    journal.write_bytes(journal.read_bytes()[:-torn])
+    for trials in (3, 4):
+        found = search.run(lambda trial: 1.0, space, trials=trials, **options)
+        assert [r.state for r in found.records] == ["complete"] * trials
+
+
 def test_two_processes_share_one_study(objective_file, tmp_path, trace):
     storage = str(tmp_path / "s.sqlite")
     other = by_command(objective_file, storage, "--trials", "12", "--workers", "1")

@@ -17,7 +17,7 @@ def write_page(
 ) -> None:
     """Fill a Jinja template of `package` and write the page to `path`.
 
-    The template may include `page.css`, the style of all reports. It may use `filters` (name -> function).
+    The template may extend `page.html.j2`, the frame of all reports. It may use `filters` (name -> function).
     """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("midflight._reporting", ".")]),

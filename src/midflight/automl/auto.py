@@ -14,18 +14,18 @@ from typing import Any, Self
 
 import numpy as np
 from joblib import effective_n_jobs
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import Pipeline
 from sklearn.utils import assert_all_finite, check_random_state, column_or_1d
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
-from midflight.automl.families import FAMILIES, Task, default_of, space_of
+from midflight.automl.families import FAMILIES, default_of, space_of
 from midflight.automl.judge import Judge, Problem, Row, SearchEnds
 from midflight.automl.table import NUMBER, Table, is_frame, number, scaled
 from midflight.automl.validation import (
     Array,
+    Classifies,
     Loss,
     folds_of,
     loss_of,
@@ -42,7 +42,13 @@ ENGINES = ("random", "smac", "tpe")
 MIN_ROWS = 4
 GAPS = ("NAType", "NaTType")
 """Types of pandas' gaps, by name, because pandas is optional."""
-_KINDS = {Real: "a number", Integral: "a whole number"}
+ARGUMENTS = {
+    "seconds": (Real, "a number", "> 0"),
+    "trials": (Integral, "a whole number", "> 0"),
+    "ensemble": (Integral, "a whole number", ">= 1"),
+    "n_jobs": (Integral, "a whole number", "!= 0"),
+}
+"""Name -> its type, the type in words, and its bound."""
 STOPGAP_ROWS, STOPGAP_CELLS = 1000, 200_000
 """Maximal size of the table of nearest neighbours that is used if nothing could be trained in time."""
 
@@ -75,7 +81,7 @@ class _Auto(BaseEstimator):
         tags.input_tags.allow_nan = True
         return tags
 
-    def _search(self, X: Array, y: Array, task: Task, classes: Array | None, began: float) -> None:
+    def _search(self, X: Array, y: Array, classes: Array | None, began: float) -> None:
         """Search and fit the ensemble; `began` is the time when `fit` was called."""
         names = self._names()
         if len(y) < MIN_ROWS:
@@ -88,7 +94,7 @@ class _Auto(BaseEstimator):
             ) from None
         seconds = math.inf if self.seconds is None else float(self.seconds)
         problem = Problem(
-            X=X, y=y, task=task, classes=classes, categories=list(self._reader.codes_),
+            X=X, y=y, classes=classes, categories=list(self._reader.codes_),
             folds=folds_of(y, seed, seconds), loss=self._loss(y, classes), seed=seed,
             threads=effective_n_jobs(self.n_jobs),
         )  # fmt: skip
@@ -101,12 +107,12 @@ class _Auto(BaseEstimator):
                 )  # fmt: skip
             members = judge.final(self.ensemble)
         except KeyboardInterrupt:
-            if judge.kept is None:
+            if not judge.kept:
                 raise KeyboardInterrupt(
                     "fit was interrupted before a configuration was trained; it must be called again."
                 ) from None
             warn(f"interrupted after {len(judge.rows)} configurations; the best model so far is used.")
-            members = judge.so_far()
+            members = judge.kept
         if not members and judge.rows and all(row.state == "failed" for row in judge.rows):
             raise SearchError(
                 f"at least one configuration must train, but none did; the last: {judge.rows[-1].message}."
@@ -128,22 +134,14 @@ class _Auto(BaseEstimator):
 
     def _names(self) -> list[str]:
         """Check the arguments and return the families to search."""
-        for name, kind in (
-            ("seconds", Real),
-            ("trials", Integral),
-            ("ensemble", Integral),
-            ("n_jobs", Integral),
-        ):
+        for name, (kind, words, bound) in ARGUMENTS.items():
             value = getattr(self, name)
             if value is None and name != "ensemble":
                 continue
             if not isinstance(value, kind) or isinstance(value, bool) or math.isnan(value):
-                raise SearchError(f"{name} must be {_KINDS[kind]}, but {name}={value!r}.")
-            bound = {"n_jobs": "!= 0", "ensemble": ">= 1"}.get(name, "> 0")
+                raise SearchError(f"{name} must be {words}, but {name}={value!r}.")
             if value == 0 or (value < 0 and name != "n_jobs"):
                 raise SearchError(f"{name} {bound} must hold, but {name}={value}.")
-        if self.trials is None and (self.seconds is None or math.isinf(self.seconds)):
-            raise SearchError("one of seconds and trials must be given, because the search would never end.")
         if self.engine not in ENGINES:
             raise UnknownName("engine", self.engine, ENGINES)
         names = FAMILIES if self.families is None else self.families
@@ -228,26 +226,26 @@ def _labels(y: Any) -> Array:
     if values.dtype.kind not in "OT":
         return values
     flat = values.ravel().tolist()
-    gap = next(
-        (v for v in flat if v is None or type(v).__name__ in GAPS or (isinstance(v, Real) and v != v)), y
-    )
-    if gap is not y:
-        raise ValueError(f"y must not have gaps, but contains {gap!r} (NaN, None or NA); drop these rows.")
+    gaps = [v for v in flat if v is None or type(v).__name__ in GAPS or (isinstance(v, Real) and v != v)]
+    if gaps:
+        raise ValueError(
+            f"y must not have gaps, but contains {gaps[0]!r} (NaN, None or NA); drop these rows."
+        )
     if all(isinstance(v, NUMBER) for v in flat):
         numbers = np.array(flat).reshape(values.shape)
         if numbers.dtype == object and None not in (floats := [number(v) for v in flat]):
             numbers = np.array(floats).reshape(values.shape)
         return numbers
-    other = next((v for v in flat if not isinstance(v, str)), None)
-    if other is not None:
+    others = [v for v in flat if not isinstance(v, str)]
+    if others:
         raise TypeError(
-            f"y must hold only text or only numbers, but holds {flat[0]!r} and {other!r}, a "
-            f"{type(other).__name__}; convert it."
+            f"y must hold only text or only numbers, but holds {flat[0]!r} and {others[0]!r}, a "
+            f"{type(others[0]).__name__}; convert it."
         )
     return values.astype(object)
 
 
-class AutoClassifier(ClassifierMixin, _Auto):
+class AutoClassifier(Classifies, _Auto):
     """Find a classifier for a table: its family and its hyperparameters, within a time limit.
 
     Each family is tried with its defaults, then an engine searches all families together. Validation uses
@@ -286,22 +284,13 @@ class AutoClassifier(ClassifierMixin, _Auto):
         """Search, then fit on all rows: X, shape (n, features), and y, shape (n,)."""
         began = time.monotonic()
         X, y = self._checked(X, y)
-        check_classification_targets(y)
-        self.classes_ = np.unique(y)
-        if len(self.classes_) < 2:
-            raise ValueError(f"y must hold at least two classes, but got one class, {self.classes_[0]}.")
-        self._search(X, y, "classification", self.classes_, began)
+        self._codes(y)
+        self._search(X, y, self.classes_, began)
         return self
 
     def predict_proba(self, X: Any) -> Array:
         """Return the probability of each class, shape (n, classes)."""
         return self._predictions(X)
-
-    def predict(self, X: Any) -> Array:
-        """Return the most probable class, shape (n,)."""
-        most_probable = self._predictions(X).argmax(1)
-        predicted: Array = self.classes_[most_probable]
-        return predicted
 
 
 class AutoRegressor(RegressorMixin, _Auto):
@@ -333,7 +322,7 @@ class AutoRegressor(RegressorMixin, _Auto):
         assert_all_finite(y, input_name="y")
         if np.ptp(y) == 0 and len(y) > 1:
             raise ValueError(f"y must vary, but each value is {y[0]}.")
-        self._search(X, y, "regression", None, began)
+        self._search(X, y, None, began)
         return self
 
     def predict(self, X: Any) -> Array:

@@ -12,13 +12,6 @@ ROUNDING = 1e-6
 """Relative gain that counts as an improvement; smaller ones may be rounding errors."""
 
 
-def choose_members(predictions: Sequence[Array], parts: Parts, loss: Loss, size: int) -> list[int]:
-    """Return candidates, repeated by weight; only the first, which must be the best, if no ensemble helps."""
-    if size == 1 or len(predictions) == 1 or not helps(predictions, parts, loss, size):
-        return [0]
-    return greedy(predictions, parts, loss, size)
-
-
 def greedy(predictions: Sequence[Array], parts: Parts, loss: Loss, size: int) -> list[int]:
     """Add the candidate that lowers the loss of the mean prediction most, until none lowers it.
 

@@ -5,11 +5,10 @@ A new family is one row in `FAMILIES`; searches and tests read the table.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from sklearn.calibration import CalibratedClassifierCV
-from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import (
     ExtraTreesClassifier,
     ExtraTreesRegressor,
@@ -20,19 +19,17 @@ from sklearn.ensemble import (
 )
 from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import SVC, SVR
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 from midflight.automl.online_mlp import OnlineMLPClassifier, OnlineMLPRegressor
-from midflight.automl.table import Array, coded, scaled
-from midflight.automl.validation import spread
+from midflight.automl.validation import Array, spread
 from midflight.search.space import Space, Spec
 from midflight.space import Categorical, Float, Int
 
 Params = dict[str, Any]
-Task = Literal["classification", "regression"]
 Build = Callable[[Params, int], Any]
 """(hyperparameters of the family, seed) -> scikit-learn estimator"""
 
@@ -218,22 +215,3 @@ def default_of(family: str) -> Params:
     """Return a family's default configuration, with the names of `space_of`."""
     own = FAMILIES[family].default | ({"scaling": "standard"} if FAMILIES[family].needs_scale else {})
     return {"family": family, **{f"{family}.{key}": value for key, value in own.items()}}
-
-
-def pipeline(task: Task, config: Params, categories: Sequence[int], seed: int, threads: int = 1) -> Pipeline:
-    """Return the unfitted pipeline of a configuration, from the floats of `Table` to predictions."""
-    name = config["family"]
-    family = FAMILIES[name]
-    params = {key.removeprefix(f"{name}."): value for key, value in config.items() if key != "family"}
-    scaling = params.pop("scaling", None)
-    build = family.classifier if task == "classification" else family.regressor
-    learner = build(params, seed)
-    known = learner.get_params()
-    if "n_estimators" in known:  # forests use their own threads, the others the pools that the caller limits
-        learner.set_params(n_jobs=threads)
-    if "categorical_features" in known:
-        learner.set_params(categorical_features=range(len(categories)))
-    if family.needs_scale and task == "regression":
-        learner = TransformedTargetRegressor(learner, transformer=StandardScaler())
-    columns = scaled(categories, scaling) if family.needs_scale else coded(categories)
-    return Pipeline([("columns", columns), ("learner", learner)])

@@ -13,9 +13,13 @@ from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
 
-from midflight.automl.ensemble import choose_members
-from midflight.automl.families import FAMILIES, Params, Task, pipeline
+from midflight.automl.ensemble import greedy, helps
+from midflight.automl.families import FAMILIES, Params
+from midflight.automl.table import coded, scaled
 from midflight.automl.validation import (
     FOLDS,
     Array,
@@ -53,7 +57,6 @@ class Problem:
     Attributes:
         X: table read by `Table`, shape (n, features).
         y: target, shape (n,).
-        task: "classification" or "regression".
         classes: sorted classes; None for regression.
         categories: positions of the categories in X.
         folds: training and validation rows of each fold.
@@ -64,7 +67,6 @@ class Problem:
 
     X: Array
     y: Array
-    task: Task
     classes: Array | None
     categories: list[int]
     folds: list[Fold]
@@ -72,9 +74,22 @@ class Problem:
     seed: int
     threads: int
 
-    def pipeline(self, config: Params) -> Any:
-        """Return the unfitted pipeline of a configuration."""
-        return pipeline(self.task, config, self.categories, self.seed, self.threads)
+    def pipeline(self, config: Params) -> Pipeline:
+        """Return the unfitted pipeline of a configuration, from the floats of `Table` to predictions."""
+        name = config["family"]
+        family = FAMILIES[name]
+        params = {key.removeprefix(f"{name}."): value for key, value in config.items() if key != "family"}
+        scaling = params.pop("scaling", None)
+        learner = (family.regressor if self.classes is None else family.classifier)(params, self.seed)
+        known = learner.get_params()
+        if "n_estimators" in known:  # forests use their own threads, the others the limited pools
+            learner.set_params(n_jobs=self.threads)
+        if "categorical_features" in known:
+            learner.set_params(categorical_features=range(len(self.categories)))
+        if family.needs_scale and self.classes is None:
+            learner = TransformedTargetRegressor(learner, transformer=StandardScaler())
+        columns = scaled(self.categories, scaling) if family.needs_scale else coded(self.categories)
+        return Pipeline([("columns", columns), ("learner", learner)])
 
     def fit(self, model: Any, rows: Array) -> Any:
         """Return a model, fitted on `rows`."""
@@ -91,9 +106,11 @@ class Problem:
         return predictions, loss, model if fmean([*losses, loss]) < best else None
 
     def ensemble(self, predictions: list[Array], size: int) -> list[int]:
-        """Return the members among some candidates, the best first; see `choose_members`."""
+        """Return candidates, repeated by weight; only the first, which must be the best, if none helps."""
+        parts, loss = self.parts, self.loss
         with our_settings(self.threads):
-            return choose_members(predictions, self.parts, self.loss, size)
+            alone = size == 1 or len(predictions) == 1 or not helps(predictions, parts, loss, size)
+            return [0] if alone else greedy(predictions, parts, loss, size)
 
     @property
     def parts(self) -> Parts:
@@ -108,7 +125,7 @@ class Problem:
         return [(part, target[part]) for part in parts]
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """The evaluation of one configuration.
 
@@ -118,7 +135,7 @@ class Row:
         state: "complete", "behind" (stopped early), "skipped" (too slow) or "failed".
         loss: mean over the folds; estimated if behind; infinite if skipped or failed.
         fold_losses: loss of each evaluated fold.
-        fit_seconds: mean seconds per fold.
+        fit_seconds: mean seconds per fold; before the first, the mean of its family.
         seconds: total seconds.
         message: why it was skipped or failed.
         predictions: predictions for the validation rows of all folds; None if not complete or not kept.
@@ -159,7 +176,7 @@ class Judge:
     Attributes:
         rows: one row per configuration, in order of evaluation.
         best: the complete row with the lowest loss; None before the first.
-        kept: the member to use if the search ends now: `best`, or the first that was fitted.
+        kept: the member to use if the search ends now: `best`, or the first that was fitted; or none.
     """
 
     def __init__(
@@ -168,7 +185,7 @@ class Judge:
         self.problem = problem
         self.rows: list[Row] = []
         self.best: Row | None = None
-        self.kept: Member | None = None
+        self.kept: list[Member] = []
         self._clock = clock
         self._deadline = deadline
         self._seconds = deadline - clock() if math.isfinite(deadline) else 0.0
@@ -185,17 +202,14 @@ class Judge:
         row, began = Row(len(self.rows), dict(trial.params)), self._clock()
         try:
             self._evaluate(row)
-        except OutOfTime as error:
-            row.state, row.message, row.loss = "skipped", str(error), math.inf
         except Exception as error:  # a learner may raise anything; the search continues
-            message = str(error) if isinstance(error, CallFailed) else f"{type(error).__name__}: {error}"
-            row.state, row.message, row.loss = "failed", message, math.inf
+            row.state, row.loss = "skipped" if isinstance(error, OutOfTime) else "failed", math.inf
+            ours = isinstance(error, OutOfTime | CallFailed)
+            row.message = str(error) if ours else f"{type(error).__name__}: {error}"
         row.seconds = self._clock() - began
         self.rows.append(row)
-        leaders = {id(leader) for leader in self.leaders()}
-        for other in self.rows:
-            if id(other) not in leaders:
-                other.predictions = None
+        for other in set(self.rows).difference(self.leaders()):
+            other.predictions = None
         return row.loss
 
     def _call(self, seconds: float, method: Callable[..., Any], *args: Any) -> Any:
@@ -215,8 +229,8 @@ class Judge:
     def leaders(self) -> list[Row]:
         """Return the rows that keep their predictions, the best first."""
         complete = sorted((r for r in self.rows if r.predictions is not None), key=lambda r: r.loss)
-        best_of_each = {row.family: id(row) for row in reversed(complete)}.values()
-        return [row for n, row in enumerate(complete) if n < LEADERS or id(row) in best_of_each]
+        best_of_each = {row.family: row for row in reversed(complete)}.values()
+        return [row for n, row in enumerate(complete) if n < LEADERS or row in best_of_each]
 
     def leaderboard(self) -> list[Row]:
         """Return all rows sorted by state, then by loss."""
@@ -225,27 +239,23 @@ class Judge:
     def final(self, size: int) -> list[Member]:
         """Fit the best configuration on all rows, then other members of an ensemble while time is left."""
         if self.best is None:
-            return self.so_far()
+            return self.kept
         leaders = self.leaders()  # the first is the best
         try:
-            self.kept = self.best, 1, self._refit(self.best)
+            self.kept = [(self.best, 1, self._refit(self.best))]
             predictions = [row.predictions for row in leaders]
             chosen = self._call(self._deadline - self._clock(), self.problem.ensemble, predictions, size)
         except (OutOfTime, CallFailed):
-            return self.so_far()
+            return self.kept
         members = []
         for n in sorted(set(chosen)):
             row, weight = leaders[n], chosen.count(n)
             if n == 0:
-                members.append((row, weight, self.kept[2]))
+                members.append((row, weight, self.kept[0][2]))
             elif self._refit_seconds(row) <= self._deadline - self._clock():
                 with suppress(OutOfTime, CallFailed):
                     members.append((row, weight, self._refit(row)))
-        return members or self.so_far()
-
-    def so_far(self) -> list[Member]:
-        """Return `final` without any fit: the model of the best row so far, or nothing."""
-        return [] if self.kept is None else [self.kept]
+        return members or self.kept
 
     def _refit(self, row: Row) -> Any:
         """Return the pipeline of a row, fitted on all rows.
@@ -260,26 +270,35 @@ class Judge:
         return self._call(left, p.fit, p.pipeline(row.config), rows)
 
     def _refit_seconds(self, row: Row) -> float:
-        """Estimate the seconds of a fit on all rows."""
-        return self._on_all_rows(row.fit_seconds, row.family)
-
-    def _on_all_rows(self, fold_seconds: float, family: str) -> float:
-        """Extrapolate the seconds of a fit on a fold to all rows."""
+        """Estimate the seconds of a fit on all rows from those of a fit on a fold."""
         ratio = len(self.problem.y) / len(self.problem.folds[0][0])
-        seconds: float = fold_seconds * ratio ** FAMILIES[family].growth
-        return seconds
+        return float(row.fit_seconds * ratio ** FAMILIES[row.family].growth)
 
     def _evaluate(self, row: Row) -> None:
+        """Fit and validate on each fold, unless the row falls behind the best one."""
         seconds = self._fold_seconds.setdefault(row.family, [])
-        first, folds = not seconds, self.problem.folds
+        first, folds, losses = not seconds, self.problem.folds, row.fold_losses
         until, predictions = self._clock() + self._allowed_seconds(row), []
-        for n, fold in enumerate(folds):
-            left, more = until - self._clock(), len(folds) - n
-            if n and (needed := more * row.fit_seconds) > left:
+        for n, fold in enumerate(folds, 1):
+            last, began = n == len(folds), self._clock()
+            left, more = until - began, len(folds) - n + 1
+            if n > 1 and (needed := more * row.fit_seconds) > left:
                 raise OutOfTime(
                     f"{more} more folds would take about {needed:.3g} s, but only {left:.3g} s are left"
                 )
-            predictions.append(self._fold(row, fold, left, seconds))
+            bar = math.inf if self.best is None else self.best.loss if last else -math.inf
+            try:
+                model = self.problem.pipeline(row.config)
+                of_fold, loss, model = self._call(left, self.problem.validate, model, fold, losses, bar)
+            finally:
+                seconds.append(self._clock() - began)
+            predictions.append(of_fold)
+            losses.append(loss)
+            row.fit_seconds, row.loss = fmean(seconds[-n:]), fmean(losses)
+            if self.best is not None and not last:
+                row.loss += self.best.loss - fmean(self.best.fold_losses[:n])
+            if model is not None:
+                self.kept = [(row, 1, model)]
             if not math.isfinite(row.loss):
                 raise ValueError("the loss was not finite")
             if not first and self._is_behind(row):
@@ -297,9 +316,9 @@ class Judge:
             SearchEnds: a fold of every timed family would take longer than the search has left.
         """
         timed = self._fold_seconds[row.family]
-        needed = fmean(timed) if timed else 0.0
+        needed = row.fit_seconds = fmean(timed) if timed else 0.0
         # it may become the best one and need a final fit
-        refit = min(self._on_all_rows(needed, row.family), BEST_REFIT_SHARE * self._seconds)
+        refit = min(self._refit_seconds(row), BEST_REFIT_SHARE * self._seconds)
         left = min(self.seconds_left, self._deadline - self._clock() - refit)
         # half the time left, so that one trial cannot use up the search; all of it for a last trial
         allowed = max(left / 2, min(left, 2 * needed))
@@ -308,26 +327,6 @@ class Judge:
                 raise SearchEnds
             raise OutOfTime(f"a fold would take about {needed:.3g} s, but only {allowed:.3g} s are left")
         return allowed
-
-    def _fold(self, row: Row, fold: Fold, allowed: float, seconds: list[float]) -> Array:
-        """Fit and validate a fold; add its loss to the row and its time to `seconds`."""
-        predictions: Array
-        began, n, losses = self._clock(), len(row.fold_losses) + 1, row.fold_losses
-        last = n == len(self.problem.folds)
-        bar = math.inf if self.best is None else self.best.loss if last else -math.inf
-        try:
-            model = self.problem.pipeline(row.config)
-            predictions, loss, model = self._call(allowed, self.problem.validate, model, fold, losses, bar)
-        finally:
-            seconds.append(self._clock() - began)
-        losses.append(loss)
-        row.fit_seconds = fmean(seconds[-n:])
-        row.loss = fmean(losses)
-        if self.best is not None and not last:
-            row.loss += self.best.loss - fmean(self.best.fold_losses[:n])
-        if model is not None:
-            self.kept = row, 1, model
-        return predictions
 
     def _is_behind(self, row: Row) -> bool:
         """Whether its only fold is worse than all of the best row's, or each of several folds is worse."""

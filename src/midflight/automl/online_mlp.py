@@ -5,17 +5,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from midflight.automl.network import Loss, Recipe, followed, plain_torch, space_at, tuned
-from midflight.automl.validation import held_out
+from midflight.automl.validation import Array, Classifies, held_out
 from midflight.datasets import Split
 from midflight.tuner import Trajectory
-
-Array = np.ndarray[Any, Any]
 
 
 class _OnlineMLP(BaseEstimator):
@@ -48,11 +45,11 @@ class _OnlineMLP(BaseEstimator):
         self.random_state = random_state
 
     def _train(self, x: Array, target: Array, outputs: int, loss: Loss, classes: bool) -> None:
-        self._check_arguments()
-        x = self._standardised(x, fit=True)
         recipe = self._recipe(len(x))
+        self.mean_, deviation = x.mean(0), x.std(0)
+        self.scale_ = np.where(deviation > 0, deviation, 1.0)
         with plain_torch():
-            rows = Split(torch.from_numpy(x).float(), torch.from_numpy(target))
+            rows = Split(self._standardised(x).float(), torch.from_numpy(target))
             t2 = held_out(target.reshape(len(x)), self.validation_fraction, recipe.seed, classes)
             if t2.any():
                 run = tuned(rows[~t2], rows[t2], outputs, loss, recipe)
@@ -70,39 +67,34 @@ class _OnlineMLP(BaseEstimator):
         # in float32, the prediction of a row would depend on the other rows of the batch
         self.network_.double()
 
-    def _check_arguments(self) -> None:
+    def _recipe(self, n: int) -> Recipe:
+        """Check the arguments; return the recipe for n rows."""
         if not 0 < self.validation_fraction <= 0.5:
             raise ValueError(f"0 < validation_fraction <= 0.5 must hold, but got {self.validation_fraction}.")
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(
                 f"hidden must give the units of each layer, each at least 1, but got {self.hidden}."
             )
-
-    def _recipe(self, n: int) -> Recipe:
         batch = self.batch_size or min(256, max(16, n // 50))
         steps = self.max_steps or max(2000, 20 * n // batch)
         starts = {"weight_decay": self.weight_decay, "noise": self.noise, "dropout": self.dropout}
         seed = int(check_random_state(self.random_state).randint(2**31 - 4))
         return Recipe(tuple(self.hidden), self.lr, batch, steps, self.patience, starts, seed)
 
-    def _standardised(self, x: Array, fit: bool = False) -> Array:
-        """Scale each column to mean 0 and standard deviation 1."""
-        if fit:
-            self.mean_, deviation = x.mean(0), x.std(0)
-            self.scale_ = np.where(deviation > 0, deviation, 1.0)
-        standardised: Array = (x - self.mean_) / self.scale_
-        return standardised
+    def _standardised(self, x: Array) -> torch.Tensor:
+        """Scale each column to mean 0 and standard deviation 1, as in `fit`."""
+        return torch.from_numpy((x - self.mean_) / self.scale_)
 
     def _outputs(self, x: Any) -> torch.Tensor:
         """Return the outputs of the network, shape (n, outputs)."""
         check_is_fitted(self)
         x = validate_data(self, x, dtype=np.float64, reset=False)
         with torch.no_grad():
-            outputs: torch.Tensor = self.network_(torch.from_numpy(self._standardised(x)))
+            outputs: torch.Tensor = self.network_(self._standardised(x))
         return outputs
 
 
-class OnlineMLPClassifier(ClassifierMixin, _OnlineMLP):
+class OnlineMLPClassifier(Classifies, _OnlineMLP):
     """A multilayer perceptron that tunes its weight decay, input noise and dropout during training.
 
     The rows are split into T1 and a stratified T2. A first training on T1 tunes the three hyperparameters by
@@ -137,10 +129,7 @@ class OnlineMLPClassifier(ClassifierMixin, _OnlineMLP):
     def fit(self, X: Any, y: Any) -> Self:
         """Tune and train on finite X, shape (n, features), and y, shape (n,), with at least two classes."""
         X, y = validate_data(self, X, y, dtype=np.float64)
-        check_classification_targets(y)
-        self.classes_, target = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise ValueError(f"y must hold at least two classes, but got one class, {self.classes_[0]}.")
+        target = self._codes(y)
         self._train(X, target, len(self.classes_), F.cross_entropy, classes=True)
         return self
 
@@ -148,12 +137,6 @@ class OnlineMLPClassifier(ClassifierMixin, _OnlineMLP):
         """Return the probability of each class, shape (n, classes)."""
         probabilities: Array = self._outputs(X).softmax(1).numpy()
         return probabilities
-
-    def predict(self, X: Any) -> Array:
-        """Return the most probable class, shape (n,)."""
-        most_probable = self._outputs(X).argmax(1).numpy()
-        predicted: Array = self.classes_[most_probable]
-        return predicted
 
 
 class OnlineMLPRegressor(RegressorMixin, _OnlineMLP):

@@ -23,6 +23,7 @@ import sklearn
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.metrics import get_scorer
+from sklearn.utils.multiclass import check_classification_targets
 from threadpoolctl import ThreadpoolController
 
 Array = np.ndarray[Any, Any]
@@ -166,7 +167,27 @@ class Given(RegressorMixin, BaseEstimator):
         return X
 
 
-class GivenClassifier(ClassifierMixin, BaseEstimator):
+class Classifies(ClassifierMixin):
+    """A classifier whose `predict` returns the most probable class."""
+
+    classes_: Array
+
+    def _codes(self, y: Array) -> Array:
+        """Store the classes of y; return the position of each label among them."""
+        check_classification_targets(y)
+        codes: Array
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"y must hold at least two classes, but got one class, {self.classes_[0]}.")
+        return codes
+
+    def predict(self, X: Any) -> Array:
+        """Return the most probable class, shape (n,)."""
+        most_probable: Array = self.predict_proba(X).argmax(1)
+        return self.classes_[most_probable]
+
+
+class GivenClassifier(Classifies, BaseEstimator):
     """A classifier that returns its inputs as probabilities."""
 
     def __init__(self, classes: Array) -> None:
@@ -174,7 +195,3 @@ class GivenClassifier(ClassifierMixin, BaseEstimator):
 
     def predict_proba(self, X: Array) -> Array:
         return X
-
-    def predict(self, X: Array) -> Array:
-        predicted: Array = self.classes_[X.argmax(1)]
-        return predicted

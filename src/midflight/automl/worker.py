@@ -4,10 +4,10 @@ import os
 import pickle
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -68,9 +68,8 @@ def _forked(run: Callable[[], None]) -> int:
 
     A new thread forks, because the child's OpenMP would wait for the threads that the old one had started.
     """
-    pids: list[int] = []
 
-    def fork() -> None:
+    def fork() -> int:
         # Ctrl-C goes to all processes of a terminal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         with warnings.catch_warnings():
@@ -81,12 +80,10 @@ def _forked(run: Callable[[], None]) -> int:
                 run()
             finally:
                 os._exit(0)
-        pids.append(pid)
+        return pid
 
-    thread = threading.Thread(target=fork)
-    thread.start()
-    thread.join()
-    return pids[0]
+    with ThreadPoolExecutor(1) as new_thread:
+        return new_thread.submit(fork).result()
 
 
 def _answer(pipe: Connection, seconds: float, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -47,7 +47,8 @@ def run(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps({"checks": as_dicts(checks), "skipped": [asdict(row) for row in skipped]}, indent=2))
     else:
-        print(_table(checks))
+        print("Hypergradients against the central difference of the one-step map (float64)")
+        print(aligned([COLUMNS, *map(_cells, checks)]))
         for reason in dict.fromkeys(row.reason for row in skipped):
             places = [f"{r.rule} {r.hyperparameter} ({r.estimator})" for r in skipped if r.reason == reason]
             more = f"; and {len(places) - 3} more" if len(places) > 3 else ""
@@ -55,11 +56,6 @@ def run(arguments: list[str]) -> int:
         claims = sum(check.passed is not None for check in checks)
         print(f"{claims - len(failed)} of {claims} estimates are as accurate as their estimators claim.")
     return 1 if failed else 0
-
-
-def _table(checks: list[Check]) -> str:
-    heading = "Hypergradients against the central difference of the one-step map (float64)"
-    return f"{heading}\n{aligned([COLUMNS, *map(_cells, checks)])}"
 
 
 def _cells(check: Check) -> tuple[str, ...]:

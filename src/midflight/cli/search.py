@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,8 @@ def run(arguments: list[str]) -> int:
     from midflight.search.progress import showing_trials
     from midflight.search.search import run as search
 
-    if command.trials is None and command.time is None:
-        command = replace(command, time=DEFAULT_TIME)
-    seconds = None if command.time is None else parse_seconds(command.time)
+    time = DEFAULT_TIME if command.trials is None and command.time is None else command.time
+    seconds = None if time is None else parse_seconds(time)
     what = problem(command.space, command.data, command.train)
     space = what.space.offline() if command.offline else what.space
     name = _study_name(command) if command.study is None else command.study
@@ -86,7 +85,7 @@ def run(arguments: list[str]) -> int:
         )  # fmt: skip
     report(name, command.storage, command.out, command.json)
     if found.best is None and any(record.state != "unfinished" for record in found.records):
-        err.print("midflight: no trial has a finite loss; the report has their messages.", markup=False)
+        err.print("midflight: no trial has a finite loss; the report has their messages.")
         return 1
     return 0
 
@@ -105,11 +104,7 @@ def report(name: str, storage: str, folder: Path | None, as_text: bool) -> int:
     with err.status("drawing the report"):
         page = reports.write_report(name, declaration, records, folder or default_folder(storage, name))
     out.print(reports.summary_table(records))
-    out.print(
-        f"Stored as {name} in {without_password(storage)}. Report: {page.resolve()}",
-        markup=False,
-        soft_wrap=True,
-    )
+    out.print(f"Stored as {name} in {without_password(storage)}. Report: {page.resolve()}")
     return 0
 
 

@@ -79,11 +79,17 @@ def load(path: Path) -> Checkpoint | None:
 
     Raises:
         SearchError: the file holds more than tensors and plain values, or is damaged.
+        StorageLost: the file cannot be read.
     """
     try:
         content = io.BytesIO(path.read_bytes())
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise StorageLost(
+            f"the checkpoint {path} must be readable, but {error.strerror or error}; its trial stays "
+            "unfinished."
+        ) from error
     try:
         broken = zipfile.ZipFile(content).testzip()  # torch does not compare the checksums
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
@@ -139,8 +145,7 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, internal, gauss = state["random"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate(state["random"])
 
 
 def seed_all(seed: int) -> None:

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from optuna.distributions import BaseDistribution
-from optuna.pruners import BasePruner
+from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial
 
 from midflight.search.ledger import Record
 from midflight.search.space import Config, Space
@@ -31,7 +29,7 @@ class Engine:
 
     Attributes:
         sampler: proposes configurations.
-        pruner: ends trials early.
+        pruner: ends trials early; default: none is.
         promotes: whether it may propose a configuration again, for a longer training.
         name: key in `ENGINES`.
         prepare: called before each proposal; returns False if nothing is left to propose.
@@ -42,22 +40,10 @@ class Engine:
     """
 
     sampler: BaseSampler
-    pruner: BasePruner
+    pruner: BasePruner = field(default_factory=NopPruner)
     promotes: bool = False
     name: str = ""
     prepare: Callable[[Study], bool] = lambda study: True
     hire: Callable[[int], AbstractContextManager[Any]] | None = None
     explore: Callable[[Record, list[Record]], tuple[Record, Config] | None] | None = None
     interval: int = 0
-
-
-class IndependentSampler(BaseSampler):
-    """A sampler that draws each hyperparameter on its own; a subclass defines `sample_independent`."""
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}

@@ -5,19 +5,18 @@ replace these; its importances do.
 """
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
 import optuna
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from midflight._reporting.figures import INK, MUTED, RULE, WORSE, note, panels, style
+from midflight.search.jobs import distribution
 from midflight.search.ledger import Record, best
 from midflight.search.space import Space
-from midflight.space import Categorical, Float, Int
+from midflight.space import Categorical, Float
 
 ACCENT = "#0072b2"
 COLOURS = {"complete": ACCENT, "pruned": "#8d97a5", "unfinished": "#c9ced6", "failed": WORSE}
@@ -40,10 +39,10 @@ def all_figures(space: Space, records: list[Record]) -> dict[str, Figure]:
 def history(records: list[Record]) -> Figure:
     """Draw the loss of each trial and the best loss so far against the epochs trained so far."""
     figure, [[axis]] = panels("Best validation loss so far", (8.2, 4.2))
-    epochs = np.cumsum([r.epoch - r.from_epoch for r in records]) if records else np.zeros(0)
-    losses = np.array([r.loss if r.state == "complete" else math.inf for r in records])
+    epochs = np.cumsum([r.epoch - r.from_epoch for r in records])
+    complete = [r.loss if r.state == "complete" else math.nan for r in records]
     _marks(axis, records, [float(x) for x in epochs])
-    lowest = np.minimum.accumulate(np.where(np.isfinite(losses), losses, math.inf)) if records else losses
+    lowest = np.fmin.accumulate(np.array(complete))  # passes over NaN
     known = np.isfinite(lowest)
     axis.step(
         epochs[known], lowest[known], where="post", color=INK, lw=1.6, label="best complete trial so far"
@@ -61,19 +60,15 @@ def importance(space: Space, records: list[Record]) -> Figure:
         note(axis, f"Needs {MIN_TRIALS} finished trials with different losses.")
         axis.set(xticks=[], yticks=[])
         return figure
-    kinds = {name: _distribution(spec) for name, spec in space.searched.items()}
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the evaluator is experimental in some versions
-        study = optuna.create_study()
-        study.add_trials(
-            optuna.create_trial(
-                value=r.loss, params=r.config, distributions={name: kinds[name] for name in r.config}
-            )
-            for r in done
+    kinds = {name: distribution(spec) for name, spec in space.searched.items()}
+    study = optuna.create_study()
+    study.add_trials(
+        optuna.create_trial(
+            value=r.loss, params=r.config, distributions={name: kinds[name] for name in r.config}
         )
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        for r in done
+    )
+    found = optuna.importance.get_param_importances(study)
     names = sorted(found, key=lambda name: found[name])
     axis.barh([_label(name) for name in names], [found[n] for n in names], color=ACCENT, height=0.6)
     axis.set(xlabel="share of the importance")
@@ -152,13 +147,6 @@ def _path(record: Record, name: str) -> tuple[list[int], list[float]]:
     """Return epochs and values; a hyperparameter with several entries gives their mean."""
     points = [(e, values[name]) for e, values in [(0, record.starts), *record.trajectory] if name in values]
     return [epoch for epoch, _ in points], [float(np.mean(value)) for _, value in points]
-
-
-def _distribution(spec: Any) -> Any:
-    if isinstance(spec, Categorical):
-        return CategoricalDistribution(spec.choices)
-    kind = IntDistribution if isinstance(spec, Int) else FloatDistribution
-    return kind(spec.low, spec.high, log=spec.log)
 
 
 def _label(value: Any) -> str:

@@ -9,12 +9,13 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from midflight.search import checkpoint
@@ -22,12 +23,13 @@ from midflight.search.checkpoint import Point
 from midflight.search.engine import Engine, Task
 from midflight.search.errors import ObjectiveFailed, SearchError, StorageLost
 from midflight.search.ledger import HEARTBEAT, Ledger, Record, best
-from midflight.search.space import Config, Space
+from midflight.search.space import Config, Space, Spec
 from midflight.search.trial import Job, Outcome
 from midflight.space import Categorical, Int
 from midflight.tuner.live import signals_wait
 
 MAX_DEATHS = 3  # a trial fails when its worker has died this often
+MOST_NEAR = 200  # trials whose distances are computed when a trial starts
 MAX_FAILURES = 3  # the search stops if this many first trials all fail
 
 Callback = Callable[[Record], None]
@@ -77,17 +79,11 @@ class Search:
         self._running: dict[int, _Running] = {}
         self._to_continue: deque[optuna.Trial] = deque()
         self._to_explore: deque[optuna.Trial] = deque()
-        self._first_failures: int | None = 0  # None once a trial has succeeded
-        self._coordinates: dict[int, Any] = {}
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the time is up."""
-        return self.seconds_left <= 0
+        self._ends: list[str] = []  # how the trials ended
 
     @property
     def seconds_left(self) -> float:
-        """Seconds until the time is up."""
+        """Seconds until the time is up; 0 then."""
         return max(0.0, self._deadline - time.monotonic())
 
     @uninterrupted()
@@ -97,7 +93,7 @@ class Search:
             self._last_take_over = time.monotonic()
             for orphan in self.ledger.claim_orphans():
                 self._to_continue.append(optuna.Trial(self._study, orphan._trial_id))
-        if self.is_over:
+        if not self.seconds_left:
             return None
         if self._to_continue:
             return self._start(self._to_continue.popleft())
@@ -123,23 +119,25 @@ class Search:
     def on_report(self, number: int, points: list[Point]) -> bool:
         """Store the reports of a trial; return whether it continues."""
         running = self._running[number]
-        new = [point for point in points if point.epoch > running.epoch]
+        before = self.ledger.record(running.trial)
+        new = [point for point in points if point.epoch > before.epoch]
         try:
-            self._store(running, new)
+            self._store(running.trial, before.trajectory, new)
         except optuna.exceptions.UpdateFinishedTrialError:  # another process took it over and finished it
             running.interrupted = True
             return False
         self._call_callbacks(running.trial)
-        if not math.isfinite(running.loss):
+        now = self.ledger.record(running.trial)
+        if not math.isfinite(now.loss):
             running.stop_reason = "the loss was not finite"
-        elif running.epoch >= self.task.epochs:
+        elif now.epoch >= self.task.epochs:
             return True
         elif running.trial.should_prune():
-            running.stop_reason = f"stopped by the engine after epoch {running.epoch}"
-        elif self.is_over:
+            running.stop_reason = f"stopped by the engine after epoch {now.epoch}"
+        elif not self.seconds_left:
             running.interrupted = True
-        elif self.engine.explore and new and running.epoch % self.engine.interval == 0:
-            if not self.ledger.checkpoint(self.ledger.record(running.trial)).is_file():
+        elif self.engine.explore and new and now.epoch % self.engine.interval == 0:
+            if not self.ledger.checkpoint(before).is_file():
                 raise SearchError(
                     "population-based training copies the states of trials, so the objective must pass "
                     "state= to trial.report, but passed none."
@@ -148,16 +146,16 @@ class Search:
             self._to_explore.append(running.trial)
         return not (running.stop_reason or running.interrupted)
 
-    def _store(self, running: "_Running", points: list[Point]) -> None:
+    def _store(self, trial: optuna.Trial, before: list[tuple[int, Config]], points: list[Point]) -> None:
+        config = trial.user_attrs.get("config", {})  # of population-based training, which moved its floats
+        moved = {name: value for name, value in config.items() if isinstance(value, float)}
         for point in points:
-            running.trial.report(point.loss if math.isfinite(point.loss) else math.inf, point.epoch)
-            running.epoch, running.loss = point.epoch, point.loss
-            if online := {**running.moved, **point.online}:
-                running.trajectory.append((point.epoch, online))
-        if points and running.trajectory:
-            running.trial.set_user_attr("trajectory", running.trajectory)
+            trial.report(point.loss if math.isfinite(point.loss) else math.inf, point.epoch)
+        trajectory = [(point.epoch, {**moved, **point.online}) for point in points if moved or point.online]
+        if trajectory:
+            trial.set_user_attr("trajectory", [*before, *trajectory])
         if points and points[-1].extra:
-            running.trial.set_user_attr("extra", points[-1].extra)
+            trial.set_user_attr("extra", points[-1].extra)
 
     @uninterrupted()
     def on_end(self, number: int, outcome: Outcome) -> None:
@@ -165,8 +163,9 @@ class Search:
         running = self._running.pop(number)
         trial = running.trial
         if outcome.how == "lost":
-            raise StorageLost(outcome.message)
-        if running.interrupted or self.ledger.record(trial).state != "unfinished":
+            raise outcome.error or StorageLost(outcome.message)
+        stored = self.ledger.record(trial)
+        if running.interrupted or stored.state != "unfinished":
             return
         message = running.stop_reason or outcome.message
         if message:
@@ -176,9 +175,13 @@ class Search:
         elif outcome.how == "failed":
             self._study.tell(trial, state=TrialState.FAIL)
         else:
-            self._study.tell(trial, running.loss)
+            self._study.tell(trial, stored.loss)
         self._call_callbacks(trial)
-        self._check_first_failures(outcome)
+        self._ends.append(outcome.how)
+        if self._ends == ["failed"] * MAX_FAILURES:
+            raise ObjectiveFailed(
+                f"the first {MAX_FAILURES} trials all failed, the last with {outcome.message}"
+            ) from outcome.error
         if not (self.engine.promotes or self.engine.explore):
             self.ledger.clear_checkpoints()
 
@@ -201,13 +204,11 @@ class Search:
 
     def _start(self, trial: optuna.Trial) -> Job:
         trial.set_user_attr("owner", self.ledger.owner)
-        moved = trial.user_attrs.get("config", {})
-        config = moved or suggest(trial, self.task.space)
+        config = trial.user_attrs.get("config") or suggest(trial, self.task.space)
         if "start" not in trial.user_attrs:
             self._initialise(trial, config)
         stored = self.ledger.record(trial)
-        floats = {name: value for name, value in moved.items() if isinstance(value, float)}
-        self._running[trial.number] = _Running(trial, stored.epoch, stored.loss, stored.trajectory, floats)
+        self._running[trial.number] = _Running(trial)
         self._call_callbacks(trial)
         return Job(
             number=trial.number, config=config, starts=stored.starts, epochs=self.task.epochs,
@@ -224,7 +225,7 @@ class Search:
         if earlier:
             starts = earlier.starts
         elif self.warm_start and starts:
-            nearest = nearest_values(self.task.space, config, records, self._coordinates)
+            nearest = nearest_values(self.task.space, config, records)
             starts |= {name: value for name, value in nearest.items() if name in starts}
         start = {
             "engine": self.engine.name,
@@ -246,16 +247,6 @@ class Search:
             trial.set_user_attr("config", found[1])
             saved.save(self.ledger.checkpoint(stored))
 
-    def _check_first_failures(self, outcome: Outcome) -> None:
-        if outcome.how != "failed":
-            self._first_failures = None
-        elif self._first_failures is not None:
-            self._first_failures += 1
-            if self._first_failures >= MAX_FAILURES:
-                raise ObjectiveFailed(
-                    f"the first {MAX_FAILURES} trials all failed, the last with {outcome.message}"
-                ) from outcome.error
-
     def _call_callbacks(self, trial: optuna.Trial) -> None:
         for callback in self.callbacks:
             callback(self.ledger.record(trial))
@@ -266,58 +257,44 @@ class _Running:
     """A trial in progress.
 
     Attributes:
-        epoch, loss: of the last report.
-        moved: values that population-based training changed.
         stop_reason: why the search ends it early; "" if it does not.
         interrupted: whether it stays unfinished: the time is up, another process has it, or it waits to be
             compared with its population.
     """
 
     trial: optuna.Trial
-    epoch: int
-    loss: float
-    trajectory: list[tuple[int, Config]]
-    moved: Config = field(default_factory=dict)
     stop_reason: str = ""
     interrupted: bool = False
 
 
-def nearest_values(
-    space: Space, config: Config, records: Sequence[Record], known: dict[int, Any] | None = None
-) -> Config:
+def nearest_values(space: Space, config: Config, records: Sequence[Record]) -> Config:
     """Return the tuned values of the nearest configuration among the better half of complete trials.
 
-    Args:
-        known: keeps the coordinates of the trials by number for the next call.
+    If that are more than `MOST_NEAR`, it is the nearest of the best ones.
     """
-    known = {} if known is None else known
     tuned = sorted(
         (r for r in records if r.state == "complete" and r.trajectory and math.isfinite(r.loss)),
         key=lambda r: r.loss,
     )
-    good = tuned[: len(tuned) // 2]  # empty for a single trial, which cannot be compared
+    good = tuned[: min(len(tuned) // 2, MOST_NEAR)]  # empty for a single trial, which cannot be compared
     if not good:
         return {}
-    for r in good:
-        if r.number not in known:
-            known[r.number] = space.coordinates(r.config)
-    distances = space.distances(space.coordinates(config), np.stack([known[r.number] for r in good]))
+    distances = space.distances(config, [r.config for r in good])
     return dict(good[int(np.argmin(distances))].online)
 
 
 def suggest(trial: optuna.Trial, space: Space) -> Config:
-    """Let the engine choose the active hyperparameters of a configuration, parents first.
-
-    A `Float` with a logit scale is searched on a linear scale, because Optuna has no logit scale.
-    """
+    """Let the engine choose the active hyperparameters of a configuration, parents first."""
     config: Config = {}
     for name, spec in space.searched.items():
-        if not space.is_active(name, config):
-            continue
-        if isinstance(spec, Categorical):
-            config[name] = trial.suggest_categorical(name, spec.choices)
-        elif isinstance(spec, Int):
-            config[name] = trial.suggest_int(name, spec.low, spec.high, log=spec.log)
-        else:
-            config[name] = trial.suggest_float(name, spec.low, spec.high, log=spec.log)
+        if space.is_active(name, config):
+            config[name] = trial._suggest(name, distribution(spec))
     return config
+
+
+def distribution(spec: Spec) -> BaseDistribution:
+    """Return Optuna's distribution; linear for a `Float` with a logit scale, which Optuna has not."""
+    if isinstance(spec, Categorical):
+        return CategoricalDistribution(spec.choices)
+    kind: Any = IntDistribution if isinstance(spec, Int) else FloatDistribution
+    return cast(BaseDistribution, kind(spec.low, spec.high, log=spec.log))

@@ -8,6 +8,7 @@ that runs it.
 import math
 import os
 import platform
+import re
 import threading
 import time
 import uuid
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import get_lock_file
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
@@ -33,15 +36,9 @@ SQLITE, JOURNAL = (".sqlite", ".sqlite3", ".db"), (".journal", ".log")
 HEARTBEAT = 30.0  # seconds between two heartbeats of a searching process
 HEARTBEAT_TIMEOUT = 5 * 60.0  # seconds without a heartbeat after which other processes take over its trials
 ATTEMPTS = 5  # to open a database while another process creates its tables
+CONNECT = {"postgresql": {"connect_timeout": 10}, "sqlite": {"timeout": 60}}  # seconds
 PAUSE = 0.3  # seconds until two processes that claim one trial see each other's claim
-
-STATES = {
-    TrialState.RUNNING: "unfinished",
-    TrialState.WAITING: "waiting",
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-}
+STATES = {"RUNNING": "unfinished", "FAIL": "failed"}  # where ours differs from Optuna's in lower case
 
 
 @dataclass(frozen=True)
@@ -124,12 +121,9 @@ class Ledger:
         """Return all trials, by number."""
         found = []
         for trial in self.study.get_trials(deepcopy=False):
-            known = self._finished.get(trial.number)
-            if known is None:
-                known = record(trial)
-                if trial.state.is_finished():
-                    self._finished[trial.number] = known
-            found.append(known)
+            found.append(self._finished.get(trial.number) or record(trial))
+            if trial.state.is_finished():
+                self._finished[trial.number] = found[-1]
         return found
 
     def record(self, trial: optuna.Trial) -> Record:
@@ -146,30 +140,24 @@ class Ledger:
             return
         records = self.records()
         chosen = best(records)
-        kept = {r.root for r in records if r.state == "unfinished"} | ({chosen.root} if chosen else set())
+        kept = {r.checkpoint for r in records if r.state == "unfinished" or r is chosen}
+        names = {r.checkpoint for r in records} - kept
         for path in paths:
-            number = path.name.partition("-")[0]
-            root = int(number) if number.isdecimal() else len(records)
-            if root < len(records) and root not in kept and records[root].checkpoint == path.name:
+            if path.name in names:
                 path.unlink(missing_ok=True)
 
     def claim_orphans(self) -> list[FrozenTrial]:
         """Claim the unfinished trials whose process died; return those that this process won."""
-        attrs = self.study.user_attrs
-        alive = {key.removeprefix("owner:") for key, beat in attrs.items() if _is_alive(key, beat)} | {
-            self.owner
-        }
-        dead = {t._trial_id for t in self._unfinished() if not _has_owner(t, alive, len(alive) > 1)}
+        beats = self.study.user_attrs.items()
+        alive = {self.owner, *(key.removeprefix("owner:") for key, beat in beats if _is_alive(key, beat))}
+        unfinished = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        dead = [t._trial_id for t in unfinished if not _has_owner(t, alive)]
         for trial_id in dead:
             self.study._storage.set_trial_user_attr(trial_id, "owner", self.owner)
         if dead and len(alive) > 1:
             time.sleep(PAUSE)  # the last process to write its claim wins (Fischer's mutual exclusion)
-        return [
-            t for t in self._unfinished() if t._trial_id in dead and t.user_attrs.get("owner") == self.owner
-        ]
-
-    def _unfinished(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        claimed = map(self.study._storage.get_trial, dead)
+        return [t for t in claimed if t.user_attrs["owner"] == self.owner and not t.state.is_finished()]
 
     @contextmanager
     def heartbeats(self) -> Iterator[None]:
@@ -205,7 +193,7 @@ def record(trial: FrozenTrial) -> Record:
     root, duration = attrs.get("root", trial.number), trial.duration
     return Record(
         number=trial.number,
-        state=STATES[trial.state],
+        state=STATES.get(trial.state.name, trial.state.name.lower()),
         config=dict(attrs.get("config", trial.params)),
         starts=attrs.get("starts", {}),
         losses=dict(sorted(trial.intermediate_values.items())),
@@ -223,10 +211,8 @@ def record(trial: FrozenTrial) -> Record:
 def best(records: list[Record]) -> Record | None:
     """Return the trial with the lowest loss among complete ones; if none is, among the longest trained."""
     good = [r for r in records if math.isfinite(r.loss) and r.state != "failed"]
-    ended = [r for r in good if r.state == "complete"]
-    if not ended:
-        longest = max((r.epoch for r in good), default=0)
-        ended = [r for r in good if r.epoch == longest]
+    longest = max((r.epoch for r in good), default=0)
+    ended = [r for r in good if r.state == "complete"] or [r for r in good if r.epoch == longest]
     return min(ended, key=lambda r: (r.loss, r.number), default=None)
 
 
@@ -239,7 +225,7 @@ def open_study(
     Raises:
         SearchError: the storage cannot be reached, `name` is another search, or there can be no such folder.
     """
-    with _opened(storage) as backend:
+    with open_storage(storage) as backend:
         _make_folder("checkpoints", folder)
         study = optuna.create_study(
             storage=backend, study_name=name, direction="minimize", load_if_exists=True, **engine
@@ -264,7 +250,7 @@ def read_study(storage: str, name: str) -> Iterator[tuple[Ledger, Declaration]]:
         SearchError: the storage cannot be reached, or the study is not a search of midflight.
         UnknownName: no study has this name.
     """
-    with _opened(storage, create=False) as backend:
+    with open_storage(storage, create=False) as backend:
         names = optuna.get_all_study_names(backend)
         if name not in names:
             raise UnknownName(f"a study in {without_password(storage)}", name, names or ["(none yet)"])
@@ -274,8 +260,9 @@ def read_study(storage: str, name: str) -> Iterator[tuple[Ledger, Declaration]]:
         yield Ledger(study, default_folder(storage, name)), _declaration(study)
 
 
-def open_storage(storage: str | None, create: bool = True) -> optuna.storages.BaseStorage:
-    """Open an Optuna storage.
+@contextmanager
+def open_storage(storage: str | None, create: bool = True) -> Iterator[optuna.storages.BaseStorage]:
+    """Open an Optuna storage in the block; turn its errors there into `StorageLost`.
 
     Args:
         storage: one of
@@ -289,16 +276,20 @@ def open_storage(storage: str | None, create: bool = True) -> optuna.storages.Ba
         SearchError: `storage` is none of these, or it cannot be opened.
         MissingExtra: the driver of the database is not installed.
     """
-    if storage is None:
-        return optuna.storages.InMemoryStorage()
-    path = _path(storage)
-    if path is not None:
-        if not create and not path.is_file():
-            raise SearchError(f"the storage must be a file, but {path} does not exist; run the search first.")
-        _make_folder(f"storage {path}", path.parent)
-        if path.suffix in JOURNAL:
-            return _journal(path)
-    return _database(storage if path is None else f"sqlite:///{path}")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    backend = optuna.storages.InMemoryStorage() if storage is None else _backend(storage, create)
+    try:
+        yield backend
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise StorageLost(
+            f"the storage {without_password(storage or 'memory')} failed: {_first_line(error)}. Stored "
+            "trials are safe; run the same command again when the storage can be reached."
+        ) from error
+    finally:
+        database = getattr(backend, "_backend", backend)
+        if isinstance(database, optuna.storages.RDBStorage):
+            database.scoped_session.remove()
+            database.engine.dispose()
 
 
 def _make_folder(what: str, folder: Path) -> None:
@@ -329,29 +320,19 @@ def default_folder(storage: str | None, name: str) -> Path:
 
 def without_password(storage: str) -> str:
     """Return the address with its password hidden."""
-    if "://" not in storage:
-        return storage
     with suppress(ArgumentError, ValueError):
         return make_url(storage).render_as_string(hide_password=True)
-    return storage.split("://")[0] + "://..."
+    return re.sub("://.*", "://...", storage)
 
 
-@contextmanager
-def _opened(storage: str | None, create: bool = True) -> Iterator[optuna.storages.BaseStorage]:
-    """Open a storage; turn its errors in the block into `StorageLost`."""
-    backend = open_storage(storage, create)
-    try:
-        yield backend
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise StorageLost(
-            f"the storage {without_password(storage or 'memory')} failed: {_first_line(error)}. Stored "
-            "trials are safe; run the same command again when the storage can be reached."
-        ) from error
-    finally:
-        database = getattr(backend, "_backend", backend)
-        if isinstance(database, optuna.storages.RDBStorage):
-            database.scoped_session.remove()
-            database.engine.dispose()
+def _backend(storage: str, create: bool) -> optuna.storages.BaseStorage:
+    path = _path(storage)
+    if path is None:
+        return _database(storage)
+    if not create and not path.is_file():
+        raise SearchError(f"the storage must be a file, but {path} does not exist; run the search first.")
+    _make_folder(f"storage {path}", path.parent)
+    return _journal(path, create) if path.suffix in JOURNAL else _database(f"sqlite:///{path}")
 
 
 def _path(storage: str) -> Path | None:
@@ -368,18 +349,27 @@ def _path(storage: str) -> Path | None:
     return path
 
 
-def _journal(path: Path) -> optuna.storages.BaseStorage:
-    from optuna.storages.journal import JournalFileBackend
-
+def _journal(path: Path, create: bool) -> optuna.storages.BaseStorage:
     try:
-        return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-    except (OSError, ValueError) as error:  # ValueError: a line that is not JSON
+        backend = JournalFileBackend(str(path))
+        journal = optuna.storages.JournalStorage(backend)  # raises if another line than the last is wrong
+        if create:
+            _cut_torn_line(path, backend)
+        return journal
+    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:  # the last four: other lines
         raise SearchError(
             f"the storage must be a journal file of Optuna, but {path} is not: {error}."
         ) from error
 
 
-def _database(url: str) -> optuna.storages.BaseStorage:
+def _cut_torn_line(path: Path, backend: JournalFileBackend) -> None:
+    """Cut a last line that a full disk or a power failure tore; the next line would be appended to it."""
+    with get_lock_file(backend._lock), path.open("r+b") as file:
+        if end := file.read().rfind(b"\n") + 1:
+            file.truncate(end)
+
+
+def _database(url: str, attempts: int = ATTEMPTS) -> optuna.storages.BaseStorage:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError) as error:
@@ -389,28 +379,19 @@ def _database(url: str) -> optuna.storages.BaseStorage:
         ) from error
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
-    options: dict[str, Any] = {"pool_pre_ping": True}
-    if parsed.drivername.startswith("postgresql"):
-        options["connect_args"] = {"connect_timeout": 10}
-    elif parsed.drivername.startswith("sqlite"):
-        options["connect_args"] = {"timeout": 60}
     address = parsed.render_as_string(hide_password=False)
+    options = {"pool_pre_ping": True, "connect_args": CONNECT.get(parsed.get_backend_name(), {})}
     try:
-        for _ in range(ATTEMPTS):
-            try:
-                return optuna.storages.get_storage(optuna.storages.RDBStorage(address, engine_kwargs=options))
-            except SQLAlchemyError as error:  # another process may be creating the tables
-                if not isinstance(error, IntegrityError) and "already exists" not in str(error):
-                    raise
-                problem = error
-                time.sleep(PAUSE)
-        raise problem
+        return optuna.storages.get_storage(optuna.storages.RDBStorage(address, engine_kwargs=options))
     except (ImportError, NoSuchModuleError) as error:
         raise MissingExtra(
             f"the driver of {without_password(url)} is not installed ({_first_line(error)}); for PostgreSQL "
             "pip install 'midflight[postgres]'"
         ) from error
     except (SQLAlchemyError, OSError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
+        if attempts > 1 and (isinstance(error, IntegrityError) or "already exists" in str(error)):
+            time.sleep(PAUSE)  # another process is creating the tables
+            return _database(url, attempts - 1)
         raise SearchError(
             f"the storage must be a database that can be reached, but {without_password(url)} cannot: "
             f"{_first_line(error)}."
@@ -422,13 +403,13 @@ def _first_line(error: BaseException) -> str:
     return (str(getattr(cause, "orig", cause)).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
 
 
-def _has_owner(trial: FrozenTrial, alive: set[str], others_live: bool) -> bool:
+def _has_owner(trial: FrozenTrial, alive: set[str]) -> bool:
     owner = trial.user_attrs.get("owner")
     if owner is not None:
         return owner in alive
     # the process died before it wrote its name, or it is about to write it
     began = trial.datetime_start
-    return others_live and began is not None and time.time() - began.timestamp() < HEARTBEAT_TIMEOUT
+    return len(alive) > 1 and began is not None and time.time() - began.timestamp() < HEARTBEAT_TIMEOUT
 
 
 def _is_alive(key: str, beat: Any) -> bool:

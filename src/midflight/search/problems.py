@@ -1,9 +1,8 @@
 """The objectives of `midflight search`: a multilayer perceptron on images, or a function in a user's file."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -75,8 +74,17 @@ class Mlp:
             model, optimizer, online, _cross_entropy, batches,
             Shuffled(t2, min(BATCH, len(t2)), trial.seed + 2), total_steps=trial.epochs * len(batches),
         )  # fmt: skip
-        done = _restore(trial.load(), model, optimizer, batches, tuner or None)
-        for epoch in range(done + 1, trial.epochs + 1):
+        parts: dict[str, Any] = {
+            "model": model,
+            "optimizer": optimizer,
+            **({"tuner": tuner} if tuner else {}),
+        }
+        before = trial.load()
+        if before:
+            batches.generator.set_state(before["batches"])
+            for name, part in parts.items():
+                part.load_state_dict(before[name])
+        for epoch in range(before["epoch"] + 1 if before else 1, trial.epochs + 1):
             for batch in batches:
                 optimizer.zero_grad()
                 _cross_entropy(model, batch).backward()  # type: ignore[no-untyped-call]
@@ -86,40 +94,9 @@ class Mlp:
                 tuner.finish()
             valid, _ = evaluate(model, t2)
             extra = {"test_error": evaluate(model, test)[1]} if last else {}
-            state = {
-                "epoch": epoch,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "batches": batches.generator.get_state(),
-                "tuner": tuner and tuner.state_dict(),
-            }
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"epoch": epoch, "batches": batches.generator.get_state()}
             trial.report(epoch, valid, state, online, **extra)
-
-
-def _restore(
-    state: Any, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Shuffled, tuner: Tuner | None
-) -> int:
-    """Load what an earlier trial reported, if anything; return its epoch."""
-    if state is None:
-        return 0
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    batches.generator.set_state(state["batches"])
-    if tuner:
-        tuner.load_state_dict(state["tuner"])
-    return int(state["epoch"])
-
-
-@dataclass(frozen=True)
-class FileObjective:
-    """A function in a Python file, imported again in every worker process; an objective."""
-
-    path: Path
-    name: str
-
-    def __call__(self, trial: Trial) -> float | None:
-        function: Callable[[Trial], float | None] = getattr(_module(self.path), self.name)
-        return function(trial)
 
 
 def problem(what: str, data: str | None = None, train: int | None = None) -> Problem:
@@ -144,13 +121,20 @@ def problem(what: str, data: str | None = None, train: int | None = None) -> Pro
         raise SearchError(f"the space must be mlp or FILE.py:FUNCTION, but got {what!r}.")
     if data is not None or train is not None:
         raise SearchError(f"--data and --train are for mlp only, because {path} loads its own data.")
-    module = _module(Path(path).resolve())
+    file = Path(path).resolve()
+    module = _module(file)
     if not callable(getattr(module, name, None)):
         raise SearchError(f"{path} must define a function {name}(trial), but does not.")
     space = getattr(module, "space", None)
     if not isinstance(space, Space):
         raise SearchError(f"{path} must define space = midflight.search.Space(...), but space is {space!r}.")
-    return Problem(FileObjective(Path(path).resolve(), name), space, f"{Path(path).name}:{name}")
+    return Problem(partial(_in_file, file, name), space, f"{file.name}:{name}")
+
+
+def _in_file(path: Path, name: str, trial: Trial) -> float | None:
+    """Call the objective `name` in a Python file; every worker process imports the file again."""
+    loss: float | None = getattr(_module(path), name)(trial)
+    return loss
 
 
 @cache
@@ -186,14 +170,11 @@ def network(inputs: int, classes: int, params: Config) -> nn.Sequential:
 
 def optimizer_for(model: nn.Module, params: Config) -> torch.optim.Optimizer:
     """Return the optimiser of a configuration; options it does not name keep torch's defaults."""
+    options = {name: params[name] for name in ("lr", "momentum", "weight_decay") if name in params}
     if params["optimizer"] == "sgd":
-        return torch.optim.SGD(model.parameters(), **_options(params))
+        return torch.optim.SGD(model.parameters(), **options)
     kind = torch.optim.AdamW if params["optimizer"] == "adamw" else torch.optim.Adam
-    return kind(model.parameters(), fused=True, **_options(params))
-
-
-def _options(params: Config) -> dict[str, Any]:
-    return {name: params[name] for name in ("lr", "momentum", "weight_decay") if name in params}
+    return kind(model.parameters(), fused=True, **options)
 
 
 def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

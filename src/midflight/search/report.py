@@ -43,28 +43,19 @@ CAPTIONS = {
 def write_report(name: str, declaration: Declaration, records: list[Record], folder: Path) -> Path:
     """Write the figures (PNG and SVG) and report.html of a search; return the path of the page."""
     svgs = [p for p in save(all_figures(declaration.space, records), folder) if p.suffix == ".svg"]
-    numbers = summary(declaration, records)
-    chosen = best(records)
     order = sorted(records, key=lambda r: (r.state != "complete", -r.epoch, _key(r.loss), r.number))
     path = folder / "report.html"
     write_page(
         path,
         "midflight.search",
         "search.html.j2",
+        {"value": value_text, "config": config_text, "loss": loss_text},
         name=name,
         declaration=declaration,
-        numbers=numbers,
+        numbers=summary(declaration, records),
         headline=headline(records),
-        best=chosen,
-        rows=[
-            (key, value_text(value), value_text(chosen.starts[key]) if key in chosen.starts else "")
-            for key, value in chosen.params.items()
-        ]
-        if chosen
-        else [],
-        trials=[
-            (r, config_text(r.config), config_text(r.online), loss_text(r.loss)) for r in order[:MAX_TRIALS]
-        ],
+        best=best(records),
+        trials=order[:MAX_TRIALS],
         hidden=max(0, len(records) - MAX_TRIALS),
         figures=[(svg.stem, *CAPTIONS[svg.stem], data_uri(svg)) for svg in svgs],
     )
@@ -80,9 +71,9 @@ def as_json(name: str, declaration: Declaration, records: list[Record]) -> str:
         "space": json.loads(declaration.space.to_json()),
         "summary": summary(declaration, records),
         "best": chosen and chosen.number,
-        "trials": [{**asdict(r), "losses": {str(e): x for e, x in r.losses.items()}} for r in records],
+        "trials": [asdict(r) for r in records],
     }
-    return json.dumps(_finite(whole), indent=2, allow_nan=False)
+    return json.dumps(json.loads(json.dumps(whole), parse_constant=lambda infinite: None), indent=2)
 
 
 def summary(declaration: Declaration, records: list[Record]) -> dict[str, Any]:
@@ -149,11 +140,3 @@ def loss_text(loss: float) -> str:
 
 def _key(loss: float) -> float:
     return math.inf if math.isnan(loss) else loss
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

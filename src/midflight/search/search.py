@@ -15,12 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import optuna
-
 from midflight._reporting.machine import machine
 from midflight.search import checkpoint
-from midflight.search.checkpoint import Point
 from midflight.search.engine import Engine, Task
 from midflight.search.engines import build
 from midflight.search.errors import Interrupted, SearchError
@@ -97,7 +93,6 @@ def run(
     task = Task(space, epochs, trials, seed)
     built = build(engine, task, options)
     first = _checked_first(first, space, built)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     if temporary := folder is None and storage is None:
         place = Path(tempfile.mkdtemp())
     elif folder is None:
@@ -138,13 +133,12 @@ def _check(objective: Any, space: Any, name: Any, label: Any, callbacks: Any) ->
 
 
 def _whole(name: str, value: Any, least: int = 1) -> int:
-    plain = value.item() if isinstance(value, np.generic) else value
-    plain = int(plain) if isinstance(plain, float) and plain.is_integer() else plain
-    most = SEEDS - 1 if name == "seed" else math.inf
-    if isinstance(plain, bool) or not isinstance(plain, int) or not least <= plain <= most:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    below = SEEDS if name == "seed" else math.inf
+    if not real or not least <= value < below or value % 1:
         holds = f"0 <= seed < {SEEDS}" if name == "seed" else f"{name} > 0"
         raise SearchError(f"{holds} must hold for a whole number, but {name}={value!r}.")
-    return plain
+    return int(value)
 
 
 def _duration(value: Any) -> float:
@@ -173,31 +167,15 @@ def _checked_first(first: Any, space: Space, engine: Engine) -> list[Config]:
 
 
 def _run_all(search: Search, engine: Engine, objective: Objective, workers: int) -> None:
-    if engine.hire is None and workers == 1:
-        _run_here(search, objective)
+    if engine.hire or workers > 1:
+        from midflight.search.workers import Worker, run_in_workers
+
+        with engine.hire(workers) if engine.hire else nullcontext(Worker) as kind:
+            run_in_workers(search, objective, workers, kind)
         return
-    from midflight.search.workers import Worker, run_in_workers
-
-    with engine.hire(workers) if engine.hire else nullcontext(Worker) as kind:
-        run_in_workers(search, objective, workers, kind)
-
-
-def _run_here(search: Search, objective: Objective) -> None:
     before = checkpoint.random_state()
-    errors: list[Exception] = []
-
-    def send(number: int, points: list[Point]) -> bool:
-        try:
-            return search.on_report(number, points)
-        except Exception as error:  # of the storage or a callback, which must not count as the objective's
-            errors.append(error)
-            return False
-
     try:
         while (job := search.next_job()) is not None:
-            outcome = run_job(job, objective, partial(send, job.number))
-            if errors:
-                raise errors[0]
-            search.on_end(job.number, outcome)
+            search.on_end(job.number, run_job(job, objective, partial(search.on_report, job.number)))
     finally:
         checkpoint.set_random_state(before)

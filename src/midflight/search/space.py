@@ -1,8 +1,9 @@
 """Declare the space of a search once for all engines: searched, tuned and conditional hyperparameters."""
 
 import json
+import math
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeAlias
 
@@ -66,7 +67,7 @@ class Space:
     @property
     def searched(self) -> dict[str, Spec]:
         """The hyperparameters that an engine chooses, each after its parents."""
-        return {name: spec for name, spec in self.specs.items() if not _online(spec)}
+        return {name: spec for name, spec in self.specs.items() if not getattr(spec, "online", False)}
 
     @property
     def online(self) -> dict[str, Float]:
@@ -83,19 +84,15 @@ class Space:
     def active(self, config: Mapping[str, Any]) -> list[str]:
         """Return the names that are active in a configuration, online ones included."""
         found: Config = {}
-        for name, spec in self.specs.items():
+        for name in self.specs:
             if self.is_active(name, found):
-                found[name] = None if _online(spec) else config[name]
+                found[name] = config.get(name)
         return list(found)
 
     def tuned(self, starts: Mapping[str, Any]) -> TunedSpace | None:
         """Return a tuner's space of the online hyperparameters in `starts`, with these values; or None."""
-        specs = {name: spec for name, spec in self.online.items() if name in starts}
-        return (
-            TunedSpace({name: replace(spec, init=starts[name]) for name, spec in specs.items()})
-            if specs
-            else None
-        )
+        specs = {n: replace(spec, init=starts[n]) for n, spec in self.online.items() if n in starts}
+        return TunedSpace(specs) if specs else None
 
     def starts(self, config: Mapping[str, Any]) -> Config:
         """Return the declared initial values of the online hyperparameters that are active in `config`."""
@@ -110,35 +107,25 @@ class Space:
              for name, spec in self.specs.items()}
         )  # fmt: skip
 
-    def coordinates(self, config: Mapping[str, Any]) -> npt.NDArray[np.float64]:
-        """Return the unit coordinates of the searched hyperparameters, shape (searched,); NaN where inactive.
-
-        The coordinate of a category is its index.
-        """
-        return np.array(
-            [_coordinate(spec, config[n]) if n in config else np.nan for n, spec in self.searched.items()]
-        )
-
-    def distances(
-        self, a: npt.NDArray[np.float64], others: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.float64]:
-        """Return the distances, shape (n,), of coordinates (searched,) to others (n, searched) (Gower 1971).
+    def distances(self, config: Config, others: Sequence[Config]) -> npt.NDArray[np.float64]:
+        """Return the distances, shape (n,), of a configuration to n others (Gower 1971).
 
         A distance in [0, 1] is the mean over the hyperparameters that are active in either configuration. A
         number contributes the difference of its unit coordinates, a category 0 or 1, and a hyperparameter
         that is active in one configuration only contributes 1.
         """
-        terms = np.abs(others - a)
-        categories = [isinstance(spec, Categorical) for spec in self.searched.values()]
-        terms = np.where(categories, np.sign(terms), terms)
-        inactive = np.isnan(others).astype(int) + np.isnan(a)
+        searched = self.searched.items()
+        found = np.stack([_coordinates(name, spec, [config, *others]) for name, spec in searched], axis=1)
+        terms = np.abs(found[1:] - found[0])
+        terms = np.where([isinstance(spec, Categorical) for _, spec in searched], np.sign(terms), terms)
+        inactive = np.isnan(found[1:]).astype(int) + np.isnan(found[0])
         terms = np.choose(inactive, [terms, 1.0, 0.0])
         mean: npt.NDArray[np.float64] = terms.sum(1) / np.maximum(1, (inactive < 2).sum(1))
         return mean
 
-    def distance(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    def distance(self, a: Config, b: Config) -> float:
         """Return the distance of two configurations, see `distances`."""
-        return float(self.distances(self.coordinates(a), self.coordinates(b)[None])[0])
+        return float(self.distances(a, [b])[0])
 
     def checked(self, config: Mapping[str, Any], what: str) -> Config:
         """Return a whole or partial configuration with plain Python values.
@@ -190,8 +177,6 @@ class Space:
                 parent: tuple(value) if isinstance(value, list) else value
                 for parent, value in fields["when"].items()
             }
-            if "shape" in fields:
-                fields["shape"] = tuple(fields["shape"])
             specs[name] = kind(**fields)
         return Space(specs)
 
@@ -230,15 +215,13 @@ def plain_value(spec: Spec, name: str, value: Any, what: str) -> Choice:
     return plain if isinstance(spec, Int) else float(plain)
 
 
-def _online(spec: Spec) -> bool:
-    return isinstance(spec, Float) and spec.online
-
-
-def _coordinate(spec: Spec, value: Any) -> float:
+def _coordinates(name: str, spec: Spec, configs: Sequence[Config]) -> npt.NDArray[np.float64]:
+    """Return the unit coordinates of a hyperparameter, of a category its index; NaN where inactive."""
     if isinstance(spec, Categorical):
-        return float(spec.choices.index(value))
+        return np.array([spec.choices.index(c[name]) if name in c else math.nan for c in configs])
     scale = spec if isinstance(spec, Float) else Float(spec.low, spec.high, log=spec.log)
-    return float(scale.transform.raw(torch.tensor(float(value), dtype=torch.float64)))
+    values = torch.tensor([c.get(name, math.nan) for c in configs], dtype=torch.float64)
+    return scale.transform.raw(values).numpy()
 
 
 def _declared(fields: dict[str, Any] | None) -> str:

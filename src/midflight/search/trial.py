@@ -42,8 +42,8 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        how: "complete", "stopped" (by the search), "failed" (by an exception) or "lost" (the checkpoints'
-            disk failed, so the trial stays unfinished).
+        how: "complete", "stopped" (by the search), "failed" (by an exception) or "lost" (a report could not
+            be stored, so the trial stays unfinished).
         message: text of the exception, or reason of the stop.
         error: the exception; None outside the process that raised it.
     """
@@ -70,7 +70,9 @@ class Trial:
         self._send = send
         self._points: list[Point] = []
         self._before: Config = {}  # other values that the loaded state was trained with
-        self._lost: StorageLost | None = None
+        self._lost: Exception | None = (
+            None  # of the disk, the storage or a callback; an objective may catch it
+        )
 
     @property
     def params(self) -> Config:
@@ -152,11 +154,16 @@ class Trial:
                 self._job.checkpoint
             )
         except StorageLost as error:
-            self._lost = error  # an objective may catch it
+            self._lost = error
             raise
 
     def _send_points(self, points: list[Point]) -> None:
-        if not self._send(points):
+        try:
+            goes_on = self._send(points)
+        except Exception as error:
+            self._lost = error
+            raise
+        if not goes_on:
             raise Stop
 
 
@@ -170,15 +177,15 @@ def run_job(job: Job, objective: Objective, send: Send) -> Outcome:
             trial.report(job.epochs, float(loss))
         elif not trial._points:
             raise ValueError("the objective must report or return a loss, but it did neither.")
-    except Stop:
-        return Outcome("stopped")
     except Exception as error:
         if trial._lost is None:
+            if isinstance(error, Stop):
+                return Outcome("stopped")
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
             return Outcome("failed", text, error)
     if trial._lost is not None:
-        return Outcome("lost", str(trial._lost))
+        return Outcome("lost", str(trial._lost), trial._lost)
     return Outcome("complete")
 
 

@@ -31,6 +31,7 @@ class Worker:
 
     job: Job | None = None
     ready = False
+    dumps: Callable[[Any], bytes] = staticmethod(pickle.dumps)
 
     def __init__(self, pickled: bytes, threads: int) -> None:
         context = fresh_processes(__name__)
@@ -41,17 +42,11 @@ class Worker:
                 try:
                     self._process.start()
                     return
-                except (
-                    EOFError,
-                    OSError,
-                ):  # the server that forks was killed; another start begins a new one
+                except (EOFError, OSError):
+                    # somebody killed the server that forks; another start begins a new one
                     if attempt == ATTEMPTS - 1:
                         raise
                     time.sleep(PAUSE)
-
-    @staticmethod
-    def pickle(objective: Objective) -> bytes:
-        return pickle.dumps(objective)
 
     @staticmethod
     def wait(workers: Sequence[Any], seconds: float) -> None:
@@ -86,7 +81,7 @@ def run_in_workers(search: Search, objective: Objective, workers: int, kind: typ
         SearchError: the objective cannot be pickled, or workers cannot start.
     """
     try:
-        pickled = kind.pickle(objective)
+        pickled = kind.dumps(objective)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise SearchError(
             f"with workers={workers} the objective must be a function at the top of a module, but "
@@ -104,7 +99,7 @@ def run_in_workers(search: Search, objective: Objective, workers: int, kind: typ
                 worker.job = job
                 worker.send(job)
             busy = [worker for worker in pool if worker.job is not None]
-            if not busy or search.is_over:
+            if not busy or not search.seconds_left:
                 return
             kind.wait(busy, min(POLL, search.seconds_left))
             for worker in busy:

@@ -101,8 +101,9 @@ def train(
     valid, path = runs.evaluate(data.t2), [(step, points.tolist()) for step, points in runs.path]
     unread = [(None, None)] * len(arms)  # the landscape leaves the test set alone
     test = unread if arms[0].kind == "landscape" else runs.evaluate(data.test)
-    results = [
-        Result(
+    rows = []
+    for i, arm in enumerate(arms):
+        result = Result(
             start=starts[i],
             end=ends[i],
             valid_loss=valid[i][0],
@@ -111,9 +112,8 @@ def train(
             valid_errors=[errors[i] for errors in valid_errors],
             trajectory=[[step, *points[i]] for step, points in path],
         )
-        for i in range(len(arms))
-    ]
-    return [Row(arm, result, list(seconds)) for arm, result in zip(arms, results, strict=True)]
+        rows.append(Row(arm, result, list(seconds)))
+    return rows
 
 
 def train_epoch(runs: "SingleRun | Cohort") -> None:
@@ -145,9 +145,13 @@ class SingleRun:
         self.path: list[tuple[int, Tensor]] = []
         self._tuner = None
         if arm.kind == "tuned":
+            paper: dict[str, Any] = {
+                "schedule": Every(spec.every), "estimator": arm.estimator, "horizon": "step",
+                "hyper_optimizer": hyper_optimizer(spec),
+            }  # fmt: skip
             self._tuner = Tuner(
                 self._model, self.optimizer, self._space, loss_fn, self.batches, t2,
-                total_steps=spec.steps(), **_tuner_options(spec, arm),
+                total_steps=spec.steps(), **{} if arm.estimator == DEFAULT else paper,
                 on_hyperstep=lambda step, _: self.path.append((step, self.points())),
             )  # fmt: skip
 
@@ -294,18 +298,6 @@ def noisy_mlp(spec: Spec, arm: Arm, inputs: int, space: Space) -> nn.Sequential:
 def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean cross-entropy of a batch (x, y)."""
     return F.cross_entropy(model(batch[0]), batch[1])
-
-
-def _tuner_options(spec: Spec, arm: Arm) -> dict[str, Any]:
-    """Return the paper's settings for an estimator: evenly spaced hyper-steps, horizon of one step."""
-    if arm.estimator == DEFAULT:
-        return {}
-    return {
-        "schedule": Every(spec.every),
-        "estimator": arm.estimator,
-        "horizon": "step",
-        "hyper_optimizer": hyper_optimizer(spec),
-    }
 
 
 def hyper_optimizer(spec: Spec) -> Callable[[list[Tensor]], torch.optim.Optimizer]:

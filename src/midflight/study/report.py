@@ -6,6 +6,7 @@ Every number comes from `summarise`; this file only formats. The page is one fil
 import json
 import re
 import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from math import isfinite
 from pathlib import Path
@@ -16,18 +17,11 @@ from markupsafe import Markup, escape
 
 from midflight._reporting.figures import save
 from midflight._reporting.page import data_uri, write_page
+from midflight.study import summary as summaries
 from midflight.study.figures import DATASET_NAMES, all_figures, by
 from midflight.study.spec import PRESETS, Spec, changed_fields
 from midflight.study.store import Row, Store
-from midflight.study.summary import (
-    NEAR_LOW_END,
-    POOR,
-    Numbers,
-    as_dict,
-    main_estimator,
-    reference,
-    summarise,
-)
+from midflight.study.summary import Numbers, summarise
 
 
 class Cell(NamedTuple):
@@ -39,15 +33,18 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Hold a table of the page; the first column heads the lines, columns from `numbers` are numeric."""
+    """Hold a table of the page; the first column heads the lines, columns from `numbers` are numeric.
 
-    head: list[Cell]
-    lines: list[list[Cell]]
-    numbers: int = 1
+    A text stands for a cell without small print and style.
+    """
+
+    head: Iterable[Cell | str]
+    lines: Iterable[Sequence[Cell | str]]
+    numbers: int = 99
+    """Default: no column is numeric."""
 
 
 MISSING = Cell("–")  # noqa: RUF001 - a typographic dash marks a missing number
-TEXT = 99  # as `Table.numbers`: no column is numeric
 TERMINAL_COLUMNS = ("Arm", "Done", "Median", "Quartiles", "Rescued", "Made worse", "Added time")
 
 
@@ -86,8 +83,8 @@ def write_report(
         dataset=DATASET_NAMES[spec.dataset],
         summary=summarise(spec, rows),
         estimators=spec.estimator,
-        main=main_estimator(spec),
-        reference=reference(spec),
+        main=summaries.main_estimator(spec),
+        reference=summaries.reference(spec),
         by=by,
         statements=_statements,
         arms=_arms,
@@ -112,7 +109,7 @@ def as_json(store: Store, run: str) -> str:
         "run": run,
         "machine": store.machine(run),
         "spec": asdict(spec),
-        "summary": as_dict(summarise(spec, store.rows(run))),
+        "summary": summaries.as_dict(summarise(spec, store.rows(run))),
     }
     return json.dumps(whole, indent=2, allow_nan=False)
 
@@ -129,7 +126,7 @@ def summary_table(summary: Numbers) -> rich.table.Table:
         for arm in network.arms:
             if arm.kind != "landscape":
                 line = _arm(network, arm)
-                table.add_row(network.network, *(line[column].text for column in TERMINAL_COLUMNS))
+                table.add_row(network.network, *(_text(line[column]) for column in TERMINAL_COLUMNS))
         table.add_section()
     return table
 
@@ -140,44 +137,38 @@ def _typeset(text: str) -> Markup:
     return Markup(re.sub(r"\^([−λ\d.]*[λ\d])", r"<sup>\1</sup>", text))  # noqa: RUF001
 
 
-def _table(head: Any, lines: Any, numbers: int = TEXT) -> Table:
-    """Return a table; a text stands for a cell without small print and style."""
-
-    def cells(line: Any) -> list[Cell]:
-        return [Cell(cell) if isinstance(cell, str) else cell for cell in line]
-
-    return Table(cells(head), [cells(line) for line in lines], numbers)
+def _text(cell: Cell | str) -> str:
+    return cell if isinstance(cell, str) else cell.text
 
 
-def _arm(network: Numbers, arm: Numbers) -> dict[str, Cell]:
+def _arm(network: Numbers, arm: Numbers) -> dict[str, Cell | str]:
     """Return column -> cell of one kind of arm."""
     name = {"rerun": "re-run"}.get(arm.kind, arm.kind) + (f", {arm.estimator}" if arm.estimator else "")
-    errors, seconds, best = arm.test_error_percent, arm.epoch_seconds, arm.best
-    kept = best.test_error_percent if best else None
-    cells = {
-        "Arm": Cell(name),
+    errors, kept = arm.test_error_percent, arm.best and arm.best.test_error_percent
+    cells: dict[str, Cell | str] = {
+        "Arm": name,
         "Done": Cell(f"{arm.done} of {arm.planned}", style="failed" if arm.done < arm.planned else ""),
-        "Median": Cell(f"{errors.median:.2f}", style="strong") if errors else MISSING,
-        "Quartiles": Cell(_quartiles(errors)) if errors else MISSING,
-        "Extremes": Cell(f"{errors.minimum:.2f} to {errors.maximum:.2f}") if errors else MISSING,
-        "Kept": MISSING if kept is None else Cell(f"{kept:.2f}"),
-        "Rescued": Cell(""),
-        "Made worse": Cell(""),
-        "s per epoch": Cell(f"{seconds.median:.3g}") if seconds else MISSING,
-        "Added time": Cell(""),
+        "Median": Cell(_median(errors), style="strong") if errors else MISSING,
+        "Quartiles": _quartiles(errors),
+        "Extremes": f"{errors.minimum:.2f} to {errors.maximum:.2f}" if errors else MISSING,
+        "Kept": MISSING if kept is None else f"{kept:.2f}",
+        "Rescued": "",
+        "Made worse": "",
+        "s per epoch": _median(arm.epoch_seconds, ".3g"),
+        "Added time": "",
     }
     for t in network.tunings:
         if (arm.kind, arm.estimator) == ("tuned", t.estimator):
-            cells["Added time"] = Cell(_median(t.overhead_percent, "+.1f", " %").text)
+            cells["Added time"] = _median(t.overhead_percent, "+.1f", " %")
             if t.pairs:
-                cells["Rescued"] = Cell(f"{t.rescued} of {t.pairs}")
-                cells["Made worse"] = Cell(f"{t.worse} of {t.pairs}")
+                cells["Rescued"] = f"{t.rescued} of {t.pairs}"
+                cells["Made worse"] = f"{t.worse} of {t.pairs}"
     return cells
 
 
 def _arms(network: Numbers) -> Table:
     lines = [_arm(network, arm) for arm in network.arms if arm.kind != "landscape"]
-    return _table(lines[0], [line.values() for line in lines], numbers=1)
+    return Table(lines[0], [list(line.values()) for line in lines], numbers=1)
 
 
 def _eq6(network: Numbers) -> Table:
@@ -190,15 +181,15 @@ def _eq6(network: Numbers) -> Table:
     lines = [
         (
             t.estimator,
-            _median(t.noise_end, ".2f").text,
-            _quartiles(t.noise_end) if t.noise_end else MISSING,
-            _median(t.log10_l2_end, ".2f").text,
+            _median(t.noise_end),
+            _quartiles(t.noise_end),
+            _median(t.log10_l2_end),
             MISSING if t.noise_steps_down_percent is None else f"{t.noise_steps_down_percent:.0f} %",
-            _median(t.tuned_minus_initial_points, "+.2f").text,
+            _median(t.tuned_minus_initial_points, "+.2f"),
         )
         for t in network.tunings
     ]
-    return _table(head, lines, numbers=1)
+    return Table(head, lines, numbers=1)
 
 
 def _statements(summary: Numbers, network: Numbers) -> Table:  # one table, so one long function
@@ -212,13 +203,13 @@ def _statements(summary: Numbers, network: Numbers) -> Table:  # one table, so o
             "Test error after tuning",
             "Median over the tuned runs.",
             f"about {paper.tuned_test_error_percent:g} %",
-            [_median(a.test_error_percent, ".2f", " %") for a in network.arms if a.kind == "tuned"],
+            [_spread(a.test_error_percent, ".2f", " %") for a in network.arms if a.kind == "tuned"],
         ),
         (
             "Starts rescued",
-            f"A start is poor if its initial run exceeds {POOR:g} times the lowest test error of all fixed "
-            f"runs of this network{here}. It is rescued if its tuned run does not. Share of all starts. "
-            "The threshold is ours.",
+            f"A start is poor if its initial run exceeds {summaries.POOR:g} times the lowest test error of "
+            f"all fixed runs of this network{here}. It is rescued if its tuned run does not. Share of all "
+            "starts. The threshold is ours.",
             f"{paper.rescued_percent_of_starts:g} %",
             [
                 _share(t.rescued_percent_of_starts, t.rescued, t.pairs, f"; {t.poor_starts} were poor")
@@ -237,18 +228,18 @@ def _statements(summary: Numbers, network: Numbers) -> Table:  # one table, so o
             "Test error at the end of tuning minus that of a fresh run fixed at the tuned values, start by "
             "start, in percentage points. Below 0, the end of tuning is better.",
             "compared in Fig. 3",
-            [_median(t.tuned_minus_rerun_points, "+.2f") for t in tunings],
+            [_spread(t.tuned_minus_rerun_points, "+.2f") for t in tunings],
         ),
         (
             "Time that tuning adds",
             "Mean epoch time of the tuned run over that of the initial run of the same start, minus 1. "
             "Median over starts.",
             f"{paper.overhead_percent:+.2f} %",
-            [_median(t.overhead_percent, "+.1f", " %") for t in tunings],
+            [_spread(t.overhead_percent, "+.1f", " %") for t in tunings],
         ),
         (
             "The noise goes to 0",
-            f"Tuned runs whose noise ends in the lowest {100 * NEAR_LOW_END:g} % of its interval.",
+            f"Tuned runs whose noise ends in the lowest {100 * summaries.NEAR_LOW_END:g} % of its interval.",
             "every start of Fig. 1",
             [_noise_at_low_end(t) for t in tunings],
         ),
@@ -260,7 +251,7 @@ def _statements(summary: Numbers, network: Numbers) -> Table:  # one table, so o
         ),
     ]
     head = ["Statement", "The paper", *(f"Measured, {t.estimator}" for t in tunings)]
-    return _table(
+    return Table(
         head,
         [
             [Cell(words, definition), paper, *(cell._replace(style="strong") for cell in measured)]
@@ -291,14 +282,16 @@ def _share(percent: float | None, part: int, whole: int, more: str = "") -> Cell
     return MISSING if percent is None else Cell(f"{percent:.0f} %", f"{part} of {whole}{more}")
 
 
-def _median(spread: Numbers | None, form: str, unit: str = "") -> Cell:
-    if spread is None:
-        return MISSING
-    return Cell(f"{spread.median:{form}}{unit}", f"quartiles {_quartiles(spread, form)}")
+def _spread(spread: Numbers | None, form: str, unit: str = "") -> Cell:
+    return Cell(_median(spread, form, unit), f"quartiles {_quartiles(spread, form)}") if spread else MISSING
 
 
-def _quartiles(spread: Numbers, form: str = ".2f") -> str:
-    return f"{spread.quartile_low:{form}} to {spread.quartile_high:{form}}"
+def _median(spread: Numbers | None, form: str = ".2f", unit: str = "") -> str:
+    return f"{spread.median:{form}}{unit}" if spread else MISSING.text
+
+
+def _quartiles(spread: Numbers | None, form: str = ".2f") -> str:
+    return f"{spread.quartile_low:{form}} to {spread.quartile_high:{form}}" if spread else MISSING.text
 
 
 def _settings(spec: Spec) -> Table:
@@ -308,7 +301,7 @@ def _settings(spec: Spec) -> Table:
         here, paper = (_as_text(getattr(s, f.name)) for s in (spec, PRESETS["paper"]))
         same = Cell("the same" if paper == here else paper, style="same")
         lines.append((Cell(f.name, style="code"), here, same))
-    return _table(("Field", "This study", "Preset “paper”"), lines)
+    return Table(("Field", "This study", "Preset “paper”"), lines)
 
 
 def _as_text(value: object) -> str:
@@ -324,11 +317,9 @@ def _commands(spec: Spec, run: str) -> list[str]:
     name = min(PRESETS, key=lambda name: len(changed_fields(PRESETS[name], spec)))
     words = ["midflight", "study", name]
     for field in changed_fields(PRESETS[name], spec):
-        value, option = getattr(spec, field), field.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+        value = getattr(spec, field)
+        values = () if value is True else value if isinstance(value, tuple) else (value,)  # no preset is wide
+        words += [f"--{field.replace('_', '-')}", *map(str, values)]
     return [shlex.join([*words, "--run", run]), shlex.join(["midflight", "report", run])]
 
 
@@ -343,7 +334,7 @@ def _check_table(checks: list[dict[str, Any]]) -> Table:
             f"cos {_cosine(c['cosine'])}",
             "failed" if failed else "strong" if c.get("exact") else "",
         )
-    return _table(
+    return Table(
         ("Optimiser", "Hyperparameter", *names),
         [(*key, *(cells.get(name, MISSING) for name in names)) for key, cells in lines.items()],
         numbers=2,

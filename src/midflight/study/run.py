@@ -14,16 +14,7 @@ import torch
 from midflight._processes import begin_worker, fresh_processes
 from midflight.datasets import Split
 from midflight.errors import MidflightError
-from midflight.study.arm import (
-    Data,
-    OnEpoch,
-    SingleRun,
-    cohorts,
-    prepare,
-    run_arm,
-    run_cohort,
-    train_epoch,
-)  # fmt: skip
+from midflight.study.arm import Data, OnEpoch, SingleRun, cohorts, prepare, run_arm, run_cohort, train_epoch
 from midflight.study.spec import Arm, Spec
 from midflight.study.store import Point, Row, Store
 

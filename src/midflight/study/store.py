@@ -236,14 +236,10 @@ def _row(*columns: Any) -> Row | None:
         numbers = *read.start, *read.end, read.valid_loss, read.valid_error, read.test_error or 0.0
         timed = seconds or "\n" in result  # an arm of the first edition may lack its seconds
         epoch_seconds = json.loads(_opened(key, seconds)) if timed else []
-        _require_numbers([*numbers, *read.valid_errors, *epoch_seconds, *chain(*read.trajectory)])
+        # a TypeError if one is no number; as an array, because a report reads millions
+        np.array([*numbers, *read.valid_errors, *epoch_seconds, *chain(*read.trajectory)]) + 0.0
         if any(len(point) != 3 for point in read.trajectory):
             return None
     except _UNREADABLE:
         return None
     return Row(Arm(*key), read, epoch_seconds)
-
-
-def _require_numbers(values: list[Any]) -> None:
-    """Raise `TypeError` if one is no number; as an array, because a report reads millions."""
-    np.array(values) + 0.0

@@ -35,7 +35,6 @@ def build(name: str, task: Task, options: Mapping[str, Any]) -> Engine:
     if not isinstance(name, str) or name not in ENGINES:
         raise UnknownName("engine", name, ENGINES)
     module, function = ENGINES[name].split(":")
-    require_extra("optuna", "search")
     require_extra(module, "ray" if module == "ray" else "search")
     make: Any = getattr(import_module(f"{__name__}.{module}"), function)
     known = list(signature(make).parameters)[1:]

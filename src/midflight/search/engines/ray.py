@@ -12,6 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import Pipe
 from typing import Any
 
@@ -55,7 +56,7 @@ def ray(task: Task, address: str | None = None, scheduler: str = "asha") -> Engi
     population = Population(task) if scheduler == "pbt" else None
     return Engine(
         (random if population else tpe)(task).sampler, PRUNERS[scheduler](),
-        hire=lambda workers: _cluster(address, workers), explore=population.explore if population else None,
+        hire=partial(_cluster, address), explore=population.explore if population else None,
         interval=population.interval if population else 0,
     )  # fmt: skip
 
@@ -77,16 +78,13 @@ class Host:
 class RayWorker(Worker):
     """An actor and its current job."""
 
+    dumps = staticmethod(ray_core.cloudpickle.dumps)
+
     def __init__(self, pickled: bytes, threads: int) -> None:
         self._actor: Any = ray_core.remote(num_cpus=1)(Host).remote(pickled)
         self._answers: deque[Any] = deque()
         self.send(None)
         self._died = False
-
-    @staticmethod
-    def pickle(objective: Any) -> bytes:
-        pickled: bytes = ray_core.cloudpickle.dumps(objective)  # type: ignore[no-untyped-call]
-        return pickled
 
     @staticmethod
     def wait(workers: Sequence[Any], seconds: float) -> None:
@@ -118,12 +116,10 @@ def _cluster(address: str | None, workers: int) -> Iterator[type[RayWorker]]:
         return
     if address is not None:
         _check_address(address)
-    options: dict[str, Any] = {"address": address}
-    if address is None:
-        options = {"address": "local", "num_cpus": workers, "include_dashboard": False}
-        options["_node_ip_address"] = "127.0.0.1"
+    local = {"num_cpus": workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    options: dict[str, Any] = local if address is None else {}
     try:
-        ray_core.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        ray_core.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         refused = "token authentication" in str(error.__cause__)
         raise SearchError(

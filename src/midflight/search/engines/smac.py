@@ -17,13 +17,14 @@ from typing import Any
 import ConfigSpace
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
+from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 from smac import HyperparameterOptimizationFacade, MultiFidelityFacade, Scenario
 from smac.main.exceptions import ConfigurationSpaceExhaustedException
 from smac.runhistory import StatusType, TrialInfo, TrialValue
 
-from midflight.search.engine import Engine, IndependentSampler, Task
+from midflight.search.engine import Engine, Task
 from midflight.search.space import Config, Space, Spec, conditions
 from midflight.space import Categorical, Int
 
@@ -38,10 +39,11 @@ def smac(task: Task) -> Engine:
     return Engine(sampler, UntilPruner(), promotes=True, prepare=sampler.prepare)
 
 
-class SmacSampler(IndependentSampler):
-    """Gives SMAC's proposals to Optuna."""
+class SmacSampler(RandomSampler):
+    """Gives SMAC's proposals to Optuna, and draws nothing itself."""
 
     def __init__(self, task: Task) -> None:
+        super().__init__(task.seed)
         self._space, self._epochs = task.space, task.epochs
         self._configs = configuration_space(task.space, task.seed)
         self._facade = _facade(self._configs, task)
@@ -89,16 +91,15 @@ class SmacSampler(IndependentSampler):
         return self._asked[trial.number][1][param_name]
 
     def _tell(self, trials: Iterable[FrozenTrial]) -> None:
-        finished = [t for t in trials if t.state.is_finished() and (t.params or not self._space.searched)]
-        losses = [t.value for t in finished if t.value is not None and math.isfinite(t.value)]
+        finished = [t for t in trials if t.state.is_finished() and t.params]
+        losses = {t.number: t.value for t in finished if t.value is not None and math.isfinite(t.value)}
         for trial in finished:
             if trial.number in self._told:
                 continue
             self._told.add(trial.number)
-            finite = trial.value is not None and math.isfinite(trial.value)
             # a forest cannot learn from infinity, so a failure gets the worst finite loss
-            cost = float(trial.value or 0.0) if finite else max(losses, default=1.0)
-            status = StatusType.SUCCESS if finite else StatusType.CRASHED
+            cost = losses.get(trial.number, max(losses.values(), default=1.0))
+            status = StatusType.SUCCESS if trial.number in losses else StatusType.CRASHED
             self._facade.tell(self._info(trial), TrialValue(cost=cost, status=status), save=False)
 
     def _info(self, trial: FrozenTrial) -> TrialInfo:
