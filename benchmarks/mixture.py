@@ -3,10 +3,9 @@
     python benchmarks/mixture.py                         # everything; resumes
     python benchmarks/mixture.py --pairs german/scarce --arms midflight uniform
     python benchmarks/mixture.py --workers 2
+    python benchmarks/mixture.py --agreement             # cosine of each rule's direction with the true one
     python benchmarks/mixture.py --table                 # run nothing; print the tables
     python benchmarks/mixture.py --figure                # run nothing; draw the figures
-    python benchmarks/mixture.py --agreement             # cosine of each rule's direction with the true one
-    python benchmarks/mixture.py --cost                  # time of tuned and plain steps, 8 to 1,000 sources
 
 Sources: Debian's manual pages in six languages (apt-get downloads the packages and installs none), the source
 code of Python's standard library, and the C++ headers of torch. Targets: German pages (one of the sources),
@@ -21,7 +20,7 @@ arm         weights of the sources
 uniform     equal
 natural     proportional to their sizes
 midflight   `mf.Mixture` with its defaults, one run
-FastMix     Tan et al. 2026; its step was chosen on Swedish pages, as that of DGA was
+FastMix     Tan et al. 2026; its step is a first guess, as that of DGA is
 DGA         Fan et al. 2024
 DoReMi      Xie et al. 2023: a reference model, a proxy, and the final run; three trainings
 TPE         the best of 16 static mixtures on T2, proposed by Optuna; 16 trainings
@@ -68,7 +67,7 @@ LANGUAGES = {
 }  # fmt: skip
 SOURCES = ["english", "german", "french", "spanish", "polish", "italian", "python", "c++"]
 TARGETS = {"german": ["german"], "dutch": ["dutch"], "blend": ["python", "french"], "swedish": ["swedish"]}
-"""Name -> texts of the target; swedish chose the steps of other rules, the rest are reported."""
+"""Name -> texts of the target; swedish is for choosing the steps of other rules, the rest are reported."""
 REGIMES = {"ample": 1.0, "scarce": 0.002}
 """Share of each source that there is."""
 MOST = 8_000_000
@@ -81,7 +80,7 @@ VALID_BYTES, TEST_BYTES = 16_384, 65_536
 OF_EACH = 4
 """Windows of each source in an update of FastMix, DGA and DoReMi."""
 FASTMIX_LR, DGA_LR = 0.1, 3.0
-"""Chosen on swedish/ample and swedish/scarce, seed 100, among 0.03, 0.1, 0.3 and 1, 3, 10; see dev/LOG.md."""
+"""First guesses; to be chosen on swedish/ample and swedish/scarce, which are not reported."""
 
 
 @cache
@@ -401,38 +400,6 @@ def agreement(pair: str, seed: int, after: int) -> Row:
     return {"task": "agreement", "arm": pair, "index": seed, "after": after, **cosines}
 
 
-def cost(sources: int, steps: int = 60) -> Row:
-    """Time tuned beside plain steps, in turns of one hyper-step's length, on random bytes."""
-    torch.set_num_threads(1)
-    data = [Windows(torch.randint(256, (1000,))) for _ in range(sources)]
-    seconds: dict[str, float] = {}
-    for arm in ("plain", "tuned"):
-        run = Run(Problem("german/ample"), 0, STEPS)
-        run.problem.sources, run.mixture = data, mf.Mixture(sources)
-        if arm == "tuned":
-            t2 = DataLoader(run.problem.valid, BATCH, shuffle=True)
-            tuner = mf.Tuner(
-                run.model, run.optimizer, mf.Space(mixture=run.mixture), run.loss,
-                run.mixture.loader(data, BATCH), t2, valid_loss_fn=loss_of, max_grad_norm=1.0,
-                total_steps=1000,
-            )  # fmt: skip
-            run.steps = 40
-            run.train()  # the first hyper-step tries estimators
-        run.steps = steps
-        began = time.perf_counter()
-        run.train()
-        seconds[arm] = time.perf_counter() - began
-        if arm == "tuned":
-            tuner.detach()
-    return {
-        "task": "cost",
-        "arm": str(sources),
-        "index": 0,
-        "ratio": seconds["tuned"] / seconds["plain"],
-        **seconds,
-    }
-
-
 def table(found: Sequence[Row]) -> str:
     """Print the test loss of each arm and pair, the mean over the seeds, and the time over uniform's."""
     lines = ["| pair | " + " | ".join(ARMS) + " |", "|---" * (len(ARMS) + 1) + "|"]
@@ -477,9 +444,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--agreement", action="store_true", help="print each rule's cosine with the truth")
     parser.add_argument("--table", action="store_true", help="run nothing; print the tables")
     parser.add_argument("--figure", action="store_true", help="run nothing; draw the figure")
     options = parser.parse_args()
+    if options.agreement:
+        for pair in options.pairs:
+            for after in (20, 100, STEPS - 10):
+                row = agreement(pair, options.seeds[0], after)
+                append(options.rows, row)
+                print(row, flush=True)
+        return
     if not (options.table or options.figure):
         done = {(r["task"], r["arm"], r["index"]) for r in rows(options.rows) if "task" in r}
         jobs = [(p, a, s) for s in options.seeds for p in options.pairs for a in options.arms]
