@@ -134,11 +134,11 @@ def test_twenty_kills_lose_and_repeat_nothing(
     assert [r.state for r in records] == ["complete"] * 60
     assert all(list(r.losses) == [1, 2, 3, 4] for r in records)
     assert set(trace()) == {(n, e) for n in range(60) for e in range(1, 5)}
-    assert len(trace()) <= 60 * 4 + 2 * 20  # the epochs that both workers were in when they died
+    assert len(trace()) <= 60 * 4 + 2 * 20  # a kill may repeat the current epoch of both workers
 
 
 def _workers_of(search):
-    """The processes of a search that run trials, and the server that forks them."""
+    """Return the processes that run the trials of a search, and the server that forks them."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):

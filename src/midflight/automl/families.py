@@ -198,7 +198,7 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 """Name -> family, in the order in which the defaults are tried, fast ones first.
 
-A network takes about the same time on every table, so it comes before boosting and SVMs.
+The time of a network grows less with the table than that of boosting and SVMs, so it comes before them.
 """
 
 

@@ -106,7 +106,7 @@ class Problem:
         return predictions, loss, model if fmean([*losses, loss]) < best else None
 
     def ensemble(self, predictions: list[Array], size: int) -> list[int]:
-        """Return candidates, repeated by weight; only the first, which must be the best, if none helps."""
+        """Return candidates, repeated by weight; [0], the best one, if no ensemble beats it."""
         parts, loss = self.parts, self.loss
         with our_settings(self.threads):
             alone = size == 1 or len(predictions) == 1 or not helps(predictions, parts, loss, size)
@@ -176,7 +176,7 @@ class Judge:
     Attributes:
         rows: one row per configuration, in order of evaluation.
         best: the complete row with the lowest loss; None before the first.
-        kept: the member to use if the search ends now: `best`, or the first that was fitted; or none.
+        kept: the member to use if the search ends now; empty before the first fit.
     """
 
     def __init__(

@@ -168,12 +168,12 @@ class Given(RegressorMixin, BaseEstimator):
 
 
 class Classifies(ClassifierMixin):
-    """A classifier whose `predict` returns the most probable class."""
+    """Predict the most probable class; a subclass defines `predict_proba`."""
 
     classes_: Array
 
     def _codes(self, y: Array) -> Array:
-        """Store the classes of y; return the position of each label among them."""
+        """Store the sorted classes of y; return the position of each label among them, shape (n,)."""
         check_classification_targets(y)
         codes: Array
         self.classes_, codes = np.unique(y, return_inverse=True)

@@ -147,7 +147,7 @@ class Search:
         return not (running.stop_reason or running.interrupted)
 
     def _store(self, trial: optuna.Trial, before: list[tuple[int, Config]], points: list[Point]) -> None:
-        config = trial.user_attrs.get("config", {})  # of population-based training, which moved its floats
+        config = trial.user_attrs.get("config", {})  # stored if population-based training moved its floats
         moved = {name: value for name, value in config.items() if isinstance(value, float)}
         for point in points:
             trial.report(point.loss if math.isfinite(point.loss) else math.inf, point.epoch)
@@ -293,7 +293,7 @@ def suggest(trial: optuna.Trial, space: Space) -> Config:
 
 
 def distribution(spec: Spec) -> BaseDistribution:
-    """Return Optuna's distribution; linear for a `Float` with a logit scale, which Optuna has not."""
+    """Return Optuna's distribution; a logit `Float` is linear, because Optuna has no logit scale."""
     if isinstance(spec, Categorical):
         return CategoricalDistribution(spec.choices)
     kind: Any = IntDistribution if isinstance(spec, Int) else FloatDistribution

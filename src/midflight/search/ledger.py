@@ -58,7 +58,7 @@ class Record:
         root: number of the first trial of this configuration, whose checkpoint it continues; else its own.
         checkpoint: name of that checkpoint's file.
         from_epoch: epochs taken from that checkpoint.
-        seconds: duration.
+        seconds: from the start to the end, interruptions included.
         engine: name of the engine that proposed it.
     """
 

@@ -101,7 +101,8 @@ def summary_table(records: list[Record], most: int = 5) -> Table:
     """Return a table of the best trials for the terminal."""
     done = [r for r in records if r.state == "complete"] or [r for r in records if r.losses]
     order = sorted(done, key=lambda r: (-r.epoch, _key(r.loss)))
-    return trials_table(f"{len(records)} trials, the best first", order[:most], best(records))
+    shown = order[:most]
+    return trials_table(f"The best {len(shown)} of {len(records)} trials", shown, best(records))
 
 
 def trials_table(title: str, records: list[Record], chosen: Record | None) -> Table:

@@ -124,7 +124,7 @@ class Space:
         return mean
 
     def distance(self, a: Config, b: Config) -> float:
-        """Return the distance of two configurations, see `distances`."""
+        """Return the distance of two configurations; `distances` defines it."""
         return float(self.distances(a, [b])[0])
 
     def checked(self, config: Mapping[str, Any], what: str) -> Config:
@@ -216,7 +216,7 @@ def plain_value(spec: Spec, name: str, value: Any, what: str) -> Choice:
 
 
 def _coordinates(name: str, spec: Spec, configs: Sequence[Config]) -> npt.NDArray[np.float64]:
-    """Return the unit coordinates of a hyperparameter, of a category its index; NaN where inactive."""
+    """Return unit coordinates, shape (n,); a category has its index, an inactive hyperparameter NaN."""
     if isinstance(spec, Categorical):
         return np.array([spec.choices.index(c[name]) if name in c else math.nan for c in configs])
     scale = spec if isinstance(spec, Float) else Float(spec.low, spec.high, log=spec.log)

@@ -42,8 +42,8 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        how: "complete", "stopped" (by the search), "failed" (by an exception) or "lost" (a report could not
-            be stored, so the trial stays unfinished).
+        how: "complete", "stopped" (by the search), "failed" (by an exception) or "lost" (the disk, the
+            storage or a callback failed, so the trial stays unfinished).
         message: text of the exception, or reason of the stop.
         error: the exception; None outside the process that raised it.
     """
@@ -70,9 +70,8 @@ class Trial:
         self._send = send
         self._points: list[Point] = []
         self._before: Config = {}  # other values that the loaded state was trained with
-        self._lost: Exception | None = (
-            None  # of the disk, the storage or a callback; an objective may catch it
-        )
+        # the error of the disk, the storage or a callback; stored because an objective may catch it
+        self._lost: Exception | None = None
 
     @property
     def params(self) -> Config:

@@ -236,7 +236,7 @@ def _row(*columns: Any) -> Row | None:
         numbers = *read.start, *read.end, read.valid_loss, read.valid_error, read.test_error or 0.0
         timed = seconds or "\n" in result  # an arm of the first edition may lack its seconds
         epoch_seconds = json.loads(_opened(key, seconds)) if timed else []
-        # a TypeError if one is no number; as an array, because a report reads millions
+        # raises TypeError if an entry is no number; an array is fast, and a report reads millions
         np.array([*numbers, *read.valid_errors, *epoch_seconds, *chain(*read.trajectory)]) + 0.0
         if any(len(point) != 3 for point in read.trajectory):
             return None

@@ -16,7 +16,7 @@ REDUCTION = 3  # the default of Optuna's HyperbandPruner, of SMAC3 and of the Hy
 
 
 class SeededSampler(RandomSampler):
-    """Draws each hyperparameter on its own; seeds a sampler anew for each hyperparameter of each trial.
+    """Draw each hyperparameter on its own, from a sampler with a seed of its own.
 
     Random numbers depend on the search's seed, the trial's number and the name only. So a restart, a second
     process and a killed one draw what an undisturbed search draws, and never the same for two trials.

@@ -40,7 +40,7 @@ def smac(task: Task) -> Engine:
 
 
 class SmacSampler(RandomSampler):
-    """Gives SMAC's proposals to Optuna, and draws nothing itself."""
+    """Give SMAC's proposals to Optuna; draw nothing itself."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task.seed)
