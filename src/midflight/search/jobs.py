@@ -127,16 +127,16 @@ class Search:
             running.interrupted = True
             return False
         self._call_callbacks(running.trial)
-        now = self.ledger.record(running.trial)
-        if not math.isfinite(now.loss):
+        epoch, loss = (new[-1].epoch, new[-1].loss) if new else (before.epoch, before.loss)
+        if not math.isfinite(loss):
             running.stop_reason = "the loss was not finite"
-        elif now.epoch >= self.task.epochs:
+        elif epoch >= self.task.epochs:
             return True
         elif running.trial.should_prune():
-            running.stop_reason = f"stopped by the engine after epoch {now.epoch}"
+            running.stop_reason = f"stopped by the engine after epoch {epoch}"
         elif not self.seconds_left:
             running.interrupted = True
-        elif self.engine.explore and new and now.epoch % self.engine.interval == 0:
+        elif self.engine.explore and new and epoch % self.engine.interval == 0:
             if not self.ledger.checkpoint(before).is_file():
                 raise SearchError(
                     "population-based training copies the states of trials, so the objective must pass "
@@ -268,9 +268,9 @@ class _Running:
 
 
 def nearest_values(space: Space, config: Config, records: Sequence[Record]) -> Config:
-    """Return the tuned values of the nearest configuration among the better half of complete trials.
+    """Return the tuned values of the nearest configuration among good trials.
 
-    If that are more than `MOST_NEAR`, it is the nearest of the best ones.
+    Good are the better half of the complete trials, but at most the `MOST_NEAR` best.
     """
     tuned = sorted(
         (r for r in records if r.state == "complete" and r.trajectory and math.isfinite(r.loss)),

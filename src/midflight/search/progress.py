@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
+from rich.table import Table
 
 from midflight.search.jobs import Callback
 from midflight.search.ledger import Record, best
@@ -20,19 +21,27 @@ def showing_trials(console: Console, trials: int | None, seconds: float | None) 
     if not console.is_terminal:
         yield []
         return
-    known: dict[int, Record] = {}
-    began = time.monotonic()
+    chosen: Record | None = None
+    running: dict[int, Record] = {}
+    latest: list[Record] = []
+    count, began = 0, time.monotonic()
+
+    def table() -> Table:
+        left = "" if seconds is None else f", {max(0.0, seconds - time.monotonic() + began):.0f} s left"
+        title = f"{count}{f' of {trials}' if trials else ''} trials done in this process{left}"
+        shown = [*([chosen] if chosen else []), *latest, *list(running.values())[-RUNNING:]]
+        rows = {record.number: record for record in shown}
+        return trials_table(title, [rows[number] for number in sorted(rows)], chosen)
 
     def on_record(record: Record) -> None:
-        known.pop(record.number, None)
-        known[record.number] = record
-        chosen = best(list(known.values()))
-        running = [r for r in known.values() if r.state == "unfinished"]
-        done = [r for r in known.values() if r.state != "unfinished"]
-        left = "" if seconds is None else f", {max(0.0, seconds - time.monotonic() + began):.0f} s left"
-        title = f"{len(done)}{f' of {trials}' if trials else ''} trials done in this process{left}"
-        shown = {r.number: r for r in (*done[-LATEST:], *running[-RUNNING:], *([chosen] if chosen else []))}
-        live.update(trials_table(title, [shown[number] for number in sorted(shown)], chosen))
+        nonlocal chosen, count
+        chosen = best([record, *([chosen] if chosen and chosen.number != record.number else [])])
+        if record.state == "unfinished":
+            running[record.number] = record
+        else:
+            running.pop(record.number, None)
+            latest[:], count = [*latest, record][-LATEST:], count + 1
+        live.update(table())
 
     with Live(console=console, refresh_per_second=4) as live:
         yield [on_record]

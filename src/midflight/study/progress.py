@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,30 +18,41 @@ COLUMNS = (
 )  # fmt: skip
 
 
-@contextmanager
-def showing_progress(spec: Spec, done: list[Row], console: Console) -> Iterator[Any]:
-    """Show a progress bar; yields `on_epoch` and `on_row` for `run_study`. The arms in `done` are stored.
+class StudyProgress:
+    """Update a progress bar from the callbacks of `run_study`.
 
     The bar counts epochs weighted by the size of the network, because time left is estimated from it.
     """
-    costs = {arm: products(arm.network) for arm in spec.arms()}
-    progress, now = Progress(*COLUMNS), Text("starting the workers")
-    bar = progress.add_task(
-        "study", total=spec.epochs * sum(costs.values()), done=len(done), arms=len(costs),
-        completed=spec.epochs * sum(costs.get(row.arm, 0) for row in done),
-    )  # fmt: skip
 
-    def on_epoch(done: EpochDone) -> None:
+    def __init__(self, progress: Progress, spec: Spec, done: list[Row]) -> None:
+        costs = {arm: products(arm.network) for arm in spec.arms()}
+        self._costs, self._progress, self.done = costs, progress, len(done)
+        self.now = Text("starting the workers")
+        self._bar = progress.add_task(
+            "study", total=spec.epochs * sum(costs.values()), done=self.done, arms=len(costs),
+            completed=spec.epochs * sum(costs.get(row.arm, 0) for row in done),
+        )  # fmt: skip
+
+    def on_epoch(self, done: EpochDone) -> None:
+        """Show the epoch that was just trained."""
         (l2, noise), error = done.point, 100 * done.valid_error
-        shown = f"epoch {done.epoch}: L2 10^{l2:.2f}, noise {noise:.2f}, T2 error {error:.2f} %"
-        now.plain = f"{_label(done.arm)}, {shown}"
-        progress.update(bar, advance=costs[done.arm])
+        now = f"epoch {done.epoch}: L2 10^{l2:.2f}, noise {noise:.2f}, T2 error {error:.2f} %"
+        self.now.plain = f"{_label(done.arm)}, {now}"
+        self._progress.update(self._bar, advance=self._costs[done.arm])
 
-    def on_row(row: Row) -> None:
-        progress.update(bar, done=progress.tasks[0].fields["done"] + 1)
+    def on_row(self, row: Row) -> None:
+        """Count an arm that was just stored."""
+        self.done += 1
+        self._progress.update(self._bar, done=self.done)
 
-    with Live(Group(progress, now, ""), console=console, refresh_per_second=4):
-        yield SimpleNamespace(on_epoch=on_epoch, on_row=on_row)
+
+@contextmanager
+def showing_progress(spec: Spec, done: list[Row], console: Console) -> Iterator[StudyProgress]:
+    """Show a progress bar; the arms in `done` are stored already."""
+    progress = Progress(*COLUMNS)
+    shown = StudyProgress(progress, spec, done)
+    with Live(Group(progress, shown.now, ""), console=console, refresh_per_second=4):
+        yield shown
 
 
 def _label(arm: Arm) -> str:

@@ -317,9 +317,11 @@ def _commands(spec: Spec, run: str) -> list[str]:
     name = min(PRESETS, key=lambda name: len(changed_fields(PRESETS[name], spec)))
     words = ["midflight", "study", name]
     for field in changed_fields(PRESETS[name], spec):
-        value = getattr(spec, field)
-        values = () if value is True else value if isinstance(value, tuple) else (value,)  # no preset is wide
-        words += [f"--{field.replace('_', '-')}", *map(str, values)]
+        value, option = getattr(spec, field), field.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
     return [shlex.join([*words, "--run", run]), shlex.join(["midflight", "report", run])]
 
 

@@ -93,12 +93,13 @@ class SmacSampler(RandomSampler):
     def _tell(self, trials: Iterable[FrozenTrial]) -> None:
         finished = [t for t in trials if t.state.is_finished() and t.params]
         losses = {t.number: t.value for t in finished if t.value is not None and math.isfinite(t.value)}
+        worst = max(losses.values(), default=1.0)
         for trial in finished:
             if trial.number in self._told:
                 continue
             self._told.add(trial.number)
             # a forest cannot learn from infinity, so a failure gets the worst finite loss
-            cost = losses.get(trial.number, max(losses.values(), default=1.0))
+            cost = losses.get(trial.number, worst)
             status = StatusType.SUCCESS if trial.number in losses else StatusType.CRASHED
             self._facade.tell(self._info(trial), TrialValue(cost=cost, status=status), save=False)
 
