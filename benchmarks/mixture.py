@@ -10,8 +10,8 @@
 Sources: Debian's manual pages in six languages (apt-get downloads the packages and installs none), the source
 code of Python's standard library, and the C++ headers of torch. Targets: German pages (one of the sources),
 Dutch pages (none of them), and a blend of Python code and French pages. Files are split by name: a tenth is
-T2, a tenth the test set. Regimes: "ample" has up to 8 MB of a source, "scarce" 0.2 % of
-that, at most 16 kB.
+T2, a tenth the test set. Regimes: "ample" has up to 8 MB of a source,
+"scarce" 0.2 % of that, at most 16 kB.
 
 Model: a Transformer on bytes with 1.07 million weights; AdamW with warm-up, cosine schedule and clipping. All
 arms of a pair share initial weights, and draw 1,024 bytes a step by their weights.
@@ -118,7 +118,7 @@ def _files(name: str) -> list[tuple[str, bytes]]:
     return [(path.name, path.read_bytes()) for path in folder.glob(pattern)]
 
 
-class Windows(Dataset[Tensor]):
+class Windows(Dataset[tuple[Tensor]]):
     """Pieces of a text, each with CONTEXT bytes and the next one."""
 
     def __init__(self, data: Tensor) -> None:
@@ -242,14 +242,14 @@ class Run:
         target = losses_of(model, _some(self.problem.valid, BATCH)).mean()
         return losses_of(model, windows).view(-1, OF_EACH).mean(1), target
 
-    def tuner(self, **options: Any) -> mf.Tuner:
+    def tuner(self) -> mf.Tuner:
         """Tune the mixture by midflight, with the defaults of `mf.Mixture`."""
         self.mixture = mf.Mixture(SOURCES)
         t2 = DataLoader(self.problem.valid, BATCH, shuffle=True)
         return mf.Tuner(
             self.model, self.optimizer, mf.Space(mixture=self.mixture), self.loss,
             self.mixture.loader(self.problem.sources, BATCH), t2, valid_loss_fn=loss_of,
-            total_steps=self.steps, max_grad_norm=1.0, **options,
+            total_steps=self.steps, max_grad_norm=1.0,
         )  # fmt: skip
 
 
