@@ -1,6 +1,7 @@
 """Weights of data sources: hypergradients, loaders, and what cannot be a mixture."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -353,3 +354,47 @@ def test_what_cannot_be_a_mixture_is_refused(make, said):
 def test_a_mixture_refuses_other_data_than_its_sources(call, said):
     with pytest.raises(ValueError, match=said):
         call(mf.Mixture(2))
+
+
+def test_tokens_not_seen_yet_do_not_swamp_the_hypergradient():
+    """At an entry without gradients so far, Adam's derivative is lr / eps; at the first gradient it is 0."""
+    found = []
+    for eps in (1e-8, 1e-12):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.EmbeddingBag(20, 4), nn.Linear(4, 1))
+        words = [torch.randint(10, (60, 3)), torch.randint(20, (60, 3))]
+        datasets = [TensorDataset(x, x.double().sum(1, keepdim=True).float()) for x in words]
+        mixture = mf.Mixture(["known", "new"])
+        loader = mixture.loader(datasets, 8, generator=torch.Generator().manual_seed(1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=eps)
+        kept: list[torch.Tensor] = []
+
+        class Keeper(torch.optim.SGD):
+            def step(self, closure=None):
+                kept.append(self.param_groups[0]["params"][0].grad.clone())
+
+        def losses(model, batch):
+            return (model(batch[0]) - batch[1]).square().mean(1)
+
+        tuner = mf.Tuner(
+            model,
+            optimizer,
+            mf.Space(mixture=mixture),
+            lambda model, batch: mixture.loss(losses(model, batch), batch[2]),
+            loader,
+            DataLoader(datasets[1], 60),
+            valid_loss_fn=lambda model, batch: losses(model, batch).mean(),
+            schedule=1,
+            horizon="step",
+            hyper_optimizer=lambda raws: Keeper(raws, lr=1.0),
+            max_grad_norm=math.inf,
+        )
+        known = words[0][:8]
+        for _ in range(4):  # the loop's own batches have known words only
+            optimizer.zero_grad()
+            (model(known) - 1).square().mean().backward()
+            optimizer.step()
+        tuner.detach()
+        found.append(torch.stack(kept[1:]))
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-6)
