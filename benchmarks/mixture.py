@@ -109,7 +109,7 @@ class Run:
             self.optimizer,
             lambda n: min((n + 1) / warm_up, 0.5 + 0.5 * np.cos(np.pi * min(1.0, n / steps))),
         )
-        self.mixture = mf.Mixture(SOURCES, ratio=1e6)
+        self.mixture = mf.Mixture(SOURCES, ratio=1e6, floor=0.0)
         self.history: list[list[float]] = []
         if IS_LARGE:
             self.model.compile()

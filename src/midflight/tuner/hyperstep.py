@@ -700,8 +700,8 @@ def _independent() -> Dependence:
 def _moving(w: Tensors, grads: Tensors, state: Mapping[str, State]) -> Tensors:
     """Return w, with 0 for entries whose gradients were all 0 so far, such as those of tokens not seen yet.
 
-    There dU/dg of Adam and its kin is about lr / eps, far from its value at the gradient of another batch that
-    sees the token: 0, because the first step of an entry has the length lr for any gradient.
+    There dU/dg of Adam and its kin is about lr / eps. At the gradient of another batch, which sees the token,
+    it is 0, because the first step of an entry has the length lr for any gradient.
     """
     moving = {}
     for name, x in w.items():
