@@ -276,7 +276,7 @@ def test_a_run_moves_to_the_source_that_the_validation_data_are_of():
     mixture, tuner = run_with_noise()
     assert mixture.shares()["like T2"] > 0.85  # the floor leaves 0.9
     assert tuner.log()["value/mixture/like T2"] == pytest.approx(mixture.shares()["like T2"])
-    assert "mixture = like T2 0.9" in repr(tuner)
+    assert "mixture = like T2 0.88" in repr(tuner)
     assert tuner.trajectory.plot(tuner.space)
 
 

@@ -66,7 +66,7 @@ class Tuner:
             shrink slowly and never end.
         schedule: when hyper-steps come: `FrontLoaded()` (the default: one per 20 optimiser steps, most of
             them early; fewer in a run of over 3,000 steps), `Every(n)` (the default for mixtures alone, with
-            n = 30) or `TimeBudget(share)`. A whole number n is `Every(n)`.
+            n = 25) or `TimeBudget(share)`. A whole number n is `Every(n)`.
         estimator: of the hypergradient, a name from `midflight.hypergrad.ESTIMATORS` or an `Estimator`.
         horizon: where the validation gradient is taken: "run" at averaged weights (`Averaged`), an
             approximation for the whole run; "step" at the weights right after the step (`NextStep`).
