@@ -4,7 +4,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ class Float:
     Raises:
         SpaceError: one of the conditions above does not hold.
     """
+
+    is_shares: ClassVar[bool] = False
+    """Whether the value is shares of a whole, which regularise nothing and may well be at their least."""
 
     low: float
     high: float
@@ -110,6 +113,8 @@ class Shares(Float):
     Raises:
         SpaceError: one of these does not hold.
     """
+
+    is_shares: ClassVar[bool] = True
 
     ratio: float = field(default=1000.0, kw_only=True)
     floor: float = field(default=0.0, kw_only=True)

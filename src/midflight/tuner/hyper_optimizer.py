@@ -27,9 +27,11 @@ class SignSteps(torch.optim.Optimizer):
     """Steps by the sign of the hypergradient, further if recent signs agree.
 
     raw -= lr ((1 - a) s + a m |m|),   s = sign(hypergradient), m = mean of the recent signs
+    raw -= SHARES lr h / rms(h),       h = hypergradient of shares; the mean is over entries that are not 0
 
     If recent signs agree, a step has the full length lr. If they do not, its part a vanishes. The other part,
-    1 - a, is always taken. It lets a value leave a bound, or a region of weak hypergradients.
+    1 - a, is always taken. It lets a value leave a bound, or a region of weak hypergradients. Hypergradients
+    of shares have one unit, so their sizes can be compared. A source that was not drawn stays where it is.
 
     Args:
         params: raw coordinates of a `Space`.
@@ -46,6 +48,8 @@ class SignSteps(torch.optim.Optimizer):
     STEADY, EARLY, FASTER, FASTEST = 0.9, 5, 1.2, 3.0
     """An option that moves fully by agreement goes FASTER with each step while |m| > STEADY, up to FASTEST
     times as fast, but not in the first EARLY steps."""
+    SHARES = 1.25
+    """The length of a step of shares, over that of others."""
     ALONE, AVERAGED = 0.5, 0.75
     """The defaults of a, without and with averaged weights. Without them a is lower, because only the part
     1 - a lets a value leave a region where signs disagree."""
@@ -57,6 +61,7 @@ class SignSteps(torch.optim.Optimizer):
             raise ValueError(f"0 <= agreement <= 1 must hold, but agreement={agreement}.")
         self._given = agreement
         self._by_agreement: list[Tensor] = []
+        self._by_size: list[Tensor] = []
         super().__init__(params, {"lr": lr, "agreement": self.ALONE if agreement is None else agreement})
 
     def set_averaging(self, averaging: float) -> None:
@@ -74,6 +79,10 @@ class SignSteps(torch.optim.Optimizer):
         """Move these with a = 1, and faster while their signs agree, unless `agreement` was given."""
         self._by_agreement = [] if self._given is not None else list(params)
 
+    def move_by_size(self, params: Iterable[Tensor]) -> None:
+        """Move these shares by the sizes of their hypergradients, unless `agreement` was given."""
+        self._by_size = [] if self._given is not None else list(params)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Move every coordinate that has a gradient."""
@@ -82,6 +91,9 @@ class SignSteps(torch.optim.Optimizer):
             lr, a = group["lr"], group["agreement"]
             for p in group["params"]:
                 if p.grad is None:
+                    continue
+                if any(p is other for other in self._by_size):
+                    p.sub_(self.SHARES * lr * _by_root_mean_square(p.grad))
                     continue
                 state, sign = self.state[p], p.grad.sign()
                 if not state:
@@ -101,6 +113,12 @@ class SignSteps(torch.optim.Optimizer):
         pace = torch.where(steady, (self.FASTER * before).clamp(max=self.FASTEST), 1.0)
         state["pace"] = pace
         return pace
+
+
+def _by_root_mean_square(h: Tensor) -> Tensor:
+    """Return h over its root mean square, the mean over entries larger than rounding."""
+    counted = h[h.abs() > 1e-4 * h.abs().max()]
+    return h / counted.square().mean().sqrt() if len(counted) else torch.zeros_like(h)
 
 
 class Move(Saved):

@@ -60,6 +60,10 @@ SAME_STEP, ROUNDING = 1e-3, 8.0
 place of a weight."""
 
 
+SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
+"""Keys of an optimiser's state under which it keeps a mean or sum of squared gradients, entry by entry."""
+
+
 @dataclass(frozen=True)
 class HyperStepResult:
     """Hold what a hyper-step found.
@@ -68,7 +72,7 @@ class HyperStepResult:
         hypergradients: name -> tensor shaped like the raw coordinate, of the hyperparameters that were
             reached.
         valid_loss: C2 where v was taken; NaN counts as a failed hyper-step.
-        train_loss: C1 at the averaged weights; None if nobody asked.
+        train_loss: C1 at the averaged weights; None if nobody asked, or if all hyperparameters are shares.
         loss_now, loss_at_best: C2 at the weights and at the best average so far, on the batch of
             `valid_loss`; None unless `compares` is set and an option such as lr is tuned.
     """
@@ -324,7 +328,8 @@ class HyperStep(Saved):
         if not self.horizon.needs_losses:
             valid_loss, found = self._at_horizon(step, params, batch)
             return HyperStepResult(found, valid_loss)
-        train_loss = self._loss_at_average(batch)
+        only_shares = all(self._space[name].spec.is_shares for name in self._space)
+        train_loss = None if only_shares else self._loss_at_average(batch)
         options = self._binding.step_options
         others = [name for name in self._space if name not in options]
         valid_loss, found = math.nan, dict[str, Tensor]()
@@ -460,12 +465,14 @@ class HyperStep(Saved):
             trained = {name: p for name, p in live.items() if p.requires_grad}
             few = self.mixed.try_subsample(batch)
             theirs, along = self.mixed(few, trained)
-            theirs = self.processes.mean_gradient(theirs, trained)
+            if theirs:
+                theirs = self.processes.mean_gradient(theirs, trained)
 
             def mixed_partial(w: Tensors) -> Tensors:  # the gradient of a frozen weight stays as it is
-                return along({name: w[name] for name in w if name in trained})
+                seen = w if theirs else _moving(w, grads, state)
+                return along({name: seen[name] for name in seen if name in trained})
 
-            if self.received.carried:  # the step's gradient is not of its own examples only
+            if self.received.carried or not theirs:  # the step's gradient is not of its own examples only
                 return Dependence(mixed_partial)
             others = clipped.received(theirs) if clipped else theirs
             return Dependence(mixed_partial, others, self._share(few, batch))
@@ -688,3 +695,17 @@ def _only(step: Step, names: Iterable[str]) -> Step:
 def _independent() -> Dependence:
     """Return the dependence of a training gradient that reads none of the hyperparameters."""
     return Dependence(lambda _: {})
+
+
+def _moving(w: Tensors, grads: Tensors, state: Mapping[str, State]) -> Tensors:
+    """Return w, with 0 for entries whose gradients were all 0 so far, such as those of tokens not seen yet.
+
+    There dU/dg of Adam and its kin is about lr / eps, far from its value at the gradient of another batch that
+    sees the token: 0, because the first step of an entry has the length lr for any gradient.
+    """
+    moving = {}
+    for name, x in w.items():
+        squares = [state[name][key] for key in SECOND_MOMENTS if key in state.get(name, {})]
+        at_rest = (grads[name] == 0) & (squares[0] == 0) if squares else None
+        moving[name] = x if at_rest is None else x.masked_fill(at_rest, 0)
+    return moving
