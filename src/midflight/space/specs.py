@@ -140,6 +140,11 @@ class Shares(Float):
         return Simplex(self.low, self.high, self.ratio, self.floor)
 
 
+@dataclass(frozen=True)
+class PerExample(Float):
+    """One value per training example, of which a batch has few; `midflight.ExampleWeights` makes it."""
+
+
 def _require_bounds(low: float, high: float, log: bool) -> None:
     if not low < high:
         raise SpaceError(f"low < high must hold, but low={low} and high={high}.")

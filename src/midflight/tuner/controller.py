@@ -16,7 +16,7 @@ from torch import Tensor
 from midflight._tensors import Tensors, all_finite
 from midflight.errors import UnknownGradient, warn
 from midflight.space import Space
-from midflight.space.specs import Shares
+from midflight.space.specs import PerExample, Shares
 from midflight.tuner.diagnostics import PATIENCE, Bounds, Reach, Signal
 from midflight.tuner.failures import Failures
 from midflight.tuner.gradient import StandingWeights
@@ -86,6 +86,9 @@ class Controller:
         hyperstep.compares = guard is not None
         self.steps, self.hypersteps, self.undecided = 0, 0, 0
         self.move = Move(space.raws, hyper_optimizer, self.progress, self._stride)
+        if isinstance(self.move.optimizer, SignSteps):
+            examples = [name for name in space if isinstance(space[name].spec, PerExample)]
+            self.move.optimizer.move_by_size([space.raws[name] for name in examples])
         if isinstance(self.move.optimizer, SignSteps) and horizon.needs_losses:
             self.move.optimizer.move_by_agreement([space.raws[name] for name in options])
         self.trajectory = Trajectory()

@@ -50,6 +50,9 @@ class SignSteps(torch.optim.Optimizer):
     """The defaults of a, without and with averaged weights. Without them a is lower, because only the part
     1 - a lets a value leave a region where signs disagree."""
 
+    MOST = 3.0
+    """A weight of an example moves by up to MOST times the mean of its batch."""
+
     def __init__(self, params: Iterable[Tensor], lr: float = 0.08, agreement: float | None = None) -> None:
         if isinstance(lr, bool) or not 0 < lr < math.inf:
             raise ValueError(f"lr > 0, and finite, must hold, but lr={lr}.")
@@ -57,6 +60,7 @@ class SignSteps(torch.optim.Optimizer):
             raise ValueError(f"0 <= agreement <= 1 must hold, but agreement={agreement}.")
         self._given = agreement
         self._by_agreement: list[Tensor] = []
+        self._by_size: list[Tensor] = []
         super().__init__(params, {"lr": lr, "agreement": self.ALONE if agreement is None else agreement})
 
     def set_averaging(self, averaging: float) -> None:
@@ -74,6 +78,13 @@ class SignSteps(torch.optim.Optimizer):
         """Move these with a = 1, and faster while their signs agree, unless `agreement` was given."""
         self._by_agreement = [] if self._given is not None else list(params)
 
+    def move_by_size(self, params: Iterable[Tensor]) -> None:
+        """Move entries of these by h / mean |h|, over those with a hypergradient h; the others stay.
+
+        It is for weights of examples: a batch has few of them, and the sizes of their h compare.
+        """
+        self._by_size = list(params)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Move every coordinate that has a gradient."""
@@ -82,6 +93,11 @@ class SignSteps(torch.optim.Optimizer):
             lr, a = group["lr"], group["agreement"]
             for p in group["params"]:
                 if p.grad is None:
+                    continue
+                if any(p is other for other in self._by_size):
+                    seen = p.grad.nonzero(as_tuple=True)
+                    h = p.grad[seen]
+                    p[seen] -= lr * (h / h.abs().mean()).clamp(-self.MOST, self.MOST)
                     continue
                 state, sign = self.state[p], p.grad.sign()
                 if not state:

@@ -29,6 +29,7 @@ from midflight.hypergrad.mixed import rounding_of, value_grads
 from midflight.hypergrad.one_step import OneStep, one_step
 from midflight.hypergrad.problem import Dependence, Step, added
 from midflight.space import Space
+from midflight.space.specs import PerExample
 from midflight.tuner.binding import Binding
 from midflight.tuner.data import EndlessBatches, examples_of, require_many_passes, require_no_iterators
 from midflight.tuner.distributed import Processes
@@ -125,6 +126,8 @@ class HyperStep(Saved):
         self.train_loss, self.valid_loss = losses
         self.processes = Processes(self.live.all, self._trained())
         self._require_parts_suffice()
+        if any(isinstance(space[name].spec, PerExample) for name in space):
+            examples = None  # else the weights of the others could not move
         self.mixed = MixedPartial(
             self.live, self.randomness, space, self.train_loss, examples,
             DIFFERENCE if self.processes.sharded else estimator.mixed, self.processes,
