@@ -123,7 +123,7 @@ def test_the_whole_batch_is_used_so_that_the_weight_of_each_of_its_examples_move
 def test_entries_move_by_their_size_over_the_mean_size_and_the_others_stay():
     raw = torch.full((5,), 0.5)
     plain, by_size = mf.SignSteps([raw.clone()], lr=0.1), mf.SignSteps([raw], lr=0.1)
-    by_size.move_by_size([raw])
+    by_size.move_by_size([], [raw])
     raw.grad = torch.tensor([0.0, 1e-9, -2e-9, 0.0, 9e-9])
     by_size.step()
     assert raw.tolist() == pytest.approx([0.5, 0.475, 0.55, 0.5, 0.275])  # mean size 4e-9
