@@ -5,7 +5,7 @@
     python benchmarks/finetune.py --table               # run nothing; table and figure of the stored rows
     python benchmarks/finetune.py --seed 1              # other examples, weights, batches and points
 
-A Transformer on bytes is pretrained here, on the eight sources of `mixture.py` with equal weights, and kept
+A Transformer on bytes is pretrained here, on the eight sources of `texts.py` with equal weights, and kept
 in the user's cache. The task: from which source are 48 bytes? A fifth of the 200 or 2,000 examples is T2.
 LoRA of rank 8 in all layers and a linear head are trained by AdamW, in 250 steps with warm-up and linear
 decay.
@@ -42,13 +42,13 @@ import optuna
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from mixture import SOURCES, Block, text
 from tasks import RESULTS, Batch, Row, compute, endless, finite, one_thread, parser_of, rows
+from texts import SOURCES, Block, text
 from torch import Tensor, nn
 
 import midflight as mf
 from midflight._tensors import Tensors
-from midflight.datasets import Shuffled, Split, _cache_folder
+from midflight.datasets import Shuffled, Split, cache_folder
 from midflight.tuner.live import evaluating, weights_at
 
 ROWS = RESULTS / "finetune.jsonl"
@@ -140,7 +140,7 @@ class Classifier(nn.Module):
 @cache
 def pretrained() -> Path:
     """Return the file of the pretrained weights; pretrain if there is none."""
-    path = _cache_folder(None) / "finetune.pt"
+    path = cache_folder(None) / "finetune.pt"
     if not path.exists():
         torch.manual_seed(0)
         model, data = Base(), [text(name)["train"] for name in SOURCES]
