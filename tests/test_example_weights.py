@@ -143,7 +143,7 @@ def test_entries_move_by_their_size_over_the_mean_size_and_the_others_stay():
 def test_an_entry_moves_by_at_most_three_times_the_mean_and_none_if_none_has_a_hypergradient():
     raw = torch.full((100,), 0.5)
     steps = mf.SignSteps([raw], lr=0.1)
-    steps.move_by_size([raw])
+    steps.move_by_size([], [raw])
     raw.grad = torch.zeros(100)
     steps.step()
     assert torch.equal(raw, torch.full((100,), 0.5))
