@@ -123,6 +123,21 @@ def test_the_loss_of_a_batch_has_the_mean_and_slope_of_the_mixed_loss(by):
     assert torch.allclose(found, slopes, atol=0.05 * float(slopes.abs().max()))
 
 
+@pytest.mark.parametrize(("k", "batch_size"), [(4, 1), (4, 2), (4, 3), (4, 6), (2, 3)])
+def test_batches_smaller_than_the_number_of_sources_have_the_mixed_loss_on_average(k, batch_size):
+    mixture = mf.Mixture(k, init=range(1, k + 1))
+    mixture.raw.requires_grad_()
+    of_source = torch.tensor([0.0, 3.0, -1.0, 5.0])[:k]
+    torch.manual_seed(0)
+    loader = mixture.loader([[0] * 3000] * k, batch_size, by="loss")
+    losses = [mixture.loss(of_source[drawn.source], drawn) for _, drawn in loader]
+    mean, right = torch.stack(losses).mean(), mixture.value @ of_source
+    error = float(torch.stack(losses).std().detach()) / len(losses) ** 0.5
+    assert abs(float((mean - right).detach())) < 4 * error
+    found, slopes = (torch.autograd.grad(x, mixture.raw)[0] for x in (mean, right))
+    assert torch.allclose(found, slopes, atol=0.1 * float(slopes.abs().max()))
+
+
 def test_a_loader_draws_by_the_weights_of_now():
     mixture = mf.Mixture(["a", "b"], ratio=1e4, floor=0.0)
     mf.Space(mixture=mixture)

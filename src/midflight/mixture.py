@@ -17,7 +17,12 @@ of a source with a low weight is. In a batch, a source comes as often as its pro
 example (systematic sampling). Losses count as differences from their mean b in the batch, which lowers the
 noise further:
 
-    mean over the batch of (w_i / q_i) (loss - b), plus b
+    mean over the batch of (w_i / q_i) (loss - b) / c, plus b
+
+b moves with the sources of its batch, which without c would take a part 1 - c off the weights. For sources
+drawn equally often, n examples of k sources, r = n mod k of them once more than the others (r = n if n < k):
+
+    c = 1 - r (k - r) / (n^2 (k - 1))             0 at n = 1, where b is left out; 1 if k divides n
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,9 +129,12 @@ class Mixture(Hyperparameter):
             )
         if losses.ndim > 1:
             losses = losses.flatten(1).mean(1)
-        mean = losses.mean()
         weight = self.value.to(losses)[source] / chance.to(losses)
-        return (weight * (losses - mean)).mean() + mean
+        n, k = len(losses), len(self.sources)
+        if n == 1:
+            return (weight * losses).mean()
+        mean, kept = losses.mean(), 1 - n % k * (k - n % k) / (n * n * (k - 1))
+        return (weight * (losses - mean)).mean() / kept + mean
 
     def loader(
         self,
