@@ -337,6 +337,12 @@ def test_no_share_falls_below_its_part_of_the_floor():
     assert sum(mixture.tolist()) == pytest.approx(1.0)
 
 
+def test_datasets_by_name_are_those_of_the_sources():
+    mixture = mf.Mixture(["a", "b"])
+    x, drawn = next(iter(mixture.loader({"b": [1.0] * 9, "a": [0.0] * 9}, 6)))
+    assert x.tolist() == drawn.source.tolist()
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -360,7 +366,9 @@ def test_what_cannot_be_a_mixture_is_refused(make, said):
     [
         (lambda m: m.loader(sources()[:1], 8), "must have one dataset"),
         (lambda m: m.loader([sources()[0], TensorDataset(torch.empty(0, 6))], 8), "1 has none"),
-        (lambda m: m.loader([sources()[0], Stream()], 8), "Stream is a stream"),
+        (lambda m: m.loader([sources()[0], Stream()], 8), "Stream does not"),
+        (lambda m: m.loader([DataLoader(d) for d in sources()[:2]], 8), "DataLoader does not"),
+        (lambda m: m.loader({"0": [1], "2": [2]}, 8), "but are of"),
         (lambda m: m.loader(sources()[:2], 0), "batch_size"),
         (lambda m: m.loader(sources()[:2], 8, by="luck"), "luck"),
         (lambda m: m.loss(torch.tensor(1.0), Drawn(torch.zeros(3), torch.ones(3))), "one entry for each"),

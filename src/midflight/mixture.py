@@ -138,7 +138,7 @@ class Mixture(Hyperparameter):
 
     def loader(
         self,
-        datasets: Sequence[Dataset[Any]],
+        datasets: Sequence[Dataset[Any]] | Mapping[str, Dataset[Any]],
         batch_size: int,
         *,
         by: Literal["loss", "sampling"] = "sampling",
@@ -151,7 +151,7 @@ class Mixture(Hyperparameter):
         processes train together, each draws batches of its own, and a pass has as many fewer batches.
 
         Args:
-            datasets: one per source, with a length, in the order of `sources`.
+            datasets: one per source, with a length, in the order of `sources`; or source -> dataset.
             batch_size: examples of a batch.
             by: "sampling" draws sources with the present weights as probabilities; "loss" draws them equally
                 often.
@@ -166,14 +166,20 @@ class Mixture(Hyperparameter):
         """
         if by not in ("loss", "sampling"):
             raise UnknownName("by", by, ("loss", "sampling"))
+        if isinstance(datasets, Mapping):
+            if set(datasets) != set(self.sources):
+                raise ValueError(
+                    f"the datasets must be those of {self.sources}, but are of {list(datasets)}."
+                )
+            datasets = [datasets[name] for name in self.sources]
         if len(datasets) != len(self.sources):
             raise ValueError(
                 f"each of the {len(self.sources)} sources must have one dataset, but got {len(datasets)}."
             )
-        if streams := [d for d in datasets if isinstance(d, IterableDataset) or not hasattr(d, "__len__")]:
+        if streams := [d for d in datasets if isinstance(d, IterableDataset) or not _has_places(d)]:
             kind = type(streams[0]).__name__
             raise ValueError(
-                f"each dataset must have a length and give examples by index, but {kind} is a stream; draw "
+                f"each dataset must have a length and give examples by index, but {kind} does not; draw "
                 "its examples yourself, and pass a Drawn(source, chance) to mixture.loss."
             )
         sizes = [len(dataset) for dataset in datasets]  # type: ignore[arg-type]
@@ -249,6 +255,10 @@ class _Batches(Sampler[Any]):
             yield [
                 (s, next(orders[s]), c) for s, c in zip(drawn.tolist(), chances[drawn].tolist(), strict=True)
             ]
+
+
+def _has_places(data: Any) -> bool:
+    return hasattr(data, "__len__") and hasattr(data, "__getitem__")
 
 
 def _process() -> tuple[int, int]:
