@@ -343,6 +343,16 @@ def test_datasets_by_name_are_those_of_the_sources():
     assert x.tolist() == drawn.source.tolist()
 
 
+@pytest.mark.parametrize("k", [8, 1000])
+def test_the_shares_of_one_run_can_be_the_initial_ones_of_another(k):
+    mixture = mf.Mixture(k)
+    with torch.no_grad():
+        mixture.raw.copy_(torch.rand(k, generator=torch.Generator().manual_seed(0)))
+        mixture.raw[:2] = torch.tensor([0.0, 1.0])  # the ends, where rounding may exceed `ratio`
+    again = mf.Mixture(list(mixture.shares()), init=mixture.tolist())
+    assert again.tolist() == pytest.approx(mixture.tolist(), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -352,6 +362,10 @@ def test_datasets_by_name_are_those_of_the_sources():
         (lambda: mf.Mixture(2, init=[1, 0]), "positive numbers"),
         (lambda: mf.Mixture(2, init=[1, 2, 3]), "2 positive numbers"),
         (lambda: mf.Mixture(2, init=[1, 5000]), "at most the factor 1000"),
+        (lambda: mf.Mixture(2, init={"0": 1, "1": 2}), "2 positive numbers"),
+        (lambda: mf.Mixture(2, init="natural"), "2 positive numbers"),
+        (lambda: mf.Mixture(2, ratio="10"), "1 < ratio"),
+        (lambda: mf.Mixture(2, floor=None), "floor < 1"),
         (lambda: mf.Mixture(2, ratio=1.0), "1 < ratio"),
         (lambda: mf.Mixture(2, floor=1.0), "floor < 1"),
     ],
