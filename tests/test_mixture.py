@@ -353,6 +353,12 @@ def test_the_shares_of_one_run_can_be_the_initial_ones_of_another(k):
     assert again.tolist() == pytest.approx(mixture.tolist(), rel=1e-5)
 
 
+def test_a_saved_mixture_is_refused_by_one_of_other_sources():
+    saved = mf.Space(mixture=mf.Mixture(["a", "b"], init=[3, 1])).state_dict()
+    with pytest.raises(SpaceError, match="mixture/a"):
+        mf.Space(mixture=mf.Mixture(["b", "a"])).load_state_dict(saved)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
