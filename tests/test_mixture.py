@@ -359,6 +359,13 @@ def test_a_saved_mixture_is_refused_by_one_of_other_sources():
         mf.Space(mixture=mf.Mixture(["b", "a"])).load_state_dict(saved)
 
 
+def test_a_list_of_examples_is_one_part_of_the_batch():
+    mixture = mf.Mixture(2)
+    words, drawn = next(iter(mixture.loader([["x", "y"], ["z"]], 3)))
+    pairs, _ = next(iter(mixture.loader(sources()[:2], 3, collate_fn=lambda examples: examples)))
+    assert len(words) == len(pairs) == len(drawn.source) == 3
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

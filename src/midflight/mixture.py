@@ -147,8 +147,9 @@ class Mixture(Hyperparameter):
     ) -> "DataLoader[Any]":
         """Return a loader of all sources; a pass takes as many examples as they have.
 
-        A batch is that of the datasets with a `Drawn` at its end, or under "drawn" in a dict. If several
-        processes train together, each draws batches of its own, and a pass has as many fewer batches.
+        A batch is that of the datasets with a `Drawn` at its end, or under "drawn" in a dict. A list of the
+        examples themselves, such as strings, is one part: (list, drawn). If several processes train together,
+        each draws batches of its own, and a pass has as many fewer batches.
 
         Args:
             datasets: one per source, with a length, in the order of `sources`; or source -> dataset.
@@ -214,6 +215,8 @@ class _Collate:
     def __call__(self, places: Sequence[tuple[Any, int, float]]) -> Any:
         examples, source, chance = zip(*places, strict=True)
         batch, drawn = self.of(list(examples)), Drawn(torch.tensor(source), torch.tensor(chance))
+        if isinstance(batch, list) and [*map(id, batch)] == [*map(id, examples)]:  # as of strings: one part
+            return batch, drawn
         if isinstance(batch, Mapping):
             return {**batch, "drawn": drawn}
         return (*batch, drawn) if isinstance(batch, tuple | list) else (batch, drawn)
