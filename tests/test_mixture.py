@@ -397,6 +397,7 @@ def test_what_cannot_be_a_mixture_is_refused(make, said):
         (lambda m: m.loader([DataLoader(d) for d in sources()[:2]], 8), "DataLoader does not"),
         (lambda m: m.loader({"0": [1], "2": [2]}, 8), "but are of"),
         (lambda m: m.loader(sources()[:2], 0), "batch_size"),
+        (lambda m: m.loader(sources()[:2], 8, shuffle=True, drop_last=True), "drop_last, shuffle must be"),
         (lambda m: m.loader(sources()[:2], 8, by="luck"), "luck"),
         (lambda m: m.loss(torch.tensor(1.0), Drawn(torch.zeros(3), torch.ones(3))), "one entry for each"),
     ],

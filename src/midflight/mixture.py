@@ -40,6 +40,10 @@ MOST_SHOWN = 8
 """How many weights `repr` shows, the largest ones."""
 
 
+_OWN = {"batch_sampler", "drop_last", "sampler", "shuffle"}
+"""The options of a `DataLoader` that `Mixture.loader` does not take."""
+
+
 class _Parts(NamedTuple):
     source: Tensor
     chance: Tensor
@@ -161,8 +165,8 @@ class Mixture(Hyperparameter):
                 `collate_fn` gets the examples as the datasets give them.
 
         Raises:
-            ValueError: there is not one dataset per source, one is empty or a stream, or `batch_size` is
-                below 1.
+            ValueError: there is not one dataset per source, one is empty or a stream, `batch_size` is below 1,
+                or an option says how batches are drawn.
             UnknownName: `by` is neither of the two.
         """
         if by not in ("loss", "sampling"):
@@ -189,6 +193,11 @@ class Mixture(Hyperparameter):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(
                 f"batch_size must be a whole number of at least 1, but batch_size={batch_size!r}."
+            )
+        if own := _OWN & options.keys():
+            raise ValueError(
+                f"{', '.join(sorted(own))} must be left out, because the mixture draws the batches: each is full, "
+                "and the examples of a source come in random order."
             )
         batches = _Batches(self, sizes, batch_size, by == "sampling", generator)
         collate = _Collate(options.pop("collate_fn", None) or default_collate)
