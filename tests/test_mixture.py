@@ -366,6 +366,14 @@ def test_a_list_of_examples_is_one_part_of_the_batch():
     assert len(words) == len(pairs) == len(drawn.source) == 3
 
 
+def test_a_clear_direction_is_not_called_random_signs():
+    """The mean of the hypergradients of a softmax is 0, and in floating point of a random sign."""
+    mixture, tuner = run_with_noise(schedule=4)
+    assert tuner.trajectory.values(tuner.space)["mixture/noise"][-1] == pytest.approx(mixture.tolist()[1])
+    assert "hypergradient/mixture" not in tuner.log()
+    assert not [s for s in tuner.report() if "random signs" in s]
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

@@ -156,12 +156,17 @@ class Trajectory(Saved):
             space: that of the tuner.
 
         Returns:
-            "step" and the name of each hyperparameter -> one number per record; means of tensors.
+            "step" and the name of each hyperparameter -> one number per record; means of tensors. Of a
+            mixture, "name/source" -> weight.
         """
         found: dict[str, list[float]] = {"step": [float(step) for step in self._steps]}
         for name in space:
-            transform = space[name].transform
-            found[name] = [float(transform.value(raws[name]).mean()) for raws in self._raws]
+            entry = space[name]
+            values = torch.stack([entry.transform.value(raws[name]) for raws in self._raws])
+            if entry.spec.is_shares:
+                found |= dict(zip(entry.parts(), values.T.tolist(), strict=True))
+            else:
+                found[name] = values.flatten(1).mean(1).tolist()
         return found
 
     def plot(self, space: Space) -> "Figure":
