@@ -374,6 +374,14 @@ def test_a_clear_direction_is_not_called_random_signs():
     assert not [s for s in tuner.report() if "random signs" in s]
 
 
+def test_effects_have_the_names_of_the_sources_also_in_a_space_with_long_names():
+    mixture = mf.Mixture(["x/y", "z"])
+    space, trajectory = mf.Space({"data/mix": mixture}), Trajectory()
+    for _ in range(2):
+        trajectory.record_effects(space, {"data/mix": torch.tensor([1.0, -1.0])})
+    assert list(trajectory.effects(mixture)) == ["z", "x/y"]
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

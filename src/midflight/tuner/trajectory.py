@@ -99,7 +99,7 @@ class Trajectory(Saved):
             )
         slopes = torch.stack(found)
         means, errors = slopes.mean(0).tolist(), (slopes.std(0) / math.sqrt(len(found))).tolist()
-        sources = [part.partition("/")[2] for part in mixture.parts()]
+        sources = [part.removeprefix(f"{mixture.name}/") for part in mixture.parts()]
         pairs = zip(sources, zip(means, errors, strict=True), strict=True)
         return dict(sorted(pairs, key=lambda pair: pair[1][0]))
 
@@ -191,7 +191,7 @@ class Trajectory(Saved):
             spec = space[name].spec
             if spec.is_shares:
                 shares = torch.stack([space[name].transform.value(raws[name]) for raws in self._raws])
-                labels = [part.partition("/")[2] for part in space[name].parts()]
+                labels = [part.removeprefix(f"{name}/") for part in space[name].parts()]
                 ax.stackplot(columns["step"], shares.T.numpy(), step="post", labels=labels)
                 if len(labels) <= MOST_NAMED:
                     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
