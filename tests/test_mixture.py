@@ -387,6 +387,8 @@ def test_effects_have_the_names_of_the_sources_also_in_a_space_with_long_names()
     [
         (lambda: mf.Mixture(1), "at least two"),
         (lambda: mf.Mixture("ab"), "list of names"),
+        (lambda: mf.Mixture({"a", "b"}), "list of names"),
+        (lambda: mf.Mixture(3.0), "list of names"),
         (lambda: mf.Mixture(["a", "a"]), "different names"),
         (lambda: mf.Mixture(2, init=[1, 0]), "positive numbers"),
         (lambda: mf.Mixture(2, init=[1, 2, 3]), "2 positive numbers"),

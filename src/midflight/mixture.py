@@ -25,7 +25,7 @@ drawn equally often, n examples of k sources, r = n mod k of them once more than
     c = 1 - r (k - r) / (n^2 (k - 1))             0 at n = 1, where b is left out; 1 if k divides n
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -299,7 +299,8 @@ def _endless(size: int, generator: torch.Generator) -> Iterator[int]:
 def _names(sources: Sequence[str] | int) -> list[str]:
     if isinstance(sources, int) and not isinstance(sources, bool):
         sources = [str(n) for n in range(sources)]
-    if isinstance(sources, str | bool) or not all(isinstance(name, str) for name in sources):
+    ordered = isinstance(sources, Iterable) and not isinstance(sources, str | set | frozenset)
+    if not ordered or not all(isinstance(name, str) for name in sources):
         raise SpaceError(f"sources must be a list of names, or a number, but got {sources!r}.")
     names = list(sources)
     if len(names) < 2 or len(set(names)) < len(names):
