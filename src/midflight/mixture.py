@@ -165,8 +165,8 @@ class Mixture(Hyperparameter):
                 `collate_fn` gets the examples as the datasets give them.
 
         Raises:
-            ValueError: there is not one dataset per source, one is empty or a stream, `batch_size` is below 1,
-                or an option says how batches are drawn.
+            ValueError: there is not one dataset per source, one is empty or a stream, `batch_size` is
+                below 1, or an option says how batches are drawn.
             UnknownName: `by` is neither of the two.
         """
         if by not in ("loss", "sampling"):
@@ -196,8 +196,8 @@ class Mixture(Hyperparameter):
             )
         if own := _OWN & options.keys():
             raise ValueError(
-                f"{', '.join(sorted(own))} must be left out, because the mixture draws the batches: each is full, "
-                "and the examples of a source come in random order."
+                f"{', '.join(sorted(own))} must be left out, because the mixture draws the batches: each is "
+                "full, and the examples of a source come in random order."
             )
         batches = _Batches(self, sizes, batch_size, by == "sampling", generator)
         collate = _Collate(options.pop("collate_fn", None) or default_collate)
@@ -299,8 +299,11 @@ def _endless(size: int, generator: torch.Generator) -> Iterator[int]:
 def _names(sources: Sequence[str] | int) -> list[str]:
     if isinstance(sources, int) and not isinstance(sources, bool):
         sources = [str(n) for n in range(sources)]
-    ordered = isinstance(sources, Iterable) and not isinstance(sources, str | set | frozenset)
-    if not ordered or not all(isinstance(name, str) for name in sources):
+    if (
+        isinstance(sources, str | set | frozenset)
+        or not isinstance(sources, Iterable)
+        or not all(isinstance(name, str) for name in sources)
+    ):
         raise SpaceError(f"sources must be a list of names, or a number, but got {sources!r}.")
     names = list(sources)
     if len(names) < 2 or len(set(names)) < len(names):

@@ -162,11 +162,11 @@ class Trajectory(Saved):
         found: dict[str, list[float]] = {"step": [float(step) for step in self._steps]}
         for name in space:
             entry = space[name]
-            values = torch.stack([entry.transform.value(raws[name]) for raws in self._raws])
+            values = [entry.transform.value(raws[name]) for raws in self._raws]
             if entry.spec.is_shares:
-                found |= dict(zip(entry.parts(), values.T.tolist(), strict=True))
+                found |= {part: [float(v[i]) for v in values] for i, part in enumerate(entry.parts())}
             else:
-                found[name] = values.flatten(1).mean(1).tolist()
+                found[name] = [float(v.mean()) for v in values]
         return found
 
     def plot(self, space: Space) -> "Figure":
