@@ -152,7 +152,7 @@ STATIC = {f"10^{e:+.2f}": e for e in (-3, -2.25, -1.5, -0.75, 0.75, 1.5, 2.25, 3
 TRAINED = ["equal", "uncertainty", "GradNorm", *MIXTURES, "main alone", *STATIC]
 MOVING = ["uncertainty", "GradNorm", *MIXTURES]
 SHOWN = ["equal", *MOVING, "main alone", "best of 9"]
-CONSTANTS: dict[str, tuple[float, ...]] = {"uncertainty": (0.003,), "GradNorm": (1.5, 0.025)}
+CONSTANTS: dict[str, tuple[float, ...]] = {"uncertainty": (0.003,), "GradNorm": (3.0, 0.1)}
 """Arm -> the step of s, or alpha and the step of w."""
 TRIED = {
     "uncertainty": [(0.001,), (0.003,), (0.01,), (0.03,), (0.1,)],

@@ -48,7 +48,7 @@ def gradnorm_loss(weights, norms, held, first, now, alpha):
     return sum(abs(w * n - mean * rate**alpha) for w, n, rate in terms)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.5])
+@pytest.mark.parametrize("alpha", [0.5, 1.5])
 def test_slopes_of_gradnorm_are_those_of_its_loss_with_the_target_held_fixed(toy, alpha):
     shared, terms = toy
     rule = rules.GradNorm(2, alpha=alpha, lr=0.1)
