@@ -4,31 +4,27 @@
     python examples/noisy_labels.py --quick
 
 Of 10,000 Fashion-MNIST training images, 40 % have a wrong label; 1,000 validation images are clean. Each
-training example has a weight in [0, 1], a hyperparameter of shape (10000,). The weight of an example falls if
+training example has a weight in [0, 1], an entry of `mf.ExampleWeights`. The weight of an example falls if
 training on it raises the validation loss.
 
 - A batch contains the indices of its examples, so that the loss can look up their weights. The loss is linear
   in the weights, so one forward-mode pass gives all derivatives, without a double backward.
-- A batch contains few examples; the hypergradients of the other weights are 0. Sign steps leave those
-  unchanged and ignore the scale of the derivatives, which is proportional to the learning rate. Momentum, as
-  in Adam, would move them. The first step is 0.2 of the range, because each weight moves once per epoch.
-- `horizon="step"` evaluates the weights right after a step. Averaged weights respond too slowly to one
-  example, so correct labels would lose weight, too.
+- A hyper-step moves the weights of its own training batch only. So the tuner's batches have 5,000 examples,
+  the loop's 100.
 """
 
 import argparse
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import midflight as mf
 from midflight.datasets import load
 
-EXAMPLES, BATCH, WRONG = 10_000, 100, 0.4
+EXAMPLES, BATCH, TUNED_BATCH, WRONG = 10_000, 100, 5_000, 0.4
 Split = tuple[Tensor, Tensor]
 
 
@@ -50,21 +46,21 @@ def cross_entropy(model: nn.Module, batch: Split) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def train(space: mf.Space, train: Split, valid: Split, epochs: int, tune: bool) -> nn.Module:
-    """Train a network from seed 0 with the example weights of `space`; tune them if `tune`."""
+def train(weights: mf.ExampleWeights, train: Split, valid: Split, epochs: int, tune: bool) -> nn.Module:
+    """Train a network from seed 0 with these example weights; tune them if `tune`."""
     torch.manual_seed(0)
-    loader = DataLoader(TensorDataset(*train, torch.arange(EXAMPLES)), batch_size=BATCH, shuffle=True)
+    data = TensorDataset(*train)
+    loader = weights.loader(data, BATCH)
     model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         x, y, index = batch
-        return mf.nn.losses.cross_entropy(model(x), y, example_weight=space["weight"][index])
+        return weights.loss(F.cross_entropy(model(x), y, reduction="none"), index)
 
     tuner = mf.Tuner(
-        model, optimizer, space, loss_fn, loader, [valid], valid_loss_fn=cross_entropy,
-        schedule=1, examples=BATCH, horizon="step", total_steps=epochs * len(loader),
-        hyper_optimizer=partial(mf.SignSteps, lr=0.2, agreement=0.0),
+        model, optimizer, mf.Space(weight=weights), loss_fn, weights.loader(data, TUNED_BATCH), [valid],
+        valid_loss_fn=cross_entropy, total_steps=epochs * len(loader),
     )  # fmt: skip
     if not tune:
         tuner.detach()
@@ -81,14 +77,14 @@ def train(space: mf.Space, train: Split, valid: Split, epochs: int, tune: bool) 
 def main(quick: bool = False) -> dict[str, Any]:
     epochs = 3 if quick else 20
     noisy, wrong, valid, test = data()
-    space = mf.Space(weight=mf.Float(0.0, 1.0, init=1.0, shape=(EXAMPLES,)))
-    models = {"fixed": train(space, noisy, valid, epochs, tune=False)}
-    models["tuned"] = train(space, noisy, valid, epochs, tune=True)
-    models["re-run"] = train(space, noisy, valid, epochs, tune=False)
+    weights = mf.ExampleWeights(EXAMPLES)
+    models = {"fixed": train(weights, noisy, valid, epochs, tune=False)}
+    models["tuned"] = train(weights, noisy, valid, epochs, tune=True)
+    models["re-run"] = train(weights, noisy, valid, epochs, tune=False)
 
-    weight, count = space["weight"].value.detach(), int(wrong.sum())
+    weight, count = weights.value.detach(), int(wrong.sum())
     mean_correct, mean_wrong = float(weight[~wrong].mean()), float(weight[wrong].mean())
-    precision, chance = float(wrong[weight.argsort()[:count]].float().mean()), count / EXAMPLES
+    precision, chance = float(wrong[weights.lowest(count)].float().mean()), count / EXAMPLES
     low = weight < 0.5
     precision_low, recall_low = float(wrong[low].float().mean()), float(low[wrong].float().mean())
     print(f"mean weight       1 -> {mean_correct:.3f} for correct labels, {mean_wrong:.3f} for wrong ones")

@@ -48,7 +48,7 @@ def gradnorm_loss(weights, norms, held, first, now, alpha):
     return sum(abs(w * n - mean * rate**alpha) for w, n, rate in terms)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.5])
+@pytest.mark.parametrize("alpha", [0.0, 1.5])
 def test_slopes_of_gradnorm_are_those_of_its_loss_with_the_target_held_fixed(toy, alpha):
     shared, terms = toy
     rule = rules.GradNorm(2, alpha=alpha, lr=0.1)
@@ -65,7 +65,9 @@ def test_slopes_of_gradnorm_are_those_of_its_loss_with_the_target_held_fixed(toy
 
     found = rule.slopes(terms(), shared).tolist()
     assert found == pytest.approx([derivative(along(i, True))[0] for i in range(2)], rel=1e-6)
-    assert found != pytest.approx([derivative(along(i, False))[0] for i in range(2)], rel=1e-2)  # wrong twin
+    if alpha:  # with equal rates of two tasks, the slope of the target cancels
+        wrong_twin = [derivative(along(i, False))[0] for i in range(2)]
+        assert found != pytest.approx(wrong_twin, rel=1e-2)
 
 
 def test_gradnorm_takes_a_step_of_adam_and_keeps_the_sum(toy):

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from midflight import errors, nn
+from midflight.example_weights import ExampleWeights
 from midflight.hypergrad import hypergradient
 from midflight.mixture import Mixture
 from midflight.space import Categorical, Float, Hyperparameter, Int, Space, default_range
@@ -38,6 +39,7 @@ __all__ = [
     "Categorical",
     "CheckReport",
     "Every",
+    "ExampleWeights",
     "Float",
     "FrontLoaded",
     "Hyperparameter",

@@ -18,7 +18,7 @@ class Space:
     """The named hyperparameters of a run: a mapping from name to `Hyperparameter`.
 
     Args:
-        specs: name -> `Float` or `Mixture`, for names that are not Python identifiers.
+        specs: name -> `Float`, `Mixture` or `ExampleWeights`, for names that are not Python identifiers.
         dtype: dtype of the raw coordinates; default: torch's default dtype.
         named: the same as keywords: `Space(noise=Float(0, 0.8))`.
 

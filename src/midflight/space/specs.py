@@ -42,6 +42,8 @@ class Float:
 
     is_shares: ClassVar[bool] = False
     """Whether the value is shares of a whole, which regularise nothing and may well be at their least."""
+    is_per_example: ClassVar[bool] = False
+    """Whether the value has one entry per training example, of which a batch reaches few."""
 
     low: float
     high: float
@@ -143,6 +145,13 @@ class Shares(Float):
     @property
     def transform(self) -> Transform:
         return Simplex(self.low, self.high, self.ratio, self.floor)
+
+
+@dataclass(frozen=True)
+class PerExample(Float):
+    """One value per training example, of which a batch has few; `midflight.ExampleWeights` makes it."""
+
+    is_per_example: ClassVar[bool] = True
 
 
 def _require_bounds(low: float, high: float, log: bool) -> None:

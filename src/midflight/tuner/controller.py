@@ -88,8 +88,11 @@ class Controller:
         if isinstance(self.move.optimizer, SignSteps) and horizon.needs_losses:
             self.move.optimizer.move_by_agreement([space.raws[name] for name in options])
         if isinstance(self.move.optimizer, SignSteps):
-            shares = [space.raws[name] for name in space if space[name].spec.is_shares]
-            self.move.optimizer.move_by_size(shares)
+            specs = {name: space[name].spec for name in space}
+            self.move.optimizer.move_by_size(
+                shares=[space.raws[name] for name, spec in specs.items() if spec.is_shares],
+                examples=[space.raws[name] for name, spec in specs.items() if spec.is_per_example],
+            )
         self.trajectory = Trajectory()
         self.bounds, self.reach, self.signal = Bounds(), Reach(space), Signal()
         self.best_step = 0

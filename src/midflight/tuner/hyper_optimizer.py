@@ -54,6 +54,9 @@ class SignSteps(torch.optim.Optimizer):
     """The defaults of a, without and with averaged weights. Without them a is lower, because only the part
     1 - a lets a value leave a region where signs disagree."""
 
+    MOST = 3.0
+    """A weight of an example moves by up to MOST times the mean of its batch."""
+
     def __init__(self, params: Iterable[Tensor], lr: float = 0.08, agreement: float | None = None) -> None:
         if isinstance(lr, bool) or not 0 < lr < math.inf:
             raise ValueError(f"lr > 0, and finite, must hold, but lr={lr}.")
@@ -61,7 +64,8 @@ class SignSteps(torch.optim.Optimizer):
             raise ValueError(f"0 <= agreement <= 1 must hold, but agreement={agreement}.")
         self._given = agreement
         self._by_agreement: list[Tensor] = []
-        self._by_size: list[Tensor] = []
+        self._shares: list[Tensor] = []
+        self._examples: list[Tensor] = []
         super().__init__(params, {"lr": lr, "agreement": self.ALONE if agreement is None else agreement})
 
     def set_averaging(self, averaging: float) -> None:
@@ -79,9 +83,10 @@ class SignSteps(torch.optim.Optimizer):
         """Move these with a = 1, and faster while their signs agree, unless `agreement` was given."""
         self._by_agreement = [] if self._given is not None else list(params)
 
-    def move_by_size(self, params: Iterable[Tensor]) -> None:
-        """Move these shares by the sizes of their hypergradients, unless `agreement` was given."""
-        self._by_size = [] if self._given is not None else list(params)
+    def move_by_size(self, shares: Iterable[Tensor], examples: Iterable[Tensor]) -> None:
+        """Move these by the sizes of their hypergradients; shares do not, if `agreement` was given."""
+        self._shares = [] if self._given is not None else list(shares)
+        self._examples = list(examples)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -92,8 +97,13 @@ class SignSteps(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if any(p is other for other in self._by_size):
+                if any(p is other for other in self._shares):
                     p.sub_(self.SHARES * lr * _by_root_mean_square(p.grad))
+                    continue
+                if any(p is other for other in self._examples):
+                    seen = p.grad.nonzero(as_tuple=True)
+                    h = p.grad[seen]
+                    p[seen] -= lr * (h / h.abs().mean()).clamp(-self.MOST, self.MOST)
                     continue
                 state, sign = self.state[p], p.grad.sign()
                 if not state:

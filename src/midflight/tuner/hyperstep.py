@@ -129,6 +129,8 @@ class HyperStep(Saved):
         self.train_loss, self.valid_loss = losses
         self.processes = Processes(self.live.all, self._trained())
         self._require_parts_suffice()
+        if any(space[name].spec.is_per_example for name in space):
+            examples = None  # else the weights of the others could not move
         self.mixed = MixedPartial(
             self.live, self.randomness, space, self.train_loss, examples,
             DIFFERENCE if self.processes.sharded else estimator.mixed, self.processes,

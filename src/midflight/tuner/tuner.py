@@ -74,7 +74,8 @@ class Tuner:
         max_grad_norm: the norm to which the loop clips, `math.inf` if it does not. None finds it out, which
             takes a hyper-step or two.
         examples: how many examples of a T1 batch the mixed partial uses, the first along dimension 0. None
-            uses whole batches, and so does a model that has a layer with `batch_first=False`.
+            uses whole batches, and so does a model that has a layer with `batch_first=False`, and a space
+            with `ExampleWeights`.
         guard: whether a run that diverges goes on from its best average so far, with a lower learning rate
             and momentum if these are tuned. If an option such as `lr` is tuned, it takes two more forward
             passes on a T2 batch per hyper-step, and the last weights of a run of `total_steps` are replaced

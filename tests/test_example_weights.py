@@ -1,0 +1,245 @@
+"""Weights of training examples: hypergradients, steps, batches, and what cannot be one."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+import midflight as mf
+from midflight.errors import SpaceError
+from midflight.gradcheck.oracles import derivative
+
+LR, SEEN = 1e-2, 12
+
+
+def per_example(model, x, y):
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def mean_loss(model, batch):
+    return per_example(model, *batch[:2]).mean()
+
+
+class Keeper(torch.optim.Optimizer):
+    """Moves nothing and keeps the last hypergradient."""
+
+    def __init__(self, raws):
+        super().__init__(raws, {"lr": 1.0})
+
+    def step(self, closure=None):
+        self.last = self.param_groups[0]["params"][0].grad.clone()
+
+
+class Loop:
+    """A loop on one batch of 12 of 20 examples, in float64, with Adam or AdamW and clipping."""
+
+    def __init__(self, optimizer, clip):
+        torch.manual_seed(0)
+        self.weights = mf.ExampleWeights(20)
+        self.space = mf.Space(weights=self.weights, dtype=torch.float64)
+        self.weights.set(torch.linspace(0.1, 0.9, 20))
+        x, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(0, 3, (20,))
+        index = torch.randperm(20)[:SEEN]
+        self.batch, self.index = (x[index], y[index], index), index
+        self.t2 = torch.randn(30, 6, dtype=torch.float64), torch.randint(0, 3, (30,))
+        self.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        self.optimizer = optimizer(self.model.parameters(), lr=LR)
+        self.clip = clip
+
+    def loss(self, model, batch):
+        x, y, index = batch
+        return self.weights.loss(per_example(model, x, y), index)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        self.loss(self.model, self.batch).backward()
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+
+    def alignments(self):
+        """The wrong twin, which forgets the optimiser: -lr <v, gradient of loss_i> / B, v after the step."""
+        before = copy.deepcopy((self.model, self.optimizer))
+        self.step()
+        v = torch.autograd.grad(mean_loss(self.model, self.t2), list(self.model.parameters()))
+        self.model, self.optimizer = before
+        found = torch.zeros(20, dtype=torch.float64)
+        for loss, i in zip(per_example(self.model, *self.batch[:2]), self.index, strict=True):
+            grads = torch.autograd.grad(loss, list(self.model.parameters()), retain_graph=True)
+            found[i] = -LR * sum((a * b).sum() for a, b in zip(v, grads, strict=True)) / SEEN
+        return found
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+def test_hypergradients_of_the_weights_equal_central_differences(optimizer, clip):
+    loop = Loop(optimizer, clip)
+    tuner = mf.Tuner(
+        loop.model, loop.optimizer, loop.space, loop.loss, [loop.batch], [loop.t2], examples=3,
+        valid_loss_fn=mean_loss, schedule=1, horizon="step", hyper_optimizer=Keeper, max_grad_norm=clip,
+    )  # fmt: skip
+    for _ in range(3):
+        loop.step()
+    before = copy.deepcopy((loop.model, loop.optimizer))
+    loop.step()
+    tuner.detach()
+    raw = loop.weights.raw.detach().clone()
+
+    def after(i):
+        def f(shift):
+            moved = raw.clone()
+            moved[i] += shift
+            loop.model, loop.optimizer = copy.deepcopy(before)
+            with loop.space.seeing(loop.space.values({"weights": moved})):
+                loop.step()
+            return float(mean_loss(loop.model, loop.t2).detach())
+
+        return f
+
+    truth = torch.tensor([derivative(after(i))[0] for i in range(20)], dtype=torch.float64)
+    found = tuner.hyper_optimizer.last
+    scale = float(truth.abs().max())
+    assert torch.allclose(found, truth, rtol=1e-5, atol=1e-7 * scale)  # difference of losses near 1, float64
+    loop.model, loop.optimizer = copy.deepcopy(before)
+    assert not torch.allclose(loop.alignments(), truth, rtol=0.1, atol=0.1 * scale)
+
+
+def test_the_whole_batch_is_used_so_that_the_weight_of_each_of_its_examples_moves():
+    loop = Loop(torch.optim.Adam, None)
+    tuner = mf.Tuner(
+        loop.model, loop.optimizer, loop.space, loop.loss, [loop.batch], [loop.t2], examples=3,
+        valid_loss_fn=mean_loss, schedule=1, horizon="step", total_steps=10,
+    )  # fmt: skip
+    before = loop.weights.value.clone()
+    loop.step()
+    tuner.detach()
+    moved = (loop.weights.value != before).nonzero().flatten()
+    assert moved.tolist() == loop.index.sort().values.tolist()
+
+
+def test_entries_move_by_their_size_over_the_mean_size_and_the_others_stay():
+    raw = torch.full((5,), 0.5)
+    plain, by_size = mf.SignSteps([raw.clone()], lr=0.1), mf.SignSteps([raw], lr=0.1)
+    by_size.move_by_size([], [raw])
+    raw.grad = torch.tensor([0.0, 1e-9, -2e-9, 0.0, 9e-9])
+    by_size.step()
+    assert raw.tolist() == pytest.approx([0.5, 0.475, 0.55, 0.5, 0.275])  # mean size 4e-9
+    before = raw.clone()
+    raw.grad = torch.tensor([1.0, 0.0, 0.0, 0.0, 100.0])
+    by_size.step()
+    assert torch.equal(raw[1:4], before[1:4])
+    (other,) = plain.param_groups[0]["params"]  # the wrong twin: momentum moves those that are not in a batch
+    other.grad = torch.tensor([0.0, 1e-9, -2e-9, 0.0, 9e-9])
+    plain.step()
+    once = other.clone()
+    other.grad = torch.tensor([1.0, 0.0, 0.0, 0.0, 100.0])
+    plain.step()
+    assert not torch.equal(other[1:4], once[1:4])
+
+
+def test_an_entry_moves_by_at_most_three_times_the_mean_and_none_if_none_has_a_hypergradient():
+    raw = torch.full((100,), 0.5)
+    steps = mf.SignSteps([raw], lr=0.1)
+    steps.move_by_size([], [raw])
+    raw.grad = torch.zeros(100)
+    steps.step()
+    assert torch.equal(raw, torch.full((100,), 0.5))
+    raw.grad = torch.cat([torch.ones(99), torch.tensor([1e6])])
+    steps.step()
+    assert float(raw[-1]) == pytest.approx(0.2)
+
+
+def test_the_loss_is_the_mean_of_weighted_losses_over_the_batch():
+    weights = mf.ExampleWeights(4)
+    weights.set([0.0, 0.5, 1.0, 0.25])
+    index = torch.tensor([3, 1])
+    assert float(weights.loss(torch.tensor([4.0, 2.0]), index)) == pytest.approx(1.0)
+    assert float(weights.loss(torch.tensor([[3.0, 5.0], [2.0, 2.0]]), index)) == pytest.approx(1.0)
+    assert weights.lowest(2).tolist() == [0, 3]
+
+
+class Dicts(Dataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return {"x": torch.tensor([float(index)])}
+
+
+def test_a_loader_says_which_examples_a_batch_has():
+    x = torch.arange(10.0)
+    for batch in mf.ExampleWeights(10).loader(TensorDataset(x, x), 4):
+        assert torch.equal(batch[0], x[batch[2]])
+    (batch,) = mf.ExampleWeights(5).loader(Dicts(), 5, shuffle=False)
+    assert batch["index"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_run_finds_wrong_labels_and_trains_no_worse_than_without():
+    """Three classes, half of the labels wrong; the tuner has its defaults."""
+
+    def train(tune):
+        torch.manual_seed(0)
+        x = torch.randn(600, 10)
+        clean = x[:, :3].argmax(1)
+        wrong = torch.rand(300) < 0.5
+        y = torch.where(wrong, (clean[:300] + torch.randint(1, 3, (300,))) % 3, clean[:300])
+        weights = mf.ExampleWeights(300)
+        data = TensorDataset(x[:300], y)
+        t2 = [(x[300:400], clean[300:400])]
+        model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 3))
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+        loader = weights.loader(data, 20)
+
+        def loss_fn(model, batch):
+            return weights.loss(per_example(model, *batch[:2]), batch[2])
+
+        if tune:
+            tuner = mf.Tuner(
+                model, optimizer, mf.Space(weights=weights), loss_fn, weights.loader(data, 300), t2,
+                valid_loss_fn=mean_loss, total_steps=450,
+            )  # fmt: skip
+        for _ in range(30):
+            for batch in loader:
+                optimizer.zero_grad()
+                loss_fn(model, batch).backward()
+                optimizer.step()
+        if tune:
+            tuner.finish()
+        k = int(wrong.sum())
+        found = float(wrong[weights.lowest(k)].float().mean())
+        return found, float(mean_loss(model.eval(), (x[400:], clean[400:])).detach())
+
+    (_, untuned), (precision, tuned) = train(False), train(True)
+    assert precision > 0.7  # 0.5 by chance
+    assert tuned < untuned
+
+
+def test_a_million_weights_are_saved_and_resumed():
+    weights = mf.ExampleWeights(10**6)
+    space = mf.Space(weights=weights)
+    weights.set(torch.linspace(0, 1, 10**6))
+    other = mf.Space(weights=mf.ExampleWeights(10**6))
+    other.load_state_dict(space.state_dict())
+    assert torch.equal(other["weights"].value, weights.value)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0, True, "3"])
+def test_the_number_of_examples_must_be_a_whole_number(n):
+    with pytest.raises(SpaceError, match="whole number"):
+        mf.ExampleWeights(n)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda w: w.loss(torch.tensor(1.0), torch.tensor([0])), "one entry for each"),
+        (lambda w: w.loss(torch.ones(2), torch.tensor([0])), "one entry for each"),
+        (lambda w: w.loader(TensorDataset(torch.ones(3)), 2), "one example for each of 2"),
+    ],
+)
+def test_weights_refuse_other_data_than_their_examples(call, said):
+    with pytest.raises(ValueError, match=said):
+        call(mf.ExampleWeights(2))
