@@ -426,7 +426,7 @@ def figure(path: Path, found: Sequence[Row]) -> None:
         if alone:
             upper.axhline(interval(alone)[0], color="0.6", ls=":", label="main alone")
         upper.axhline(1, color="0.8", lw=1)
-        upper.set(title=name, xscale="log", xlabel="weight of main / other (mean over the run)")
+        upper.set(title=name, xscale="log", xlabel="mean of main / other")
         lower.set(yscale="log", xlabel="step", ylim=(1e-3, 1e3))
     axes[0, 0].set_ylabel("test loss / that of equal weights")
     axes[1, 0].set_ylabel("weight of main / other")
