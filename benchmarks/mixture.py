@@ -28,8 +28,8 @@ TPE         the best of 16 static mixtures on T2, proposed by Optuna; 16 trainin
 
 T2 has 16 kB, and tunes and chooses. The test loss, in bits per byte, is that of the last weights. A training
 with static weights knows no target, so the arms and targets of a regime share its row; `seconds` counts it
-each time. The table's times are those of seed 3 on german/ample, which ran alone, one arm after the other, and has
-no other use. Rows: docs/results/mixture.jsonl.
+each time. The table's times are those of seed 3 on german/ample, which ran alone and has no other use. Rows:
+docs/results/mixture.jsonl.
 """
 
 import argparse
