@@ -4,9 +4,14 @@
     python benchmarks/mixture_cost.py --sources 8 --by sampling --steps 250 1000
     python benchmarks/mixture_cost.py --table                # run nothing; print the table
 
-Both trainings draw batches of 16 windows of 64 bytes from a loader of `mf.Mixture`, for the small Transformer
-of texts.py, with 1.19 million weights, under fused AdamW and clipping. The text is random, which changes no
-time. One thread.
+Both trainings draw batches of 16 windows of 64 bytes from a loader of `mf.Mixture`, for a Transformer of
+texts.py under fused AdamW and clipping. The text is random, which changes no time. One thread.
+
+model            weights
+blocks           1.26 million, of which 0.1 million are embeddings
+hashed           1.19 million, of which 1.07 million are embeddings, as in mixture.py; a plain step does
+                 little with most of them
+
 The two take turns, step by step, in one process; each step of the tuned one is divided by the plain step
 beside it.
 
@@ -32,7 +37,7 @@ import numpy as np
 import torch
 from mixture import loss_of
 from tasks import RESULTS, Row, append, rows
-from texts import SMALL, Transformer, Windows, losses_of
+from texts import SMALL, Size, Transformer, Windows, losses_of
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -43,28 +48,29 @@ ROWS = RESULTS / "mixture_cost.jsonl"
 SOURCES = [2, 8, 64, 1000]
 BYTES = 10_000
 """Of a source."""
-KEYS = "sources", "by", "steps", "index"
+MODELS = {"blocks": Size(width=128, layers=6, hashed=256), "hashed": SMALL}
+KEYS = "model", "sources", "by", "steps", "index"
 
 
 class Training:
     """A training on random text; `step` takes one step and returns its seconds and those of the loader."""
 
-    def __init__(self, sources: int, by: Any, steps: int, seed: int, tuned: bool) -> None:
+    def __init__(self, size: Size, sources: int, by: Any, steps: int, seed: int, tuned: bool) -> None:
         draws = torch.Generator().manual_seed(seed)
         random = [torch.randint(0, 256, (BYTES,), generator=draws) for _ in range(sources)]
-        data = [Windows([text], SMALL.context) for text in random]
+        data = [Windows([text], size.context) for text in random]
         torch.manual_seed(seed)
-        self.model = Transformer()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=SMALL.lr, fused=True)
+        self.model = Transformer(size)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=size.lr, fused=True)
         self.mixture = mf.Mixture(sources)
         space = mf.Space(mixture=self.mixture)
-        loader = self.mixture.loader(data, SMALL.batch, by=by)
+        loader = self.mixture.loader(data, size.batch, by=by)
         self.batches = _endless(loader)
         self.hypersteps = 0
         if tuned:
             mf.Tuner(
                 self.model, self.optimizer, space, self.loss, loader,
-                DataLoader(data[0], SMALL.batch, shuffle=True), valid_loss_fn=loss_of, total_steps=steps,
+                DataLoader(data[0], size.batch, shuffle=True), valid_loss_fn=loss_of, total_steps=steps,
                 on_hyperstep=self._count,
             )  # fmt: skip
 
@@ -91,11 +97,11 @@ def _endless(loader: "DataLoader[Any]") -> Iterator[Any]:
         yield from loader
 
 
-def measure(sources: int, by: str, steps: int, seed: int) -> Row:
+def measure(model: str, sources: int, by: str, steps: int, seed: int) -> Row:
     """Return the row of two trainings side by side."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    plain, tuned = (Training(sources, by, steps, seed, tuned) for tuned in (False, True))
+    plain, tuned = (Training(MODELS[model], sources, by, steps, seed, tuned) for tuned in (False, True))
     times, loading, hyper = [], [], []
     for n in range(steps):
         order: list[Callable[[], tuple[float, float]]] = [plain.step, tuned.step]
@@ -112,7 +118,7 @@ def measure(sources: int, by: str, steps: int, seed: int) -> Row:
     whole = (usual * int((~with_hyper).sum()) + first + later * len(others)) / steps
     plain_step = float(np.median(pairs[:, 0]))
     return {
-        "task": "cost", "sources": sources, "by": by, "steps": steps, "index": seed,
+        "task": "cost", "model": model, "sources": sources, "by": by, "steps": steps, "index": seed,
         "ratio": round(float(whole), 3),
         "sum": round(float(pairs[:, 1].sum() / pairs[:, 0].sum()), 3), "hypersteps": int(with_hyper.sum()),
         "usual": round(usual, 3), "first": round(float(first) - 1, 2), "later": round(later - 1, 2),
@@ -122,10 +128,13 @@ def measure(sources: int, by: str, steps: int, seed: int) -> Row:
 
 def table(found: list[Row]) -> str:
     lines = [
-        "| sources | by | steps | seed | hyper-steps | ratio | sum | first | later | step, ms | loader |",
-        "|---" * 11 + "|",
+        "| model | sources | by | steps | seed | hyper-steps "
+        "| ratio | sum | first | later | step, ms | loader |",
+        "|---" * 12 + "|",
     ]
-    for r in sorted((r for r in found if "ratio" in r), key=lambda r: (r["sources"], r["by"], r["steps"])):
+    for r in sorted(
+        (r for r in found if "ratio" in r), key=lambda r: (r["model"], r["sources"], r["by"], r["steps"])
+    ):
         cells = (
             r[key] for key in (*KEYS, "hypersteps", "ratio", "sum", "first", "later", "step_ms", "loader")
         )
@@ -136,6 +145,7 @@ def table(found: list[Row]) -> str:
 def main() -> None:
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--sources", type=int, nargs="+", default=SOURCES)
     parser.add_argument("--by", nargs="+", choices=["sampling", "loss"], default=["sampling", "loss"])
     parser.add_argument("--steps", type=int, nargs="+", default=[250])
@@ -147,8 +157,8 @@ def main() -> None:
         done = {tuple(r[key] for key in KEYS) for r in rows(options.rows) if "ratio" in r}
         if not options.rows.exists():
             append(options.rows, {"machine": machine()})
-        jobs = [(k, b, n, s) for s in options.seeds for n in options.steps for k in options.sources
-                for b in options.by]  # fmt: skip
+        jobs = [(m, k, b, n, s) for m in options.models for s in options.seeds for n in options.steps
+                for k in options.sources for b in options.by]  # fmt: skip
         for job in jobs:
             if job not in done:
                 row = measure(*job)

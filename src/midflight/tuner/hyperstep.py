@@ -708,6 +708,5 @@ def _moving(w: Tensors, grads: Tensors, state: Mapping[str, State]) -> Tensors:
     moving = {}
     for name, x in w.items():
         squares = [state[name][key] for key in SECOND_MOMENTS if key in state.get(name, {})]
-        at_rest = (grads[name] == 0) & (squares[0] == 0) if squares else None
-        moving[name] = x if at_rest is None else x.masked_fill(at_rest, 0)
+        moving[name] = torch.where(torch.logical_or(grads[name], squares[0]), x, 0) if squares else x
     return moving
