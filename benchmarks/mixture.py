@@ -1,49 +1,46 @@
 """Compare ways to set the weights of eight sources of text, for a small Transformer and a target text.
 
-    python benchmarks/mixture.py                         # everything; resumes
-    python benchmarks/mixture.py --pairs german/scarce --arms midflight uniform
+    python benchmarks/mixture.py                         # everything, seeds 0 to 2; resumes
     python benchmarks/mixture.py --workers 2
+    python benchmarks/mixture.py --pairs german/scarce --arms midflight uniform
+    python benchmarks/mixture.py --tune                  # steps of FastMix and DGA, on other targets
     python benchmarks/mixture.py --agreement             # cosine of each rule's direction with the true one
     python benchmarks/mixture.py --table                 # run nothing; print the tables
-    python benchmarks/mixture.py --figure                # run nothing; draw the figures
+    python benchmarks/mixture.py --figure                # run nothing; draw the figure
+    python benchmarks/mixture.py --large --rows FILE     # 55 million weights, bf16, compiled; needs a GPU
 
-Sources: Debian's manual pages in six languages (apt-get downloads the packages and installs none), the source
-code of Python's standard library, and the C++ headers of torch. Targets: German pages (one of the sources),
-Dutch pages (none of them), and a blend of Python code and French pages. Files are split by name: a tenth is
-T2, a tenth the test set. Regimes: "ample" has up to 8 MB of a source,
-"scarce" 0.2 % of that, at most 16 kB.
+The sources are eight texts of benchmarks/texts.py: manual pages in six languages, Python and C++. The targets
+are German pages (one of the sources), Dutch pages (none of them), and a blend of Python code and French
+pages. Regimes: "ample" has up to 8 MB of a source, "scarce" 1 % of that.
 
-Model: a Transformer on bytes with 1.07 million weights; AdamW with warm-up, cosine schedule and clipping. All
-arms of a pair share initial weights, and draw 1,024 bytes a step by their weights.
+Model: a Transformer on bytes with hashed embeddings, 1.19 million weights; AdamW with warm-up, cosine
+schedule and clipping; 600 steps. All arms of a pair share initial weights, and draw 1,024 bytes a step by
+their weights.
 
 arm         weights of the sources
 uniform     equal
 natural     proportional to their sizes
 midflight   `mf.Mixture` with its defaults, one run
-FastMix     Tan et al. 2026; its step is a first guess, as that of DGA is
+FastMix     Tan et al. 2026; its step was chosen with --tune, as that of DGA
 DGA         Fan et al. 2024
 DoReMi      Xie et al. 2023: a reference model, a proxy, and the final run; three trainings
 TPE         the best of 16 static mixtures on T2, proposed by Optuna; 16 trainings
 
-T2 has 16 kB, and tunes and chooses. The test loss, in bits per byte, is read once, of the last weights.
-Rows: docs/results/mixture.jsonl.
+T2 has 16 kB, and tunes and chooses. The test loss, in bits per byte, is that of the last weights. A training
+with static weights knows no target, so the arms and targets of a regime share its row; `seconds` counts it
+each time. Rows: docs/results/mixture.jsonl.
 """
 
 import argparse
 import copy
-import gzip
 import multiprocessing
 import os
-import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -53,156 +50,60 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from mixture_rules import Alignment, DoReMi, FastMix, Fixed, alignments
 from tasks import RESULTS, Row, append, rows
+from texts import LARGE, SMALL, SOURCES, Transformer, Windows, bits, losses_of, text
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import midflight as mf
 from midflight._reporting.machine import machine
-from midflight.datasets import _cache_folder
 
 ROWS = RESULTS / "mixture.jsonl"
-LANGUAGES = {
-    "english": "manpages", "german": "manpages-de", "french": "manpages-fr", "spanish": "manpages-es",
-    "polish": "manpages-pl", "italian": "manpages-it", "dutch": "manpages-nl", "swedish": "manpages-sv",
-}  # fmt: skip
-SOURCES = ["english", "german", "french", "spanish", "polish", "italian", "python", "c++"]
-TARGETS = {"german": ["german"], "dutch": ["dutch"], "blend": ["python", "french"], "swedish": ["swedish"]}
-"""Name -> texts of the target; swedish is for choosing the steps of other rules, the rest are reported."""
-REGIMES = {"ample": 1.0, "scarce": 0.002}
+TARGETS = {"german": ["german"], "dutch": ["dutch"], "blend": ["python", "french"]}
+"""Name -> texts of the target."""
+FOR_TUNING = {"swedish": ["swedish"], "polish": ["polish"], "mix": ["english", "c++"]}
+"""Targets on which steps are chosen, with seed 100; they are not reported."""
+REGIMES = {"ample": 1.0, "scarce": 0.01}
 """Share of each source that there is."""
-MOST = 8_000_000
-"""Bytes of a text that are kept."""
-PAIRS = [f"{target}/{regime}" for target in ("german", "dutch", "blend") for regime in REGIMES]
+PAIRS = [f"{target}/{regime}" for target in TARGETS for regime in REGIMES]
 ARMS = ["uniform", "natural", "midflight", "FastMix", "DGA", "DoReMi", "TPE"]
 TRAININGS = 16
-CONTEXT, BATCH, STEPS, LR = 64, 16, 250, 3e-3
 VALID_BYTES, TEST_BYTES = 16_384, 65_536
 OF_EACH = 4
 """Windows of each source in an update of FastMix, DGA and DoReMi."""
-FASTMIX_LR, DGA_LR = 0.1, 3.0
-"""First guesses; to be chosen on swedish/ample and swedish/scarce, which are not reported."""
-
-
-@cache
-def text(name: str) -> dict[str, Tensor]:
-    """Return "train", "valid" and "test" of a text as bytes, its files in a fixed order."""
-    path = _cache_folder(None) / "texts" / f"{name}.npz"
-    if not path.exists():
-        parts: dict[str, list[bytes]] = {"train": [], "valid": [], "test": []}
-        for file, content in sorted(_files(name), key=lambda pair: sha256(pair[0].encode()).digest()):
-            place = sha256(file.encode()).digest()[0] % 10
-            parts[{0: "valid", 1: "test"}.get(place, "train")].append(content)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {part: np.frombuffer(b"\n".join(all_), np.uint8) for part, all_ in parts.items()}
-        np.savez_compressed(path, **{part: array[:MOST] for part, array in arrays.items()})
-    return {part: torch.from_numpy(array.astype(np.int64)) for part, array in np.load(path).items()}
-
-
-def _files(name: str) -> list[tuple[str, bytes]]:
-    """Return (name, content) of the files of a text."""
-    if name in LANGUAGES:
-        with TemporaryDirectory() as folder:
-            subprocess.run(
-                ["apt-get", "download", LANGUAGES[name]], cwd=folder, check=True, capture_output=True
-            )
-            (package,) = Path(folder).glob("*.deb")
-            subprocess.run(["dpkg", "-x", package.name, "."], cwd=folder, check=True)
-            found = Path(folder).glob("usr/share/man/**/*.gz")
-            return [
-                (path.name, gzip.decompress(path.read_bytes())) for path in found if not path.is_symlink()
-            ]
-    if name == "python":
-        folder, pattern = Path(sysconfig.get_paths()["stdlib"]), "*.py"
-    else:
-        folder, pattern = Path(torch.__file__).parent / "include/ATen", "*.h"
-    return [(path.name, path.read_bytes()) for path in folder.glob(pattern)]
-
-
-class Windows(Dataset[tuple[Tensor]]):
-    """Pieces of a text, each with CONTEXT bytes and the next one."""
-
-    def __init__(self, data: Tensor) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return (len(self.data) - 1) // CONTEXT
-
-    def __getitem__(self, index: int) -> tuple[Tensor]:
-        return (self.data[index * CONTEXT : (index + 1) * CONTEXT + 1],)
+STEP_OF = {"FastMix": 0.1, "DGA": 3.0}
+STEPS_TRIED = {"FastMix": (0.03, 0.1, 0.3, 1.0), "DGA": (0.3, 1.0, 3.0, 10.0, 30.0)}
+IS_LARGE = "--large" in sys.argv
+SIZE, DEVICE = (LARGE, "cuda") if IS_LARGE else (SMALL, "cpu")
 
 
 class Problem:
-    """Sources, T2 and test set of a pair."""
+    """The sources of a regime, and T2 and test set of each target."""
 
-    def __init__(self, pair: str) -> None:
-        target, regime = pair.split("/")
-        texts = [text(name) for name in TARGETS[target]]
+    def __init__(self, regime: str) -> None:
+        self.regime = regime
         all_ = [text(name)["train"] for name in SOURCES]
-        self.sources = [Windows(data[: int(REGIMES[regime] * len(data))]) for data in all_]
-        self.valid = Windows(torch.cat([t["valid"][: VALID_BYTES // len(texts)] for t in texts]))
-        self.test = Windows(torch.cat([t["test"][: TEST_BYTES // len(texts)] for t in texts]))
+        self.sources = [Windows(data[: int(REGIMES[regime] * len(data))], SIZE.context) for data in all_]
+        self.valid = {target: _joined(target, "valid", VALID_BYTES) for target in (*TARGETS, *FOR_TUNING)}
+        self.test = {target: _joined(target, "test", TEST_BYTES) for target in TARGETS}
 
 
-class Block(nn.Module):
-    """A layer of the Transformer: attention, then a perceptron, each after a normalisation."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, length, width = x.shape
-        qkv = self.qkv(self.before(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(*qkv, is_causal=True)
-        x = x + self.out(seen.transpose(1, 2).reshape(n, length, width))
-        return x + self.perceptron(self.between(x))
-
-
-class Transformer(nn.Module):
-    """Predicts each next byte."""
-
-    def __init__(self, width: int = 128, layers: int = 5, heads: int = 4) -> None:
-        super().__init__()
-        self.bytes, self.places = nn.Embedding(256, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
-        self.norm, self.last = nn.LayerNorm(width), nn.Linear(width, 256)
-
-    def forward(self, x: Tensor) -> Tensor:
-        places = self.places(torch.arange(x.shape[1]))
-        logits: Tensor = self.last(self.norm(self.blocks(self.bytes(x) + places)))
-        return logits
-
-
-def losses_of(model: nn.Module, windows: Tensor) -> Tensor:
-    """Return the loss of each window, the mean over its bytes, shape (n,)."""
-    logits = model(windows[:, :-1])
-    return F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(1)
+def _joined(target: str, part: str, length: int) -> Windows:
+    texts = (TARGETS | FOR_TUNING)[target]
+    return Windows(torch.cat([text(name)[part][: length // len(texts)] for name in texts]), SIZE.context)
 
 
 def loss_of(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    return losses_of(model, batch[0]).mean()
-
-
-@torch.no_grad()
-def bits(model: nn.Module, data: Windows) -> float:
-    """Return the mean loss in bits per byte."""
-    model.eval()
-    found = [losses_of(model, batch) for (batch,) in DataLoader(data, 128)]
-    model.train()
-    return float(torch.cat(found).mean() / np.log(2))
+    return losses_of(model, batch[0].to(DEVICE)).mean()
 
 
 class Run:
     """A training, whose steps draw the sources by `mixture`."""
 
-    def __init__(self, problem: Problem, seed: int, steps: int = STEPS) -> None:
+    def __init__(self, problem: Problem, target: str, seed: int, steps: int = SIZE.steps) -> None:
         torch.manual_seed(seed)
-        self.problem, self.steps = problem, steps
-        self.model = Transformer()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.1, fused=True)
+        self.problem, self.target, self.steps = problem, target, steps
+        self.model = Transformer(SIZE).to(DEVICE)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=SIZE.lr, weight_decay=0.1, fused=True)
         warm_up = max(1, steps // 10)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
@@ -210,120 +111,176 @@ class Run:
         )
         self.mixture = mf.Mixture(SOURCES, ratio=1e6)
         self.history: list[list[float]] = []
+        if IS_LARGE:
+            self.model.compile()
+
+    def batches(self) -> DataLoader[Any]:
+        return self.mixture.loader(self.problem.sources, SIZE.batch)
 
     def train(self, rule: Any = None) -> None:
         """Train; a rule sets the weights and moves them every `rule.every` steps."""
         if rule is not None:
             self.mixture.set(rule.weights)
-        step = 0
-        while step < self.steps:
-            for batch in self.mixture.loader(self.problem.sources, BATCH):
-                if rule is not None and rule.every and step % rule.every == 0:
-                    rule.update(self.model, self.losses, list(self.model.last.parameters()))  # type: ignore
-                    self.mixture.set(rule.weights.clamp(min=1e-5))
-                self.optimizer.zero_grad()
-                self.loss(self.model, batch).backward()  # type: ignore[no-untyped-call]
-                nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                self.optimizer.step()
-                self.schedule.step()
-                step += 1
-                if step % 10 == 0:
-                    self.history.append([round(w, 4) for w in self.mixture.tolist()])
-                if step == self.steps:
-                    return
+        for step, batch in zip(range(self.steps), _again(self.batches()), strict=False):
+            if rule is not None and rule.every and step % rule.every == 0:
+                rule.update(self.model, self.losses, list(self.model.last.parameters()))
+                self.mixture.set(rule.weights.clamp(min=1e-5))
+            self.optimizer.zero_grad()
+            self.loss(self.model, batch).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            if (step + 1) % 10 == 0:
+                self.history.append([round(w, 4) for w in self.mixture.tolist()])
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         windows, drawn = batch
-        return self.mixture.loss(losses_of(model, windows), drawn)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=IS_LARGE):
+            return self.mixture.loss(losses_of(model, windows.to(DEVICE)), drawn)
 
     def losses(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Return the losses that the other rules read."""
-        windows = torch.cat([_some(data, OF_EACH) for data in self.problem.sources])
-        target = losses_of(model, _some(self.problem.valid, BATCH)).mean()
+        windows = torch.cat([_some(data, OF_EACH) for data in self.problem.sources]).to(DEVICE)
+        target = loss_of(model, (_some(self.problem.valid[self.target], SIZE.batch),))
         return losses_of(model, windows).view(-1, OF_EACH).mean(1), target
 
     def tuner(self) -> mf.Tuner:
         """Tune the mixture by midflight, with the defaults of `mf.Mixture`."""
         self.mixture = mf.Mixture(SOURCES)
-        t2 = DataLoader(self.problem.valid, BATCH, shuffle=True)
+        t2 = DataLoader(self.problem.valid[self.target], SIZE.batch, shuffle=True)
         return mf.Tuner(
-            self.model, self.optimizer, mf.Space(mixture=self.mixture), self.loss,
-            self.mixture.loader(self.problem.sources, BATCH), t2, valid_loss_fn=loss_of,
-            total_steps=self.steps, max_grad_norm=1.0,
+            self.model, self.optimizer, mf.Space(mixture=self.mixture), self.loss, self.batches(), t2,
+            valid_loss_fn=loss_of, total_steps=self.steps, max_grad_norm=1.0,
         )  # fmt: skip
+
+
+def _again(loader: DataLoader[Any]) -> Iterator[Any]:
+    while True:
+        yield from loader
 
 
 def _some(data: Windows, n: int) -> Tensor:
     return torch.stack([data[int(i)][0] for i in torch.randint(len(data), (n,))])
 
 
-def by_tuner(problem: Problem, seed: int) -> Run:
-    run = Run(problem, seed)
-    tuner = run.tuner()
-    run.train()
-    tuner.detach()  # the last weights, as in the other arms
-    return run
+Outcome = dict[str, Any]
+""""losses": target -> [T2, test] in bits per byte; "seconds"; "weights": those of every tenth step"""
 
 
-def by_rule(rule: Callable[[Problem], Any], problem: Problem, seed: int) -> Run:
-    run = Run(problem, seed)
-    run.train(rule(problem))
-    return run
+def trained(run: Run, rule: Any = None) -> Outcome:
+    """Train and return the outcome; without a rule, midflight tunes the mixture."""
+    began = time.perf_counter()
+    tuner = run.tuner() if rule is None else None
+    run.train(rule)
+    if tuner is not None:
+        tuner.detach()  # the last weights, as in the other arms
+    seconds = time.perf_counter() - began
+    problem = run.problem
+    losses = {
+        target: [bits(run.model, valid), bits(run.model, problem.test[target]) if target in TARGETS else None]
+        for target, valid in problem.valid.items()
+    }
+    return {"losses": losses, "seconds": round(seconds, 1), "weights": run.history}
 
 
-def by_doremi(problem: Problem, seed: int) -> Run:
-    reference, proxy = Run(problem, seed + 1000), Run(problem, seed)
-    equal = torch.ones(len(SOURCES))
-    reference.train(Fixed(equal))
-    rule = DoReMi(len(SOURCES), reference.model)
-    proxy.train(rule)
-    return by_rule(lambda p: Fixed(rule.mean), problem, seed)
+class Arms:
+    """Trains the arms of a target, regime and seed; static trainings are looked up in the rows first."""
+
+    def __init__(self, path: Path, pair: str, seed: int) -> None:
+        self.path, self.seed = path, seed
+        self.target, self.regime = pair.split("/")
+        self.problem = Problem(self.regime)
+
+    def run(self, arm: str) -> Outcome:
+        if arm == "midflight":
+            return trained(self._new())
+        if arm in ("FastMix", "DGA"):
+            return trained(self._new(), moving(arm))
+        return {"uniform": self.uniform, "natural": self.natural, "DoReMi": self.doremi, "TPE": self.tpe}[
+            arm
+        ]()
+
+    def _new(self) -> Run:
+        return Run(self.problem, self.target, self.seed)
+
+    def static(self, weights: Tensor) -> Outcome:
+        shares = [round(w, 4) for w in (weights / weights.sum()).tolist()]
+        return self._once("static", shares, lambda: trained(self._new(), Fixed(torch.tensor(shares))))
+
+    def _once(self, name: str, shares: list[float], work: Callable[[], Outcome]) -> Outcome:
+        """Return the outcome of the stored row, else compute and store it."""
+        key = {"task": f"any/{self.regime}", "arm": name, "index": self.seed, "shares": shares}
+        for row in rows(self.path):
+            if key.items() <= row.items():
+                return row
+        outcome = work() | {"weights": [shares]}
+        append(self.path, key | outcome)
+        return outcome
+
+    def uniform(self) -> Outcome:
+        return self.static(torch.ones(len(SOURCES)))
+
+    def natural(self) -> Outcome:
+        return self.static(torch.tensor([float(len(data)) for data in self.problem.sources]))
+
+    def doremi(self) -> Outcome:
+        """Train a reference model, then a proxy that moves the weights; train with the proxy's mean."""
+        found = self._once("DoReMi's weights", [], self._doremi)
+        final = self.static(torch.tensor(found["found"]))
+        return final | {"seconds": final["seconds"] + found["seconds"]}
+
+    def _doremi(self) -> Outcome:
+        began = time.perf_counter()
+        reference = Run(self.problem, self.target, self.seed + 1000)
+        reference.train(Fixed(torch.ones(len(SOURCES))))
+        rule = DoReMi(len(SOURCES), reference.model)
+        self._new().train(rule)
+        return {"found": rule.mean.tolist(), "seconds": round(time.perf_counter() - began, 1)}
+
+    def tpe(self) -> Outcome:
+        """Return the best of 16 static mixtures on T2, proportional to numbers in [0.001, 1]."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(multivariate=True, seed=self.seed))
+        tried: list[Outcome] = []
+
+        def objective(trial: optuna.Trial) -> float:
+            weights = torch.tensor([trial.suggest_float(name, 1e-3, 1, log=True) for name in SOURCES])
+            tried.append(self.static(weights))
+            return float(tried[-1]["losses"][self.target][0])
+
+        study.enqueue_trial(dict.fromkeys(SOURCES, 1.0))
+        study.optimize(objective, TRAININGS)
+        return tried[study.best_trial.number] | {"seconds": sum(outcome["seconds"] for outcome in tried)}
 
 
-def by_tpe(problem: Problem, seed: int) -> Run:
-    """Return the best of 16 static mixtures; the weights are proportional to numbers in [0.001, 1]."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(multivariate=True, seed=seed))
-    runs: list[Run] = []
-
-    def objective(trial: optuna.Trial) -> float:
-        weights = torch.tensor([trial.suggest_float(name, 1e-3, 1, log=True) for name in SOURCES])
-        runs.append(by_rule(lambda p: Fixed(weights), problem, seed))
-        return bits(runs[-1].model, problem.valid)
-
-    study.enqueue_trial(dict.fromkeys(SOURCES, 1.0))
-    study.optimize(objective, TRAININGS)
-    return runs[study.best_trial.number]
+def moving(arm: str, step: float | None = None) -> Any:
+    rule = {"FastMix": FastMix, "DGA": Alignment}[arm]
+    return rule(len(SOURCES), STEP_OF[arm] if step is None else step)
 
 
-def _natural(problem: Problem) -> Fixed:
-    return Fixed(torch.tensor([float(len(data)) for data in problem.sources]))
-
-
-METHODS: dict[str, Callable[[Problem, int], Run]] = {
-    "uniform": partial(by_rule, lambda p: Fixed(torch.ones(len(SOURCES)))),
-    "natural": partial(by_rule, _natural),
-    "midflight": by_tuner,
-    "FastMix": partial(by_rule, lambda p: FastMix(len(SOURCES), FASTMIX_LR)),
-    "DGA": partial(by_rule, lambda p: Alignment(len(SOURCES), DGA_LR)),
-    "DoReMi": by_doremi,
-    "TPE": by_tpe,
-}
-
-
-def run_arm(pair: str, arm: str, seed: int) -> Row:
+def run_arm(path: Path, pair: str, arm: str, seed: int) -> Row:
     """Return the row of an arm on a pair."""
+    one_thread()
+    arms = Arms(path, pair, seed)
+    outcome = arms.run(arm)
+    valid, test = outcome["losses"][arms.target]
+    return {
+        "task": pair, "arm": arm, "index": seed, "seconds": outcome["seconds"], "valid": valid, "test": test,
+        "weights": outcome["weights"],
+    }  # fmt: skip
+
+
+def tuned_step(pair: str, arm: str, step: float) -> Row:
+    """Return the row of a rule with a step on a pair for tuning."""
+    one_thread()
+    target, regime = pair.split("/")
+    outcome = trained(Run(Problem(regime), target, 100), moving(arm, step))
+    return {"task": pair, "arm": arm, "index": 100, "step": step, "valid": outcome["losses"][target][0]}
+
+
+def one_thread() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    problem = Problem(pair)
-    began = time.perf_counter()
-    run = METHODS[arm](problem, seed)
-    seconds = time.perf_counter() - began
-    return {
-        "task": pair, "arm": arm, "index": seed, "seconds": round(seconds, 1),
-        "valid": bits(run.model, problem.valid), "test": bits(run.model, problem.test),
-        "weights": run.history,
-    }  # fmt: skip
 
 
 class Keeper(torch.optim.Optimizer):
@@ -342,9 +299,10 @@ def agreement(pair: str, seed: int, after: int) -> Row:
     The truth is a central difference, in float64, of the target's loss after the next step of AdamW with
     clipping. Each rule reads the windows of the same batch, four of each source, and the same of the target.
     """
-    torch.set_num_threads(1)
-    problem = Problem(pair)
-    run = Run(problem, seed)
+    one_thread()
+    target_name, regime = pair.split("/")
+    problem = Problem(regime)
+    run = Run(problem, target_name, seed)
     run.steps = after
     run.train(Fixed(torch.ones(len(SOURCES))))
     model, states = run.model.double(), run.optimizer.state
@@ -354,7 +312,7 @@ def agreement(pair: str, seed: int, after: int) -> Row:
     space = mf.Space(mixture=mixture, dtype=torch.float64)
     run.mixture = mixture
     batch = next(iter(mixture.loader(problem.sources, OF_EACH * len(SOURCES), by="loss")))
-    target = (_some(problem.valid, BATCH),)
+    target = (_some(problem.valid[target_name], SIZE.batch),)
     before = copy.deepcopy((model, run.optimizer.state_dict()))
     raw = mixture.raw.detach().clone()
 
@@ -400,78 +358,127 @@ def agreement(pair: str, seed: int, after: int) -> Row:
     return {"task": "agreement", "arm": pair, "index": seed, "after": after, **cosines}
 
 
+def interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Return mean, and the ends of its 95 % bootstrap interval, over the seeds."""
+    values = np.array(differences)
+    drawn = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def tests_of(found: Sequence[Row]) -> dict[tuple[str, str], dict[int, float]]:
+    """Return (pair, arm) -> seed -> test loss."""
+    tests: dict[tuple[str, str], dict[int, float]] = {}
+    for row in found:
+        if "test" in row:
+            tests.setdefault((row["task"], row["arm"]), {})[row["index"]] = row["test"]
+    return tests
+
+
 def table(found: Sequence[Row]) -> str:
-    """Print the test loss of each arm and pair, the mean over the seeds, and the time over uniform's."""
-    lines = ["| pair | " + " | ".join(ARMS) + " |", "|---" * (len(ARMS) + 1) + "|"]
-    for pair in dict.fromkeys(r["task"] for r in found if "test" in r):
-        of = {arm: [r["test"] for r in found if (r["task"], r["arm"]) == (pair, arm)] for arm in ARMS}
-        best = min(float(np.mean(values)) for values in of.values() if values)
+    """Return the test losses, their differences from midflight's, and the time over uniform's."""
+    tests = tests_of(found)
+    pairs = [pair for pair in PAIRS if any(pair == task for task, _ in tests)]
+    head = ["| pair | " + " | ".join(ARMS) + " |", "|---" * (len(ARMS) + 1) + "|"]
+    lines = ["Test loss, bits per byte, mean over the seeds", "", *head]
+    for pair in pairs:
+        means = {arm: np.mean(list(tests[pair, arm].values())) for arm in ARMS if (pair, arm) in tests}
+        best = min(means.values())
         cells = [
             "-"
-            if not of[arm]
-            else ("**{:.3f}**" if np.mean(of[arm]) == best else "{:.3f}").format(np.mean(of[arm]))
+            if arm not in means
+            else f"**{means[arm]:.3f}**"
+            if means[arm] == best
+            else f"{means[arm]:.3f}"
             for arm in ARMS
         ]
         lines.append(f"| {pair} | {' | '.join(cells)} |")
-    plain = np.mean([r["seconds"] for r in found if r.get("arm") == "uniform"] or [np.nan])
-    times = [
-        np.mean([r["seconds"] for r in found if r.get("arm") == arm] or [np.nan]) / plain for arm in ARMS
-    ]
-    return "\n".join([*lines, "| time / uniform | " + " | ".join(f"{t:.2f}" for t in times) + " |"])
+    plain = np.mean([r["seconds"] for r in found if r["arm"] == "uniform"] or [np.nan])
+    times = [np.mean([r["seconds"] for r in found if r["arm"] == arm] or [np.nan]) / plain for arm in ARMS]
+    lines.append("| time / uniform | " + " | ".join(f"{t:.2f}" for t in times) + " |")
+    lines += ["", "Peer minus midflight, with a 95 % bootstrap interval over the seeds", "", *head]
+    for pair in pairs:
+        own = tests.get((pair, "midflight"), {})
+        cells = []
+        for arm in ARMS:
+            theirs = tests.get((pair, arm), {})
+            both = [theirs[seed] - own[seed] for seed in own if seed in theirs]
+            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval(both)) if both else "-")
+        lines.append(f"| {pair} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def figure(found: Sequence[Row]) -> None:
-    """Draw midflight's mixtures over time as stacked areas."""
-    pairs = [r for r in found if r.get("arm") == "midflight" and r["index"] == 0]
-    fig = Figure(figsize=(3.2 * max(1, len(pairs)), 3.2), layout="constrained")
-    axes = fig.subplots(1, max(1, len(pairs)), sharey=True, squeeze=False)[0]
-    for ax, row in zip(axes, pairs, strict=False):
-        shares = np.array(row["weights"]).T
-        ax.stackplot(10 * np.arange(1, shares.shape[1] + 1), shares, labels=SOURCES)
-        ax.set(title=row["task"], xlabel="step", ylim=(0, 1), xlim=(10, 10 * shares.shape[1]))
-    axes[0].set_ylabel("weight of the source")
-    fig.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SOURCES), fontsize=8
-    )
-    fig.savefig(ROWS.with_suffix(".png"), dpi=110)
+def figure(path: Path, found: Sequence[Row]) -> None:
+    """Draw the test losses of all arms, and midflight's mixtures over time as stacked areas."""
+    tests = tests_of(found)
+    shown = {row["task"]: row for row in found if row["arm"] == "midflight" and row["index"] == 0}
+    fig = Figure(figsize=(14, 5.5), layout="constrained")
+    axes = fig.subplots(2, len(PAIRS), squeeze=False)
+    for column, pair in enumerate(PAIRS):
+        upper, lower = axes[:, column]
+        for place, arm in enumerate(ARMS):
+            values = list(tests.get((pair, arm), {}).values())
+            upper.plot(values, [place] * len(values), "o", ms=4, color="C3" if arm == "midflight" else "C0")
+        upper.set(title=pair, xlabel="test loss, bits per byte")
+        upper.set_yticks(range(len(ARMS)), ARMS if column == 0 else [""] * len(ARMS))
+        upper.invert_yaxis()
+        if pair in shown:
+            shares = np.array(shown[pair]["weights"]).T
+            lower.stackplot(10 * np.arange(1, shares.shape[1] + 1), shares, labels=SOURCES)
+            lower.set(xlabel="step", ylim=(0, 1), xlim=(10, 10 * shares.shape[1]))
+    axes[1, 0].set_ylabel("weight, midflight")
+    handles = axes[1, 0].get_legend_handles_labels()
+    fig.legend(*handles, loc="outside lower center", ncols=len(SOURCES), fontsize=8)
+    fig.savefig(path.with_suffix(".png"), dpi=110)
+
+
+def compute(path: Path, work: Callable[..., Row], jobs: Sequence[tuple[Any, ...]], workers: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for future in [pool.submit(work, *job) for job in jobs]:
+            row = future.result()
+            append(path, row)
+            print({name: value for name, value in row.items() if name != "weights"}, flush=True)
 
 
 def main() -> None:
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
-    parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="TARGET/REGIME")
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS, metavar="TARGET/REGIME")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--large", action="store_true", help="train the large model on a GPU")
+    parser.add_argument("--tune", action="store_true", help="try steps of FastMix and DGA on other targets")
     parser.add_argument("--agreement", action="store_true", help="print each rule's cosine with the truth")
     parser.add_argument("--table", action="store_true", help="run nothing; print the tables")
     parser.add_argument("--figure", action="store_true", help="run nothing; draw the figure")
     options = parser.parse_args()
+    path = options.rows
+    found = rows(path)
+    if not (options.table or options.figure):
+        for name in {*SOURCES, *(name for texts in (TARGETS | FOR_TUNING).values() for name in texts)}:
+            text(name)  # downloads before the workers start
+        append(path, {"machine": machine(), "size": str(SIZE)})
+    if options.tune:
+        done = {(r["task"], r["arm"], r.get("step")) for r in found}
+        pairs = [f"{target}/{regime}" for target in FOR_TUNING for regime in REGIMES]
+        tried = [(pair, arm, s) for pair in pairs for arm, all_ in STEPS_TRIED.items() for s in all_]
+        compute(path, tuned_step, [job for job in tried if job not in done], options.workers)
+        return
     if options.agreement:
-        for pair in options.pairs:
-            for after in (20, 100, STEPS - 10):
-                row = agreement(pair, options.seeds[0], after)
-                append(options.rows, row)
-                print(row, flush=True)
+        jobs = [(p, s, n) for p in options.pairs for s in options.seeds for n in (20, 100, SIZE.steps - 10)]
+        done = {(r["arm"], r["index"], r.get("after")) for r in found}
+        compute(path, agreement, [job for job in jobs if job not in done], options.workers)
         return
     if not (options.table or options.figure):
-        done = {(r["task"], r["arm"], r["index"]) for r in rows(options.rows) if "task" in r}
-        jobs = [(p, a, s) for s in options.seeds for p in options.pairs for a in options.arms]
-        jobs = [job for job in jobs if job not in done]
-        for name in {*SOURCES, *(t for texts in TARGETS.values() for t in texts)}:
-            text(name)  # downloads before the workers start
-        append(options.rows, {"machine": machine(), "steps": STEPS})
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-            for future in [pool.submit(run_arm, *job) for job in jobs]:
-                row = future.result()
-                append(options.rows, row)
-                print({k: v for k, v in row.items() if k != "weights"}, flush=True)
-    found = rows(options.rows)
+        done = {(r["task"], r["arm"], r["index"]) for r in found}
+        jobs = [(p, a, s) for s in options.seeds for a in options.arms for p in options.pairs]
+        compute(path, partial(run_arm, path), [job for job in jobs if job not in done], options.workers)
     if options.figure:
-        figure(found)
-    print(table(found))
+        figure(path, found)
+    print(table(rows(path)))
 
 
 if __name__ == "__main__":

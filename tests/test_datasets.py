@@ -254,13 +254,13 @@ def test_loads_at_once_leave_one_whole_file(sources, tmp_path):
     assert len(sources.asked) == 4
 
 
-def test_cache_folder_is_the_argument_else_the_environment_else_the_users(monkeypatch, tmp_path):
+def testcache_folder_is_the_argument_else_the_environment_else_the_users(monkeypatch, tmp_path):
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / "user" / name))
     monkeypatch.setenv("MIDFLIGHT_CACHE", str(tmp_path / "variable"))
-    assert datasets._cache_folder(tmp_path / "argument") == tmp_path / "argument"
-    assert datasets._cache_folder(None) == tmp_path / "variable"
+    assert datasets.cache_folder(tmp_path / "argument") == tmp_path / "argument"
+    assert datasets.cache_folder(None) == tmp_path / "variable"
     monkeypatch.delenv("MIDFLIGHT_CACHE")
-    assert datasets._cache_folder(None) == tmp_path / "user" / "midflight"
+    assert datasets.cache_folder(None) == tmp_path / "user" / "midflight"
 
 
 # The formats

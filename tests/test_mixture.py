@@ -1,17 +1,19 @@
 """Weights of data sources: hypergradients, loaders, and what cannot be a mixture."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import midflight as mf
 from midflight.errors import SpaceError
 from midflight.gradcheck.oracles import derivative
 from midflight.mixture import Drawn
+from midflight.tuner.trajectory import Trajectory
 
 SIZES = (40, 30, 20, 10)
 
@@ -150,6 +152,11 @@ def test_a_pass_takes_as_many_examples_as_there_are_and_each_source_in_random_or
     assert of_first != [tuple(x.tolist()) for x in sources()[0].tensors[0][:24]]
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([1.0])
+
+
 class Dicts(Dataset):
     def __len__(self):
         return 5
@@ -166,7 +173,77 @@ def test_a_batch_of_dicts_has_the_sources_under_drawn_also_from_workers():
     assert float(mixture.loss(torch.ones(6), batch["drawn"])) == pytest.approx(1.0)
 
 
-def test_a_run_moves_to_the_source_that_the_validation_data_are_of():
+def test_workers_that_read_ahead_give_the_chance_with_which_an_example_was_drawn():
+    mixture = mf.Mixture(["a", "b"], ratio=1e4)
+    batches = iter(mixture.loader(sources(sizes=(500, 500)), 100, num_workers=1, prefetch_factor=2))
+    next(batches)
+    mixture.set([1, 999])
+    drawn = [next(batches)[-1] for _ in range(4)]
+    assert drawn[0].chance.tolist() == pytest.approx([0.5] * 100)
+    assert float(drawn[-1].chance.max()) == pytest.approx(0.999)
+    of_sources = torch.tensor([3.0, 1.0])[drawn[0].source]
+    assert float(mixture.loss(of_sources, drawn[0])) == pytest.approx(
+        1.002, rel=1e-3
+    )  # by the weights of now
+
+
+def test_a_collate_function_gets_the_examples_of_the_datasets():
+    def collate(examples):
+        return {"x": torch.stack([x for x, _ in examples]), "n": len(examples)}
+
+    batch = next(iter(mf.Mixture(4).loader(sources(), 6, collate_fn=collate)))
+    assert batch["x"].shape == (6, 6)
+    assert batch["n"] == len(batch["drawn"].source) == 6
+
+
+def test_copies_of_a_mixture_and_of_its_batches_are_equal():
+    mixture = mf.Mixture(["a", "b"], init=[3, 1])
+    drawn = Drawn(torch.tensor([0, 1]), torch.tensor([0.75, 0.25]))
+    for copied in (copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))):
+        assert copied(mixture).shares() == mixture.shares()
+        assert isinstance(copied(drawn), Drawn)
+        loss = copied(mixture).loss(torch.tensor([1.0, 3.0]), copied(drawn))
+        assert float(loss) == float(mixture.loss(torch.tensor([1.0, 3.0]), drawn))
+
+
+def run(epochs, state=None):
+    """Train for some epochs, from a state if given; return the final state, the weights and the shares."""
+    torch.manual_seed(0)
+    mixture, model = mf.Mixture(4), nn.Linear(6, 3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    loader = mixture.loader(sources(), 10, by="loss")  # by sampling, the tuner would draw by later weights
+    t2 = DataLoader(sources()[0], 20, shuffle=True)
+
+    def loss_fn(model, batch):
+        return mixture.loss(per_example(model, *batch[:2]), batch[2])
+
+    tuner = mf.Tuner(
+        model, optimizer, mf.Space(mixture=mixture), loss_fn, loader, t2, schedule=3, total_steps=40,
+        valid_loss_fn=lambda model, batch: per_example(model, *batch[:2]).mean(),
+    )  # fmt: skip
+    if state is not None:
+        for thing, saved in zip((model, optimizer, tuner), state, strict=False):
+            thing.load_state_dict(saved)
+        torch.set_rng_state(state[-1])
+    for _ in range(epochs):
+        for batch in loader:
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            optimizer.step()
+    things = model.state_dict(), optimizer.state_dict(), tuner.state_dict(), torch.get_rng_state()
+    return copy.deepcopy(things), model.weight.detach(), mixture.tolist()
+
+
+def test_a_resumed_run_with_a_mixture_is_the_uninterrupted_one():
+    _, weights, shares = run(4)
+    state, *_ = run(2)
+    _, again, shares_again = run(2, state)
+    assert shares_again == shares != [0.25] * 4
+    assert torch.equal(again, weights)
+
+
+def run_with_noise(**options):
+    """Tune a source that is like T2 and one whose labels are random; return the mixture and the tuner."""
     torch.manual_seed(0)
     mixture = mf.Mixture(["like T2", "noise"])
     data = sources(sizes=(400, 1))
@@ -184,17 +261,49 @@ def test_a_run_moves_to_the_source_that_the_validation_data_are_of():
 
     tuner = mf.Tuner(
         model, optimizer, mf.Space(mixture=mixture), loss_fn, loader, t2, valid_loss_fn=valid_loss_fn,
-        total_steps=200,
+        total_steps=200, **options,
     )  # fmt: skip
     for _ in range(8):
         for batch in loader:
             optimizer.zero_grad()
             loss_fn(model, batch).backward()
             optimizer.step()
+    return mixture, tuner
+
+
+def test_a_run_moves_to_the_source_that_the_validation_data_are_of():
+    mixture, tuner = run_with_noise()
     assert mixture.shares()["like T2"] > 0.9
     assert tuner.log()["value/mixture/like T2"] == pytest.approx(mixture.shares()["like T2"])
     assert "mixture = like T2 0.9" in repr(tuner)
     assert tuner.trajectory.plot(tuner.space)
+
+
+def test_effects_tell_a_source_that_is_like_the_validation_data_from_noise():
+    mixture, tuner = run_with_noise(schedule=5, hyper_optimizer=Keeper)
+    (best, (helps, _)), (worst, (harms, error)) = tuner.trajectory.effects(mixture).items()
+    assert (best, worst) == ("like T2", "noise")
+    assert helps < 0 < 2 * error < harms
+    (ax,) = tuner.trajectory.plot_effects(mixture).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["like T2", "noise"]
+
+
+def test_effects_are_the_derivatives_by_the_weights_minus_their_mean():
+    mixture = mf.Mixture(["a", "b", "c"], init=[3, 2, 1], floor=0.1)
+    space = mf.Space(mixture=mixture, dtype=torch.float64)
+    slopes, trajectory = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), Trajectory()
+    mixture.raw.requires_grad_()
+    (slope,) = torch.autograd.grad(mixture.value @ slopes, mixture.raw)
+    trajectory.record_effects(space, {"mixture": slope})
+    with pytest.raises(ValueError, match="at least 2 hyper-steps"):
+        trajectory.effects(mixture)
+    trajectory.record_effects(space, {"mixture": 3 * slope})
+    found = trajectory.effects(mixture)
+    share = (mixture.value.detach() - 0.1 / 3) / 0.9
+    expected = slopes - share @ slopes
+    assert list(found) == ["b", "c", "a"]
+    assert [found[k][0] for k in "abc"] == pytest.approx((2 * expected).tolist())
+    assert [found[k][1] for k in "abc"] == pytest.approx(expected.abs().tolist())  # std 2^.5 |e|, over 2^.5
 
 
 def test_a_saved_mixture_keeps_its_shares_in_another_range():
@@ -235,6 +344,7 @@ def test_what_cannot_be_a_mixture_is_refused(make, said):
     [
         (lambda m: m.loader(sources()[:1], 8), "must have one dataset"),
         (lambda m: m.loader([sources()[0], TensorDataset(torch.empty(0, 6))], 8), "1 has none"),
+        (lambda m: m.loader([sources()[0], Stream()], 8), "Stream is a stream"),
         (lambda m: m.loader(sources()[:2], 0), "batch_size"),
         (lambda m: m.loader(sources()[:2], 8, by="luck"), "luck"),
         (lambda m: m.loss(torch.tensor(1.0), Drawn(torch.zeros(3), torch.ones(3))), "one entry for each"),

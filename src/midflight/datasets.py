@@ -139,7 +139,7 @@ def load(name: str, cache: Path | None = None) -> Arrays:
     """
     if name not in DATASETS:
         raise UnknownName("dataset", name, DATASETS)
-    raw, full_scale = _cached_or_fetched(name, _cache_folder(cache)), 16 if name == "digits" else 255
+    raw, full_scale = _cached_or_fetched(name, cache_folder(cache)), 16 if name == "digits" else 255
     return Arrays(
         train_x=np.divide(raw["train_x"], full_scale, dtype=np.float32),
         train_y=raw["train_y"].astype(np.int64),
@@ -286,7 +286,7 @@ def _run(*command: str, folder: str, hint: str = "") -> None:
         raise ChildProcessError(f"`{shlex.join(command)}` ended with {done.returncode}: {last}{hint}")
 
 
-def _cache_folder(cache: Path | None) -> Path:
+def cache_folder(cache: Path | None) -> Path:
     from platformdirs import user_cache_dir
 
     return Path(cache or os.environ.get("MIDFLIGHT_CACHE") or user_cache_dir("midflight")).expanduser()

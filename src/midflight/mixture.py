@@ -20,12 +20,12 @@ noise further:
     mean over the batch of (w_i / q_i) (loss - b), plus b
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from midflight.errors import SpaceError, UnknownName
 from midflight.space.hyperparameter import Hyperparameter
@@ -35,7 +35,12 @@ MOST_SHOWN = 8
 """How many weights `repr` shows, the largest ones."""
 
 
-class Drawn(NamedTuple):
+class _Parts(NamedTuple):
+    source: Tensor
+    chance: Tensor
+
+
+class Drawn(_Parts):
     """Where the examples of a batch come from.
 
     Attributes:
@@ -43,8 +48,11 @@ class Drawn(NamedTuple):
         chance: the probability with which this source was drawn, shape (B,).
     """
 
-    source: Tensor
-    chance: Tensor
+    __slots__ = ()
+
+    def __new__(cls, source: Any, chance: Tensor | None = None) -> "Drawn":
+        """Take the parts, or both in an iterable, as Hugging Face's Trainer gives them."""
+        return super().__new__(cls, *(source if chance is None else (source, chance)))
 
 
 class Mixture(Hyperparameter):
@@ -131,7 +139,8 @@ class Mixture(Hyperparameter):
     ) -> "DataLoader[Any]":
         """Return a loader of all sources; a pass takes as many examples as they have.
 
-        A batch is that of the datasets with a `Drawn` at its end, or under "drawn" in a dict.
+        A batch is that of the datasets with a `Drawn` at its end, or under "drawn" in a dict. If several
+        processes train together, each draws batches of its own, and a pass has as many fewer batches.
 
         Args:
             datasets: one per source, with a length, in the order of `sources`.
@@ -139,10 +148,12 @@ class Mixture(Hyperparameter):
             by: "sampling" draws sources with the present weights as probabilities; "loss" draws them equally
                 often.
             generator: of the random numbers.
-            options: further arguments of `torch.utils.data.DataLoader`, such as `num_workers`.
+            options: further arguments of `torch.utils.data.DataLoader`, such as `num_workers`. A
+                `collate_fn` gets the examples as the datasets give them.
 
         Raises:
-            ValueError: there is not one dataset per source, one is empty, or `batch_size` is below 1.
+            ValueError: there is not one dataset per source, one is empty or a stream, or `batch_size` is
+                below 1.
             UnknownName: `by` is neither of the two.
         """
         if by not in ("loss", "sampling"):
@@ -150,6 +161,12 @@ class Mixture(Hyperparameter):
         if len(datasets) != len(self.sources):
             raise ValueError(
                 f"each of the {len(self.sources)} sources must have one dataset, but got {len(datasets)}."
+            )
+        if streams := [d for d in datasets if isinstance(d, IterableDataset) or not hasattr(d, "__len__")]:
+            kind = type(streams[0]).__name__
+            raise ValueError(
+                f"each dataset must have a length and give examples by index, but {kind} is a stream; draw "
+                "its examples yourself, and pass a Drawn(source, chance) to mixture.loss."
             )
         sizes = [len(dataset) for dataset in datasets]  # type: ignore[arg-type]
         if empty := [name for name, size in zip(self.sources, sizes, strict=True) if not size]:
@@ -159,7 +176,8 @@ class Mixture(Hyperparameter):
                 f"batch_size must be a whole number of at least 1, but batch_size={batch_size!r}."
             )
         batches = _Batches(self, sizes, batch_size, by == "sampling", generator)
-        return DataLoader(_Sources(datasets), batch_sampler=batches, **options)
+        collate = _Collate(options.pop("collate_fn", None) or default_collate)
+        return DataLoader(_Sources(datasets), batch_sampler=batches, collate_fn=collate, **options)
 
 
 class _Sources(Dataset[Any]):
@@ -168,16 +186,30 @@ class _Sources(Dataset[Any]):
     def __init__(self, datasets: Sequence[Dataset[Any]]) -> None:
         self.datasets = list(datasets)
 
-    def __getitem__(self, place: tuple[int, int, float]) -> Any:
+    def __getitem__(self, place: tuple[int, int, float]) -> tuple[Any, int, float]:
         source, index, chance = place
-        example, drawn = self.datasets[source][index], Drawn(torch.tensor(source), torch.tensor(chance))
-        if isinstance(example, Mapping):
-            return {**example, "drawn": drawn}
-        return (*example, drawn) if isinstance(example, tuple | list) else (example, drawn)
+        return self.datasets[source][index], source, chance
+
+
+class _Collate:
+    """Makes a batch of examples as `of` does, and adds where they come from."""
+
+    def __init__(self, of: Callable[[list[Any]], Any]) -> None:
+        self.of = of
+
+    def __call__(self, places: Sequence[tuple[Any, int, float]]) -> Any:
+        examples, source, chance = zip(*places, strict=True)
+        batch, drawn = self.of(list(examples)), Drawn(torch.tensor(source), torch.tensor(chance))
+        if isinstance(batch, Mapping):
+            return {**batch, "drawn": drawn}
+        return (*batch, drawn) if isinstance(batch, tuple | list) else (batch, drawn)
 
 
 class _Batches(Sampler[Any]):
-    """Draws batches of places; each source's examples come in random order, again and again."""
+    """Draws batches of places; each source's examples come in random order, again and again.
+
+    Processes that train together have random numbers of their own, also if all have the same seed.
+    """
 
     def __init__(
         self,
@@ -196,20 +228,28 @@ class _Batches(Sampler[Any]):
         self.generator = generator
 
     def __len__(self) -> int:
-        return max(1, sum(self.sizes) // self.batch_size)
+        return max(1, sum(self.sizes) // (self.batch_size * _process()[1]))
 
     def __iter__(self) -> Iterator[list[tuple[int, int, float]]]:
-        orders = [_endless(size, self.generator) for size in self.sizes]
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        own = torch.Generator().manual_seed(seed + _process()[0])
+        orders = [_endless(size, own) for size in self.sizes]
         even = torch.full((len(self.sizes),), 1 / len(self.sizes), dtype=torch.float64)
         for _ in range(len(self)):
             chances = self.mixture.value.detach().double().cpu() if self.by_weight else even
-            drawn = _systematic(chances, self.batch_size, self.generator)
+            drawn = _systematic(chances, self.batch_size, own)
             yield [
                 (s, next(orders[s]), c) for s, c in zip(drawn.tolist(), chances[drawn].tolist(), strict=True)
             ]
 
 
-def _systematic(chances: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+def _process() -> tuple[int, int]:
+    """Return the number of this process, and how many there are."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+
+
+def _systematic(chances: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Draw n sources in random order, each int(n chance) or one more time."""
     order = torch.randperm(len(chances), generator=generator)  # else neighbours would come together
     places = (
@@ -220,7 +260,7 @@ def _systematic(chances: Tensor, n: int, generator: torch.Generator | None) -> T
     return drawn[torch.randperm(n, generator=generator)]
 
 
-def _endless(size: int, generator: torch.Generator | None) -> Iterator[int]:
+def _endless(size: int, generator: torch.Generator) -> Iterator[int]:
     """Yield 0 to size - 1 in random order, again and again."""
     while True:
         yield from torch.randperm(size, generator=generator).tolist()

@@ -116,7 +116,8 @@ class Run:
             "weights": self.weights(),
             "values": self.space.as_dict(),
             "hypergradients": [
-                [float(g) for g in row] for row in getattr(self.tuner.hyper_optimizer, "given", [])
+                torch.cat([g.flatten() for g in row]).tolist()
+                for row in getattr(self.tuner.hyper_optimizer, "given", [])
             ],
             "log": {k: v for k, v in self.tuner.log().items() if v == v},
             "finished": finished,

@@ -135,7 +135,12 @@ def relative_epsilon(rounding: float) -> float:
     | float16, TF32 | 1e-2 |
     | bfloat16 | 2e-2 |
     """
-    return float(rounding ** (1 / 3) / (10 if rounding > _HALF else 300))
+    return float(rounding ** (1 / 3) / (10 if is_coarse(rounding) else 300))
+
+
+def is_coarse(rounding: float) -> bool:
+    """Return whether a rounding unit is that of half precision or TF32."""
+    return rounding > _HALF
 
 
 def rounding_of(loss: Callable[[], object], params: Tensors) -> float:

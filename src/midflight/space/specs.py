@@ -4,7 +4,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -39,6 +39,11 @@ class Float:
     Raises:
         SpaceError: one of the conditions above does not hold.
     """
+
+    are_weights: ClassVar[bool] = False
+    """Whether these are weights of losses. Their hypergradients have one unit; a bound may well be best."""
+    is_shares: ClassVar[bool] = False
+    """Whether the value is shares of a whole, which regularise nothing and may well be at their least."""
 
     low: float
     high: float
@@ -111,6 +116,9 @@ class Shares(Float):
         SpaceError: one of these does not hold.
     """
 
+    are_weights: ClassVar[bool] = True
+    is_shares: ClassVar[bool] = True
+
     ratio: float = field(default=1000.0, kw_only=True)
     floor: float = field(default=0.0, kw_only=True)
 
@@ -142,7 +150,9 @@ class Shares(Float):
 
 @dataclass(frozen=True)
 class PerExample(Float):
-    """One value per training example, of which a batch has few; `midflight.ExampleWeights` makes it."""
+    """One weight per training example, of which a batch has few; `midflight.ExampleWeights` makes it."""
+
+    are_weights: ClassVar[bool] = True
 
 
 def _require_bounds(low: float, high: float, log: bool) -> None:

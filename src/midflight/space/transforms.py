@@ -143,6 +143,13 @@ class Simplex(Transform):
         middle = (logs.amax(-1, keepdim=True) + logs.amin(-1, keepdim=True)) / 2
         return 0.5 + (logs - middle) / self.width
 
+    def by_share(self, raw: Tensor, slope: Tensor) -> Tensor:
+        """Return the derivative by each share minus its mean over the shares, from the one by `raw`.
+
+        dC/draw_i = log(ratio) (1 - floor) s_i (dC/dw_i - sum_j s_j dC/dw_j),   s = softmax(log(ratio) raw)
+        """
+        return slope / (self.width * (1 - self.floor) * (self.width * raw).softmax(-1))
+
 
 def _logit(p: float) -> float:
     return math.log(p / (1 - p))

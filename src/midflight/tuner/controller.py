@@ -16,7 +16,6 @@ from torch import Tensor
 from midflight._tensors import Tensors, all_finite
 from midflight.errors import UnknownGradient, warn
 from midflight.space import Space
-from midflight.space.specs import PerExample, Shares
 from midflight.tuner.diagnostics import PATIENCE, Bounds, Reach, Signal
 from midflight.tuner.failures import Failures
 from midflight.tuner.gradient import StandingWeights
@@ -86,11 +85,11 @@ class Controller:
         hyperstep.compares = guard is not None
         self.steps, self.hypersteps, self.undecided = 0, 0, 0
         self.move = Move(space.raws, hyper_optimizer, self.progress, self._stride)
-        if isinstance(self.move.optimizer, SignSteps):
-            examples = [name for name in space if isinstance(space[name].spec, PerExample)]
-            self.move.optimizer.move_by_size([space.raws[name] for name in examples])
         if isinstance(self.move.optimizer, SignSteps) and horizon.needs_losses:
             self.move.optimizer.move_by_agreement([space.raws[name] for name in options])
+        if isinstance(self.move.optimizer, SignSteps):
+            weights = [space.raws[name] for name in space if space[name].spec.are_weights]
+            self.move.optimizer.move_by_size(weights)
         self.trajectory = Trajectory()
         self.bounds, self.reach, self.signal = Bounds(), Reach(space), Signal()
         self.best_step = 0
@@ -382,11 +381,12 @@ class Controller:
             found, self._pace = self.guard.paced(found, self.steps, self._hyperstep.schedule_factor())
         limited = self._limited()
         before = {name: self._space.raws[name].detach().clone() for name in limited}
+        self.trajectory.record_effects(self._space, found)
         self.move(found, self.failures.shrink * self.schedule.step_scale)
         if self.guard is not None:
             self.guard.limit()
         self._limit(before)
-        if result.train_loss is not None:
+        if self.horizon.needs_losses:
             best = self.horizon.observe(
                 result.train_loss, result.valid_loss, self.progress(), self._hyperstep.buffers()
             )
@@ -394,6 +394,7 @@ class Controller:
                 self.best_step = self.steps
                 if self.guard is not None:
                     self.guard.note_best()
+        if result.train_loss is not None:
             self.log["train_loss"] = result.train_loss
         self.hypersteps += 1
         self.bounds.observe(self._space)
@@ -416,7 +417,7 @@ class Controller:
         if not self.horizon.needs_losses:
             return set()
         decays = self._hyperstep.decays if self._hyperstep.shrinkage else []
-        others = [name for name in self._space if not isinstance(self._space[name].spec, Shares)]
+        others = [name for name in self._space if not self._space[name].spec.are_weights]
         return {*decays, *([] if self.learned else set(others) - self.options.keys())}
 
     @torch.no_grad()

@@ -10,7 +10,6 @@ import numpy as np
 from midflight._tensors import Tensors
 from midflight.errors import UnreachedHyperparameter
 from midflight.space import Space
-from midflight.space.specs import PerExample, Shares
 from midflight.tuner.saved import Saved
 
 PINNED = 0.25
@@ -110,9 +109,7 @@ class Bounds(Saved):
         found = []
         for name, raw in space.raws.items():
             long = self._moves - self._inside.get(name, 0)
-            if isinstance(space[name].spec, Shares | PerExample):  # some at their least weight are the aim
-                continue
-            if long > max(10, PINNED * self._moves):
+            if long > max(10, PINNED * self._moves) and not space[name].spec.are_weights:
                 spec = space[name].spec
                 sides = ("lower", raw <= 0, spec.low), ("upper", raw >= 1, spec.high)
                 where = " and ".join(

@@ -121,7 +121,11 @@ class Horizon(Saved):
         return {}
 
     def observe(
-        self, train_loss: float, valid_loss: float, progress: float | None, buffers: Mapping[str, Tensor]
+        self,
+        train_loss: float | None,
+        valid_loss: float,
+        progress: float | None,
+        buffers: Mapping[str, Tensor],
     ) -> bool:
         """Take in C1 and C2 at the average; return whether it is the best so far."""
         return False
@@ -230,7 +234,7 @@ class Averaged(Horizon):
     @torch.no_grad()
     def observe(
         self,
-        train_loss: float,
+        train_loss: float | None,
         valid_loss: float,
         progress: float | None,
         buffers: Mapping[str, Tensor] | None = None,
@@ -238,7 +242,7 @@ class Averaged(Horizon):
         """Set the extrapolation from C1 and C2 at the average, one batch each; keep the best average.
 
         Args:
-            train_loss: C1.
+            train_loss: C1; None if its ratio to C2 says nothing, because weights of losses change C1.
             valid_loss: C2.
             progress: share of the run that is over, in [0, 1]; None if its length is not known.
             buffers: of the model, stored with the best average.
@@ -247,7 +251,7 @@ class Averaged(Horizon):
             whether the average now is the best so far.
         """
         self._count += 1
-        self._losses.append((self._count, train_loss, valid_loss))
+        self._losses.append((self._count, valid_loss if train_loss is None else train_loss, valid_loss))
         while len(self._losses) > 1 and self._losses[0][0] <= (1 - RECENT) * self._count:
             del self._losses[0]
         c1, c2 = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))

@@ -27,9 +27,12 @@ class SignSteps(torch.optim.Optimizer):
     """Steps by the sign of the hypergradient, further if recent signs agree.
 
     raw -= lr ((1 - a) s + a m |m|),   s = sign(hypergradient), m = mean of the recent signs
+    raw -= WEIGHTS lr h / rms(h),      h = hypergradient of weights; the mean is over entries that are not 0
 
     If recent signs agree, a step has the full length lr. If they do not, its part a vanishes. The other part,
-    1 - a, is always taken. It lets a value leave a bound, or a region of weak hypergradients.
+    1 - a, is always taken. It lets a value leave a bound, or a region of weak hypergradients. Hypergradients
+    of weights of losses have one unit, so their sizes can be compared. The weight of a source or example that
+    was not drawn stays where it is.
 
     Args:
         params: raw coordinates of a `Space`.
@@ -46,12 +49,11 @@ class SignSteps(torch.optim.Optimizer):
     STEADY, EARLY, FASTER, FASTEST = 0.9, 5, 1.2, 3.0
     """An option that moves fully by agreement goes FASTER with each step while |m| > STEADY, up to FASTEST
     times as fast, but not in the first EARLY steps."""
+    WEIGHTS = 1.25
+    """The length of a step of weights, over that of others."""
     ALONE, AVERAGED = 0.5, 0.75
     """The defaults of a, without and with averaged weights. Without them a is lower, because only the part
     1 - a lets a value leave a region where signs disagree."""
-
-    MOST = 3.0
-    """A weight of an example moves by up to MOST times the mean of its batch."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.08, agreement: float | None = None) -> None:
         if isinstance(lr, bool) or not 0 < lr < math.inf:
@@ -79,11 +81,8 @@ class SignSteps(torch.optim.Optimizer):
         self._by_agreement = [] if self._given is not None else list(params)
 
     def move_by_size(self, params: Iterable[Tensor]) -> None:
-        """Move entries of these by h / mean |h|, over those with a hypergradient h; the others stay.
-
-        It is for weights of examples: a batch has few of them, and the sizes of their h compare.
-        """
-        self._by_size = list(params)
+        """Move these weights of losses by the sizes of their hypergradients, unless `agreement` was given."""
+        self._by_size = [] if self._given is not None else list(params)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -95,9 +94,7 @@ class SignSteps(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if any(p is other for other in self._by_size):
-                    seen = p.grad.nonzero(as_tuple=True)
-                    h = p.grad[seen]
-                    p[seen] -= lr * (h / h.abs().mean()).clamp(-self.MOST, self.MOST)
+                    p.sub_(self.WEIGHTS * lr * _by_root_mean_square(p.grad))
                     continue
                 state, sign = self.state[p], p.grad.sign()
                 if not state:
@@ -117,6 +114,12 @@ class SignSteps(torch.optim.Optimizer):
         pace = torch.where(steady, (self.FASTER * before).clamp(max=self.FASTEST), 1.0)
         state["pace"] = pace
         return pace
+
+
+def _by_root_mean_square(h: Tensor) -> Tensor:
+    """Return h over its root mean square, the mean over entries larger than rounding."""
+    counted = h[h.abs() > 1e-4 * h.abs().max()]
+    return h / counted.square().mean().sqrt() if len(counted) else torch.zeros_like(h)
 
 
 class Move(Saved):

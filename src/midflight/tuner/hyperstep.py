@@ -69,7 +69,7 @@ class HyperStepResult:
         hypergradients: name -> tensor shaped like the raw coordinate, of the hyperparameters that were
             reached.
         valid_loss: C2 where v was taken; NaN counts as a failed hyper-step.
-        train_loss: C1 at the averaged weights; None if nobody asked.
+        train_loss: C1 at the averaged weights; None if nobody asked, or if all of the space are weights.
         loss_now, loss_at_best: C2 at the weights and at the best average so far, on the batch of
             `valid_loss`; None unless `compares` is set and an option such as lr is tuned.
     """
@@ -327,7 +327,8 @@ class HyperStep(Saved):
         if not self.horizon.needs_losses:
             valid_loss, found = self._at_horizon(step, params, batch)
             return HyperStepResult(found, valid_loss)
-        train_loss = self._loss_at_average(batch)
+        only_weights = all(self._space[name].spec.are_weights for name in self._space)
+        train_loss = None if only_weights else self._loss_at_average(batch)
         options = self._binding.step_options
         others = [name for name in self._space if name not in options]
         valid_loss, found = math.nan, dict[str, Tensor]()
@@ -463,12 +464,13 @@ class HyperStep(Saved):
             trained = {name: p for name, p in live.items() if p.requires_grad}
             few = self.mixed.try_subsample(batch)
             theirs, along = self.mixed(few, trained)
-            theirs = self.processes.mean_gradient(theirs, trained)
+            if theirs:
+                theirs = self.processes.mean_gradient(theirs, trained)
 
             def mixed_partial(w: Tensors) -> Tensors:  # the gradient of a frozen weight stays as it is
                 return along({name: w[name] for name in w if name in trained})
 
-            if self.received.carried:  # the step's gradient is not of its own examples only
+            if self.received.carried or not theirs:  # the step's gradient is not of its own examples only
                 return Dependence(mixed_partial)
             others = clipped.received(theirs) if clipped else theirs
             return Dependence(mixed_partial, others, self._share(few, batch))

@@ -4,10 +4,11 @@
 
 There are three methods. The first one that works for the user's code is chosen at the first hyper-step:
 
+    difference          of first derivatives at theta + e w and theta - e w, if all of the space are shares,
+                        as of `midflight.Mixture`, and nothing is computed in half precision
     forward mode        if the loss is linear in all that it reads of the space
     double backward     with plain attention kernels, because fused ones are differentiable only once
-    difference          of first derivatives at theta + e w and theta - e w, for any code; also if a double
-                        backward runs out of memory
+    difference          for any other code; also if a double backward runs out of memory
 
 Values that the loss takes out of the graph are differenced in the hyperparameter; see `stop_gradient`.
 """
@@ -29,13 +30,14 @@ from midflight._tensors import Tensors, detach, leaves
 from midflight.errors import InvalidLoss, NotTwiceDifferentiable
 from midflight.hypergrad.graph import graph_leaves, has_own_backward, require_twice_differentiable
 from midflight.hypergrad.mixed import (
+    is_coarse,
     is_linear,
     knows_forward_mode,
     mixed_partial_of,
     relative_epsilon,
     rounding_of,
 )
-from midflight.hypergrad.problem import double_backward
+from midflight.hypergrad.problem import double_backward, reached
 from midflight.nn.magnitude import held_constants
 from midflight.space import Space
 from midflight.tuner.data import first_examples
@@ -100,6 +102,8 @@ class MixedPartial:
         self._checked = False
         self._rounding = 0.0
         self._stopped: ByDifference | None = None
+        self._only_shares = all(space[name].spec.is_shares for name in space)
+        self._only_weights = all(space[name].spec.are_weights for name in space)
         self.method = method
         self.whole_batches = examples is None or _is_time_first(live.model)
 
@@ -136,7 +140,8 @@ class MixedPartial:
             params: the live weights that require a gradient, name -> leaf.
 
         Returns:
-            First g, name -> tensor, for the weights that affect the loss. Second the function
+            First g, name -> tensor, for the weights that affect the loss; {} where it is not computed, which
+            is so for weights of losses after the first hyper-step. Second the function
             w -> d/draw <w, g>, which returns name -> tensor shaped like the raw coordinate, for the
             hyperparameters that g depends on.
         """
@@ -184,10 +189,11 @@ class MixedPartial:
             if found is not None:
                 return found
             self.method = DIFFERENCE
-        states = self._randomness.snapshot()
-        _, grads = self._live.gradients(
-            lambda: self._live.train_loss(self._loss_fn, batch), dict(params), hooks=True
-        )
+        states, grads = self._randomness.snapshot(), dict[str, Tensor]()
+        if not (self._only_weights and self._stopped is not None):  # w needs it at the first steps only
+            _, grads = self._live.gradients(
+                lambda: self._live.train_loss(self._loss_fn, batch), dict(params), hooks=True
+            )
         along = self._forward_mode if self.method == FORWARD_MODE else self._difference
 
         def mixed_partial(w: Tensors) -> Tensors:
@@ -254,7 +260,9 @@ class MixedPartial:
         at = {name: part(params[name]).detach() for name in w if name in params}
         sized = self._processes.parts.norm
         length = sized({name: w[name] for name in at})
-        states, raws = self._randomness.snapshot(), self._space.raws
+        states = self._randomness.snapshot()
+        values = {name: self._space[name].value for name in self._space}
+        inputs = leaves(values)
 
         def loss() -> Tensor:
             self._randomness.rewind(states)
@@ -268,10 +276,11 @@ class MixedPartial:
         sides = []
         for sign in (1.0, -1.0):
             moved = {name: p + (sign * e).to(p) * w[name].to(p) for name, p in at.items()}
-            with weights_at(params, moved):
-                sides.append(self._live.gradients(loss, raws)[1])
+            with weights_at(params, moved), self._space.seeing(inputs):
+                sides.append(self._live.gradients(loss, inputs)[1])
         up, down = sides
-        return {name: (up[name] - down[name]) / (2 * e).to(up[name]) for name in up if name in down}
+        found = {name: (up[name] - down[name]) / (2 * e).to(up[name]) for name in up if name in down}
+        return self._at_raws(values, found)
 
     def _rounding_of(self, batch: Any, params: Mapping[str, Tensor]) -> float:
         """Return the relative rounding of the training loss; measure it once."""
@@ -285,14 +294,21 @@ class MixedPartial:
         at = {name: params[name].detach() for name in w if name in params}
         with plain_attention():  # fused kernels have no forward mode
             found = mixed_partial_of(FORWARD_MODE, self.train_loss(batch), at, detach(values), w)
-        outputs = [values[name] for name in found]
-        grads = torch.autograd.grad(
-            outputs, list(self._space.raws.values()), list(found.values()), allow_unused=True
-        )
-        return {name: g for name, g in zip(self._space.raws, grads, strict=True) if g is not None}
+        return self._at_raws(values, found)
+
+    def _at_raws(self, values: Tensors, found: Tensors) -> Tensors:
+        """Return derivatives with respect to values as those with respect to the raw coordinates."""
+        names = list(found)
+        return reached([values[n] for n in names], self._space.raws, [found[n] for n in names])
 
     def _choose(self, batch: Any, params: Mapping[str, Tensor]) -> str:
-        """Return forward mode if it is exact for this loss; otherwise double backward, to be tried next."""
+        """Return forward mode if it is exact for this loss; otherwise double backward, to be tried next.
+
+        For shares, return difference, which takes two forward passes. It is too coarse for weights of
+        examples: under Adam, w can be large at a few weights of the model, as of pixels that are mostly 0.
+        """
+        if self._only_shares and not is_coarse(self._rounding_of(batch, params)):
+            return DIFFERENCE
         values = leaves({name: self._space[name].value for name in self._space})
         names = {name for name, _ in self._live.model.named_parameters()}
         at = {name: p.detach() for name, p in params.items() if name in names}

@@ -15,6 +15,8 @@ from midflight.tuner.saved import Saved
 
 PER = 20
 """Optimiser steps per hyper-step, over the whole run."""
+PER_OF_SHARES = 30
+"""The same if nothing but mixtures is tuned; with 30, tuning costs less than 10 % in a run of 250 steps."""
 
 
 class Schedule(Saved, ABC):
@@ -63,9 +65,10 @@ class Every(Schedule):
 class FrontLoaded(Schedule):
     """Takes most hyper-steps early: the n-th of N comes after the share (n / N)^2 of the run.
 
-    By default N is T / PER for a run of T optimiser steps. Beyond ENOUGH hyper-steps it grows as the square
-    root of T, because a long run needs more of them for precision only. If the length of the run is not
-    known, the n-th hyper-step comes as soon as N of the steps so far is n.
+    By default N is T / PER for a run of T optimiser steps, or T / PER_OF_SHARES for mixtures alone. Beyond
+    ENOUGH hyper-steps it grows as the square root of T, because a long run needs more of them for precision
+    only. If the length of the run is not known, the n-th hyper-step comes as soon as N of the steps so far is
+    n.
 
     Args:
         per: optimiser steps per hyper-step, over a whole run of any length. None follows the rule above.
@@ -78,6 +81,8 @@ class FrontLoaded(Schedule):
 
     def __init__(self, per: int | None = None) -> None:
         self.per = None if per is None else whole("per", per)
+        self.usual = PER
+        """Optimiser steps per hyper-step up to ENOUGH hyper-steps, unless `per` is given."""
         self._total: int | None = None
         self._taken = 0
 
@@ -86,7 +91,7 @@ class FrontLoaded(Schedule):
 
     def planned(self, steps: int) -> int:
         """Return N for a run of this many optimiser steps."""
-        at_full_rate = steps / (self.per or PER)
+        at_full_rate = steps / (self.per or self.usual)
         if self.per is None and at_full_rate > self.ENOUGH:
             return int(math.sqrt(self.ENOUGH * at_full_rate))
         return int(at_full_rate)
@@ -225,15 +230,20 @@ def whole(name: str, value: Any) -> int:
     return value
 
 
-def schedule_for(schedule: Schedule | int | None) -> Schedule:
+def schedule_for(schedule: Schedule | int | None, only_shares: bool = False) -> Schedule:
     """Return the schedule for the argument `schedule` of `Tuner`.
+
+    Args:
+        only_shares: whether nothing but mixtures is tuned.
 
     Raises:
         TypeError: `schedule` is neither a schedule nor a number.
         ValueError: it is a number that is not whole, or below 1.
     """
     if schedule is None:
-        return FrontLoaded()
+        usual = FrontLoaded()
+        usual.usual = PER_OF_SHARES if only_shares else PER
+        return usual
     if isinstance(schedule, int | float):
         return Every(whole("schedule", schedule))
     if not hasattr(schedule, "next_is_hyper"):

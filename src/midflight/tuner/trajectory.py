@@ -1,16 +1,19 @@
 """Record the hyperparameters over a run, and replay them in another run."""
 
 import copy
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from midflight._tensors import Tensors
 from midflight.errors import require_extra
 from midflight.space import Space
-from midflight.space.specs import Shares
+from midflight.space.hyperparameter import Hyperparameter
+from midflight.space.transforms import Simplex
 from midflight.tuner.binding import Bind, Binding
 from midflight.tuner.hooks import StepHooks
 from midflight.tuner.optimizers import Optimizers, unwrapped
@@ -24,6 +27,8 @@ MOST_POINTS = 1000
 """The most points of a trajectory; if there are more, every other one is dropped."""
 MOST_NAMED = 20
 """A figure names the sources of a mixture if there are at most so many."""
+MOST_EFFECTS = 20
+"""How many of the last hyper-steps `effects` averages."""
 MOST_ENTRIES = 1_000_000
 """The most entries, which are points times entries of all hyperparameters."""
 
@@ -31,7 +36,7 @@ MOST_ENTRIES = 1_000_000
 class Trajectory(Saved):
     """The raw coordinates of a space over the training steps of a run."""
 
-    SAVED = ("_steps", "_raws", "_stride", "_seen")
+    SAVED = ("_steps", "_raws", "_stride", "_seen", "_effects")
 
     def __init__(self) -> None:
         self._steps: list[int] = []
@@ -40,6 +45,8 @@ class Trajectory(Saved):
         """Every how many calls of `record` one is kept."""
         self._seen = 0
         """How often `record` was called."""
+        self._effects: dict[str, list[Tensor]] = {}
+        """Name of a mixture -> dC2/dw minus its weighted mean, at each of the last hyper-steps."""
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -56,6 +63,68 @@ class Trajectory(Saved):
         if len(self) > max(2, min(MOST_POINTS, MOST_ENTRIES // entries)):
             self._steps, self._raws = self._steps[::2], self._raws[::2]
             self._stride *= 2
+
+    @torch.no_grad()
+    def record_effects(self, space: Space, hypergradients: Tensors) -> None:
+        """Record what the sources of mixtures do for T2, from the hypergradients at the present weights."""
+        for name, slope in hypergradients.items():
+            transform = space[name].transform
+            if isinstance(transform, Simplex):
+                kept = self._effects.setdefault(name, [])
+                kept.append(transform.by_share(space[name].raw, slope).to("cpu", copy=True))
+                del kept[:-MOST_EFFECTS]
+
+    def effects(self, mixture: Hyperparameter, last: int = MOST_EFFECTS) -> dict[str, tuple[float, float]]:
+        """Return what each source does for T2: dC2/dw_i minus the mean over the sources by their weights.
+
+        A negative number means that more of this source lowers the validation loss after a step. C2 and w are
+        those of the last hyper-steps. Horizon "run" averages v over hyper-steps, so their errors are not
+        independent, and the standard error is too small.
+
+        Args:
+            mixture: a `Mixture` that was tuned.
+            last: how many hyper-steps count, at most MOST_EFFECTS.
+
+        Returns:
+            source -> (mean over the hyper-steps, its standard error), from the lowest mean.
+
+        Raises:
+            ValueError: `mixture` has had fewer than two hyper-steps, or `last` is below 2.
+        """
+        found = self._effects.get(mixture.name, [])[-last:] if last > 1 else []
+        if len(found) < 2:
+            raise ValueError(
+                f"{mixture.name} must be a mixture with at least 2 hyper-steps, and last at least 2, but "
+                f"there are {len(found)}, and last={last}."
+            )
+        slopes = torch.stack(found)
+        means, errors = slopes.mean(0).tolist(), (slopes.std(0) / math.sqrt(len(found))).tolist()
+        sources = [part.partition("/")[2] for part in mixture.parts()]
+        pairs = zip(sources, zip(means, errors, strict=True), strict=True)
+        return dict(sorted(pairs, key=lambda pair: pair[1][0]))
+
+    def plot_effects(self, mixture: Hyperparameter, last: int = MOST_EFFECTS) -> "Figure":
+        """Draw `effects` as bars with standard errors; the sources that help T2 most are on top.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+            ValueError: as for `effects`.
+        """
+        require_extra("matplotlib", "study")
+        from matplotlib.figure import Figure
+
+        found = list(self.effects(mixture, last).items())
+        if len(found) > MOST_NAMED:
+            found = found[: MOST_NAMED // 2] + found[-(MOST_NAMED // 2) :]
+        names = [name for name, _ in found]
+        means, errors = zip(*(pair for _, pair in found), strict=True)
+        fig = Figure(figsize=(5, 0.8 + 0.25 * len(names)), layout="constrained")
+        ax = fig.subplots()
+        ax.barh(names, means, xerr=errors)
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.invert_yaxis()
+        ax.set_xlabel("change of the validation loss per unit of weight, from the mean")
+        return fig
 
     def at(self, share: float) -> Tensors:
         """Return the raw coordinates after a share of the recorded steps, interpolated linearly.
@@ -115,7 +184,7 @@ class Trajectory(Saved):
         axes = fig.subplots(len(space), sharex=True, squeeze=False)[:, 0]
         for ax, name in zip(axes, space, strict=True):
             spec = space[name].spec
-            if isinstance(spec, Shares):
+            if spec.is_shares:
                 shares = torch.stack([space[name].transform.value(raws[name]) for raws in self._raws])
                 labels = [part.partition("/")[2] for part in space[name].parts()]
                 ax.stackplot(columns["step"], shares.T.numpy(), step="post", labels=labels)

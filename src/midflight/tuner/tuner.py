@@ -64,9 +64,9 @@ class Tuner:
             gives. A param_group whose option is 0, while another's is not, is not tuned.
         total_steps: optimiser steps of the whole run, over which hyper-steps anneal to zero. None: they
             shrink slowly and never end.
-        schedule: when hyper-steps come: `FrontLoaded()` (the default: one per 20 optimiser steps, most of
-            them early; fewer in a run of over 3,000 steps), `Every(n)` or `TimeBudget(share)`. A whole
-            number n is `Every(n)`.
+        schedule: when hyper-steps come: `FrontLoaded()` (the default: one per 20 optimiser steps, or per 30
+            if only mixtures are tuned, most of them early; fewer in a run of over 3,000 steps), `Every(n)` or
+            `TimeBudget(share)`. A whole number n is `Every(n)`.
         estimator: of the hypergradient, a name from `midflight.hypergrad.ESTIMATORS` or an `Estimator`.
         horizon: where the validation gradient is taken: "run" at averaged weights (`Averaged`), an
             approximation for the whole run; "step" at the weights right after the step (`NextStep`).
@@ -122,7 +122,8 @@ class Tuner:
     ) -> None:
         _require_arguments(model, space, loss_fn, valid_loss_fn, train_loader, valid_loader)
         self._total = None if total_steps is None else whole("total_steps", total_steps)
-        self.space, self.horizon, self.schedule = space, horizon_for(horizon), schedule_for(schedule)
+        self.space, self.horizon = space, horizon_for(horizon)
+        self.schedule = schedule_for(schedule, all(space[name].spec.is_shares for name in space))
         optimizers = unwrapped(optimizer)
         self._kinds = [type(o).__name__ for o in optimizers]
         self._binding = Binding(optimizers, space, bind)
