@@ -70,8 +70,8 @@ TRAININGS = 16
 VALID_BYTES, TEST_BYTES = 16_384, 65_536
 OF_EACH = 4
 """Windows of each source in an update of FastMix, DGA and DoReMi."""
-STEP_OF = {"FastMix": 0.1, "DGA": 3.0}
-STEPS_TRIED = {"FastMix": (0.03, 0.1, 0.3, 1.0), "DGA": (0.3, 1.0, 3.0, 10.0, 30.0)}
+STEP_OF = {"FastMix": 0.1, "DGA": 10.0}
+STEPS_TRIED = {"FastMix": (0.03, 0.1, 0.3, 1.0), "DGA": (1.0, 10.0, 100.0)}
 IS_LARGE = "--large" in sys.argv
 SIZE, DEVICE = (LARGE, "cuda") if IS_LARGE else (SMALL, "cpu")
 
@@ -82,14 +82,15 @@ class Problem:
     def __init__(self, regime: str) -> None:
         self.regime = regime
         all_ = [text(name)["train"] for name in SOURCES]
-        self.sources = [Windows(data[: int(REGIMES[regime] * len(data))], SIZE.context) for data in all_]
+        share = REGIMES[regime]
+        self.sources = [Windows([data], SIZE.context, int(share * len(data))) for data in all_]
         self.valid = {target: _joined(target, "valid", VALID_BYTES) for target in (*TARGETS, *FOR_TUNING)}
         self.test = {target: _joined(target, "test", TEST_BYTES) for target in TARGETS}
 
 
 def _joined(target: str, part: str, length: int) -> Windows:
-    texts = (TARGETS | FOR_TUNING)[target]
-    return Windows(torch.cat([text(name)[part][: length // len(texts)] for name in texts]), SIZE.context)
+    texts = [text(name)[part] for name in (TARGETS | FOR_TUNING)[target]]
+    return Windows(texts, SIZE.context, min(length // len(texts), *(len(data) for data in texts)))
 
 
 def loss_of(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
@@ -109,7 +110,7 @@ class Run:
             self.optimizer,
             lambda n: min((n + 1) / warm_up, 0.5 + 0.5 * np.cos(np.pi * min(1.0, n / steps))),
         )
-        self.mixture = mf.Mixture(SOURCES, ratio=1e6)
+        self.mixture = mf.Mixture(SOURCES, ratio=1e6, floor=0.0)
         self.history: list[list[float]] = []
         if IS_LARGE:
             self.model.compile()

@@ -119,12 +119,12 @@ def measure(sources: int, by: str, steps: int, seed: int) -> Row:
 
 def table(found: list[Row]) -> str:
     lines = [
-        "| sources | by | steps | hyper-steps | ratio | sum | first | later | plain step, ms | loader |",
-        "|---" * 10 + "|",
+        "| sources | by | steps | seed | hyper-steps | ratio | sum | first | later | step, ms | loader |",
+        "|---" * 11 + "|",
     ]
     for r in sorted((r for r in found if "ratio" in r), key=lambda r: (r["sources"], r["by"], r["steps"])):
         cells = (
-            r[key] for key in (*KEYS[:3], "hypersteps", "ratio", "sum", "first", "later", "step_ms", "loader")
+            r[key] for key in (*KEYS, "hypersteps", "ratio", "sum", "first", "later", "step_ms", "loader")
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ tenth "test". The texts are kept in the user's cache.
 import gzip
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -90,16 +91,28 @@ def _files(name: str) -> list[tuple[str, bytes]]:
 
 
 class Windows(Dataset[tuple[Tensor]]):
-    """Pieces of a text, each with `context` bytes and the next one."""
+    """Pieces of texts, each with `context` bytes and the next one.
 
-    def __init__(self, data: Tensor, context: int) -> None:
-        self.data, self.context = data, context
+    Args:
+        texts: bytes, each of shape (n,).
+        context: bytes of a piece.
+        length: bytes that are kept of each text, in pieces spread evenly over it; None keeps all.
+    """
+
+    def __init__(self, texts: Sequence[Tensor], context: int, length: int | None = None) -> None:
+        found = [_spread(text.unfold(0, context + 1, context), context, length) for text in texts]
+        self.pieces = found[0] if len(found) == 1 else torch.cat(found)
 
     def __len__(self) -> int:
-        return (len(self.data) - 1) // self.context
+        return len(self.pieces)
 
     def __getitem__(self, index: int) -> tuple[Tensor]:
-        return (self.data[index * self.context : (index + 1) * self.context + 1],)
+        return (self.pieces[index],)
+
+
+def _spread(pieces: Tensor, context: int, length: int | None) -> Tensor:
+    count = len(pieces) if length is None else length // context
+    return pieces if count == len(pieces) else pieces[torch.linspace(0, len(pieces) - 1, count).long()]
 
 
 class Block(nn.Module):

@@ -129,7 +129,7 @@ def test_entries_move_by_their_size_over_the_root_mean_square_and_the_others_sta
     raw.grad, other.grad = first, first
     by_size.step()
     plain.step()
-    assert raw.tolist() == pytest.approx([0.5, 0.48, 0.64, 0.5])  # root mean square 5e-9
+    assert raw.tolist() == pytest.approx([0.5, 0.4872, 0.5896, 0.5])  # root mean square 5e-9
     before, before_twin = raw.clone(), other.clone()
     raw.grad, other.grad = second, second
     by_size.step()

@@ -1,6 +1,7 @@
 """Weights of data sources: hypergradients, loaders, and what cannot be a mixture."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -123,7 +124,7 @@ def test_the_loss_of_a_batch_has_the_mean_and_slope_of_the_mixed_loss(by):
 
 
 def test_a_loader_draws_by_the_weights_of_now():
-    mixture = mf.Mixture(["a", "b"], ratio=1e4)
+    mixture = mf.Mixture(["a", "b"], ratio=1e4, floor=0.0)
     mf.Space(mixture=mixture)
     torch.manual_seed(0)
     batches = iter(mixture.loader(sources(sizes=(500, 500)), 200))
@@ -174,7 +175,7 @@ def test_a_batch_of_dicts_has_the_sources_under_drawn_also_from_workers():
 
 
 def test_workers_that_read_ahead_give_the_chance_with_which_an_example_was_drawn():
-    mixture = mf.Mixture(["a", "b"], ratio=1e4)
+    mixture = mf.Mixture(["a", "b"], ratio=1e4, floor=0.0)
     batches = iter(mixture.loader(sources(sizes=(500, 500)), 100, num_workers=1, prefetch_factor=2))
     next(batches)
     mixture.set([1, 999])
@@ -273,9 +274,9 @@ def run_with_noise(**options):
 
 def test_a_run_moves_to_the_source_that_the_validation_data_are_of():
     mixture, tuner = run_with_noise()
-    assert mixture.shares()["like T2"] > 0.9
+    assert mixture.shares()["like T2"] > 0.85  # the floor leaves 0.9
     assert tuner.log()["value/mixture/like T2"] == pytest.approx(mixture.shares()["like T2"])
-    assert "mixture = like T2 0.9" in repr(tuner)
+    assert "mixture = like T2 0.88" in repr(tuner)
     assert tuner.trajectory.plot(tuner.space)
 
 
@@ -353,3 +354,36 @@ def test_what_cannot_be_a_mixture_is_refused(make, said):
 def test_a_mixture_refuses_other_data_than_its_sources(call, said):
     with pytest.raises(ValueError, match=said):
         call(mf.Mixture(2))
+
+
+def loss_of_words(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean(1)
+
+
+def test_tokens_not_seen_yet_do_not_swamp_the_hypergradient():
+    """At an entry without gradients so far, Adam's derivative is lr / eps; at the first gradient it is 0."""
+    found = [hypergradient_with_new_tokens(eps) for eps in (1e-8, 1e-12)]
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-6)
+
+
+def hypergradient_with_new_tokens(eps):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.EmbeddingBag(20, 4), nn.Linear(4, 1))
+    words = [torch.randint(10, (60, 3)), torch.randint(20, (60, 3))]
+    datasets = [TensorDataset(x, x.sum(1, keepdim=True).float()) for x in words]
+    mixture = mf.Mixture(["known", "new"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=eps)
+    tuner = mf.Tuner(
+        model, optimizer, mf.Space(mixture=mixture),
+        lambda model, batch: mixture.loss(loss_of_words(model, batch), batch[2]),
+        mixture.loader(datasets, 8, generator=torch.Generator().manual_seed(1)), DataLoader(datasets[1], 60),
+        valid_loss_fn=lambda model, batch: loss_of_words(model, batch).mean(),
+        schedule=1, horizon="step", hyper_optimizer=Keeper, max_grad_norm=math.inf,
+    )  # fmt: skip
+    for _ in range(4):  # the loop's own batches have known words only
+        optimizer.zero_grad()
+        (model(words[0][:8]) - 1).square().mean().backward()
+        optimizer.step()
+    tuner.detach()
+    return tuner.hyper_optimizer.last

@@ -87,7 +87,7 @@ class Mixture(Hyperparameter):
         init: Value | None = None,
         *,
         ratio: float = 1000.0,
-        floor: float = 0.0,
+        floor: float = 0.2,
     ) -> None:
         self.sources = _names(sources)
         spec = Shares(0.0, 1.0, init=init, shape=(len(self.sources),), ratio=ratio, floor=floor)

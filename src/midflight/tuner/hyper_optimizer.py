@@ -49,7 +49,7 @@ class SignSteps(torch.optim.Optimizer):
     STEADY, EARLY, FASTER, FASTEST = 0.9, 5, 1.2, 3.0
     """An option that moves fully by agreement goes FASTER with each step while |m| > STEADY, up to FASTEST
     times as fast, but not in the first EARLY steps."""
-    WEIGHTS = 1.25
+    WEIGHTS = 0.8
     """The length of a step of weights, over that of others."""
     ALONE, AVERAGED = 0.5, 0.75
     """The defaults of a, without and with averaged weights. Without them a is lower, because only the part

@@ -61,6 +61,10 @@ SAME_STEP, ROUNDING = 1e-3, 8.0
 place of a weight."""
 
 
+SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
+"""Keys of an optimiser's state under which it keeps a mean or sum of squared gradients, entry by entry."""
+
+
 @dataclass(frozen=True)
 class HyperStepResult:
     """Hold what a hyper-step found.
@@ -468,7 +472,8 @@ class HyperStep(Saved):
                 theirs = self.processes.mean_gradient(theirs, trained)
 
             def mixed_partial(w: Tensors) -> Tensors:  # the gradient of a frozen weight stays as it is
-                return along({name: w[name] for name in w if name in trained})
+                seen = w if theirs else _moving(w, grads, state)
+                return along({name: seen[name] for name in seen if name in trained})
 
             if self.received.carried or not theirs:  # the step's gradient is not of its own examples only
                 return Dependence(mixed_partial)
@@ -693,3 +698,17 @@ def _only(step: Step, names: Iterable[str]) -> Step:
 def _independent() -> Dependence:
     """Return the dependence of a training gradient that reads none of the hyperparameters."""
     return Dependence(lambda _: {})
+
+
+def _moving(w: Tensors, grads: Tensors, state: Mapping[str, State]) -> Tensors:
+    """Return w, with 0 for entries whose gradients were all 0 so far, such as those of tokens not seen yet.
+
+    There dU/dg of Adam and its kin is about lr / eps. At the gradient of another batch, which sees the token,
+    it is 0, because the first step of an entry has the length lr for any gradient.
+    """
+    moving = {}
+    for name, x in w.items():
+        squares = [state[name][key] for key in SECOND_MOMENTS if key in state.get(name, {})]
+        at_rest = (grads[name] == 0) & (squares[0] == 0) if squares else None
+        moving[name] = x if at_rest is None else x.masked_fill(at_rest, 0)
+    return moving

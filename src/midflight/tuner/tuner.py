@@ -64,9 +64,9 @@ class Tuner:
             gives. A param_group whose option is 0, while another's is not, is not tuned.
         total_steps: optimiser steps of the whole run, over which hyper-steps anneal to zero. None: they
             shrink slowly and never end.
-        schedule: when hyper-steps come: `FrontLoaded()` (the default: one per 20 optimiser steps, or per 30
-            if only mixtures are tuned, most of them early; fewer in a run of over 3,000 steps), `Every(n)` or
-            `TimeBudget(share)`. A whole number n is `Every(n)`.
+        schedule: when hyper-steps come: `FrontLoaded()` (the default: one per 20 optimiser steps, most of
+            them early; fewer in a run of over 3,000 steps), `Every(n)` (the default for mixtures alone, with
+            n = 25) or `TimeBudget(share)`. A whole number n is `Every(n)`.
         estimator: of the hypergradient, a name from `midflight.hypergrad.ESTIMATORS` or an `Estimator`.
         horizon: where the validation gradient is taken: "run" at averaged weights (`Averaged`), an
             approximation for the whole run; "step" at the weights right after the step (`NextStep`).
