@@ -10,7 +10,7 @@ is that of the optimiser's own step, and a weight adds up what it saw, because o
 little.
 
 All examples of a batch share w*, so the sizes of their hypergradients compare. A weight moves by the size
-over the mean size in the batch. The weights of all other examples stay (`SignSteps.move_by_size`). The
+over its root mean square in the batch. The weights of all other examples stay (`SignSteps.move_by_size`). The
 divisor of the mean has no weights, because they would then compete.
 """
 
