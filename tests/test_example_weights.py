@@ -1,6 +1,7 @@
 """Weights of training examples: hypergradients, steps, batches, and what cannot be one."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -118,6 +119,18 @@ def test_the_whole_batch_is_used_so_that_the_weight_of_each_of_its_examples_move
     tuner.detach()
     moved = (loop.weights.value != before).nonzero().flatten()
     assert moved.tolist() == loop.index.sort().values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("batches", "total", "warns"), [(1, 100, False), (1, 99, True), (4, 399, True), (1, None, False)]
+)
+def test_a_run_in_which_a_weight_moves_fewer_than_five_times_is_warned_of(batches, total, warns):
+    loop = Loop(torch.optim.Adam, None)
+    with pytest.warns(UserWarning, match="moves about 4") if warns else nullcontext():
+        mf.Tuner(
+            loop.model, loop.optimizer, loop.space, loop.loss, [loop.batch] * batches, [loop.t2],
+            valid_loss_fn=mean_loss, total_steps=total,
+        ).detach()  # fmt: skip
 
 
 def test_entries_move_by_their_size_over_the_root_mean_square_and_the_others_stay():
