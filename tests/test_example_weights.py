@@ -121,6 +121,19 @@ def test_the_whole_batch_is_used_so_that_the_weight_of_each_of_its_examples_move
     assert moved.tolist() == loop.index.sort().values.tolist()
 
 
+def test_a_step_is_longer_the_fewer_of_the_examples_a_batch_has():
+    loop = Loop(torch.optim.Adam, None)
+    loop.weights.set(torch.full((20,), 0.5))
+    tuner = mf.Tuner(
+        loop.model, loop.optimizer, loop.space, loop.loss, [loop.batch], [loop.t2],
+        valid_loss_fn=mean_loss, schedule=1,
+    )  # fmt: skip
+    loop.step()
+    tuner.detach()
+    moved = loop.weights.value[loop.index] - 0.5
+    assert float(moved.square().mean().sqrt()) == pytest.approx(0.8 * 0.08 * 20 / SEEN, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("batches", "total", "warns"), [(1, 100, False), (1, 99, True), (4, 399, True), (1, None, False)]
 )

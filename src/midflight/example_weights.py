@@ -11,7 +11,8 @@ little.
 
 All examples of a batch share w*, so the sizes of their hypergradients compare. A weight moves by the size
 over its root mean square in the batch. The weights of all other examples stay (`SignSteps.move_by_size`). The
-divisor of the mean has no weights, because they would then compete.
+step is as many times longer as there are batches in a pass. The divisor of the mean has no weights, because
+they would then compete.
 """
 
 from collections.abc import Mapping

@@ -334,8 +334,14 @@ class Controller:
         }  # fmt: skip
 
     def _stride(self, name: str, raw: Tensor) -> float | Tensor:
-        """Return the fraction of a step that this coordinate takes; less in a range wider than usual."""
+        """Return the fraction of a step that this coordinate takes; less in a range wider than usual.
+
+        The weight of an example takes one step in a pass, which is as long as the pass has batches.
+        """
         transform = self._space[name].transform
+        if self._space[name].spec.is_per_example:
+            drawn = (self._hyperstep.t1.examples or len(raw)) * self._hyperstep.processes.count
+            return max(1.0, len(raw) / drawn)
         if self.horizon.needs_losses and name in self.options:
             return self._pace.get(name, 1.0) * stride(self.options[name], transform, raw)
         usual = transform.stride(raw)
