@@ -59,7 +59,7 @@ ABLATIONS = {
     "T1 batches of 1,000": {"t1": 1000},
     "T1 batches of 100": {"t1": 100},
     "schedule=5": {"schedule": 5},
-    "schedule=20": {"schedule": 20},
+    "schedule=5, T1 batches of 500": {"schedule": 5, "t1": 500},
 }
 """What is changed of midflight's arm; "signs" is `mf.Float(0, 1, init=1, shape=(n,))`."""
 N, VALID, BATCH, EPOCHS, WIDTH = 4000, 500, 100, 20, 64

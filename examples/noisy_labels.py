@@ -7,8 +7,8 @@ Of 10,000 Fashion-MNIST training images, 40 % have a wrong label; 1,000 validati
 training example has a weight in [0, 1], an entry of `mf.ExampleWeights`. The weight of an example falls if
 training on it raises the validation loss.
 
-- A batch contains the indices of its examples, so that the loss can look up their weights. The loss is linear
-  in the weights, so one forward-mode pass gives all derivatives, without a double backward.
+- A batch contains the indices of its examples, so that the loss can look up their weights. Two forward passes
+  give the derivatives for all weights, without a double backward.
 - A hyper-step moves the weights of its own training batch only. So the tuner's batches have 5,000 examples,
   the loop's 100.
 """

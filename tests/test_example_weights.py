@@ -1,6 +1,7 @@
 """Weights of training examples: hypergradients, steps, batches, and what cannot be one."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -120,36 +121,56 @@ def test_the_whole_batch_is_used_so_that_the_weight_of_each_of_its_examples_move
     assert moved.tolist() == loop.index.sort().values.tolist()
 
 
-def test_entries_move_by_their_size_over_the_mean_size_and_the_others_stay():
-    raw = torch.full((5,), 0.5)
-    plain, by_size = mf.SignSteps([raw.clone()], lr=0.1), mf.SignSteps([raw], lr=0.1)
-    by_size.move_by_size([], [raw])
-    raw.grad = torch.tensor([0.0, 1e-9, -2e-9, 0.0, 9e-9])
-    by_size.step()
-    assert raw.tolist() == pytest.approx([0.5, 0.475, 0.55, 0.5, 0.275])  # mean size 4e-9
-    before = raw.clone()
-    raw.grad = torch.tensor([1.0, 0.0, 0.0, 0.0, 100.0])
-    by_size.step()
-    assert torch.equal(raw[1:4], before[1:4])
-    (other,) = plain.param_groups[0]["params"]  # the wrong twin: momentum moves those that are not in a batch
-    other.grad = torch.tensor([0.0, 1e-9, -2e-9, 0.0, 9e-9])
-    plain.step()
-    once = other.clone()
-    other.grad = torch.tensor([1.0, 0.0, 0.0, 0.0, 100.0])
-    plain.step()
-    assert not torch.equal(other[1:4], once[1:4])
+def test_a_step_is_longer_the_fewer_of_the_examples_a_batch_has():
+    loop = Loop(torch.optim.Adam, None)
+    loop.weights.set(torch.full((20,), 0.5))
+    tuner = mf.Tuner(
+        loop.model, loop.optimizer, loop.space, loop.loss, [loop.batch], [loop.t2],
+        valid_loss_fn=mean_loss, schedule=1,
+    )  # fmt: skip
+    loop.step()
+    tuner.detach()
+    moved = loop.weights.value[loop.index] - 0.5
+    assert float(moved.square().mean().sqrt()) == pytest.approx(0.8 * 0.08 * 20 / SEEN, rel=1e-4)
 
 
-def test_an_entry_moves_by_at_most_three_times_the_mean_and_none_if_none_has_a_hypergradient():
-    raw = torch.full((100,), 0.5)
-    steps = mf.SignSteps([raw], lr=0.1)
-    steps.move_by_size([], [raw])
-    raw.grad = torch.zeros(100)
+@pytest.mark.parametrize(
+    ("batches", "total", "warns"), [(1, 100, False), (1, 99, True), (4, 399, True), (1, None, False)]
+)
+def test_a_run_in_which_a_weight_moves_fewer_than_five_times_is_warned_of(batches, total, warns):
+    loop = Loop(torch.optim.Adam, None)
+    with pytest.warns(UserWarning, match="moves about 4") if warns else nullcontext():
+        mf.Tuner(
+            loop.model, loop.optimizer, loop.space, loop.loss, [loop.batch] * batches, [loop.t2],
+            valid_loss_fn=mean_loss, total_steps=total,
+        ).detach()  # fmt: skip
+
+
+def test_entries_move_by_their_size_over_the_root_mean_square_and_the_others_stay():
+    raw = torch.full((4,), 0.5)
+    plain, by_size = mf.SignSteps([raw.clone()], lr=0.08), mf.SignSteps([raw], lr=0.08)
+    by_size.move_by_size([raw])
+    (other,) = plain.param_groups[0]["params"]
+    first, second = torch.tensor([0.0, 1e-9, -7e-9, 0.0]), torch.tensor([1.0, 0.0, 0.0, 100.0])
+    raw.grad, other.grad = first, first
+    by_size.step()
+    plain.step()
+    assert raw.tolist() == pytest.approx([0.5, 0.4872, 0.5896, 0.5])  # root mean square 5e-9
+    before, before_twin = raw.clone(), other.clone()
+    raw.grad, other.grad = second, second
+    by_size.step()
+    plain.step()
+    assert torch.equal(raw[1:3], before[1:3])
+    assert not torch.equal(other[1:3], before_twin[1:3])  # the wrong twin: momentum moves them
+
+
+def test_no_entry_moves_if_none_has_a_hypergradient():
+    raw = torch.full((3,), 0.5)
+    steps = mf.SignSteps([raw])
+    steps.move_by_size([raw])
+    raw.grad = torch.zeros(3)
     steps.step()
-    assert torch.equal(raw, torch.full((100,), 0.5))
-    raw.grad = torch.cat([torch.ones(99), torch.tensor([1e6])])
-    steps.step()
-    assert float(raw[-1]) == pytest.approx(0.2)
+    assert torch.equal(raw, torch.full((3,), 0.5))
 
 
 def test_the_loss_is_the_mean_of_weighted_losses_over_the_batch():

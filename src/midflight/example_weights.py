@@ -10,8 +10,9 @@ is that of the optimiser's own step, and a weight adds up what it saw, because o
 little.
 
 All examples of a batch share w*, so the sizes of their hypergradients compare. A weight moves by the size
-over the mean size in the batch. The weights of all other examples stay (`SignSteps.move_by_size`). The
-divisor of the mean has no weights, because they would then compete.
+over its root mean square in the batch. The weights of all other examples stay (`SignSteps.move_by_size`). The
+step is as many times longer as there are batches in a pass. The divisor of the mean has no weights, because
+they would then compete.
 """
 
 from collections.abc import Mapping

@@ -95,6 +95,11 @@ class Float:
         return tensor.clamp(self.low, self.high).expand(self.shape)
 
     @property
+    def are_weights(self) -> bool:
+        """Whether these weigh losses. Their hypergradients have one unit, and a bound may well be best."""
+        return self.is_shares or self.is_per_example
+
+    @property
     def transform(self) -> Transform:
         """The map from the unit interval onto [low, high]."""
         if self.log or self.logit:
@@ -156,7 +161,7 @@ class Shares(Float):
 
 @dataclass(frozen=True)
 class PerExample(Float):
-    """One value per training example, of which a batch has few; `midflight.ExampleWeights` makes it."""
+    """One weight per training example, of which a batch has few; `midflight.ExampleWeights` makes it."""
 
     is_per_example: ClassVar[bool] = True
 

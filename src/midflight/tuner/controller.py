@@ -88,11 +88,8 @@ class Controller:
         if isinstance(self.move.optimizer, SignSteps) and horizon.needs_losses:
             self.move.optimizer.move_by_agreement([space.raws[name] for name in options])
         if isinstance(self.move.optimizer, SignSteps):
-            specs = {name: space[name].spec for name in space}
-            self.move.optimizer.move_by_size(
-                shares=[space.raws[name] for name, spec in specs.items() if spec.is_shares],
-                examples=[space.raws[name] for name, spec in specs.items() if spec.is_per_example],
-            )
+            weights = [space.raws[name] for name in space if space[name].spec.are_weights]
+            self.move.optimizer.move_by_size(weights)
         self.trajectory = Trajectory()
         self.bounds, self.reach, self.signal = Bounds(), Reach(space), Signal()
         self.best_step = 0
@@ -337,8 +334,14 @@ class Controller:
         }  # fmt: skip
 
     def _stride(self, name: str, raw: Tensor) -> float | Tensor:
-        """Return the fraction of a step that this coordinate takes; less in a range wider than usual."""
+        """Return the fraction of a step that this coordinate takes; less in a range wider than usual.
+
+        The weight of an example takes one step in a pass, which is as long as the pass has batches.
+        """
         transform = self._space[name].transform
+        if self._space[name].spec.is_per_example:
+            drawn = (self._hyperstep.t1.examples or len(raw)) * self._hyperstep.processes.count
+            return max(1.0, len(raw) / drawn)
         if self.horizon.needs_losses and name in self.options:
             return self._pace.get(name, 1.0) * stride(self.options[name], transform, raw)
         usual = transform.stride(raw)
@@ -424,7 +427,7 @@ class Controller:
         if not self.horizon.needs_losses:
             return set()
         decays = self._hyperstep.decays if self._hyperstep.shrinkage else []
-        others = [name for name in self._space if not self._space[name].spec.is_shares]
+        others = [name for name in self._space if not self._space[name].spec.are_weights]
         return {*decays, *([] if self.learned else set(others) - self.options.keys())}
 
     @torch.no_grad()

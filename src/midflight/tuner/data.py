@@ -54,7 +54,7 @@ class EndlessBatches(Iterator[Any]):
                 f"{name} must be an iterable of batches, such as a DataLoader or a list, but got "
                 f"{type(loader).__name__}."
             )
-        if isinstance(loader, DataLoader | list | tuple) and _batches_of(loader) == 0:
+        if isinstance(loader, DataLoader | list | tuple) and batches_of(loader) == 0:
             raise _empty(name, loader)
         self._theirs = self.loader = loader
         self._name = name
@@ -89,7 +89,7 @@ class EndlessBatches(Iterator[Any]):
         """Yield every batch once, from the beginning; the first `PASS` if the length is not known."""
         with self._randomness.borrowed():
             loader = own_copy(self._theirs)
-            yield from islice(iter(loader), _batches_of(loader))
+            yield from islice(iter(loader), batches_of(loader) or PASS)
 
     def close(self) -> None:
         """End worker processes; `state_dict` still gives the place in the data."""
@@ -142,12 +142,12 @@ def _empty(name: str, loader: Iterable[Any]) -> UnusableLoader:
     return UnusableLoader(f"{name} must give batches each time it is iterated, but gave no batch; {cause}")
 
 
-def _batches_of(loader: Iterable[Any]) -> int:
-    """Return the number of batches in a pass; PASS if it is not known."""
+def batches_of(loader: Iterable[Any]) -> int | None:
+    """Return the number of batches in a pass; None if it is not known."""
     try:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:  # a `DataLoader` of a stream has `__len__` too
-        return PASS
+        return None
 
 
 def own_copy(loader: Any) -> Any:

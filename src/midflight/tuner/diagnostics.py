@@ -109,11 +109,7 @@ class Bounds(Saved):
         found = []
         for name, raw in space.raws.items():
             long = self._moves - self._inside.get(name, 0)
-            if (
-                space[name].spec.is_shares or space[name].spec.is_per_example
-            ):  # some at their least are the aim
-                continue
-            if long > max(10, PINNED * self._moves):
+            if long > max(10, PINNED * self._moves) and not space[name].spec.are_weights:
                 spec = space[name].spec
                 sides = ("lower", raw <= 0, spec.low), ("upper", raw >= 1, spec.high)
                 where = " and ".join(

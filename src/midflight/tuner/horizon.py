@@ -242,7 +242,7 @@ class Averaged(Horizon):
         """Set the extrapolation from C1 and C2 at the average, one batch each; keep the best average.
 
         Args:
-            train_loss: C1; None if its ratio to C2 says nothing, because T1 and T2 are of different kinds.
+            train_loss: C1; None if its ratio to C2 says nothing, because weights of losses change C1.
             valid_loss: C2.
             progress: share of the run that is over, in [0, 1]; None if its length is not known.
             buffers: of the model, stored with the best average.

@@ -27,11 +27,12 @@ class SignSteps(torch.optim.Optimizer):
     """Steps by the sign of the hypergradient, further if recent signs agree.
 
     raw -= lr ((1 - a) s + a m |m|),   s = sign(hypergradient), m = mean of the recent signs
-    raw -= SHARES lr h / rms(h),       h = hypergradient of shares; the mean is over entries that are not 0
+    raw -= WEIGHTS lr h / rms(h),      h = hypergradient of weights; the mean is over entries that are not 0
 
     If recent signs agree, a step has the full length lr. If they do not, its part a vanishes. The other part,
     1 - a, is always taken. It lets a value leave a bound, or a region of weak hypergradients. Hypergradients
-    of shares have one unit, so their sizes can be compared. A source that was not drawn stays where it is.
+    of weights of losses have one unit, so their sizes can be compared. The weight of a source or example that
+    was not drawn stays where it is.
 
     Args:
         params: raw coordinates of a `Space`.
@@ -48,14 +49,11 @@ class SignSteps(torch.optim.Optimizer):
     STEADY, EARLY, FASTER, FASTEST = 0.9, 5, 1.2, 3.0
     """An option that moves fully by agreement goes FASTER with each step while |m| > STEADY, up to FASTEST
     times as fast, but not in the first EARLY steps."""
-    SHARES = 0.8
-    """The length of a step of shares, over that of others."""
+    WEIGHTS = 0.8
+    """The length of a step of weights, over that of others."""
     ALONE, AVERAGED = 0.5, 0.75
     """The defaults of a, without and with averaged weights. Without them a is lower, because only the part
     1 - a lets a value leave a region where signs disagree."""
-
-    MOST = 3.0
-    """A weight of an example moves by up to MOST times the mean of its batch."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.08, agreement: float | None = None) -> None:
         if isinstance(lr, bool) or not 0 < lr < math.inf:
@@ -64,8 +62,7 @@ class SignSteps(torch.optim.Optimizer):
             raise ValueError(f"0 <= agreement <= 1 must hold, but agreement={agreement}.")
         self._given = agreement
         self._by_agreement: list[Tensor] = []
-        self._shares: list[Tensor] = []
-        self._examples: list[Tensor] = []
+        self._by_size: list[Tensor] = []
         super().__init__(params, {"lr": lr, "agreement": self.ALONE if agreement is None else agreement})
 
     def set_averaging(self, averaging: float) -> None:
@@ -83,10 +80,9 @@ class SignSteps(torch.optim.Optimizer):
         """Move these with a = 1, and faster while their signs agree, unless `agreement` was given."""
         self._by_agreement = [] if self._given is not None else list(params)
 
-    def move_by_size(self, shares: Iterable[Tensor], examples: Iterable[Tensor]) -> None:
-        """Move these by the sizes of their hypergradients; shares do not, if `agreement` was given."""
-        self._shares = [] if self._given is not None else list(shares)
-        self._examples = list(examples)
+    def move_by_size(self, params: Iterable[Tensor]) -> None:
+        """Move these weights of losses by the sizes of their hypergradients, unless `agreement` was given."""
+        self._by_size = [] if self._given is not None else list(params)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -97,13 +93,8 @@ class SignSteps(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if any(p is other for other in self._shares):
-                    p.sub_(self.SHARES * lr * _by_root_mean_square(p.grad))
-                    continue
-                if any(p is other for other in self._examples):
-                    seen = p.grad.nonzero(as_tuple=True)
-                    h = p.grad[seen]
-                    p[seen] -= lr * (h / h.abs().mean()).clamp(-self.MOST, self.MOST)
+                if any(p is other for other in self._by_size):
+                    p.sub_(self.WEIGHTS * lr * _by_root_mean_square(p.grad))
                     continue
                 state, sign = self.state[p], p.grad.sign()
                 if not state:

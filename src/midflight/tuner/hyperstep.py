@@ -72,7 +72,7 @@ class HyperStepResult:
         hypergradients: name -> tensor shaped like the raw coordinate, of the hyperparameters that were
             reached.
         valid_loss: C2 where v was taken; NaN counts as a failed hyper-step.
-        train_loss: C1 at the averaged weights; None if nobody asked, or if all hyperparameters are shares.
+        train_loss: C1 at the averaged weights; None if nobody asked, or if all of the space are weights.
         loss_now, loss_at_best: C2 at the weights and at the best average so far, on the batch of
             `valid_loss`; None unless `compares` is set and an option such as lr is tuned.
     """
@@ -330,8 +330,8 @@ class HyperStep(Saved):
         if not self.horizon.needs_losses:
             valid_loss, found = self._at_horizon(step, params, batch)
             return HyperStepResult(found, valid_loss)
-        only_shares = all(self._space[name].spec.is_shares for name in self._space)
-        train_loss = None if only_shares else self._loss_at_average(batch)
+        only_weights = all(self._space[name].spec.are_weights for name in self._space)
+        train_loss = None if only_weights else self._loss_at_average(batch)
         options = self._binding.step_options
         others = [name for name in self._space if name not in options]
         valid_loss, found = math.nan, dict[str, Tensor]()

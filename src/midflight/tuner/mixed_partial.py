@@ -4,8 +4,9 @@
 
 There are three methods. The first one that works for the user's code is chosen at the first hyper-step:
 
-    difference          of first derivatives at theta + e w and theta - e w, if all of the space are shares,
-                        as of `midflight.Mixture`, and nothing is computed in half precision
+    difference          of first derivatives at theta + e w and theta - e w, if all of the space are
+                        weights of losses, as of `midflight.Mixture` and `midflight.ExampleWeights`, and
+                        nothing is computed in half precision
     forward mode        if the loss is linear in all that it reads of the space
     double backward     with plain attention kernels, because fused ones are differentiable only once
     difference          for any other code; also if a double backward runs out of memory
@@ -102,7 +103,7 @@ class MixedPartial:
         self._checked = False
         self._rounding = 0.0
         self._stopped: ByDifference | None = None
-        self._only_shares = all(space[name].spec.is_shares for name in space)
+        self._only_weights = all(space[name].spec.are_weights for name in space)
         self.method = method
         self.whole_batches = examples is None or _is_time_first(live.model)
 
@@ -140,7 +141,7 @@ class MixedPartial:
 
         Returns:
             First g, name -> tensor, for the weights that affect the loss; {} where it is not computed, which
-            is so for shares after the first hyper-step. Second the function
+            is so for weights of losses after the first hyper-step. Second the function
             w -> d/draw <w, g>, which returns name -> tensor shaped like the raw coordinate, for the
             hyperparameters that g depends on.
         """
@@ -189,7 +190,7 @@ class MixedPartial:
                 return found
             self.method = DIFFERENCE
         states, grads = self._randomness.snapshot(), dict[str, Tensor]()
-        if not (self._only_shares and self._stopped is not None):  # w needs it at the first steps only
+        if not (self._only_weights and self._stopped is not None):  # w needs it at the first steps only
             _, grads = self._live.gradients(
                 lambda: self._live.train_loss(self._loss_fn, batch), dict(params), hooks=True
             )
@@ -305,9 +306,9 @@ class MixedPartial:
     def _choose(self, batch: Any, params: Mapping[str, Tensor]) -> str:
         """Return forward mode if it is exact for this loss; otherwise double backward, to be tried next.
 
-        For shares, return difference, which takes two forward passes.
+        For weights of losses, return difference, which takes two forward passes.
         """
-        if self._only_shares and not is_coarse(self._rounding_of(batch, params)):
+        if self._only_weights and not is_coarse(self._rounding_of(batch, params)):
             return DIFFERENCE
         values = leaves({name: self._space[name].value for name in self._space})
         names = {name for name, _ in self._live.model.named_parameters()}

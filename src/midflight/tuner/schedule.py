@@ -59,6 +59,10 @@ class Every(Schedule):
     def __init__(self, n: int) -> None:
         self.n = whole("n", n)
 
+    def planned(self, steps: int) -> int:
+        """Return the number of hyper-steps in a run of this many optimiser steps."""
+        return steps // self.n
+
     def next_is_hyper(self, steps: int, hyper: bool, busy: bool = False) -> bool:
         return (steps + 1) % self.n == 0
 

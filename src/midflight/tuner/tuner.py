@@ -13,7 +13,7 @@ from midflight.space import Space
 from midflight.tuner import report
 from midflight.tuner.binding import Bind, Binding
 from midflight.tuner.controller import Controller
-from midflight.tuner.data import same_data
+from midflight.tuner.data import batches_of, same_data
 from midflight.tuner.failures import Failures
 from midflight.tuner.finish import choose
 from midflight.tuner.guard import Guard
@@ -23,13 +23,15 @@ from midflight.tuner.hyper_optimizer import MakeOptimizer, SignSteps
 from midflight.tuner.hyperstep import HyperStep
 from midflight.tuner.live import ORDER, Loss, require_loss, signals_wait
 from midflight.tuner.optimizers import Optimizers, skips, unwrapped
-from midflight.tuner.schedule import Schedule, TimeBudget, schedule_for, whole
+from midflight.tuner.schedule import Every, FrontLoaded, Schedule, TimeBudget, schedule_for, whole
 from midflight.tuner.trajectory import Trajectory
 
 EXAMPLES = 128
 """The default number of examples of a T1 batch for the mixed partial. Fewer make it noisier."""
 MOST_ENTRIES = 10_000
 """The most separate hyperparameters in a space, because each needs its own small operations."""
+FEWEST_MOVES = 5
+"""The tuner warns if the weight of an example moves fewer times in a run."""
 
 
 class Tuner:
@@ -155,6 +157,7 @@ class Tuner:
         calls = self._before_step, self._after_step, self._binding.restore
         self._hooks: StepHooks | None = StepHooks(optimizers, *calls)
         self._controller.begin()
+        self._warn_if_seldom_drawn(train_loader)
 
     def __enter__(self) -> "Tuner":
         return self
@@ -260,6 +263,18 @@ class Tuner:
         _require_same_kinds(state["optimizers"], self._kinds)
         self._binding.load_state_dict(state["binding"])
         self._controller.load_state_dict(state)
+
+    def _warn_if_seldom_drawn(self, train_loader: Iterable[Any]) -> None:
+        """Warn if each training example is in the T1 batch of few hyper-steps, so that its weight stays."""
+        batches = batches_of(train_loader)
+        if not batches or self._total is None or not isinstance(self.schedule, Every | FrontLoaded):
+            return
+        moves = self.schedule.planned(self._total) * self._hyperstep.processes.count / batches
+        if moves < FEWEST_MOVES and any(self.space[name].spec.is_per_example for name in self.space):
+            warn(
+                f"the weight of an example moves about {moves:.1f} times in this run, too rarely to find "
+                f"wrong labels; pass a train_loader of larger batches, for at least {FEWEST_MOVES} moves."
+            )
 
     def _before_step(self, optimizer: torch.optim.Optimizer, first: bool) -> None:
         self._binding.restore()  # an earlier step that failed may have left values behind
