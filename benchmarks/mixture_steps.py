@@ -76,7 +76,7 @@ def train(problem: Problem, seed: int, weights: Tensor | None = None, **options:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(INPUTS, 64), nn.ReLU(), nn.Linear(64, CLASSES))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    mixture = mf.Mixture(problem.k, ratio=1000.0 if weights is None else 1e6)
+    mixture = mf.Mixture(problem.k) if weights is None else mf.Mixture(problem.k, ratio=1e6, floor=0.0)
     space = mf.Space(mixture=mixture)
 
     def losses(model: nn.Module, batch: Any) -> Tensor:

@@ -123,6 +123,21 @@ def test_the_loss_of_a_batch_has_the_mean_and_slope_of_the_mixed_loss(by):
     assert torch.allclose(found, slopes, atol=0.05 * float(slopes.abs().max()))
 
 
+@pytest.mark.parametrize(("k", "batch_size"), [(4, 1), (4, 2), (4, 3), (4, 6), (2, 3)])
+def test_batches_smaller_than_the_number_of_sources_have_the_mixed_loss_on_average(k, batch_size):
+    mixture = mf.Mixture(k, init=range(1, k + 1))
+    mixture.raw.requires_grad_()
+    of_source = torch.tensor([0.0, 3.0, -1.0, 5.0])[:k]
+    torch.manual_seed(0)
+    loader = mixture.loader([[0] * 3000] * k, batch_size, by="loss")
+    losses = [mixture.loss(of_source[drawn.source], drawn) for _, drawn in loader]
+    mean, right = torch.stack(losses).mean(), mixture.value @ of_source
+    error = float(torch.stack(losses).std().detach()) / len(losses) ** 0.5
+    assert abs(float((mean - right).detach())) < 4 * error
+    found, slopes = (torch.autograd.grad(x, mixture.raw)[0] for x in (mean, right))
+    assert torch.allclose(found, slopes, atol=0.1 * float(slopes.abs().max()))
+
+
 def test_a_loader_draws_by_the_weights_of_now():
     mixture = mf.Mixture(["a", "b"], ratio=1e4, floor=0.0)
     mf.Space(mixture=mixture)
@@ -322,15 +337,66 @@ def test_no_share_falls_below_its_part_of_the_floor():
     assert sum(mixture.tolist()) == pytest.approx(1.0)
 
 
+def test_datasets_by_name_are_those_of_the_sources():
+    mixture = mf.Mixture(["a", "b"])
+    x, drawn = next(iter(mixture.loader({"b": [1.0] * 9, "a": [0.0] * 9}, 6)))
+    assert x.tolist() == drawn.source.tolist()
+
+
+@pytest.mark.parametrize("k", [8, 1000])
+def test_the_shares_of_one_run_can_be_the_initial_ones_of_another(k):
+    mixture = mf.Mixture(k)
+    with torch.no_grad():
+        mixture.raw.copy_(torch.rand(k, generator=torch.Generator().manual_seed(0)))
+        mixture.raw[:2] = torch.tensor([0.0, 1.0])  # the ends, where rounding may exceed `ratio`
+    again = mf.Mixture(list(mixture.shares()), init=mixture.tolist())
+    assert again.tolist() == pytest.approx(mixture.tolist(), rel=1e-5)
+
+
+def test_a_saved_mixture_is_refused_by_one_of_other_sources():
+    saved = mf.Space(mixture=mf.Mixture(["a", "b"], init=[3, 1])).state_dict()
+    with pytest.raises(SpaceError, match="mixture/a"):
+        mf.Space(mixture=mf.Mixture(["b", "a"])).load_state_dict(saved)
+
+
+def test_a_list_of_examples_is_one_part_of_the_batch():
+    mixture = mf.Mixture(2)
+    words, drawn = next(iter(mixture.loader([["x", "y"], ["z"]], 3)))
+    pairs, _ = next(iter(mixture.loader(sources()[:2], 3, collate_fn=lambda examples: examples)))
+    assert len(words) == len(pairs) == len(drawn.source) == 3
+
+
+def test_a_clear_direction_is_not_called_random_signs():
+    """The mean of the hypergradients of a softmax is 0, and in floating point of a random sign."""
+    mixture, tuner = run_with_noise(schedule=4)
+    assert tuner.trajectory.values(tuner.space)["mixture/noise"][-1] == pytest.approx(mixture.tolist()[1])
+    assert "hypergradient/mixture" not in tuner.log()
+    assert not [s for s in tuner.report() if "random signs" in s]
+
+
+def test_effects_have_the_names_of_the_sources_also_in_a_space_with_long_names():
+    mixture = mf.Mixture(["x/y", "z"])
+    space, trajectory = mf.Space({"data/mix": mixture}), Trajectory()
+    for _ in range(2):
+        trajectory.record_effects(space, {"data/mix": torch.tensor([1.0, -1.0])})
+    assert list(trajectory.effects(mixture)) == ["z", "x/y"]
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: mf.Mixture(1), "at least two"),
         (lambda: mf.Mixture("ab"), "list of names"),
+        (lambda: mf.Mixture({"a", "b"}), "list of names"),
+        (lambda: mf.Mixture(3.0), "list of names"),
         (lambda: mf.Mixture(["a", "a"]), "different names"),
         (lambda: mf.Mixture(2, init=[1, 0]), "positive numbers"),
         (lambda: mf.Mixture(2, init=[1, 2, 3]), "2 positive numbers"),
         (lambda: mf.Mixture(2, init=[1, 5000]), "at most the factor 1000"),
+        (lambda: mf.Mixture(2, init={"0": 1, "1": 2}), "2 positive numbers"),
+        (lambda: mf.Mixture(2, init="natural"), "2 positive numbers"),
+        (lambda: mf.Mixture(2, ratio="10"), "1 < ratio"),
+        (lambda: mf.Mixture(2, floor=None), "floor < 1"),
         (lambda: mf.Mixture(2, ratio=1.0), "1 < ratio"),
         (lambda: mf.Mixture(2, floor=1.0), "floor < 1"),
     ],
@@ -345,8 +411,11 @@ def test_what_cannot_be_a_mixture_is_refused(make, said):
     [
         (lambda m: m.loader(sources()[:1], 8), "must have one dataset"),
         (lambda m: m.loader([sources()[0], TensorDataset(torch.empty(0, 6))], 8), "1 has none"),
-        (lambda m: m.loader([sources()[0], Stream()], 8), "Stream is a stream"),
+        (lambda m: m.loader([sources()[0], Stream()], 8), "Stream does not"),
+        (lambda m: m.loader([DataLoader(d) for d in sources()[:2]], 8), "DataLoader does not"),
+        (lambda m: m.loader({"0": [1], "2": [2]}, 8), "but are of"),
         (lambda m: m.loader(sources()[:2], 0), "batch_size"),
+        (lambda m: m.loader(sources()[:2], 8, shuffle=True, drop_last=True), "drop_last, shuffle must be"),
         (lambda m: m.loader(sources()[:2], 8, by="luck"), "luck"),
         (lambda m: m.loss(torch.tensor(1.0), Drawn(torch.zeros(3), torch.ones(3))), "one entry for each"),
     ],

@@ -17,10 +17,15 @@ of a source with a low weight is. In a batch, a source comes as often as its pro
 example (systematic sampling). Losses count as differences from their mean b in the batch, which lowers the
 noise further:
 
-    mean over the batch of (w_i / q_i) (loss - b), plus b
+    mean over the batch of (w_i / q_i) (loss - b) / c, plus b
+
+b moves with the sources of its batch, which without c would take a part 1 - c off the weights. For sources
+drawn equally often, n examples of k sources, r = n mod k of them once more than the others (r = n if n < k):
+
+    c = 1 - r (k - r) / (n^2 (k - 1))             0 at n = 1, where b is left out; 1 if k divides n
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,6 +38,10 @@ from midflight.space.specs import Shares, Value
 
 MOST_SHOWN = 8
 """How many weights `repr` shows, the largest ones."""
+
+
+_OWN = {"batch_sampler", "drop_last", "sampler", "shuffle"}
+"""The options of a `DataLoader` that `Mixture.loader` does not take."""
 
 
 class _Parts(NamedTuple):
@@ -124,13 +133,16 @@ class Mixture(Hyperparameter):
             )
         if losses.ndim > 1:
             losses = losses.flatten(1).mean(1)
-        mean = losses.mean()
         weight = self.value.to(losses)[source] / chance.to(losses)
-        return (weight * (losses - mean)).mean() + mean
+        n, k = len(losses), len(self.sources)
+        if n == 1:
+            return (weight * losses).mean()
+        mean, kept = losses.mean(), 1 - n % k * (k - n % k) / (n * n * (k - 1))
+        return (weight * (losses - mean)).mean() / kept + mean
 
     def loader(
         self,
-        datasets: Sequence[Dataset[Any]],
+        datasets: Sequence[Dataset[Any]] | Mapping[str, Dataset[Any]],
         batch_size: int,
         *,
         by: Literal["loss", "sampling"] = "sampling",
@@ -139,11 +151,12 @@ class Mixture(Hyperparameter):
     ) -> "DataLoader[Any]":
         """Return a loader of all sources; a pass takes as many examples as they have.
 
-        A batch is that of the datasets with a `Drawn` at its end, or under "drawn" in a dict. If several
-        processes train together, each draws batches of its own, and a pass has as many fewer batches.
+        A batch is that of the datasets with a `Drawn` at its end, or under "drawn" in a dict. A list of the
+        examples themselves, such as strings, is one part: (list, drawn). If several processes train together,
+        each draws batches of its own, and a pass has as many fewer batches.
 
         Args:
-            datasets: one per source, with a length, in the order of `sources`.
+            datasets: one per source, with a length, in the order of `sources`; or source -> dataset.
             batch_size: examples of a batch.
             by: "sampling" draws sources with the present weights as probabilities; "loss" draws them equally
                 often.
@@ -152,20 +165,26 @@ class Mixture(Hyperparameter):
                 `collate_fn` gets the examples as the datasets give them.
 
         Raises:
-            ValueError: there is not one dataset per source, one is empty or a stream, or `batch_size` is
-                below 1.
+            ValueError: there is not one dataset per source, one is empty or a stream, `batch_size` is
+                below 1, or an option says how batches are drawn.
             UnknownName: `by` is neither of the two.
         """
         if by not in ("loss", "sampling"):
             raise UnknownName("by", by, ("loss", "sampling"))
+        if isinstance(datasets, Mapping):
+            if set(datasets) != set(self.sources):
+                raise ValueError(
+                    f"the datasets must be those of {self.sources}, but are of {list(datasets)}."
+                )
+            datasets = [datasets[name] for name in self.sources]
         if len(datasets) != len(self.sources):
             raise ValueError(
                 f"each of the {len(self.sources)} sources must have one dataset, but got {len(datasets)}."
             )
-        if streams := [d for d in datasets if isinstance(d, IterableDataset) or not hasattr(d, "__len__")]:
+        if streams := [d for d in datasets if isinstance(d, IterableDataset) or not _has_places(d)]:
             kind = type(streams[0]).__name__
             raise ValueError(
-                f"each dataset must have a length and give examples by index, but {kind} is a stream; draw "
+                f"each dataset must have a length and give examples by index, but {kind} does not; draw "
                 "its examples yourself, and pass a Drawn(source, chance) to mixture.loss."
             )
         sizes = [len(dataset) for dataset in datasets]  # type: ignore[arg-type]
@@ -174,6 +193,11 @@ class Mixture(Hyperparameter):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(
                 f"batch_size must be a whole number of at least 1, but batch_size={batch_size!r}."
+            )
+        if own := _OWN & options.keys():
+            raise ValueError(
+                f"{', '.join(sorted(own))} must be left out, because the mixture draws the batches: each is "
+                "full, and the examples of a source come in random order."
             )
         batches = _Batches(self, sizes, batch_size, by == "sampling", generator)
         collate = _Collate(options.pop("collate_fn", None) or default_collate)
@@ -200,6 +224,8 @@ class _Collate:
     def __call__(self, places: Sequence[tuple[Any, int, float]]) -> Any:
         examples, source, chance = zip(*places, strict=True)
         batch, drawn = self.of(list(examples)), Drawn(torch.tensor(source), torch.tensor(chance))
+        if isinstance(batch, list) and [*map(id, batch)] == [*map(id, examples)]:  # as of strings: one part
+            return batch, drawn
         if isinstance(batch, Mapping):
             return {**batch, "drawn": drawn}
         return (*batch, drawn) if isinstance(batch, tuple | list) else (batch, drawn)
@@ -243,6 +269,10 @@ class _Batches(Sampler[Any]):
             ]
 
 
+def _has_places(data: Any) -> bool:
+    return hasattr(data, "__len__") and hasattr(data, "__getitem__")
+
+
 def _process() -> tuple[int, int]:
     """Return the number of this process, and how many there are."""
     together = distributed.is_available() and distributed.is_initialized()
@@ -269,7 +299,11 @@ def _endless(size: int, generator: torch.Generator) -> Iterator[int]:
 def _names(sources: Sequence[str] | int) -> list[str]:
     if isinstance(sources, int) and not isinstance(sources, bool):
         sources = [str(n) for n in range(sources)]
-    if isinstance(sources, str | bool) or not all(isinstance(name, str) for name in sources):
+    if (
+        isinstance(sources, str | set | frozenset)
+        or not isinstance(sources, Iterable)
+        or not all(isinstance(name, str) for name in sources)
+    ):
         raise SpaceError(f"sources must be a list of names, or a number, but got {sources!r}.")
     names = list(sources)
     if len(names) < 2 or len(set(names)) < len(names):

@@ -113,19 +113,26 @@ class Space:
         return {
             "raw": {name: entry.raw.detach().clone() for name, entry in self._entries.items()},
             "range": {name: _range(entry.spec) for name, entry in self._entries.items()},
+            "parts": {name: list(entry.parts()) for name, entry in self._entries.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. Values stay the same if ranges have changed.
 
         Raises:
-            SpaceError: names or shapes differ, or a value lies outside its range. Nothing changes then.
+            SpaceError: names, sources or shapes differ, or a value lies outside its range. Nothing changes
+                then.
         """
         if set(state["raw"]) != set(self._entries):
             raise SpaceError(
                 f"the saved space has {sorted(state['raw'])}, but this one has {sorted(self._entries)}; "
                 "build the same space before loading."
             )
+        for name, entry in self._entries.items():
+            own = list(entry.parts())
+            for saved, now in zip(state.get("parts", {}).get(name, own), own, strict=False):
+                if saved != now:
+                    raise SpaceError(f"the saved space has {saved} where this one has {now}; build the same.")
         raws = {
             name: _moved(entry, state["raw"][name], state.get("range", {}).get(name))
             for name, entry in self._entries.items()

@@ -56,8 +56,7 @@ class Float:
 
     def __post_init__(self) -> None:
         for name, bound in (("low", self.low), ("high", self.high)):
-            real = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
-            if not real or not math.isfinite(bound):
+            if not _is_real(bound) or not math.isfinite(bound):
                 raise SpaceError(f"{name} must be a finite number, but {name}={bound!r}.")
         _require_bounds(self.low, self.high, self.log)
         object.__setattr__(self, "shape", _as_shape(self.shape))
@@ -122,25 +121,33 @@ class Shares(Float):
     floor: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not 1 < self.ratio < math.inf:
+        if not _is_real(self.ratio) or not 1 < self.ratio < math.inf:
             raise SpaceError(f"1 < ratio must hold, and ratio be finite, but ratio={self.ratio}.")
-        if isinstance(self.floor, bool) or not 0 <= self.floor < 1:
+        if not _is_real(self.floor) or not 0 <= self.floor < 1:
             raise SpaceError(f"0 <= floor < 1 must hold, but floor={self.floor}.")
         super().__post_init__()
 
     def check(self, value: Value, name: str = "a value") -> Tensor:
-        """Return `value` divided by its sum, as float64; raise `SpaceError` if it is out of reach."""
-        given = torch.as_tensor(value, dtype=torch.float64)
+        """Return `value` divided by its sum, as float64; raise `SpaceError` if it is out of reach.
+
+        A share out of reach by float32 rounding alone is set to the least one.
+        """
+        try:
+            given = torch.as_tensor(value, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            given = torch.tensor(math.nan)
         if given.shape != self.shape or not bool((given > 0).all()) or not bool(given.isfinite().all()):
             raise SpaceError(f"{name} must be {self.shape[0]} positive numbers, but got {value!r}.")
         shares: Tensor = given / given.sum()
-        rest = shares - self.floor / len(shares)
-        if not bool((rest > 0).all()) or float(rest.max() / rest.min()) > self.ratio * (1 + ROUNDING):
+        equal = self.floor / len(shares)
+        least = equal + float(shares.max() - equal) / self.ratio
+        if least <= equal or bool((shares < least - ROUNDING * shares).any()):
             raise SpaceError(
                 f"{name} must have shares that differ by at most the factor {self.ratio:g}, above "
-                f"floor={self.floor:g}, but got {value!r}; pass a larger ratio or a smaller floor."
+                f"floor={self.floor:g}, but they go from {shares.min():.3g} to {shares.max():.3g}; pass a "
+                "larger ratio or a smaller floor."
             )
-        return shares
+        return shares.clamp(min=least)
 
     @property
     def transform(self) -> Transform:
@@ -152,6 +159,10 @@ class PerExample(Float):
     """One value per training example, of which a batch has few; `midflight.ExampleWeights` makes it."""
 
     is_per_example: ClassVar[bool] = True
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def _require_bounds(low: float, high: float, log: bool) -> None:

@@ -403,7 +403,11 @@ class Controller:
         self.bounds.observe(self._space)
         self.trajectory.record(self.steps, self._space)
         self.log["valid_loss"] = result.valid_loss
-        means = {name: float(g.mean()) for name, g in result.hypergradients.items()}
+        means = {
+            name: float(g.mean())
+            for name, g in result.hypergradients.items()
+            if not self._space[name].spec.is_shares  # theirs is 0 up to rounding; see `Trajectory.effects`
+        }
         self.log |= {f"hypergradient/{name}": mean for name, mean in means.items()}
         self.signal.observe(means)
 

@@ -99,7 +99,7 @@ class Trajectory(Saved):
             )
         slopes = torch.stack(found)
         means, errors = slopes.mean(0).tolist(), (slopes.std(0) / math.sqrt(len(found))).tolist()
-        sources = [part.partition("/")[2] for part in mixture.parts()]
+        sources = [part.removeprefix(f"{mixture.name}/") for part in mixture.parts()]
         pairs = zip(sources, zip(means, errors, strict=True), strict=True)
         return dict(sorted(pairs, key=lambda pair: pair[1][0]))
 
@@ -156,12 +156,17 @@ class Trajectory(Saved):
             space: that of the tuner.
 
         Returns:
-            "step" and the name of each hyperparameter -> one number per record; means of tensors.
+            "step" and the name of each hyperparameter -> one number per record; means of tensors. Of a
+            mixture, "name/source" -> weight.
         """
         found: dict[str, list[float]] = {"step": [float(step) for step in self._steps]}
         for name in space:
-            transform = space[name].transform
-            found[name] = [float(transform.value(raws[name]).mean()) for raws in self._raws]
+            entry = space[name]
+            values = [entry.transform.value(raws[name]) for raws in self._raws]
+            if entry.spec.is_shares:
+                found |= {part: [float(v[i]) for v in values] for i, part in enumerate(entry.parts())}
+            else:
+                found[name] = [float(v.mean()) for v in values]
         return found
 
     def plot(self, space: Space) -> "Figure":
@@ -186,7 +191,7 @@ class Trajectory(Saved):
             spec = space[name].spec
             if spec.is_shares:
                 shares = torch.stack([space[name].transform.value(raws[name]) for raws in self._raws])
-                labels = [part.partition("/")[2] for part in space[name].parts()]
+                labels = [part.removeprefix(f"{name}/") for part in space[name].parts()]
                 ax.stackplot(columns["step"], shares.T.numpy(), step="post", labels=labels)
                 if len(labels) <= MOST_NAMED:
                     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
