@@ -319,7 +319,10 @@ def searched(size: int, seed: int) -> tuple[Training, dict[str, Any]]:
             trial.report(training.best, moment)
             if (pruned := trial.should_prune()) or spent == TRAININGS * MOMENTS:
                 break
-        study.tell(trial, training.best, optuna.trial.TrialState.PRUNED if pruned else None)
+        if pruned:  # its value is the last one that it reported
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(trial, training.best)
         best = min((t for t in (best, training) if t), key=lambda t: t.best)
         trials += 1
     assert best is not None

@@ -44,6 +44,11 @@ def test_each_arm_runs_and_the_tables_and_the_figure_show_it(tiny, tmp_path):
     assert (tmp_path / "figure.png").exists()
 
 
+def test_the_search_goes_on_after_a_pruned_trial(tiny, monkeypatch):
+    monkeypatch.setattr(finetune.optuna.trial.Trial, "should_prune", lambda trial: True)
+    assert tiny.run((200, "TPE", 0, 0))["trials"] == 8  # moments of two trainings, one for each trial
+
+
 def test_no_example_is_in_two_parts(tiny):
     parts = [{tuple(x.tolist()) for x in part.x} for part in tiny.data(200, 0).values()]
     assert [len(part) for part in parts] == [160, 40, 160]
