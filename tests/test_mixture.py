@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from collections import UserDict
 
 import pytest
 import torch
@@ -187,6 +188,28 @@ def test_a_batch_of_dicts_has_the_sources_under_drawn_also_from_workers():
     assert isinstance(batch["drawn"], Drawn)
     assert batch["x"].shape == (6, 1)
     assert float(mixture.loss(torch.ones(6), batch["drawn"])) == pytest.approx(1.0)
+
+
+def test_a_batch_keeps_its_own_kind_of_mapping():
+    mixture = mf.Mixture(2)
+    loader = mixture.loader([Dicts(), Dicts()], 6, collate_fn=lambda examples: UserDict(n=len(examples)))
+    batch = next(iter(loader))
+    assert isinstance(batch, UserDict)
+    assert (batch["n"], type(batch["drawn"])) == (6, Drawn)
+
+
+def test_the_parts_of_a_batch_move_to_a_device_alike():
+    mixture = mf.Mixture(["a", "b"])
+    parts = [part.to("meta") for part in next(iter(mixture.loader(sources(sizes=(9, 9)), 6)))]
+    assert isinstance(parts[-1], Drawn)
+    assert {part.device.type for part in (*parts[:-1], *parts[-1])} == {"meta"}
+    assert parts[-1].source.dtype == torch.int64
+
+
+def test_two_names_of_a_space_may_not_share_a_mixture():
+    mixture = mf.Mixture(2)
+    with pytest.raises(SpaceError, match="a hyperparameter of its own"):
+        mf.Space(a=mixture, b=mixture)
 
 
 def test_workers_that_read_ahead_give_the_chance_with_which_an_example_was_drawn():

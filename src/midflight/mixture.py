@@ -25,7 +25,8 @@ drawn equally often, n examples of k sources, r = n mod k of them once more than
     c = 1 - r (k - r) / (n^2 (k - 1))             0 at n = 1, where b is left out; 1 if k divides n
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from copy import copy
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -62,6 +63,10 @@ class Drawn(_Parts):
     def __new__(cls, source: Any, chance: Tensor | None = None) -> "Drawn":
         """Take the parts, or both in an iterable, as Hugging Face's Trainer gives them."""
         return super().__new__(cls, *(source if chance is None else (source, chance)))
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Drawn":
+        """Return it on a device, as other parts of a batch do. `Mixture.loss` needs no such call."""
+        return Drawn(*(part.to(device, non_blocking=non_blocking) for part in self))
 
 
 class Mixture(Hyperparameter):
@@ -227,7 +232,9 @@ class _Collate:
         if isinstance(batch, list) and [*map(id, batch)] == [*map(id, examples)]:  # as of strings: one part
             return batch, drawn
         if isinstance(batch, Mapping):
-            return {**batch, "drawn": drawn}
+            found = copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
+            found["drawn"] = drawn
+            return found
         return (*batch, drawn) if isinstance(batch, tuple | list) else (batch, drawn)
 
 

@@ -50,6 +50,11 @@ class Space:
                 )
             if not isinstance(spec, Float | Hyperparameter):
                 raise SpaceError(f"{name} must be a Float, but got {spec!r}; write {name}={_written(spec)}.")
+        shared = [id(spec) for spec in specs.values() if isinstance(spec, Hyperparameter)]
+        if len(set(shared)) < len(shared):
+            raise SpaceError(
+                f"each name must have a hyperparameter of its own, but two of {list(specs)} share one."
+            )
         dtype = dtype or torch.get_default_dtype()
         self._entries = {
             name: spec.named(name, dtype)
