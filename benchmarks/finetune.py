@@ -2,13 +2,13 @@
 
     python benchmarks/finetune.py                       # both sizes, all arms; resumes
     python benchmarks/finetune.py --sizes 200 --arms untouched tuned
-    python benchmarks/finetune.py --table               # run nothing; table and figure of the stored rows
+    python benchmarks/finetune.py --table               # run nothing; print the table, draw the figure
     python benchmarks/finetune.py --seed 1              # other examples, weights, batches and points
 
 A Transformer on bytes is pretrained here, on the eight sources of `texts.py` with equal weights, and kept
-in the user's cache. The task: from which source are 48 bytes? A fifth of the 200 or 2,000 examples is T2.
-LoRA of rank 8 in all layers and a linear head are trained by AdamW, in 250 steps with warm-up and linear
-decay.
+in the user's cache. The task: from which source are 48 bytes? A fifth of the 200 or 2,000 examples is T2,
+the validation data; the others are T1. LoRA of rank 8 in all layers and a linear head are trained by AdamW,
+in 250 steps with warm-up and linear decay.
 
 Hyperparameters: the lr that the schedule multiplies, weight decay, dropout before LoRA and the head, label
 smoothing, and Gaussian noise on the embeddings (NEFTune, Jain et al. 2024, has uniform noise).
@@ -19,10 +19,10 @@ tuned      the same start, with `mf.Tuner` and `schedule=5`, as README says of r
 fixed      32 further random points
 TPE        Optuna's TPE and Hyperband; 16 trainings' worth of steps
 
-Starts and fixed points have the same distribution. Every arm trains on T1 and ends with the best by T2 of
-last weights, their average, and an earlier average: "tuned" by `finish`, the others with `mf.Averaged` at ten
-moments. The best fixed point is chosen by T2. The test set (2,000 examples) is read once, with the final
-weights.
+Starts and fixed points have the same distribution. Every arm trains on T1. It keeps the best on T2 of the
+last weights, their average, and an earlier average: "tuned" by `finish`, the others with `mf.Averaged` at
+ten moments. The best fixed point is chosen by T2. The test set (2,000 examples) is read once, with the
+final weights.
 
 Rows: docs/results/finetune.jsonl.
 """

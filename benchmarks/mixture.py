@@ -11,7 +11,8 @@
 
 The sources are eight texts of benchmarks/texts.py: manual pages in six languages, Python and C++. The targets
 are German pages (one of the sources), Dutch pages (none of them), and a blend of Python code and French
-pages. Regimes: "ample" has up to 8 MB of a source, "scarce" 1 % of that.
+pages. A target has validation data, T2, and a test set. A pair is a target with a regime: "ample" has up to
+8 MB of a source, "scarce" 1 % of that.
 
 Model: a Transformer on bytes with hashed embeddings, 1.19 million weights; AdamW with warm-up, cosine
 schedule and clipping; 600 steps. All arms of a pair share initial weights, and draw 1,024 bytes a step by
@@ -21,15 +22,15 @@ arm         weights of the sources
 uniform     equal
 natural     proportional to their sizes
 midflight   `mf.Mixture` with its defaults, one run
-FastMix     Tan et al. 2026; its step was chosen with --tune, as that of DGA
+FastMix     Tan et al. 2026; its step was chosen with --tune, like that of DGA
 DGA         Fan et al. 2024
 DoReMi      Xie et al. 2023: a reference model, a proxy, and the final run; three trainings
 TPE         the best of 16 static mixtures on T2, proposed by Optuna; 16 trainings
 
-T2 has 16 kB, and tunes and chooses. The test loss, in bits per byte, is that of the last weights. A training
-with static weights knows no target, so the arms and targets of a regime share its row; `seconds` counts it
-each time. The table's times are those of seed 3 on german/ample, which ran alone and has no other use. Rows:
-docs/results/mixture.jsonl.
+T2 has 16 kB; rules read it to tune, and TPE to choose. The test loss, in bits per byte, is that of the last
+weights. A training with static weights does not read the target, so the arms and targets of a regime share
+its row. `seconds` counts it each time. The table's times are those of seed 3 on german/ample, which ran
+alone and has no other use. Rows: docs/results/mixture.jsonl.
 """
 
 import argparse

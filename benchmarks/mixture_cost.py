@@ -4,6 +4,8 @@
     python benchmarks/mixture_cost.py --sources 8 --by sampling --steps 250 1000
     python benchmarks/mixture_cost.py --table                # run nothing; print the table
 
+A hyper-step is a step at which the tuner also moves the weights of the sources.
+
 Both trainings draw batches of 16 windows of 64 bytes from a loader of `mf.Mixture`, for a Transformer of
 texts.py under fused AdamW and clipping. The text is random, which changes no time. One thread.
 
@@ -12,14 +14,14 @@ blocks           1.26 million, of which 0.1 million are embeddings
 hashed           1.19 million, of which 1.07 million are embeddings, as in mixture.py; a plain step does
                  little with most of them
 
-The two take turns, step by step, in one process; each step of the tuned one is divided by the plain step
-beside it.
+The two trainings take turns, step by step, in one process. Each step of the tuned one is divided by the plain
+step beside it.
 
 column           meaning
 ratio            time of the tuned run over the plain one: (steps without a hyper-step x their median, plus
                  the first hyper-step, plus the other hyper-steps x their median) / steps
-sum              the same as one ratio of sums, which has the noise of the machine in it
-first, later     what the first hyper-step, and the median later one, add, in plain steps
+sum              the same as a ratio of summed times, which has the noise of the machine in it
+first, later     plain steps that the first hyper-step adds, and the median of the later ones
 loader           time in the loader, in plain steps
 
 Rows: docs/results/mixture_cost.jsonl.

@@ -1,8 +1,11 @@
-"""Compare how a mixture moves by its hypergradients: by sizes, the default, or by signs.
+"""Compare steps of a mixture by the sizes of its hypergradients, the default, with steps by their signs.
 
     python benchmarks/mixture_steps.py                    # everything; resumes
     python benchmarks/mixture_steps.py --arms default --sources 8 --seeds 0 1
     python benchmarks/mixture_steps.py --table            # run nothing; print the table
+
+A mixture has a weight for each source of data. Its hypergradient says how the loss on T2, the validation
+data, changes with each weight.
 
 problem    sources                                                                   right weights
 single     each labels by a network of its own; T2 is like the first                 the first alone

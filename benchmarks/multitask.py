@@ -14,12 +14,12 @@ concrete_help   strength, 60 rows                 water (a column), 600 rows    
 concrete_fight  strength, 500 rows                water (a column), the same rows       4       main
 wine_units      quality (variance 0.65)           free sulphur dioxide (variance 109)   32      both
 
-"Shared" is the width of the two shared layers. The goal is the main task's loss, or the mean of both losses,
-each over the variance of its targets. The columns were
-chosen by the ratio of the main task's test losses, equal weights over main alone, on seeds from 100 on: two
-seeds for all problems, ten for concrete_help, added when ten seeds had shown that boston_few hardly helps.
-All arms of a seed share data, initial weights and batches: 64 examples of each task, 600 steps of Adam, its
-lr 0.003 falling as a cosine. The test loss is that of the last weights.
+T2 is the validation data. "Shared" is the width of the two shared layers. The goal is the main task's loss,
+or the mean of both losses, each over the variance of its targets. The columns were chosen by the ratio of
+the main task's test losses, equal weights over main alone, on two seeds from 100 on. concrete_help was
+chosen on ten seeds, after ten seeds had shown that boston_few hardly helps. All arms of a seed share data,
+initial weights and batches: 64 examples of each task, 600 steps of Adam, its lr 0.003 falling as a cosine.
+The test loss is that of the last weights.
 
 arm          weights of the two terms
 equal        1 : 1

@@ -7,10 +7,10 @@
     python benchmarks/noisy_labels.py --table              # run nothing; print the tables
     python benchmarks/noisy_labels.py --figure             # run nothing; draw the figure
 
-Data: 4,000 training images with noisy labels; T2 has 500 clean ones; the test set has 10,000. "sym": 40 % of
-the labels are replaced by another class, drawn at random. "pair": 30 % are replaced by the next class. A seed
-draws the images, the noise, the initial weights and the batches. Model: MLP 784-64-10; Adam, lr 1e-3, batches
-of 100, 20 epochs.
+Data: T1 has 4,000 training images with noisy labels, T2 500 clean ones for validation, the test set 10,000.
+"sym": 40 % of the labels are replaced by another class, drawn at random. "pair": 30 % are replaced by the
+next class. A seed draws the images, the noise, the initial weights and the batches. Model: MLP 784-64-10;
+Adam, lr 1e-3, batches of 100, 20 epochs.
 
 arm              weights of examples, and the score by which the worst k are "found bad"
 plain            none; the loss at the end
@@ -21,10 +21,10 @@ reweight         from the present batches alone (Ren et al. 2018); the mean weig
 clean            trained on T2 alone; the loss
 midflight        `mf.ExampleWeights`, its tuner with defaults and T1 batches of all 4,000; the weight
 
-Precision is the share of wrong labels among the k examples of the worst score, AUROC the chance that a wrong
-label has a worse score than a right one. Ties are broken at random. "Precision by loss" ranks the examples by
-their loss under the final model instead. That has the weights with the least T2 loss: of all epochs, or for
-midflight those that `finish()` chose. Time is that of the process, over plain's.
+Precision is the share of wrong labels among the k examples of the worst score. AUROC is the chance that a
+wrong label has a worse score than a right one. Ties are broken at random. "Precision by loss" ranks the
+examples by their loss under the final model instead. The final model has the weights with the least T2 loss
+of all epochs, or for midflight those that `finish()` chose. Time is that of the process, over plain's.
 
 Constants were chosen on fashion_mnist, seed 100. Rows: docs/results/noisy_labels.jsonl.
 """
@@ -242,7 +242,8 @@ def by_midflight(
     loader = Batches(data.x, data.y, torch.arange(N), t1, seed + 3000)
     tuner = mf.Tuner(
         run.model, run.optimizer, space, loss_fn, loader, [data.valid], valid_loss_fn=loss_of,
-        total_steps=EPOCHS * len(run.loader), horizon=horizon, schedule=schedule, examples=None,  # type: ignore
+        total_steps=EPOCHS * len(run.loader), examples=None,
+        horizon=horizon, schedule=schedule,  # type: ignore
     )  # fmt: skip
     run.train()
     last = run.error()

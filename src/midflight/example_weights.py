@@ -4,15 +4,16 @@
 
     dC2/dw_i = <w*, gradient of loss_i> / batch size,   w* = (dU/dg)^T v           (`hypergrad.mixed`)
 
-So a weight falls if training on its example raises the validation loss, as training on a wrong label does.
-Ren et al. 2018 (Eq. 5, 6) take this derivative at w = 0 for plain SGD, and forget it after the step. Here it
-is that of the optimiser's own step, and a weight adds up what it saw, because one look at an example says
-little.
+C1 is the training loss, C2 the validation loss, U the optimiser's step from the training gradient g, and v
+the gradient of C2. So a weight falls if training on its example raises the validation loss, as training on
+a wrong label does. Ren et al. 2018 (Eq. 5, 6) take this derivative at w = 0 for plain SGD, and forget it
+after the step. Here it is that of the optimiser's own step. One derivative says little about an example, so
+a weight adds up many.
 
-All examples of a batch share w*, so the sizes of their hypergradients compare. A weight moves by the size
-over its root mean square in the batch. The weights of all other examples stay (`SignSteps.move_by_size`). The
-step is as many times longer as there are batches in a pass. The divisor of the mean has no weights, because
-they would then compete.
+All examples of a batch share w*, so the sizes of their hypergradients can be compared. A weight moves by
+its hypergradient over the root mean square in the batch, times the number of batches in a pass. The weights
+of all other examples stay (`SignSteps.move_by_size`). The mean divides by the batch size, not by the sum of
+the weights, because the weights would then compete.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from midflight.space.specs import PerExample
 
 
 class ExampleWeights(Hyperparameter):
-    """The weights of the training examples, numbers in [0, 1], which are 1 at first.
+    """The weights of the training examples: numbers in [0, 1], all 1 at first.
 
         weights = mf.ExampleWeights(len(dataset))
         space = mf.Space(weights=weights)
@@ -38,14 +39,14 @@ class ExampleWeights(Hyperparameter):
             x, y, index = batch
             return weights.loss(F.cross_entropy(model(x), y, reduction="none"), index)
 
-    A weight moves only at hyper-steps whose T1 batch has its example, so give the tuner larger batches than
-    the loop has, such as `weights.loader(dataset, batch_size=1000)`. The tuner uses all examples of them.
+    A weight moves only when the training batch that the tuner reads has its example. So give the tuner larger
+    batches than the loop has, such as `weights.loader(dataset, batch_size=1000)`. It uses all their examples.
 
     Args:
         n: how many training examples there are.
 
     Raises:
-        SpaceError: n is no whole number of at least 1.
+        SpaceError: n is not a whole number of at least 1.
     """
 
     def __init__(self, n: int) -> None:
@@ -81,7 +82,7 @@ class ExampleWeights(Hyperparameter):
     def loader(self, dataset: Dataset[Any], batch_size: int, **options: Any) -> "DataLoader[Any]":
         """Return a loader of the training data, in random order, that also says which examples a batch has.
 
-        A batch is that of the dataset with the indices at its end, or under "index" in a dict.
+        A batch is what the dataset gives, with the indices at its end, or under "index" in a dict.
 
         Args:
             dataset: the training examples, in the order of the weights.

@@ -2,25 +2,28 @@
 
     C1 = sum_i w_i E_i[loss],   w on the simplex,   E_i the mean over source i
 
-The weight of a source acts on the next step alone, so a hypergradient of one step has little bias here:
+C1 is the training loss, C2 the validation loss, U the optimiser's step from the training gradient g, and v
+the gradient of C2. The weight of a source acts on the next step, so the derivative after one step sees its
+effect:
 
     dC2/dw_i = <w*, gradient of E_i[loss]>,   w* = (dU/dg)^T v           (`hypergrad.mixed`)
 
-Two ways to use the weights have this C1 and this hypergradient on average. q is the probability with which a
-source is drawn, and an example of source i counts w_i / q_i:
+Two ways to use the weights have this C1 and this hypergradient on average. A source i is drawn with the
+probability q_i, and each of its examples counts w_i / q_i:
 
     as loss weights     sources are drawn equally often; q_i = 1/k
     as probabilities    sources are drawn by their weights; q = w, so each example counts 1
 
-With probabilities, the noise of the training gradient is lower. With loss weights, that of the hypergradient
-of a source with a low weight is. In a batch, a source comes as often as its probability says, up to one
-example (systematic sampling). Losses count as differences from their mean b in the batch, which lowers the
-noise further:
+Probabilities have less noise in the training gradient. Loss weights have less noise in the hypergradients
+of sources with low weights. In a batch of n examples, source i has n q_i examples, rounded down or up
+(systematic sampling). Losses count as differences from their mean b in the batch, which lowers the noise
+further:
 
     mean over the batch of (w_i / q_i) (loss - b) / c, plus b
 
-b moves with the sources of its batch, which without c would take a part 1 - c off the weights. For sources
-drawn equally often, n examples of k sources, r = n mod k of them once more than the others (r = n if n < k):
+b depends on the sources in its batch. Without c, this would take a part 1 - c off the effect of the
+weights. c holds for k sources drawn equally often, of which r = n mod k have one example more than the
+others:
 
     c = 1 - r (k - r) / (n^2 (k - 1))             0 at n = 1, where b is left out; 1 if k divides n
 """
@@ -86,7 +89,7 @@ class Mixture(Hyperparameter):
         sources: their names, or how many there are.
         init: initial weights, of any sum; equal by default.
         ratio: the largest factor between two weights, apart from `floor`.
-        floor: the part of the whole that all sources share equally, so that none is forgotten.
+        floor: the part of the whole that all sources share equally, so that no weight reaches 0.
 
     Attributes:
         sources: their names, in the order of the weights.
@@ -154,18 +157,18 @@ class Mixture(Hyperparameter):
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> "DataLoader[Any]":
-        """Return a loader of all sources; a pass takes as many examples as they have.
+        """Return a loader of all sources; a pass takes as many examples as they have together.
 
-        A batch is that of the datasets with a `Drawn` at its end, or under "drawn" in a dict. A list of the
-        examples themselves, such as strings, is one part: (list, drawn). If several processes train together,
-        each draws batches of its own, and a pass has as many fewer batches.
+        A batch is what the datasets give, with a `Drawn` at its end, or under "drawn" in a dict. A list of
+        the examples themselves, such as strings, is one part: (list, drawn). If several processes train
+        together, each draws batches of its own, and they share the number of batches of a pass.
 
         Args:
             datasets: one per source, with a length, in the order of `sources`; or source -> dataset.
             batch_size: examples of a batch.
             by: "sampling" draws sources with the present weights as probabilities; "loss" draws them equally
                 often.
-            generator: of the random numbers.
+            generator: draws the random numbers.
             options: further arguments of `torch.utils.data.DataLoader`, such as `num_workers`. A
                 `collate_fn` gets the examples as the datasets give them.
 
@@ -241,7 +244,7 @@ class _Collate:
 class _Batches(Sampler[Any]):
     """Draws batches of places; each source's examples come in random order, again and again.
 
-    Processes that train together have random numbers of their own, also if all have the same seed.
+    Processes that train together have random numbers of their own, even if all have the same seed.
     """
 
     def __init__(
