@@ -206,6 +206,28 @@ def test_the_parts_of_a_batch_move_to_a_device_alike():
     assert parts[-1].source.dtype == torch.int64
 
 
+@pytest.mark.parametrize("drawn", [None, torch.zeros(6, dtype=torch.int64)])
+def test_a_loss_says_what_drawn_must_be(drawn):
+    with pytest.raises(TypeError, match="the part of the batch that `loader` adds"):
+        mf.Mixture(2).loss(torch.ones(6), drawn)
+
+
+def test_a_validation_loss_that_fails_says_that_it_is_one():
+    mixture, model = mf.Mixture(["a", "b"]), nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train = [(torch.ones(4, 3), torch.ones(4, 1), Drawn(torch.tensor([0, 1, 0, 1]), torch.full((4,), 0.5)))]
+
+    def loss_fn(model, batch):
+        x, y, drawn = batch
+        return mixture.loss((model(x) - y).square(), drawn)
+
+    mf.Tuner(model, optimizer, mf.Space(mixture=mixture), loss_fn, train, [train[0][:2]], schedule=1)
+    loss_fn(model, train[0]).backward()
+    with pytest.raises(ValueError, match="unpack") as caught:
+        optimizer.step()
+    assert any("pass a valid_loss_fn" in note for note in caught.value.__notes__)
+
+
 def test_two_names_of_a_space_may_not_share_a_mixture():
     mixture = mf.Mixture(2)
     with pytest.raises(SpaceError, match="a hyperparameter of its own"):

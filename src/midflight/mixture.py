@@ -71,6 +71,14 @@ class Drawn(_Parts):
         """Return it on a device, as other parts of a batch do. `Mixture.loss` needs no such call."""
         return Drawn(*(part.to(device, non_blocking=non_blocking) for part in self))
 
+    def cpu(self) -> "Drawn":
+        """Return it on the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device: int | None = None, non_blocking: bool = False) -> "Drawn":
+        """Return it on a GPU; on the present one by default."""
+        return self.to("cuda" if device is None else device, non_blocking)
+
 
 class Mixture(Hyperparameter):
     """The weights of data sources, or of loss terms: positive numbers with the sum 1.
@@ -131,13 +139,19 @@ class Mixture(Hyperparameter):
             drawn: the part of the batch that `loader` adds.
 
         Raises:
+            TypeError: `drawn` is something else.
             ValueError: there is not one loss per example.
         """
+        if not isinstance(drawn, tuple | list) or len(drawn) != 2:
+            raise TypeError(
+                "drawn must be the part of the batch that `loader` adds, or Drawn(source, chance), but is of "
+                f"type {type(drawn).__name__}."
+            )
         source, chance = (part.to(losses.device) for part in drawn)
         if losses.ndim == 0 or len(losses) != len(source):
             raise ValueError(
                 f"losses must have one entry for each of {len(source)} examples, but have shape "
-                f'{tuple(losses.shape)}; compute them with reduction="none".'
+                f'{tuple(losses.shape)}; compute them with reduction="none", for all examples of the batch.'
             )
         if losses.ndim > 1:
             losses = losses.flatten(1).mean(1)

@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
 
 from midflight._tensors import Tensors
-from midflight.errors import InvalidLoss
+from midflight.errors import InvalidLoss, MidflightError
 from midflight.hypergrad.graph import graph_nodes
 from midflight.hypergrad.problem import reached
 from midflight.tuner.data import fresh, tensors_of
@@ -171,7 +171,15 @@ class LiveModel:
     def valid_loss(self, function: Loss, batch: Any) -> Tensor:
         """Return `function(model, batch)` in eval mode, shape ()."""
         with self.evaluating():
-            return self._call(function, batch)
+            try:
+                return self._call(function, batch)
+            except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+                if not isinstance(error, MidflightError):
+                    error.add_note(
+                        "This was the validation loss, valid_loss_fn or else loss_fn; pass a valid_loss_fn "
+                        "that takes batches of valid_loader."
+                    )
+                raise
 
     def train_loss(self, function: Loss, batch: Any) -> Tensor:
         """Return `function(model, batch)` in the mode in which the model trains, shape ()."""

@@ -18,6 +18,8 @@ from midflight.tuner.sharded import part
 
 FEW = 20
 """The number of hyper-steps in a run below which the report says that they are few."""
+FEW_OF_SHARES = 8
+"""The same if nothing but mixtures is tuned, whose hyper-steps come evenly and are longer."""
 NORMALLY_UNDECIDED = 2
 """The number of left-out hyper-steps that is normal if the loop clips."""
 SHORT = 0.5
@@ -117,7 +119,8 @@ def sentences(
             f"the run had {run.steps} optimiser steps, but total_steps={total}; hyper-steps "
             f"anneal over total_steps.{other * (run.steps < total)}"
         )
-    if run.hypersteps < FEW and run.steps >= 5 * FEW and finite and not (total and run.steps > total):
+    few = FEW_OF_SHARES if all(space[name].spec.is_shares for name in space) else FEW
+    if run.hypersteps < few and run.steps >= 5 * FEW and finite and not (total and run.steps > total):
         took = "" if run.cost is None else f", which took {run.cost:.1%} of the training time"
         found.append(
             f"only {run.hypersteps} of {run.steps} optimiser steps had a hyper-step{took}; "
