@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The venv stands ready once this file is newer than what it was made from.
 READY := $(VENV)/.ready
 
-.PHONY: setup study fast test slow lint peers clean
+.PHONY: setup study fast test slow lint docs peers clean
 
 setup: $(READY)
 
@@ -31,16 +31,23 @@ fast: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile docs
 
 # What takes minutes by itself: more kills and interrupts, a Ray cluster that asks for a token.
 slow: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: setup
-	$(BIN)/ruff check src tests examples benchmarks dev
-	$(BIN)/ruff format --check src tests examples benchmarks dev
+	$(BIN)/ruff check src tests examples benchmarks dev docs
+	$(BIN)/ruff format --check src tests examples benchmarks dev docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# The site, in docs/_build/html; it runs the tutorials and examples, and takes some minutes.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo open docs/_build/html/index.html
 
 # The libraries beside which benchmarks/overhead.py measures; two refuse a current Python in their metadata only.
 peers: setup

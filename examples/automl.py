@@ -1,4 +1,7 @@
-"""Compare a default random forest, a network that tunes itself, and a search over families of learners.
+"""Choose a learner, with the network that tunes itself among them
+===============================================================
+
+Compare a default random forest, a network that tunes itself, and a search over families of learners::
 
     python examples/automl.py             # about half a minute; needs midflight[automl]
     python examples/automl.py --quick

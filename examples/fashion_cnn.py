@@ -1,4 +1,7 @@
-"""Tune six augmentation magnitudes and weight decay of a CNN on 1,000 Fashion-MNIST images.
+"""A convolutional network: augmentation, dropout and weight decay
+===============================================================
+
+Tune six augmentation magnitudes and weight decay of a CNN on 1,000 Fashion-MNIST images::
 
     python examples/fashion_cnn.py            # one to two minutes; needs pip install 'midflight[augment]'
     python examples/fashion_cnn.py --quick

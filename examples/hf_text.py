@@ -1,4 +1,7 @@
-"""Tune learning rate, weight decay and dropout in Hugging Face's Trainer, by one callback.
+"""Hugging Face's Trainer, by one callback
+=======================================
+
+Tune learning rate, weight decay and dropout in Hugging Face's Trainer, by one callback::
 
     python examples/hf_text.py            # a minute; needs midflight[hf]
     python examples/hf_text.py --quick

@@ -1,4 +1,7 @@
-"""Tune dropout, weight decay and label smoothing of a small Transformer on Python's documentation.
+"""A small language model
+======================
+
+Tune dropout, weight decay and label smoothing of a small Transformer on Python's documentation::
 
     python examples/language_model.py            # one to two minutes
     python examples/language_model.py --quick

@@ -1,4 +1,7 @@
-"""Tune learning rate, weight decay and input noise in a Lightning trainer, by one callback.
+"""A Lightning trainer, by one callback
+====================================
+
+Tune learning rate, weight decay and input noise in a Lightning trainer, by one callback::
 
     python examples/lightning_digits.py            # half a minute; needs midflight[lightning,study]
     python examples/lightning_digits.py --quick

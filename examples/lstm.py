@@ -1,4 +1,7 @@
-"""Tune weight decay and the noise on inputs and states of an LSTM that forecasts a noisy chaotic series.
+"""An LSTM
+=======
+
+Tune weight decay and the noise on inputs and states of an LSTM that forecasts a noisy chaotic series::
 
     python examples/lstm.py            # one to two minutes
     python examples/lstm.py --quick

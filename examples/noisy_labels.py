@@ -1,4 +1,7 @@
-"""Find wrong labels: tune a weight for each training example during training.
+"""Wrong labels, found by a weight for each example
+================================================
+
+Find wrong labels: tune a weight for each training example during training::
 
     python examples/noisy_labels.py            # one to two minutes
     python examples/noisy_labels.py --quick

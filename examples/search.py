@@ -1,4 +1,7 @@
-"""Search layers, optimiser and learning rate; tune weight decay, noise and dropout during each trial.
+"""Search what has no gradient, tune the rest
+==========================================
+
+Search layers, optimiser and learning rate; tune weight decay, noise and dropout during each trial::
 
     python examples/search.py             # about a minute; needs midflight[search]
     python examples/search.py --quick

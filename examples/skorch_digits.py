@@ -1,4 +1,7 @@
-"""Tune learning rate, weight decay and input noise of a skorch net, by one callback.
+"""A skorch network, by one callback
+=================================
+
+Tune learning rate, weight decay and input noise of a skorch net, by one callback::
 
     python examples/skorch_digits.py            # half a minute; needs midflight[skorch,study]
     python examples/skorch_digits.py --quick

@@ -1,4 +1,7 @@
-"""Tune eight hyperparameters of five kinds at once: an MLP on scikit-learn's breast cancer table.
+"""A network for a table
+=====================
+
+Tune eight hyperparameters of five kinds at once: an MLP on scikit-learn's breast cancer table::
 
     python examples/tabular.py            # about 20 seconds; needs scikit-learn
     python examples/tabular.py --quick

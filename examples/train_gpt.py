@@ -1,4 +1,7 @@
-"""Tune an ordinary training script without a change to its loop.
+"""A training script, unchanged
+============================
+
+Tune an ordinary training script without a change to its loop::
 
     python examples/train_gpt.py                 # train without tuning
     python examples/train_gpt.py --tune          # tune weight decay, dropout and learning rate

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,20 @@ def test_tuning_ends_with_a_lower_validation_loss_than_the_start(name):
     assert result["valid"]["tuned"] < result["valid"]["fixed"]
     if name == "noisy_labels":
         assert result["precision"] > 1.5 * result["chance"]  # a network that learnt nothing is at 1
+
+
+ALONE = ["1_first_run", "6_search"]
+"""Tutorials without an untuned run beside the tuned one."""
+TUTORIALS = sorted((EXAMPLES.parent / "docs" / "tutorials").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_a_tutorial_runs_and_tuning_helps(path, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(path), run_name="__main__")
+    said = re.findall(r"(?:error|loss)\D*: (\d+\.\d+)", capsys.readouterr().out)
+    assert len(said) == (0 if path.stem in ALONE else 2)
+    assert said == sorted(said, key=float, reverse=True)  # tuned last
 
 
 PAGE = (EXAMPLES.parent / "README.md").read_text()

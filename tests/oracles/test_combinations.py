@@ -1,4 +1,4 @@
-"""What users combine with tuning, times what they tune: each cell of docs/combinations.md is measured here.
+"""What users combine with tuning, times what they tune: measures each cell of the page combinations.md.
 
 The truth is a central difference of the step as the loop takes it, in float64, as in `test_live_loop`. Layers
 that draw random numbers draw the same in each pass, one per feature.
@@ -26,7 +26,7 @@ from midflight.gradcheck.oracles import derivative
 from midflight.tuner.gradient import ReceivedGradient
 from midflight.updates import BlackBox
 
-PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "combinations.md"
 COLUMNS = {
     "weight_decay": mf.Float(1e-3, 1.0, log=True, init=0.05),
     "lr": mf.Float(1e-3, 1e-1, log=True, init=0.02),

@@ -145,9 +145,7 @@ class OnlineMLPRegressor(RegressorMixin, _OnlineMLP):
     Like `OnlineMLPClassifier`, with squared error in place of log loss. The target is standardised, and T2 is
     stratified by the sorted target.
 
-    Args:
-        hidden, lr, batch_size, max_steps, patience, validation_fraction, weight_decay, noise, dropout, refit,
-            random_state: as for `OnlineMLPClassifier`.
+    All arguments are those of `OnlineMLPClassifier`.
 
     Attributes:
         network_: the trained `torch.nn.Sequential`, from standardised inputs to the standardised target.

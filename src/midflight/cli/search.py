@@ -24,7 +24,7 @@ class Search:
     """
 
     space: tyro.conf.Positional[str]
-    """mlp, or FILE.py:FUNCTION, where the file also defines `space`; see docs/search.md."""
+    """mlp, or FILE.py:FUNCTION, where the file also defines `space`; see docs/how-to/search.md."""
     data: str | None = None
     """Dataset of mlp: mnist, fashion_mnist or digits; default: digits."""
     train: int | None = None

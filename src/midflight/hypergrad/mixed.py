@@ -126,7 +126,7 @@ def relative_epsilon(rounding: float) -> float:
 
     The cube root balances truncation and rounding in a typical direction. But w is large where Adam takes
     long steps, and the loss curves about 300 times faster along w (measured). So the root is divided by 300.
-    In half precision rounding dominates, and dividing by 10 is best (measured: dev/LOG.md, 2026-11-27).
+    In half precision rounding dominates, and dividing by 10 is best (measured: dev/log/2026-11.md).
 
     | computed in | step |
     |---|---|
