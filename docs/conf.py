@@ -78,7 +78,11 @@ sphinx_gallery_conf = {
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_theme_options = {"navigation_with_keys": True}
+html_theme_options = {  # the colours of `midflight report`
+    "navigation_with_keys": True,
+    "light_css_variables": {"color-brand-primary": "#0072b2", "color-brand-content": "#0072b2"},
+    "dark_css_variables": {"color-brand-primary": "#56b4e9", "color-brand-content": "#56b4e9"},
+}
 copybutton_exclude = ".linenos, .gp, .go"
 llms_txt_summary = "midflight tunes hyperparameters of a PyTorch model while it trains."
 
