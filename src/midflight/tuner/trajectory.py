@@ -123,6 +123,7 @@ class Trajectory(Saved):
         ax.barh(names, means, xerr=errors)
         ax.axvline(0, color="black", linewidth=0.8)
         ax.invert_yaxis()
+        ax.locator_params(axis="x", nbins=5)
         ax.set_xlabel("change of the validation loss per unit of weight, from the mean")
         return fig
 
@@ -183,6 +184,7 @@ class Trajectory(Saved):
         """
         require_extra("matplotlib", "study")
         from matplotlib.figure import Figure
+        from matplotlib.ticker import NullFormatter
 
         columns = self.values(space)
         fig = Figure(figsize=(6, 0.8 + 1.4 * len(space)), layout="constrained")
@@ -198,6 +200,8 @@ class Trajectory(Saved):
             else:
                 ax.step(columns["step"], columns[name], where="post")
             ax.set_yscale("log" if spec.log else "logit" if spec.logit else "linear")
+            if spec.logit:
+                ax.yaxis.set_minor_formatter(NullFormatter())  # its labels would lie on each other
             ax.set_ylim(spec.low, spec.high)
             ax.set_ylabel(name)
         axes[-1].set_xlabel("optimiser step")
