@@ -104,8 +104,13 @@ def train(job: tuple[str, str, int, int, bool, str]) -> Row:
         finish = run.losses()
     return {
         "task": name, "arm": arm, "index": index, "start": start, "end": path[-1], "valid_loss": valid,
-        "test_error": test, "finish": finish, "seconds": round(seconds, 2), "path": path, "caution": caution,
+        "test_error": test, "finish": finish, "seconds": round(seconds, 2), "path": _few(path), "caution": caution,
     }  # fmt: skip
+
+
+def _few(path: list[list[float]]) -> list[list[float]]:
+    """Return up to 20 points of a path, at equal distances, with four digits."""
+    return [[float(f"{x:.4g}") for x in point] for point in path[:: -(-len(path) // 20)]]
 
 
 class Candidates:
