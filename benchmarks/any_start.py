@@ -104,7 +104,8 @@ def train(job: tuple[str, str, int, int, bool, str]) -> Row:
         finish = run.losses()
     return {
         "task": name, "arm": arm, "index": index, "start": start, "end": path[-1], "valid_loss": valid,
-        "test_error": test, "finish": finish, "seconds": round(seconds, 2), "path": _few(path), "caution": caution,
+        "test_error": test, "finish": finish, "seconds": round(seconds, 2), "path": _few(path),
+        "caution": caution,
     }  # fmt: skip
 
 
