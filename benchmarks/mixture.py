@@ -411,6 +411,17 @@ def table(found: Sequence[Row]) -> str:
             both = [theirs[seed] - own[seed] for seed in own if seed in theirs]
             cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval(both)) if both else "-")
         lines.append(f"| {pair} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Cosine with the true direction",
+        "",
+        "| rule | least | median | largest |",
+        "|---|---|---|---|",
+    ]
+    for rule in ("FastMix", "DGA", "midflight"):
+        cosines = [row[rule] for row in found if row["task"] == "agreement"]
+        if cosines:
+            lines.append(f"| {rule} | {min(cosines):.2f} | {np.median(cosines):.2f} | {max(cosines):.2f} |")
     return "\n".join(lines)
 
 
