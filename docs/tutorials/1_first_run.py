@@ -47,7 +47,8 @@ def loss_fn(model, batch):
 # Add the tuner
 # -------------
 #
-# It is one line before the loop. It listens to ``optimizer.step()``, so the loop stays as it is.
+# It is one line before the loop. ``loss_fn`` also gets batches of T2, in eval mode; move a batch to the
+# device inside it. It listens to ``optimizer.step()``, so the loop stays as it is.
 
 epochs = 100
 steps = epochs * len(train_loader)  # of the optimiser, in the whole run

@@ -243,3 +243,37 @@ def test_exchanged_arguments_and_a_loader_for_a_batch_are_refused_in_a_sentence(
         checked(model, s, loss=(X, Y))
     with pytest.raises(TypeError, match=r"batch must be one batch.*next\(iter\(loader\)\)"):
         checked(model, s, batch=DataLoader(TensorDataset(X, Y)))
+
+
+class Descent(torch.optim.Optimizer):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad)
+
+
+class DescentRule(mf.updates.UpdateRule):
+    tunable = frozenset({"lr"})
+    factor = 1.0
+
+    def step(self, param, grad, state, options):
+        return param - self.factor * options["lr"] * grad, {}
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (2.0, False), (-1.0, False)])
+def test_a_rule_of_the_user_is_compared_with_the_optimiser_itself(monkeypatch, factor, passes):
+    monkeypatch.setattr(DescentRule, "factor", factor)
+    monkeypatch.setitem(mf.updates.RULES, Descent, DescentRule())
+    model = nn.Linear(3, 2)
+    batch = torch.randn(8, 3), torch.randint(2, (8,))
+    space = mf.Space(lr=mf.Float(1e-3, 1.0, log=True, init=0.1))
+    report = mf.check(
+        model, Descent(model.parameters()), space, lambda m, b: F.cross_entropy(m(b[0]), b[1]), batch, batch,
+        estimators=["one_step"],
+    )  # fmt: skip
+    assert report.passed == passes
+    assert any("must give the step of Descent" in hint for hint in report.hints) != passes

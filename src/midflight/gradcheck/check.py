@@ -14,7 +14,13 @@ from torch.utils.data import DataLoader
 
 from midflight._reporting.text import aligned
 from midflight._tensors import Tensors, leaves
-from midflight.errors import InvalidLoss, MidflightError, NotTwiceDifferentiable, UnreachedHyperparameter
+from midflight.errors import (
+    InvalidLoss,
+    MidflightError,
+    NotTwiceDifferentiable,
+    UnreachedHyperparameter,
+    UnsupportedOptimizer,
+)
 from midflight.gradcheck.oracles import along, derivative, stepped
 from midflight.hypergrad import CLAIMS, ESTIMATORS, Estimator, estimator_for, hypergradient
 from midflight.hypergrad.graph import require_twice_differentiable
@@ -28,8 +34,11 @@ from midflight.tuner.mixed_partial import plain_attention
 from midflight.tuner.optimizers import Optimizers, trained_parameters, unwrapped
 from midflight.tuner.randomness import Randomness
 from midflight.updates import State, Update
+from midflight.updates.base import numbers
+from midflight.updates.black_box import step_on_copies
 
 ENTRIES = 5  # how many entries of a large hyperparameter are checked
+SAME_STEP = 1e-6  # the relative difference of two steps, in float64, that counts as none
 
 
 @dataclass(frozen=True)
@@ -145,6 +154,7 @@ def check(
         try:
             hints += trial.conditions()
             state = trial.settled_state()
+            trial.require_own_rules_hold(state)
             truths = {name: trial.truth(name, state) for name in space}
             hints += _about_truths(truths)
             mixed_partial = trial.mixed_partial()
@@ -192,6 +202,8 @@ class _Trial:
         batch, valid_batch = map(_cast, batches)
         self.params: Tensors = {name: _cast(p.detach()) for name, p in trained.items()}
         self.raws: Tensors = {name: _cast(raw.detach()) for name, raw in space.raws.items()}
+        owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
+        self._owners = {name: owners[id(p)] for name, p in trained.items()}
         states = {p: state for o in optimizers for p, state in o.state.items()}
         self._state: dict[str, State] = {
             name: {
@@ -262,6 +274,27 @@ class _Trial:
             return self._state
         self.params, state = stepped(self.problem, self.params, self.raws, self._state, steps=3)
         return state
+
+    def require_own_rules_hold(self, state: Mapping[str, State]) -> None:
+        """Compare the user's own update rules with a step of the optimiser itself.
+
+        The rules of midflight are compared in its tests.
+
+        Raises:
+            UnsupportedOptimizer: they differ.
+        """
+        grads = self.problem.train_grads(leaves(self.params), self.raws)
+        for name, update in self.problem.updates(self.raws).items():
+            if name not in grads or type(update.rule).__module__.startswith("midflight."):
+                continue
+            weight = self.params[name], grads[name].detach(), state.get(name, {}), numbers(update.options)
+            (real,), _ = step_on_copies(self._owners[name], [weight])
+            length = float((real - self.params[name]).abs().max())
+            if not float((update.rule.ahead(*weight) - real).abs().max()) <= SAME_STEP * length:
+                rule, optimizer = type(update.rule).__name__, type(self._owners[name]).__name__
+                raise UnsupportedOptimizer(
+                    f"{rule} must give the step of {optimizer}, but {name} moves otherwise; correct the rule."
+                )
 
     def truth(self, name: str, state: Mapping[str, State]) -> _Truth:
         """Return central differences of the validation loss after one step, in at most ENTRIES entries."""

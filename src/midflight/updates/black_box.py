@@ -170,20 +170,26 @@ class BlackBox(UpdateRule):
         return self._run(weights)[0]
 
     def _run(self, weights: Sequence[Weight]) -> tuple[list[Tensor], list[Any]]:
-        """Return the weights and their states after one step of all on copies, in float64."""
-        copies = [nn.Parameter(param.detach().to(torch.float64, copy=True)) for param, *_ in weights]
-        groups: dict[int, dict[str, Any]] = {}
-        twin = _twin(self._optimizer)
-        for p, (_, grad, state, options) in zip(copies, weights, strict=True):
-            p.grad = grad.detach().double().clone()
-            if state:
-                twin.state[p] = {name: _copied(value) for name, value in state.items()}
-            groups.setdefault(id(options), {**_written(options), "params": []})["params"].append(p)
-        twin.param_groups = list(groups.values())
-        step = type(twin).step
-        with torch.no_grad():  # without torch's hooks on every optimiser
-            (step.__wrapped__ if getattr(step, "hooked", False) else step)(twin)  # type: ignore[attr-defined]
-        return [p.detach() for p in copies], [dict(twin.state[p]) for p in copies]
+        return step_on_copies(self._optimizer, weights)
+
+
+def step_on_copies(
+    optimizer: torch.optim.Optimizer, weights: Sequence[Weight]
+) -> tuple[list[Tensor], list[Any]]:
+    """Return the weights and their states after one step of all by the optimiser itself, in float64."""
+    copies = [nn.Parameter(param.detach().to(torch.float64, copy=True)) for param, *_ in weights]
+    groups: dict[int, dict[str, Any]] = {}
+    twin = _twin(optimizer)
+    for p, (_, grad, state, options) in zip(copies, weights, strict=True):
+        p.grad = grad.detach().double().clone()
+        if state:
+            twin.state[p] = {name: _copied(value) for name, value in state.items()}
+        groups.setdefault(id(options), {**_written(options), "params": []})["params"].append(p)
+    twin.param_groups = list(groups.values())
+    step = type(twin).step
+    with torch.no_grad():  # without torch's hooks on every optimiser
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(twin)  # type: ignore[attr-defined]
+    return [p.detach() for p in copies], [dict(twin.state[p]) for p in copies]
 
 
 def _require_alone(optimizer: torch.optim.Optimizer) -> None:
