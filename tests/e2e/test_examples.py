@@ -34,10 +34,15 @@ def shortened(train, times):
     return run
 
 
-def result_of(name):
+def load(name):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example
+
+
+def result_of(name):
+    example = load(name)
     if name == "noisy_labels":
         example.EXAMPLES = 4_000
     if hasattr(example, "train"):
@@ -49,8 +54,8 @@ def result_of(name):
 
 
 LOOPS = sorted(
-    path.stem for path in EXAMPLES.glob("*.py") if path.stem != "train_gpt"
-)  # see test_unchanged_loop
+    path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("train_gpt", "hypergradient")
+)  # see test_unchanged_loop, and below
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -61,6 +66,11 @@ def test_tuning_ends_with_a_lower_validation_loss_than_the_start(name):
     assert result["valid"]["tuned"] < result["valid"]["fixed"]
     if name == "noisy_labels":
         assert result["precision"] > 1.5 * result["chance"]  # a network that learnt nothing is at 1
+
+
+def test_the_example_of_a_hypergradient_finds_the_slope():
+    found = load("hypergradient").main()
+    assert found["hypergradient"] == pytest.approx(found["difference"], rel=1e-6)
 
 
 ALONE = ["1_first_run", "6_search"]
