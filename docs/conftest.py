@@ -1,6 +1,6 @@
-"""Run the code of all pages: each page is a test, and its blocks share the names made here.
+"""Run the code of all pages: each block is a test, and the blocks of a page share the names made here.
 
-A page says in its text, or in a hidden block (`<!--- invisible-code-block: python`), what else it needs.
+A hidden block (`<!--- invisible-code-block: python`) makes what else a page needs.
 """
 
 import os

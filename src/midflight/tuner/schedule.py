@@ -17,8 +17,8 @@ PER = 20
 """Optimiser steps per hyper-step, over the whole run."""
 PER_OF_SHARES = 25
 """Optimiser steps between hyper-steps if nothing but mixtures is tuned. They come evenly, because a source
-that is memorised shows it late. With 25, tuning costs 10 % of a run
-of 600 steps (`benchmarks/mixture_cost.py`)."""
+that is memorised shows it late. With 25, tuning costs 10 % of a run of 600 steps, and 15 % where most weights
+are embeddings (`benchmarks/mixture_cost.py`)."""
 
 
 class Schedule(Saved, ABC):
