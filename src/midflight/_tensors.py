@@ -1,8 +1,10 @@
-"""Compute with named tensors, name -> tensor."""
+"""Compute with named tensors, name -> tensor, and with the parts of a batch."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,3 +64,26 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     largest = torch._foreach_norm(present, math.inf)
     together = torch.stack([x.to(largest[0]) for x in largest])
     return float(together.max()) < math.inf  # one synchronisation with a GPU; NaN is not below
+
+
+def one_per_example(losses: Tensor, index: Tensor) -> Tensor:
+    """Return losses of shape (B, ...) as their means over the rest, shape (B,).
+
+    Raises:
+        ValueError: the losses do not have one entry for each entry of `index`, shape (B,).
+    """
+    if losses.ndim == 0 or index.shape != losses.shape[:1]:
+        raise ValueError(
+            f"losses must have one entry for each of {index.numel()} examples, but have shape "
+            f'{tuple(losses.shape)}; compute them with reduction="none", for all examples of the batch.'
+        )
+    return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+
+
+def with_part(batch: Any, name: str, part: Any) -> Any:
+    """Return a batch, or an example, with one more part: under its name in a dict, else at the end."""
+    if isinstance(batch, Mapping):
+        found = copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
+        found[name] = part
+        return found
+    return (*batch, part) if isinstance(batch, tuple | list) else (batch, part)

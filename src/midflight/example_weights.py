@@ -16,13 +16,13 @@ of all other examples stay (`SignSteps.move_by_size`). The mean divides by the b
 the weights, because the weights would then compete.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from midflight._tensors import one_per_example, with_part
 from midflight.errors import SpaceError
 from midflight.space.hyperparameter import Hyperparameter
 from midflight.space.specs import PerExample
@@ -66,13 +66,7 @@ class ExampleWeights(Hyperparameter):
         Raises:
             ValueError: there is not one loss per example.
         """
-        if losses.ndim == 0 or index.shape != losses.shape[:1]:
-            raise ValueError(
-                f"losses must have one entry for each of {index.numel()} examples, but have shape "
-                f'{tuple(losses.shape)}; compute them with reduction="none".'
-            )
-        if losses.ndim > 1:
-            losses = losses.flatten(1).mean(1)
+        losses = one_per_example(losses, index)
         return (self.value[index.to(self.raw.device)].to(losses) * losses).mean()
 
     def lowest(self, k: int) -> Tensor:
@@ -110,7 +104,4 @@ class _Indexed(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Any:
-        example = self.dataset[index]
-        if isinstance(example, Mapping):
-            return {**example, "index": index}
-        return (*example, index) if isinstance(example, tuple | list) else (example, index)
+        return with_part(self.dataset[index], "index", index)

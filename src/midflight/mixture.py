@@ -28,14 +28,14 @@ others:
     c = 1 - r (k - r) / (n^2 (k - 1))             0 at n = 1, where b is left out; 1 if k divides n
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from copy import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
+from midflight._tensors import one_per_example, with_part
 from midflight.errors import SpaceError, UnknownName
 from midflight.space.hyperparameter import Hyperparameter
 from midflight.space.specs import Shares, Value
@@ -148,13 +148,7 @@ class Mixture(Hyperparameter):
                 f"type {type(drawn).__name__}."
             )
         source, chance = (part.to(losses.device) for part in drawn)
-        if losses.ndim == 0 or len(losses) != len(source):
-            raise ValueError(
-                f"losses must have one entry for each of {len(source)} examples, but have shape "
-                f'{tuple(losses.shape)}; compute them with reduction="none", for all examples of the batch.'
-            )
-        if losses.ndim > 1:
-            losses = losses.flatten(1).mean(1)
+        losses = one_per_example(losses, source)
         weight = self.value.to(losses)[source] / chance.to(losses)
         n, k = len(losses), len(self.sources)
         if n == 1:
@@ -248,11 +242,7 @@ class _Collate:
         batch, drawn = self.of(list(examples)), Drawn(torch.tensor(source), torch.tensor(chance))
         if isinstance(batch, list) and [*map(id, batch)] == [*map(id, examples)]:  # as of strings: one part
             return batch, drawn
-        if isinstance(batch, Mapping):
-            found = copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
-            found["drawn"] = drawn
-            return found
-        return (*batch, drawn) if isinstance(batch, tuple | list) else (batch, drawn)
+        return with_part(batch, "drawn", drawn)
 
 
 class _Batches(Sampler[Any]):
