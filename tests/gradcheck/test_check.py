@@ -264,16 +264,28 @@ class DescentRule(mf.updates.UpdateRule):
         return param - self.factor * options["lr"] * grad, {}
 
 
+def checked_with(optimizer):
+    model = nn.Linear(8, 3)
+    space = mf.Space(lr=mf.Float(1e-3, 1.0, log=True, init=0.1))
+    return checked(model, space, optimizer=optimizer(model.parameters()), estimators=["one_step"])
+
+
 @pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (2.0, False), (-1.0, False)])
 def test_a_rule_of_the_user_is_compared_with_the_optimiser_itself(monkeypatch, factor, passes):
     monkeypatch.setattr(DescentRule, "factor", factor)
     monkeypatch.setitem(mf.updates.RULES, Descent, DescentRule())
-    model = nn.Linear(3, 2)
-    batch = torch.randn(8, 3), torch.randint(2, (8,))
-    space = mf.Space(lr=mf.Float(1e-3, 1.0, log=True, init=0.1))
-    report = mf.check(
-        model, Descent(model.parameters()), space, lambda m, b: F.cross_entropy(m(b[0]), b[1]), batch, batch,
-        estimators=["one_step"],
-    )  # fmt: skip
+    report = checked_with(Descent)
     assert report.passed == passes
     assert any("must give the step of Descent" in hint for hint in report.hints) != passes
+
+
+class WithClosure(Descent):
+    def step(self, closure=None):
+        closure()
+
+
+def test_a_rule_is_not_passed_if_the_optimiser_cannot_step_on_copies(monkeypatch):
+    monkeypatch.setitem(mf.updates.RULES, WithClosure, DescentRule())
+    report = checked_with(WithClosure)
+    assert not report.passed
+    assert any("without a closure, but that failed: TypeError" in hint for hint in report.hints)

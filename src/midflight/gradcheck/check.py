@@ -281,17 +281,23 @@ class _Trial:
         The rules of midflight are compared in its tests.
 
         Raises:
-            UnsupportedOptimizer: they differ.
+            UnsupportedOptimizer: they differ, or the optimiser cannot step on copies.
         """
-        grads = self.problem.train_grads(leaves(self.params), self.raws)
-        for name, update in self.problem.updates(self.raws).items():
-            if name not in grads or type(update.rule).__module__.startswith("midflight."):
-                continue
+        updates = self.problem.updates(self.raws).items()
+        own = {name: u for name, u in updates if not type(u.rule).__module__.startswith("midflight.")}
+        grads = self.problem.train_grads(leaves(self.params), self.raws) if own else {}
+        for name, update in own.items():
+            rule, optimizer = type(update.rule).__name__, type(self._owners[name]).__name__
             weight = self.params[name], grads[name].detach(), state.get(name, {}), numbers(update.options)
-            (real,), _ = step_on_copies(self._owners[name], [weight])
+            try:
+                (real,), _ = step_on_copies(self._owners[name], [weight])
+            except Exception as error:
+                raise UnsupportedOptimizer(
+                    f"{rule} must be compared with a step of {optimizer} on copies of the weights, without a "
+                    f"closure, but that failed: {error!r}."
+                ) from error
             length = float((real - self.params[name]).abs().max())
             if not float((update.rule.ahead(*weight) - real).abs().max()) <= SAME_STEP * length:
-                rule, optimizer = type(update.rule).__name__, type(self._owners[name]).__name__
                 raise UnsupportedOptimizer(
                     f"{rule} must give the step of {optimizer}, but {name} moves otherwise; correct the rule."
                 )

@@ -99,8 +99,7 @@ class Trajectory(Saved):
             )
         slopes = torch.stack(found)
         means, errors = slopes.mean(0).tolist(), (slopes.std(0) / math.sqrt(len(found))).tolist()
-        sources = [part.removeprefix(f"{mixture.name}/") for part in mixture.parts()]
-        pairs = zip(sources, zip(means, errors, strict=True), strict=True)
+        pairs = zip(_sources(mixture), zip(means, errors, strict=True), strict=True)
         return dict(sorted(pairs, key=lambda pair: pair[1][0]))
 
     def plot_effects(self, mixture: Hyperparameter, last: int = MOST_EFFECTS) -> "Figure":
@@ -165,7 +164,8 @@ class Trajectory(Saved):
             entry = space[name]
             values = [entry.transform.value(raws[name]) for raws in self._raws]
             if entry.spec.is_shares:
-                found |= {part: [float(v[i]) for v in values] for i, part in enumerate(entry.parts())}
+                weights = torch.stack(values).T.tolist() if values else [[] for _ in entry.parts()]
+                found |= dict(zip(entry.parts(), weights, strict=True))
             else:
                 found[name] = [float(v.mean()) for v in values]
         return found
@@ -192,9 +192,9 @@ class Trajectory(Saved):
         for ax, name in zip(axes, space, strict=True):
             spec = space[name].spec
             if spec.is_shares:
-                shares = torch.stack([space[name].transform.value(raws[name]) for raws in self._raws])
-                labels = [part.removeprefix(f"{name}/") for part in space[name].parts()]
-                ax.stackplot(columns["step"], shares.T.numpy(), step="post", labels=labels)
+                labels = _sources(space[name])
+                weights = [columns[part] for part in space[name].parts()]
+                ax.stackplot(columns["step"], weights, step="post", labels=labels)
                 if len(labels) <= MOST_NAMED:
                     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
             else:
@@ -206,6 +206,11 @@ class Trajectory(Saved):
             ax.set_ylabel(name)
         axes[-1].set_xlabel("optimiser step")
         return fig
+
+
+def _sources(mixture: Hyperparameter) -> list[str]:
+    """Return the names of the sources, without that of the mixture."""
+    return [part.removeprefix(f"{mixture.name}/") for part in mixture.parts()]
 
 
 class Replay(Saved):
