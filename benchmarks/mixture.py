@@ -51,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from mixture_rules import Alignment, DoReMi, FastMix, Fixed, alignments
-from tasks import RESULTS, Row, append, rows
+from tasks import RESULTS, Row, append, interval, one_thread, rows
 from texts import LARGE, SMALL, SOURCES, Transformer, Windows, bits, losses_of, text
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -283,11 +283,6 @@ def tuned_step(pair: str, arm: str, step: float) -> Row:
     return {"task": pair, "arm": arm, "index": 100, "step": step, "valid": outcome["losses"][target][0]}
 
 
-def one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-
-
 class Keeper(torch.optim.Optimizer):
     """Moves nothing and keeps the last hypergradient."""
 
@@ -361,14 +356,6 @@ def agreement(pair: str, seed: int, after: int) -> Row:
         name: float(F.cosine_similarity(g.double(), truth.double(), dim=0)) for name, g in found.items()
     }
     return {"task": "agreement", "arm": pair, "index": seed, "after": after, **cosines}
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Return mean, and the ends of its 95 % bootstrap interval, over the seeds."""
-    values = np.array(differences)
-    drawn = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
 
 
 def tests_of(found: Sequence[Row]) -> dict[tuple[str, str], dict[int, float]]:

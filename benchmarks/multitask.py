@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from multitask_rules import Fixed, GradNorm, Uncertainty
 from tables import DATA
-from tasks import RESULTS, Row, compute, endless, parser_of, rows
+from tasks import RESULTS, Row, compute, endless, interval, parser_of, rows
 from torch import Tensor, nn
 
 import midflight as mf
@@ -335,12 +335,10 @@ def by_arm(found: Sequence[Row]) -> Found:
     return arms
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
+def of_ratios(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the geometric mean, and the ends of its 95 % bootstrap interval."""
-    logs = np.log(values)
-    means = logs[np.random.default_rng(0).integers(len(logs), size=(10_000, len(logs)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))
+    mean, low, high = np.exp(interval(np.log(values).tolist())).tolist()
+    return mean, low, high
 
 
 def ratios(arms: Found, name: str, arm: str) -> list[float]:
@@ -362,7 +360,7 @@ def results(found: Sequence[Row]) -> str:
         cells = []
         for name in names:
             values = ratios(arms, name, arm)
-            cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*interval(values)) if values else "-")
+            cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*of_ratios(values)) if values else "-")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -410,7 +408,7 @@ def figure(path: Path, found: Sequence[Row]) -> None:
         grid = [ratios(arms, name, arm) for arm in sorted(["equal", *STATIC], key=lambda a: STATIC.get(a, 0))]
         if all(grid):
             upper.plot(
-                odds, [interval(values)[0] for values in grid], ".-", color="0.6", label="constant ratio"
+                odds, [of_ratios(values)[0] for values in grid], ".-", color="0.6", label="constant ratio"
             )
         for n, arm in enumerate(MOVING):
             own = list(arms.get((name, arm), {}).values())
@@ -418,13 +416,13 @@ def figure(path: Path, found: Sequence[Row]) -> None:
                 continue
             shares = np.array([row["shares"] for row in own])
             odds_of = np.exp(np.log(shares / (1 - shares)).mean(0))
-            level = interval(ratios(arms, name, arm))
+            level = of_ratios(ratios(arms, name, arm))
             error = [[level[0] - level[1]], [level[2] - level[0]]]
             upper.errorbar(odds_of.mean(), level[0], error, fmt="o", color=f"C{n}", label=arm, capsize=3)
             lower.plot(EACH * np.arange(len(odds_of)), odds_of, color=f"C{n}")
         alone = ratios(arms, name, "main alone")
         if alone:
-            upper.axhline(interval(alone)[0], color="0.6", ls=":", label="main alone")
+            upper.axhline(of_ratios(alone)[0], color="0.6", ls=":", label="main alone")
         upper.axhline(1, color="0.8", lw=1)
         upper.set(title=name, xscale="log", xlabel="mean of main / other")
         lower.set(yscale="log", xlabel="step", ylim=(1e-3, 1e3))

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from noisy_rules import MetaWeightNet, Reweight, small_loss
 from sklearn.metrics import roc_auc_score
-from tasks import RESULTS, Row, append, compute, one_thread, parser_of, rows
+from tasks import RESULTS, Row, append, compute, interval, one_thread, parser_of, rows
 from torch import Tensor, nn
 
 import midflight as mf
@@ -320,16 +320,6 @@ def scaled(n: int) -> Row:
     }  # fmt: skip
 
 
-def interval(values: Sequence[float], digits: int = 3) -> str:
-    """Return the mean and its 95 % bootstrap interval over seeds."""
-    v = np.asarray(values)
-    if not len(v):
-        return "-"
-    means = v[np.random.default_rng(0).integers(len(v), size=(10_000, len(v)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return f"{v.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
 def table(found: Sequence[Row]) -> str:
     """Print means over seeds with bootstrap intervals: of arms, of ablations, and the scaling."""
     lines = []
@@ -345,7 +335,10 @@ def table(found: Sequence[Row]) -> str:
                 of = [r for r in own if (r["task"], r["arm"]) == (task, arm)]
                 if of:
                     ratios = [r["seconds"] / plain[r["index"]] for r in of if r["index"] in plain]
-                    cells = [interval([r[key] for r in of]) for key in COLUMNS.values()]
+                    cells = [
+                        "{:.3f} [{:.3f}, {:.3f}]".format(*interval([r[key] for r in of]))
+                        for key in COLUMNS.values()
+                    ]
                     times = f"{np.median(ratios):.1f}" if ratios else "-"
                     lines.append(f"| {task} | {arm} | {len(of)} | {' | '.join(cells)} | {times} |")
         lines.append("")

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -212,6 +213,14 @@ def rows(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             continue
     return [row for row in found if "task" in row]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean, and the ends of its 95 % bootstrap interval."""
+    found = np.asarray(values)
+    drawn = np.random.default_rng(0).integers(len(found), size=(10_000, len(found)))
+    low, high = np.quantile(found[drawn].mean(1), [0.025, 0.975])
+    return float(found.mean()), float(low), float(high)
 
 
 def finite(loss: float | None) -> float:
