@@ -5,61 +5,29 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import midflight as mf
 from midflight.errors import SpaceError
-from midflight.gradcheck.oracles import derivative
+from weighted import Keeper, WeightedLoop, mean_loss, per_example
 
-LR, SEEN = 1e-2, 12
-
-
-def per_example(model, x, y):
-    return F.cross_entropy(model(x), y, reduction="none")
+SEEN = 12
 
 
-def mean_loss(model, batch):
-    return per_example(model, *batch[:2]).mean()
-
-
-class Keeper(torch.optim.Optimizer):
-    """Moves nothing and keeps the last hypergradient."""
-
-    def __init__(self, raws):
-        super().__init__(raws, {"lr": 1.0})
-
-    def step(self, closure=None):
-        self.last = self.param_groups[0]["params"][0].grad.clone()
-
-
-class Loop:
-    """A loop on one batch of 12 of 20 examples, in float64, with Adam or AdamW and clipping."""
+class Loop(WeightedLoop):
+    """A loop on one batch of 12 of 20 examples."""
 
     def __init__(self, optimizer, clip):
         torch.manual_seed(0)
-        self.weights = mf.ExampleWeights(20)
-        self.space = mf.Space(weights=self.weights, dtype=torch.float64)
-        self.weights.set(torch.linspace(0.1, 0.9, 20))
+        weights = mf.ExampleWeights(20)
+        space = mf.Space(weights=weights, dtype=torch.float64)
+        weights.set(torch.linspace(0.1, 0.9, 20))
         x, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(0, 3, (20,))
-        index = torch.randperm(20)[:SEEN]
-        self.batch, self.index = (x[index], y[index], index), index
-        self.t2 = torch.randn(30, 6, dtype=torch.float64), torch.randint(0, 3, (30,))
-        self.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-        self.optimizer = optimizer(self.model.parameters(), lr=LR)
-        self.clip = clip
-
-    def loss(self, model, batch):
-        x, y, index = batch
-        return self.weights.loss(per_example(model, x, y), index)
-
-    def step(self):
-        self.optimizer.zero_grad()
-        self.loss(self.model, self.batch).backward()
-        if self.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
+        self.index = torch.randperm(20)[:SEEN]
+        t2 = torch.randn(30, 6, dtype=torch.float64), torch.randint(0, 3, (30,))
+        batch = x[self.index], y[self.index], self.index
+        super().__init__(weights, space, batch, t2, optimizer, clip)
 
     def alignments(self):
         """The wrong twin, which forgets the optimiser: -lr <v, gradient of loss_i> / B, v after the step."""
@@ -70,7 +38,7 @@ class Loop:
         found = torch.zeros(20, dtype=torch.float64)
         for loss, i in zip(per_example(self.model, *self.batch[:2]), self.index, strict=True):
             grads = torch.autograd.grad(loss, list(self.model.parameters()), retain_graph=True)
-            found[i] = -LR * sum((a * b).sum() for a, b in zip(v, grads, strict=True)) / SEEN
+            found[i] = -1e-2 * sum((a * b).sum() for a, b in zip(v, grads, strict=True)) / SEEN
         return found
 
 
@@ -87,20 +55,7 @@ def test_hypergradients_of_the_weights_equal_central_differences(optimizer, clip
     before = copy.deepcopy((loop.model, loop.optimizer))
     loop.step()
     tuner.detach()
-    raw = loop.weights.raw.detach().clone()
-
-    def after(i):
-        def f(shift):
-            moved = raw.clone()
-            moved[i] += shift
-            loop.model, loop.optimizer = copy.deepcopy(before)
-            with loop.space.seeing(loop.space.values({"weights": moved})):
-                loop.step()
-            return float(mean_loss(loop.model, loop.t2).detach())
-
-        return f
-
-    truth = torch.tensor([derivative(after(i))[0] for i in range(20)], dtype=torch.float64)
+    truth = loop.true_hypergradients(before)
     found = tuner.hyper_optimizer.last
     scale = float(truth.abs().max())
     assert torch.allclose(found, truth, rtol=1e-5, atol=1e-7 * scale)  # difference of losses near 1, float64

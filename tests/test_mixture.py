@@ -7,15 +7,14 @@ from collections import UserDict
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import midflight as mf
 from midflight.errors import SpaceError
-from midflight.gradcheck.oracles import derivative
 from midflight.mixture import Drawn
 from midflight.tuner.trajectory import Trajectory
+from weighted import Keeper, WeightedLoop, mean_loss, per_example
 
 SIZES = (40, 30, 20, 10)
 
@@ -29,49 +28,16 @@ def sources(dtype=torch.float32, sizes=SIZES):
     return found
 
 
-def per_example(model, x, y):
-    return F.cross_entropy(model(x), y, reduction="none")
-
-
-class Keeper(torch.optim.Optimizer):
-    """Moves nothing and keeps the last hypergradient."""
-
-    def __init__(self, raws):
-        super().__init__(raws, {"lr": 1.0})
-
-    def step(self, closure=None):
-        self.last = self.param_groups[0]["params"][0].grad.clone()
-
-
-class Loop:
-    """A loop on one batch of a loader, in float64, with AdamW and clipping."""
+class Loop(WeightedLoop):
+    """A loop on one batch of a loader, with AdamW."""
 
     def __init__(self, by, clip):
         torch.manual_seed(0)
-        self.mixture = mf.Mixture(["a", "b", "c", "d"], init=[4, 3, 2, 1])
-        self.space = mf.Space(mixture=self.mixture, dtype=torch.float64)
-        loader = self.mixture.loader(
-            sources(torch.float64), 64, by=by, generator=torch.Generator().manual_seed(1)
-        )
-        self.batch = next(iter(loader))
-        self.t2 = next(iter(DataLoader(sources(torch.float64)[0], 40)))
-        self.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        self.clip = clip
-
-    def loss(self, model, batch):
-        x, y, drawn = batch
-        return self.mixture.loss(per_example(model, x, y), drawn)
-
-    def valid_loss(self, model, batch):
-        return per_example(model, *batch[:2]).mean()
-
-    def step(self):
-        self.optimizer.zero_grad()
-        self.loss(self.model, self.batch).backward()
-        if self.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
+        mixture = mf.Mixture(["a", "b", "c", "d"], init=[4, 3, 2, 1])
+        space = mf.Space(mixture=mixture, dtype=torch.float64)
+        loader = mixture.loader(sources(torch.float64), 64, by=by, generator=torch.Generator().manual_seed(1))
+        batch, t2 = next(iter(loader)), next(iter(DataLoader(sources(torch.float64)[0], 40)))
+        super().__init__(mixture, space, batch, t2, torch.optim.AdamW, clip)
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])
@@ -80,27 +46,14 @@ def test_hypergradients_of_the_weights_equal_central_differences(by, clip):
     loop = Loop(by, clip)
     tuner = mf.Tuner(
         loop.model, loop.optimizer, loop.space, loop.loss, [loop.batch], [loop.t2], examples=None,
-        valid_loss_fn=loop.valid_loss, schedule=1, horizon="step", hyper_optimizer=Keeper, max_grad_norm=clip,
+        valid_loss_fn=mean_loss, schedule=1, horizon="step", hyper_optimizer=Keeper, max_grad_norm=clip,
     )  # fmt: skip
     for _ in range(3):
         loop.step()
     before = copy.deepcopy((loop.model, loop.optimizer))
     loop.step()
     tuner.detach()
-    raw = loop.mixture.raw.detach().clone()
-
-    def after(k):
-        def f(shift):
-            moved = raw.clone()
-            moved[k] += shift
-            loop.model, loop.optimizer = copy.deepcopy(before)
-            with loop.space.seeing(loop.space.values({"mixture": moved})):
-                loop.step()
-            return float(loop.valid_loss(loop.model, loop.t2).detach())
-
-        return f
-
-    truth = [derivative(after(k))[0] for k in range(len(SIZES))]
+    truth = loop.true_hypergradients(before).tolist()
     assert tuner.hyper_optimizer.last.tolist() == pytest.approx(truth, rel=1e-6)
 
 
@@ -280,7 +233,7 @@ def run(epochs, state=None):
 
     tuner = mf.Tuner(
         model, optimizer, mf.Space(mixture=mixture), loss_fn, loader, t2, schedule=3, total_steps=40,
-        valid_loss_fn=lambda model, batch: per_example(model, *batch[:2]).mean(),
+        valid_loss_fn=mean_loss,
     )  # fmt: skip
     if state is not None:
         for thing, saved in zip((model, optimizer, tuner), state, strict=False):
@@ -317,11 +270,8 @@ def run_with_noise(**options):
     def loss_fn(model, batch):
         return mixture.loss(per_example(model, *batch[:2]), batch[2])
 
-    def valid_loss_fn(model, batch):
-        return per_example(model, *batch[:2]).mean()
-
     tuner = mf.Tuner(
-        model, optimizer, mf.Space(mixture=mixture), loss_fn, loader, t2, valid_loss_fn=valid_loss_fn,
+        model, optimizer, mf.Space(mixture=mixture), loss_fn, loader, t2, valid_loss_fn=mean_loss,
         total_steps=200, **options,
     )  # fmt: skip
     for _ in range(8):
