@@ -6,11 +6,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 import midflight as mf
 from midflight.errors import SpaceError
-from weighted import Keeper, WeightedLoop, mean_loss, per_example
+from weighted import Dicts, Keeper, WeightedLoop, mean_loss, per_example
 
 SEEN = 12
 
@@ -135,14 +135,6 @@ def test_the_loss_is_the_mean_of_weighted_losses_over_the_batch():
     assert float(weights.loss(torch.tensor([4.0, 2.0]), index)) == pytest.approx(1.0)
     assert float(weights.loss(torch.tensor([[3.0, 5.0], [2.0, 2.0]]), index)) == pytest.approx(1.0)
     assert weights.lowest(2).tolist() == [0, 3]
-
-
-class Dicts(Dataset):
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, index):
-        return {"x": torch.tensor([float(index)])}
 
 
 def test_a_loader_says_which_examples_a_batch_has():

@@ -8,13 +8,13 @@ from collections import UserDict
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import midflight as mf
 from midflight.errors import SpaceError
 from midflight.mixture import Drawn
 from midflight.tuner.trajectory import Trajectory
-from weighted import Keeper, WeightedLoop, mean_loss, per_example
+from weighted import Dicts, Keeper, WeightedLoop, mean_loss, per_example
 
 SIZES = (40, 30, 20, 10)
 
@@ -125,14 +125,6 @@ def test_a_pass_takes_as_many_examples_as_there_are_and_each_source_in_random_or
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([1.0])
-
-
-class Dicts(Dataset):
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, index):
-        return {"x": torch.tensor([float(index)])}
 
 
 def test_a_batch_of_dicts_has_the_sources_under_drawn_also_from_workers():

@@ -5,6 +5,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Dataset
 
 from midflight.gradcheck.oracles import derivative
 
@@ -15,6 +16,16 @@ def per_example(model, x, y):
 
 def mean_loss(model, batch):
     return per_example(model, *batch[:2]).mean()
+
+
+class Dicts(Dataset):
+    """Five examples that are dicts."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return {"x": torch.tensor([float(index)])}
 
 
 class Keeper(torch.optim.Optimizer):
