@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The venv stands ready once this file is newer than what it was made from.
 READY := $(VENV)/.ready
 
-.PHONY: setup study fast test slow lint docs peers clean
+.PHONY: setup study fast test slow lint tables docs peers clean
 
 setup: $(READY)
 
@@ -42,6 +42,10 @@ lint: setup
 	$(BIN)/ruff format --check src tests examples benchmarks dev docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# The tables of the pages, from the stored rows; a test compares them.
+tables: setup
+	$(BIN)/cog -rP -I docs -p 'from rows import *' docs/benchmarks/*.md
 
 # The site, in docs/_build/html; it runs the tutorials and examples, and takes some minutes.
 docs: setup

@@ -10,7 +10,7 @@ The table compares test errors start by start.
     last         a new training on T1 + T2 at the final values of the tuned run
     t1 only      a new training on T1 along the trajectory, which shows the effect of retraining alone
 
-A training on T1 + T2 has the same number of epochs, hence more steps. Rows: docs/results/all_data_seam.jsonl.
+A training on T1 + T2 has the same number of epochs, hence more steps. Rows: docs/results/all_data.jsonl.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ from tasks import RESULTS, Point, Row, Training, compute, parser_of, rows
 
 import midflight as mf
 
-ROWS = RESULTS / "all_data_seam.jsonl"
+ROWS = RESULTS / "all_data.jsonl"
 TASKS = ["digits", "tabular", "mnist_5k"]
 ARMS = ["tuned", "trajectory", "last", "t1 only"]
 STARTS = 10
@@ -68,8 +68,7 @@ def table(found: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    options = parser.parse_args()
+    options = parser_of(__doc__).parse_args()
     if not options.table:
         done = {(row["task"], row["index"]) for row in rows(ROWS)}
         jobs = [(t, i) for t in TASKS for i in range(STARTS) if (t, i) not in done]

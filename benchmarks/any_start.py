@@ -2,8 +2,8 @@
 
     python benchmarks/any_start.py                       # all tasks; resumes
     python benchmarks/any_start.py --tasks digits        # some tasks
-    python benchmarks/any_start.py --figure              # table and figure of the stored rows
-    python benchmarks/any_start.py --pair                # compare with the first edition, start by start
+    python benchmarks/any_start.py --table               # table of the stored rows
+    python benchmarks/any_start.py --figure              # also the figure
     python benchmarks/any_start.py --four                # also tune dropout and learning rate; three tasks
     python benchmarks/any_start.py --seed 21             # a seed on which no constant was chosen
     python benchmarks/any_start.py --seed 41 --device cuda --workers 8
@@ -15,36 +15,43 @@ tuned       log10 L2 in [-7, -0.5],                   also dropout in [0, 0.8],
             input noise in [0, 1.2]                   log10 learning rate in [-5, -1]
 fixed runs  a 10 x 10 grid                            100 Sobol points
 starts      4 corners, 36 Sobol points                16 corners, 24 Sobol points
-rows        docs/results/any_start_seam.jsonl         docs/results/any_start_seam_four.jsonl
+rows        docs/results/any_start.jsonl              docs/results/any_start_four.jsonl
 ==========  ========================================  ========================================================
 
-Each start has a fixed run, a tuned run, and a tuned run with the horizon "step". All runs of a task share
-seed, data and batches. A learning rate that is not tuned is constant. A tuned run ends with `tuner.finish`;
-the table also shows its last weights. A finished fixed run is the best, by validation, of its last weights,
-their average and 27 checkpoints. The best of the fixed runs is the minimum of 100 validation losses, hence
-biased downwards. Test errors are only reported. Fixed runs use no tuner, so the rows of the first edition
-(git tag first-edition) are reused: docs/results/any_start.jsonl.
+Each start has a fixed run and a tuned run. All runs of a task share seed, data and batches. A learning rate
+that is not tuned is constant. A tuned run ends with `tuner.finish`. It is compared with the last weights of
+the fixed runs; in the column "all finished", with the best, by validation, of their last weights, their
+average and 27 checkpoints. The best of the fixed runs is the minimum of 100 validation losses, hence biased
+downwards. Test errors are only reported.
 """
 
-import argparse
-import math
-import multiprocessing
 import time
 from pathlib import Path
 
 import torch
 from lattice import CHECKPOINTS
 from matplotlib.figure import Figure
-from tasks import HIGH_OF_FOUR, LOW_OF_FOUR, RESULTS, TASKS, Point, Row, Training, compute, finite, rows
+from tasks import (
+    HIGH_OF_FOUR,
+    LOW_OF_FOUR,
+    RESULTS,
+    TASKS,
+    Point,
+    Row,
+    Training,
+    compute,
+    finite,
+    markdown,
+    parser_of,
+    rows,
+)
 
 import midflight as mf
 from midflight.tuner.live import weights_at
 from midflight.tuner.optimizers import trained_parameters
 
-FIRST, ROWS = RESULTS / "any_start.jsonl", RESULTS / "any_start_seam.jsonl"
-"""Rows of the first edition and of the current version."""
-ARMS = {"grid": 100, "fixed": 40, "tuned": 40, "one_step": 40}
-UNTUNED = ("grid", "fixed")
+ROWS = RESULTS / "any_start.jsonl"
+ARMS = {"grid": 100, "fixed": 40, "tuned": 40}
 TASKS_OF_FOUR = ["digits", "tabular", "mnist_5k"]
 
 
@@ -83,19 +90,14 @@ def train(job: tuple[str, str, int, int, bool, str]) -> Row:
     name, arm, index, seed, four, device = job
     start = (point_of_four if four else point)(arm, index)
     run = Training(name, start, seed, device=device)
-    tuner = None if arm in UNTUNED else run.tune(horizon="run" if arm == "tuned" else "step")
+    tuner = run.tune() if arm == "tuned" else None
     fixed = None if tuner else Candidates(run)
     began = time.perf_counter()
-    path, caution = [], []
     for n in range(1, run.steps + 1):
         run.step()
         if fixed:
             fixed.follow(n)
-        if n % (run.steps // run.task.epochs) == 0:
-            path.append(run.point)
-            if arm == "tuned":
-                caution.append(round(tuner.horizon.extrapolation, 3))
-    seconds = time.perf_counter() - began
+    seconds, end = time.perf_counter() - began, run.point
     valid, test = run.losses()
     if fixed:
         finish = min(fixed.losses())
@@ -103,15 +105,9 @@ def train(job: tuple[str, str, int, int, bool, str]) -> Row:
         tuner.finish()
         finish = run.losses()
     return {
-        "task": name, "arm": arm, "index": index, "start": start, "end": path[-1], "valid_loss": valid,
-        "test_error": test, "finish": finish, "seconds": round(seconds, 2), "path": _few(path),
-        "caution": caution,
+        "task": name, "arm": arm, "index": index, "start": start, "end": end, "valid_loss": valid,
+        "test_error": test, "finish": finish, "seconds": round(seconds, 2),
     }  # fmt: skip
-
-
-def _few(path: list[list[float]]) -> list[list[float]]:
-    """Return up to 20 points of a path, at equal distances, with four digits."""
-    return [[float(f"{x:.4g}") for x in point] for point in path[:: -(-len(path) // 20)]]
 
 
 class Candidates:
@@ -136,15 +132,10 @@ class Candidates:
         return [(valid if valid == valid else float("inf"), test) for valid, test in found]
 
 
-def files(seed: int, four: bool, device: str = "cpu") -> tuple[Path, Path]:
-    """Return the files with the rows of the first edition and of the current version."""
+def file(seed: int, four: bool, device: str) -> Path:
+    """Return the file of the rows."""
     suffix = "_four" * four + f"_seed{seed}" * bool(seed) + f"_{device}" * (device != "cpu")
-    return FIRST.with_stem(FIRST.stem + suffix), ROWS.with_stem(ROWS.stem + suffix)
-
-
-def stored(first: Path, ours: Path) -> list[Row]:
-    """Return the current rows and the first edition's rows of fixed runs."""
-    return [row for row in rows(first) if row["arm"] in UNTUNED] + rows(ours)
+    return ROWS.with_stem(ROWS.stem + suffix)
 
 
 def losses(found: list[Row], task: str, arm: str, finished: bool = False) -> list[float]:
@@ -153,78 +144,45 @@ def losses(found: list[Row], task: str, arm: str, finished: bool = False) -> lis
     return [finite(r["finish"][0] if finished else r["valid_loss"]) for r in chosen]
 
 
-COMPARED = {
-    "fixed": ("fixed", False, False),
-    "one_step, last weights": ("one_step", False, False),
-    "tuned, last weights": ("tuned", False, False),
-    "tuned, finished": ("tuned", True, False),
-    "all finished": ("tuned", True, True),
-}
-"""Comparison -> kind of run, whether it is finished, whether its fixed runs are finished."""
+HEAD = [
+    "task", "best of 100 fixed", "fixed, median", "tuned, median", "tuned, worst", "within 10 %",
+    "within 25 %", "all finished, within 10 %",
+]  # fmt: skip
 
 
 def table(found: list[Row]) -> str:
-    """Print per task how close the runs end to the best fixed run, and how many are worse than fixed."""
-    lines = [
-        "| task | compared | best of 100 fixed | median | worst | within 10 % | within 25 % | "
-        "worse than fixed | by over 5 % |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for task in TASKS:
-        for name, (arm, finished, fixed_too) in COMPARED.items():
-            grid, fixed = (losses(found, task, a, fixed_too) for a in ("grid", "fixed"))
-            ends = losses(found, task, arm, finished)
-            if len(grid) < ARMS["grid"] or len(ends) < ARMS[arm] or len(fixed) < ARMS["fixed"]:
-                continue
-            best, n = min(grid), len(ends)
-            near, nearer = (sum(e <= f * best for e in ends) for f in (1.25, 1.1))
-            worse, much = (sum(e > f * b for e, b in zip(ends, fixed, strict=True)) for f in (1.0, 1.05))
-            lines.append(
-                f"| {task} | {name} | {best:.4f} | {sorted(ends)[n // 2]:.4f} | {max(ends):.4f} | "
-                f"{nearer}/{n} | {near}/{n} | {worse}/{n} | {much}/{n} |"
-            )
-    return "\n".join(lines)
+    """Print per task how close the finished tuned runs end to the best fixed run, plain and finished."""
+    cells = []
+    for task in whole(found):
+        ends = losses(found, task, "tuned", finished=True)
+        fixed = losses(found, task, "fixed")
+        best, best_finished = (min(losses(found, task, "grid", finished)) for finished in (False, True))
+        numbers = (best, median(fixed), median(ends), max(ends))
+        within = (1.1 * best, 1.25 * best, 1.1 * best_finished)
+        near = (f"{sum(end <= limit for end in ends)}/{len(ends)}" for limit in within)
+        cells.append([task, *(f"{x:.4f}" for x in numbers), *near])
+    return markdown(HEAD, cells)
 
 
-def pairs(first: list[Row], ours: list[Row]) -> str:
-    """Print per task the ratio of the finished loss to the first edition's, start by start."""
-    lines = [
-        "| task | starts | new over first, geometric mean | within 10 % of best of 100: new | first |",
-        "|---|---|---|---|---|",
-    ]
-    for task in TASKS:
-        new, old = (
-            {r["index"]: finite(r["finish"][0]) for r in found if (r["task"], r["arm"]) == (task, "tuned")}
-            for found in (ours, first)
-        )
-        both = sorted(new.keys() & old.keys())
-        grid = losses(first, task, "grid") or losses(ours, task, "grid")
-        if len(both) < 2 or len(grid) < ARMS["grid"]:
-            continue
-        near, near_first = (sum(ends[i] <= 1.1 * min(grid) for i in both) for ends in (new, old))
-        ratio = ratio_of([math.log(new[i] / old[i]) for i in both])
-        lines.append(f"| {task} | {len(both)} | {ratio} | {near}/{len(both)} | {near_first}/{len(both)} |")
-    return "\n".join(lines)
+def whole(found: list[Row]) -> list[str]:
+    """Return the tasks of which all runs are stored."""
+    return [t for t in TASKS if all(len(losses(found, t, a)) == n for a, n in ARMS.items())]
 
 
-def ratio_of(logs: list[float]) -> str:
-    """Return the geometric mean of ratios, ± two standard errors of the mean logarithm."""
-    found = torch.tensor(logs, dtype=torch.float64)
-    return f"{found.mean().exp():.3f} ± {2 * found.std() / len(found) ** 0.5:.3f}"
+def median(losses: list[float]) -> float:
+    """Return the upper median."""
+    return sorted(losses)[len(losses) // 2]
 
 
 def figure(found: list[Row], path: Path) -> None:
     """Draw the sorted validation losses of the 40 starts, for each complete task and kind of run."""
-    whole = [t for t in TASKS if all(len(losses(found, t, a)) == n for a, n in ARMS.items())]
-    if not whole:
-        return
-    fig = Figure(figsize=(3.1 * len(whole), 3.4), layout="constrained")
-    for i, task in enumerate(whole):
-        ax = fig.add_subplot(1, len(whole), i + 1)
+    tasks = whole(found)
+    fig = Figure(figsize=(3.1 * len(tasks), 3.4), layout="constrained")
+    for i, task in enumerate(tasks):
+        ax = fig.add_subplot(1, len(tasks), i + 1)
         best = min(losses(found, task, "grid"))
         for arm, finished, colour, label in (
             ("fixed", False, "0.6", "fixed at the start"),
-            ("one_step", False, "tab:orange", "one_step"),
             ("tuned", False, "tab:cyan", "tuned, last weights"),
             ("tuned", True, "tab:blue", "tuned, finished"),
         ):
@@ -241,30 +199,23 @@ def figure(found: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser = parser_of(__doc__, figure=True)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="tasks to run; default: all")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--figure", action="store_true", help="run nothing; table and figure of stored rows")
-    parser.add_argument("--pair", action="store_true", help="run nothing; compare with the first edition")
     parser.add_argument("--four", action="store_true", help="also tune dropout and learning rate")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
-    first, ours = files(options.seed, options.four, options.device)
-    if options.pair:
-        print(pairs(rows(first), rows(ours)))
-        return
-    tasks = options.tasks or (TASKS_OF_FOUR if options.four else list(TASKS))
-    if not options.figure:
-        done = {(row["task"], row["arm"], row["index"]) for row in stored(first, ours)}
+    path = file(options.seed, options.four, options.device)
+    if not (options.table or options.figure):
+        done = {(row["task"], row["arm"], row["index"]) for row in rows(path)}
+        tasks = options.tasks or (TASKS_OF_FOUR if options.four else list(TASKS))
         jobs = [(t, a, i) for t in tasks for a in options.arms for i in range(ARMS[a])]
         jobs = [(*job, options.seed, options.four, options.device) for job in jobs if job not in done]
-        compute(ours, jobs, train, options.workers)
-    found = stored(first, ours)
-    print(table(found))
-    figure(found, ours.with_suffix(".png"))
+        compute(path, jobs, train, options.workers)
+    print(table(rows(path)))
+    if not options.table:
+        figure(rows(path), path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
     python benchmarks/budget.py            # on an idle machine
     python benchmarks/budget.py --load     # beside two busy processes
+    python benchmarks/budget.py --table    # the stored ratios
 
 MLP 784-300-300-10, batch 128, Adam, 2,000 steps; L2 and input noise are tuned. Denormal floats are flushed,
 because a strong tuned L2 would otherwise slow every step. Prints the time ratio of the tuned to the plain
 training and stores it in docs/results/budget.json.
 """
 
-import argparse
 import json
 import multiprocessing
 import time
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tasks import markdown, parser_of
 from torch import Tensor, nn
 
 import midflight as mf
@@ -63,10 +64,18 @@ def busy() -> None:
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser = parser_of(__doc__, workers=False)
     parser.add_argument("--load", action="store_true", help="run two busy processes in parallel")
-    load = parser.parse_args().load
+    options = parser.parse_args()
+    if not options.table:
+        measure(options.load)
+    found = json.loads(OUT.read_text())
+    ratios = [(*name.split(), ratio) for name, ratio in found.items() if name != "machine"]
+    print(markdown(["machine", "budget", "time over plain"], ratios))
+
+
+def measure(load: bool) -> None:
+    """Store the ratios of three budgets, on a quiet machine or with two busy processes."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     others = [multiprocessing.Process(target=busy, daemon=True) for _ in range(2 if load else 0)]

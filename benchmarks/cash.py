@@ -269,7 +269,27 @@ def table(found: Sequence[Row]) -> str:
         seconds = [r["seconds"] for r in found if r["arm"] == arm and "seconds" in r]
         cells.append(f"{np.mean(seconds):.1f}, most {max(seconds):.1f}" if seconds else "-")
     lines.append(f"| seconds | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *duels(found), "", *errors(found)])
+    return "\n".join([*lines, "", *duels(found), "", *seconds_taken(found), ensembles(found), *errors(found)])
+
+
+def seconds_taken(found: Sequence[Row]) -> list[str]:
+    taken = {arm: [r["seconds"] for r in found if r["arm"] == arm and "seconds" in r] for arm in SHOWN}
+    return [f"{arm} took {min(s):.1f} to {max(s):.1f} seconds." for arm, s in taken.items() if s]
+
+
+def ensembles(found: Sequence[Row]) -> str:
+    """Print on how many splits the ensemble differs from its best member, and is better and worse."""
+    losses = {(r["task"], r["index"], r["arm"]): r["loss"] for r in found if "loss" in r}
+    pairs = [
+        (loss, losses[*split, "midflight, best alone"])
+        for (*split, arm), loss in losses.items()
+        if arm == "midflight"
+    ]
+    better, worse = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
+    return (
+        f"The ensemble was used on {better + worse} of {len(pairs)} splits: better than the best "
+        f"configuration alone on {better}, worse on {worse}."
+    )
 
 
 def duels(found: Sequence[Row]) -> list[str]:

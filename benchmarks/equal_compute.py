@@ -2,7 +2,8 @@
 
     python benchmarks/equal_compute.py                    # all engines and tasks; resumes
     python benchmarks/equal_compute.py --engines random TPE --tasks digits
-    python benchmarks/equal_compute.py --figure           # table and figure of the stored rows
+    python benchmarks/equal_compute.py --table            # table of the stored rows
+    python benchmarks/equal_compute.py --figure           # also the figure
 
 Engines (10 seeds each) search the table of benchmarks/lattice.py and report the best model at any of 27
 checkpoints. Only Ray's population-based training really trains. midflight reports the model of
@@ -12,13 +13,9 @@ starts of any_start.py without a budget, as single runs and as the best of n.
 A run of midflight costs its time over that of a fixed run, measured here with alternating turns on one
 thread. Validation passes that choose the model are free: 27 per training of an engine, 3 in `finish`, whose
 share is stored. The last row of a task is the best of the 100 finished fixed runs of any_start.py; it shows
-what averaging and checkpoints alone give. Needs midflight[bench]. Rows:
-docs/results/equal_compute_seam.jsonl. Engines use no tuner, so the first edition's rows (git tag
-first-edition) are reused: docs/results/equal_compute.jsonl.
+what averaging and checkpoints alone give. Needs midflight[bench]. Rows: docs/results/equal_compute.jsonl.
 """
 
-import argparse
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -29,12 +26,24 @@ import any_start
 import numpy as np
 from engines import ENGINES, search
 from matplotlib.figure import Figure
-from tasks import HIGH, LOW, RESULTS, TASKS, Row, Training, append, compute, one_thread, rows
+from tasks import (
+    HIGH,
+    LOW,
+    RESULTS,
+    TASKS,
+    Row,
+    Training,
+    append,
+    compute,
+    markdown,
+    one_thread,
+    parser_of,
+    rows,
+)
 
 import midflight as mf
 
-FIRST, ROWS = RESULTS / "equal_compute.jsonl", RESULTS / "equal_compute_seam.jsonl"
-"""Rows of the first edition and of the current version."""
+ROWS = RESULTS / "equal_compute.jsonl"
 BUDGETS = [1, 2, 4, 8, 16, 32]
 SEEDS = 10
 PBT = "Ray PBT"
@@ -44,11 +53,6 @@ BUDGET, STARTS = 0.08, 20
 """Budget of a single run of midflight, and its number of starts."""
 ALIKE = "100 fixed, finished alike"
 COST = "cost of tuning"
-
-
-def known() -> list[Row]:
-    """Return the current rows and the first edition's rows of engines."""
-    return [row for row in rows(FIRST) if row["arm"] not in (LABEL, COST)] + rows(ROWS)
 
 
 def searched(job: tuple[str, str, int]) -> Row:
@@ -103,11 +107,7 @@ def within_a_budget(job: tuple[str, int]) -> Row:
 @cache
 def stored(task: str, arm: str) -> list[tuple[float, float]]:
     """Return (validation loss, test error) of the finished runs of any_start.py."""
-    return [
-        tuple(r["finish"])
-        for r in any_start.stored(*any_start.files(0, False))
-        if (r["task"], r["arm"]) == (task, arm)
-    ]
+    return [tuple(r["finish"]) for r in rows(any_start.ROWS) if (r["task"], r["arm"]) == (task, arm)]
 
 
 def best_of(task: str, budget: float, cost: float, draws: int = 200) -> tuple[float, list[float]]:
@@ -140,10 +140,7 @@ def errors(found: list[Row], task: str, arm: str, budget: int) -> tuple[float, l
 
 def table(found: list[Row]) -> str:
     """Print the median test error [quartiles] per task, engine and budget."""
-    lines = [
-        f"| task | engine | {' | '.join(f'{b} trainings' for b in BUDGETS)} |",
-        "|---|---|" + "---|" * len(BUDGETS),
-    ]
+    lines = []
     for task in TASKS:
         for arm in (LABEL, *ENGINES, PBT, ALIKE):
             cells = []
@@ -153,8 +150,8 @@ def table(found: list[Row]) -> str:
                 at = f" @{paid:.1f}" if arm in (LABEL, PBT, ALIKE) else ""
                 cells.append(f"{mid:.4f} [{low:.4f}, {high:.4f}]{at}" if e else "")
             if any(cells):
-                lines.append(f"| {task} | {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+                lines.append([task, arm, *cells])
+    return markdown(["task", "engine", *(f"{b} training{'s' * (b > 1)}" for b in BUDGETS)], lines)
 
 
 def figure(found: list[Row]) -> None:
@@ -185,30 +182,36 @@ def figure(found: list[Row]) -> None:
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser = parser_of(__doc__, figure=True)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--engines", nargs="+", choices=[*ENGINES, PBT], default=[*ENGINES, PBT])
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--cost", action="store_true", help="only measure the cost of tuning again")
-    parser.add_argument("--figure", action="store_true", help="run nothing; table and figure of stored rows")
     options = parser.parse_args()
-    paid = {row["task"] for row in rows(ROWS) if row["arm"] == COST}
-    for task in TASKS if options.cost else [t for t in options.tasks if t not in paid and not options.figure]:
+    if not (options.table or options.figure):
+        measure(options.tasks, options.engines, options.workers, options.cost)
+    print(table(rows(ROWS)))
+    if not options.table:
+        figure(rows(ROWS))
+
+
+def measure(tasks: list[str], engines: list[str], workers: int, cost: bool) -> None:
+    """Compute and store what is missing.
+
+    Args:
+        cost: measure only the cost of tuning, again and of all tasks.
+    """
+    done = {(row["task"], row["arm"], row["index"]) for row in rows(ROWS)}
+    for task in TASKS if cost else [t for t in tasks if (t, COST, 0) not in done]:
         compute_cost(task)
-    if not (options.figure or options.cost):
-        os.environ["OMP_NUM_THREADS"] = "1"
-        done = {(row["task"], row["arm"], row["index"]) for row in known()}
-        table_engines = [e for e in options.engines if e != PBT]
-        jobs = [(t, e, s) for e in table_engines for t in options.tasks for s in range(SEEDS)]
-        compute(ROWS, [job for job in jobs if job not in done], searched, options.workers)
-        jobs = [(t, i) for t in options.tasks for i in range(STARTS)]
-        compute(ROWS, [(t, i) for t, i in jobs if (t, LABEL, i) not in done], within_a_budget, 1)
-        if PBT in options.engines:
-            compute_pbt(options.tasks, done, options.workers)
-    found = known()
-    print(table(found))
-    figure(found)
+    if cost:
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    jobs = [(t, e, s) for e in engines if e != PBT for t in tasks for s in range(SEEDS)]
+    compute(ROWS, [job for job in jobs if job not in done], searched, workers)
+    starts = [(t, i) for t in tasks for i in range(STARTS) if (t, LABEL, i) not in done]
+    compute(ROWS, starts, within_a_budget, 1)
+    if PBT in engines:
+        compute_pbt(tasks, done, workers)
 
 
 if __name__ == "__main__":

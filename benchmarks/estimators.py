@@ -2,6 +2,7 @@
 
     python benchmarks/estimators.py            # table, and docs/results/estimators.json
     python benchmarks/estimators.py --json     # print the numbers, write nothing
+    python benchmarks/estimators.py --table    # the stored numbers
 
 Workload: MLP 784-1000-1000-1000-10 with tanh, batch 100, Adam; L2 in the optimiser, input noise in the
 loss. One hyperparameter step has the horizon "step" and uses all examples of the batch for the mixed
@@ -14,7 +15,6 @@ partial derivative (the default uses fewer).
 """
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tasks import markdown
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import midflight as mf
+from midflight._reporting.machine import machine
 from midflight.errors import MidflightError
 
 HERE = Path(__file__).parent
@@ -154,8 +156,7 @@ def measure() -> dict[str, Any]:
             )
         except (MidflightError, RuntimeError) as error:
             rows.append({"estimator": name, "error": str(error)})
-    machine = f"{platform.machine()}, one thread, torch {torch.__version__}"
-    return {"machine": machine, "weights_mb": round(weights, 1), "rows": rows}
+    return {"machine": machine(), "weights_mb": round(weights, 1), "rows": rows}
 
 
 def main() -> None:
@@ -165,22 +166,21 @@ def main() -> None:
     if "--alone" in sys.argv:
         alone(sys.argv[-1])
         return
-    found = measure()
-    if "--json" in sys.argv:
-        print(json.dumps(found, indent=2))
-        return
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(found, indent=2) + "\n")
-    print(f"{'estimator':22}{'passes':>8}{'time':>8}{'memory':>8}{'error L2':>12}{'error noise':>13}")
-    for row in found["rows"]:
-        if "error" in row:
-            print(f"{row['estimator']:22}{row['error']}")
-        else:
-            print(
-                f"{row['estimator']:22}{row['passes']:8.2f}{row['time_ratio']:8.2f}"
-                f"{row['memory_in_weights']:8.1f}{row['error_weight_decay']:12.1e}{row['error_noise']:13.1e}"
-            )
-    print(f"on {found['machine']}; kept in {OUT}")
+    if "--table" not in sys.argv:
+        found = measure()
+        if "--json" in sys.argv:
+            print(json.dumps(found, indent=2))
+            return
+        OUT.write_text(json.dumps(found, indent=2) + "\n")
+    head = ["estimator", "passes", "time", "memory", "error of L2", "error of noise"]
+    print(markdown(head, [_cells(row) for row in json.loads(OUT.read_text())["rows"]]))
+
+
+def _cells(row: dict[str, Any]) -> list[object]:
+    if "error" in row:
+        return [row["estimator"], row["error"], "", "", "", ""]
+    errors = (f"{row[name]:.2g}" for name in ("error_weight_decay", "error_noise"))
+    return [row["estimator"], row["passes"], f"{row['time_ratio']:.1f}", row["memory_in_weights"], *errors]
 
 
 if __name__ == "__main__":

@@ -355,7 +355,7 @@ def interval(values: list[float]) -> str:
 def summary(found: list[Row]) -> str:
     """Print the test losses and errors of the arms, and how often a tuned run reaches its goals."""
     lines = [
-        "| task | arm | test loss, median | worst | test error, median | s |",
+        "| task | method | test loss, median | worst | test error, median | s |",
         "|---|---|---|---|---|---|",
     ]
     goals = [

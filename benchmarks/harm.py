@@ -3,7 +3,8 @@
     python benchmarks/harm.py                            # all settings; resumes
     python benchmarks/harm.py --sample 200               # a random part of them, drawn with --seed
     python benchmarks/harm.py --tasks digits tabular     # some tasks
-    python benchmarks/harm.py --table                    # table and figure of the stored rows
+    python benchmarks/harm.py --table                    # tables of the stored rows
+    python benchmarks/harm.py --figure                   # also the figure
 
 Each setting has two runs of the same weights and batches: one without a tuner, whose hyperparameters stay at
 the start, and one with a tuner at its defaults. The losses are those of all of T2.
@@ -37,10 +38,12 @@ from tasks import (
     TASKS,
     Row,
     Task,
+    captioned,
     cnn,
     compute,
     endless,
     images,
+    markdown,
     parser_of,
     rows,
     splits,
@@ -230,23 +233,32 @@ def pair(setting: Setting) -> Row:
 
 
 def summary(found: list[Row]) -> str:
-    """Print, per tuned hyperparameter, how many runs end worse than untouched."""
-    lines = [
-        "| tuned | pairs | newly not finite | finished over 5 % worse | last over 5 % worse | "
-        "median, good starts | median, others |",
-        "|---|---|---|---|---|---|---|",
+    """Print how many runs end worse than untouched, by tuned hyperparameter, and by task and seed."""
+    worse = ["pairs", "newly not finite", "finished over 5 % worse", "last over 5 % worse"]
+    tuned = [(name, [r for r in found if r["tuned"] == name]) for name in TUNED]
+    by_tuned = [[name, *_worse(of), *_medians(of)] for name, of in [*tuned, ("together", found)] if of]
+    seeds = sorted({(r["seed"], r["task"]) for r in found})
+    by_seed = [
+        [task, seed, *_worse([r for r in found if (r["seed"], r["task"]) == (seed, task)])]
+        for seed, task in seeds
     ]
-    groups = [(name, [r for r in found if r["tuned"] == name]) for name in TUNED]
-    for name, chosen in [*groups, ("together", found)]:
-        if not chosen:
-            continue
-        newly = sum(finite(r["untouched"]) and not finite(r["last"]) for r in chosen)
-        worse, last = (sum(is_worse(r, end) for r in chosen) for end in ("finish", "last"))
-        good = [ratio(r) for r in chosen if r["start"] < 2]
-        others = [ratio(r) for r in chosen if r["start"] >= 2]
-        medians = (f"{sorted(x)[len(x) // 2]:.3f}" if x else "" for x in (good, others))
-        lines.append(f"| {name} | {len(chosen)} | {newly} | {worse} | {last} | {' | '.join(medians)} |")
-    return "\n".join(lines)
+    medians = ["median, good starts", "median, others"]
+    return captioned(
+        {
+            "By tuned hyperparameter": markdown(["tuned", *worse, *medians], by_tuned),
+            "By task": markdown(["task", "seed", *worse], by_seed),
+        }
+    )
+
+
+def _worse(rows: list[Row]) -> list[int]:
+    newly = sum(finite(r["untouched"]) and not finite(r["last"]) for r in rows)
+    return [len(rows), newly, *(sum(is_worse(r, end) for r in rows) for end in ("finish", "last"))]
+
+
+def _medians(rows: list[Row]) -> list[str]:
+    kinds = ([ratio(r) for r in rows if (r["start"] < 2) == good] for good in (True, False))
+    return [f"{sorted(x)[len(x) // 2]:.3f}" if x else "" for x in kinds]
 
 
 def finite(loss: float | None) -> bool:
@@ -293,13 +305,13 @@ def figure(found: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, ROWS)
+    parser = parser_of(__doc__, ROWS, figure=True)
     parser.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=TASK_NAMES, help="default: all")
     parser.add_argument("--tuned", nargs="+", choices=list(TUNED), default=list(TUNED), help="default: all")
     parser.add_argument("--sample", type=int, help="how many settings, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches, starts and sample")
     options = parser.parse_args()
-    if not options.table:
+    if not (options.table or options.figure):
         chosen = [s for s in settings(options.tasks, options.seed) if s.tuned in options.tuned]
         random.Random(options.seed).shuffle(chosen)
         done = {tuple(row[k] for k in asdict(chosen[0])) for row in rows(options.rows)}
@@ -308,7 +320,8 @@ def main() -> None:
         )
     found = rows(options.rows)
     print(summary(found))
-    figure(found, options.rows.with_suffix(".png"))
+    if not options.table:
+        figure(found, options.rows.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import os
 from dataclasses import replace
 from statistics import fmean
 
-import any_start
+from any_start import point
 from equal_quality import STARTS
-from tasks import RESULTS, TASKS, Row, Training, compute, parser_of, rows
+from tasks import RESULTS, TASKS, Row, Training, compute, parser_of, ratio_of, rows
 
 import midflight as mf
 
@@ -38,7 +38,7 @@ ARMS = {"default": None, "one for 20": 20, "fixed": None}
 def train(job: tuple[str, str, int, int]) -> Row:
     task, arm, seed, index = job
     TASKS.update(LONGER)  # in this worker
-    run = Training(task, any_start.point("tuned", index), seed)
+    run = Training(task, point("tuned", index), seed)
     per = ARMS[arm]
     tuner = None if arm == "fixed" else run.tune(schedule=mf.FrontLoaded(per))
     for _ in range(run.steps):
@@ -63,7 +63,7 @@ def table(found: list[Row]) -> str:
         if any((task, arm, seed, i) not in losses for arm in ARMS for seed in seeds for i in STARTS):
             continue
         ratios = [
-            any_start.ratio_of(
+            ratio_of(
                 [
                     fmean(math.log(losses[task, "default", s, i] / losses[task, arm, s, i]) for i in STARTS)
                     for s in seeds
@@ -76,8 +76,7 @@ def table(found: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    options = parser.parse_args()
+    options = parser_of(__doc__).parse_args()
     if not options.table:
         os.environ["OMP_NUM_THREADS"] = "1"
         done = {(r["task"], r["arm"], r["seed"], r["index"]) for r in rows(ROWS)}

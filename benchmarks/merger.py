@@ -2,7 +2,8 @@
 
     python benchmarks/merger.py                       # all tasks and seeds, without "cold"; resumes
     python benchmarks/merger.py --tasks digits --seeds 3
-    python benchmarks/merger.py --figure              # table and figure of the stored rows
+    python benchmarks/merger.py --table               # tables of the stored rows
+    python benchmarks/merger.py --figure              # also the figure
 
 The search chooses layers, width, activation, optimiser and momentum of a small network. Learning rate, weight
 decay, input noise and dropout depend on the method:
@@ -18,7 +19,6 @@ the best earlier average. The best model so far has the lowest validation loss a
 its test error is only reported. Needs midflight[search]. Rows: docs/results/merger.jsonl.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,7 +30,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from tasks import RESULTS, Batch, Row, Splits, append, compute, diabetes, images, one_thread, rows
+from tasks import (
+    RESULTS,
+    Batch,
+    Row,
+    Splits,
+    append,
+    captioned,
+    compute,
+    diabetes,
+    images,
+    markdown,
+    one_thread,
+    parser_of,
+    rows,
+)
 from torch import Tensor, nn
 
 import midflight as mf
@@ -258,26 +272,33 @@ def errors(found: list[Row], task: str, engine: str, arm: str, budget: float) ->
 
 
 def table(found: list[Row]) -> str:
-    """Print the median test error [quartiles] by budget, and wins and losses against `searched`, in seeds."""
-    heads = [f"{b} trainings" for b in BUDGETS]
-    lines = [
-        f"| task | engine | arm | {' | '.join(heads)} | better / worse at {BUDGETS[-1]} |",
-        "|---|---|---|" + "---|" * (len(BUDGETS) + 1),
-    ]
-    for task, engine, arm in product(TASKS, ENGINES, ARMS):
-        cells = []
-        for budget in BUDGETS:
-            e = errors(found, task, engine, arm, budget)
-            low, mid, high = np.nanquantile(e, (0.25, 0.5, 0.75)) if e else (0, 0, 0)
-            cells.append(f"{mid:.4f} [{low:.4f}, {high:.4f}]" if e else "")
-        mine, theirs = (errors(found, task, engine, a, BUDGETS[-1]) for a in (arm, "searched"))
-        pairs = list(zip(mine, theirs, strict=False))
-        against = (
-            f"{sum(a < b for a, b in pairs)} / {sum(a > b for a, b in pairs)}" if arm != "searched" else ""
+    """Print the median test error, merged / searched (seeds where merged is better : worse), and the cost."""
+    cells = []
+    for task, engine in product(TASKS, ENGINES):
+        merged, searched = (
+            np.array([errors(found, task, engine, arm, b) for b in BUDGETS]) for arm in ("merged", "searched")
         )
-        if any(cells):
-            lines.append(f"| {task} | {engine} | {arm} | {' | '.join(cells)} | {against} |")
-    return "\n".join(lines)
+        if merged.size and searched.size:
+            both = zip(merged, searched, strict=True)
+            cells.append([task, engine, *(_against(*pair) for pair in both)])
+    costs = [[t, f"{cost(t):.2f}", f"{1 / cost(t):.2f}"] for t in TASKS if any(r["task"] == t for r in found)]
+    heads = (f"{b} training{'s' * (b > 1)}" for b in BUDGETS)
+    cost_head = ["task", "time of a tuned epoch", "epochs of merged over searched"]
+    return captioned(
+        {
+            "Median test error, merged / searched (seeds where merged is better : worse)": markdown(
+                ["task", "engine", *heads], cells
+            ),
+            "Cost of a tuned epoch, in untuned ones": markdown(cost_head, costs),
+        }
+    )
+
+
+def _against(merged: np.ndarray, searched: np.ndarray) -> str:
+    n = min(len(merged), len(searched))
+    ours, theirs = (np.nanmedian(x) for x in (merged, searched))
+    better, worse = (int((f(merged[:n], searched[:n])).sum()) for f in (np.less, np.greater))
+    return f"{ours:.3f} / {theirs:.3f} ({better}:{worse})"
 
 
 def figure(found: list[Row]) -> None:
@@ -311,16 +332,13 @@ def figure(found: list[Row]) -> None:
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser = parser_of(__doc__, figure=True)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES[:1])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["merged", "searched"])
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--figure", action="store_true", help="run nothing; table and figure of stored rows")
     options = parser.parse_args()
-    if not options.figure:
+    if not (options.table or options.figure):
         paid = {row["task"] for row in rows(ROWS) if row["arm"] == COST}
         for task in options.tasks:
             if task not in paid:
@@ -336,7 +354,8 @@ def main() -> None:
         compute(ROWS, [job for job in jobs if job not in done], searched, options.workers)
     found = rows(ROWS)
     print(table(found))
-    figure(found)
+    if not options.table:
+        figure(found)
 
 
 if __name__ == "__main__":

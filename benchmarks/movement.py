@@ -18,7 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from recipes import BATCH, NETWORKS, data
-from tasks import RESULTS, TASKS, Batch, Row, compute, endless, parser_of, rows, splits
+from tasks import RESULTS, TASKS, Batch, Row, captioned, compute, endless, markdown, parser_of, rows, splits
 from torch import Tensor, nn
 
 from midflight.datasets import Shuffled, Split
@@ -85,16 +85,24 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def table(found: list[Row]) -> str:
     """Print the changes per task, optimiser and learning rate; the best learning rates are bold."""
     head = [f"since the start, step {n}" for n in SINCE_START] + [f"step {n}, %" for n in OF_A_STEP]
-    lines = [f"| task | optimiser | log10 lr | {' | '.join(head)} | C2 |", "|---" * (len(head) + 4) + "|"]
+    cells, best = [], []
     for row in sorted(found, key=lambda r: (r["task"], r["arm"], r["index"])):
         same = [r["valid"] for r in found if (r["task"], r["arm"]) == (row["task"], row["arm"])]
         bold = "**" if row["valid"] == min(same) else ""
+        best += [row["of_a_step"]] if bold else []
         numbers = [f"{x:.2f}" for x in row["since_start"]] + [f"{100 * x:.2f}" for x in row["of_a_step"]]
-        lines.append(
-            f"| {row['task']} | {row['arm']} | {bold}{row['index']}{bold} | {' | '.join(numbers)} | "
-            f"{row['valid']:.4f} |"
-        )
-    return "\n".join(lines)
+        lr = f"{bold}{row['index']}{bold}"
+        cells.append([row["task"], row["arm"], lr, *numbers, f"{row['valid']:.4f}"])
+    ranges = [f"{100 * min(x):.2f} to {100 * max(x):.2f}" for x in zip(*best, strict=True)]
+    of_steps = head[len(SINCE_START) :]
+    return captioned(
+        {
+            "Relative change of the weights": markdown(["task", "optimiser", "log10 lr", *head, "C2"], cells),
+            "Least and most at the best learning rates": markdown(
+                ["range at the best lr", *of_steps], [["all tasks", *ranges]]
+            ),
+        }
+    )
 
 
 def main() -> None:

@@ -350,7 +350,7 @@ def ratios(arms: Found, name: str, arm: str) -> list[float]:
 def results(found: Sequence[Row]) -> str:
     """Return the tables."""
     arms, names = by_arm(found), list(PROBLEMS)
-    head = ["| arm | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    head = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines = [
         "Test loss over that of equal weights, geometric mean over the seeds, 95 % bootstrap interval",
         "",
@@ -381,7 +381,10 @@ def results(found: Sequence[Row]) -> str:
 def tuning(found: Sequence[Row]) -> str:
     """Return T2 losses over those of equal weights, by constant; geometric means over seeds 100 to 102."""
     of_tuning = {key_of(row): row["valid"]["goal"] for row in found if row["index"] >= 100}
-    lines = ["| arm | constants | " + " | ".join(PROBLEMS) + " | all |", "|---" * (len(PROBLEMS) + 3) + "|"]
+    lines = [
+        "| method | constants | " + " | ".join(PROBLEMS) + " | all |",
+        "|---" * (len(PROBLEMS) + 3) + "|",
+    ]
     for arm, all_ in TRIED.items():
         for constants in all_:
             logs = [

@@ -327,7 +327,8 @@ def table(found: Sequence[Row]) -> str:
         own = [r for r in found if r.get("ablation") is ablation]
         if not own:
             continue
-        head = "task", "arm", "seeds", *COLUMNS, "time / plain"
+        lines += ["Parts of the rule replaced" if ablation else "All methods", ""]
+        head = "task", "method", "seeds", *COLUMNS, "time / plain"
         lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for task in dict.fromkeys(r["task"] for r in own):
             plain = {r["index"]: r["seconds"] for r in found if (r["task"], r["arm"]) == (task, "plain")}

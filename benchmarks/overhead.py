@@ -1,6 +1,7 @@
 """Measure time and memory of tuning over the same training without it, for midflight and other libraries.
 
-    python benchmarks/overhead.py              # tables; stores docs/results/overhead_seam.json part by part
+    python benchmarks/overhead.py              # tables; stores docs/results/overhead.json part by part
+    python benchmarks/overhead.py --table      # tables of the stored numbers
     python benchmarks/overhead.py --json       # print the numbers, write nothing
     python benchmarks/overhead.py --sizes 1000-1000-1000 --k 10    # replace these rows only
     python benchmarks/overhead.py --k 10 --no-memory --json --variants one_step "one_step, L2 alone"
@@ -15,8 +16,7 @@ hyperparameter step.
     memory    peak resident memory of a fresh process minus that after loading data and network, median of 5;
               and its ratio to the plain training's
 
-Both sides use the same Adam, default (foreach) or fused. `make peers` installs the other libraries. Results
-of the first edition (git tag first-edition): docs/results/overhead.json.
+Both sides use the same Adam, default (foreach) or fused. `make peers` installs the other libraries.
 """
 
 import argparse
@@ -33,11 +33,13 @@ from typing import Any
 import numpy as np
 import torch
 from peers import PEERS, Midflight, Training
+from tasks import captioned, markdown, parser_of
 
+import midflight as mf
 from midflight._reporting.machine import machine
 
 HERE = Path(__file__).parent
-OUT = HERE.parent / "docs/results/overhead_seam.json"
+OUT = HERE.parent / "docs/results/overhead.json"
 SIZES = ["1000-1000-1000", "2000-1000-1000-500", "4000-2000-1000-500-250"]
 BUDGET = 0.03
 
@@ -48,8 +50,11 @@ OURS: dict[str, Make] = {
     "t1t2": partial(Midflight, horizon="step", estimator="t1t2"),
     "paper": partial(Midflight, horizon="step", estimator="paper"),
 }
+DEFAULT = "default (horizon run, one for 20)"
+LONGER = [3_000, 12_000, 20_000, 27_500]
+"""Optimiser steps of runs; the last is the paper's."""
 AUTO: dict[str, Make] = {
-    "default (horizon run, one for 20)": Midflight,
+    DEFAULT: Midflight,
     "default, L2 alone": partial(Midflight, noise=False),
     f"default, budget {BUDGET}": partial(Midflight, budget=BUDGET),
 }
@@ -126,25 +131,38 @@ def status(field: str) -> float:
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| network | k | Adam | variant | time over plain | quartiles |", "|---|---|---|---|---|---|"]
-    for r in rows:
-        adam = "fused" if r["fused"] else "default"
-        low, high = r.get("quartiles", ("", ""))
-        cells = (r["error"], "") if "error" in r else (f"**{r['ratio']:.3f}**", f"{low} to {high}")
-        lines.append(f"| {r['size']} | {r['k']} | {adam} | {r['variant']} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
-
-
-def memory_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| network | variant | MB over the start | over plain |", "|---|---|---|---|"]
-    lines += [f"| {r['size']} | {r['variant']} | {r['mb']} | {r['ratio']:.2f} |" for r in rows]
-    return "\n".join(lines)
+def table(found: dict[str, Any]) -> str:
+    """Print the ratios, default Adam and fused Adam, by variant and network; and those of longer runs."""
+    times = {(r["size"], r["k"], r["variant"], r["fused"]): r for r in found["times"]}
+    memory = {(r["size"], r["variant"]): f"{r['ratio']:.2f}" for r in found["memory"]}
+    cells = []
+    for k, variant in dict.fromkeys((k, variant) for _, k, variant, _ in times if variant != "plain"):
+        pairs = [
+            [times[s, k, variant, fused] for fused in (False, True) if (s, k, variant, fused) in times]
+            for s in SIZES
+        ]
+        ratios = [", ".join(r.get("error") or f"{r['ratio']:.2f}" for r in pair) for pair in pairs]
+        cells.append([k, variant, *ratios, memory.get((SIZES[0], variant), "")])
+    head = ["k", "variant", *SIZES, "peak memory, first network"]
+    default = [times[SIZES[0], "auto", DEFAULT, fused]["ratio"] for fused in (False, True)]
+    longer = []
+    for steps in LONGER:
+        schedule = mf.FrontLoaded()
+        schedule.begin(steps)
+        n = schedule.planned(steps)
+        over = ", ".join(f"{1 + 20 * (ratio - 1) * n / steps:.2f}" for ratio in default)
+        longer.append([f"{steps:,}", n, over])
+    longer_head = ["steps of the run", "hyper-steps", "time over plain"]
+    return captioned(
+        {
+            "Time over plain, with default Adam, fused Adam": markdown(head, cells),
+            "The default in longer runs, first network": markdown(longer_head, longer),
+        }
+    )
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser = parser_of(__doc__, workers=False)
     parser.add_argument("--sizes", nargs="+", default=SIZES)
     parser.add_argument("--k", nargs="+", choices=["1", "10", "auto"], default=["1", "10", "auto"])
     parser.add_argument(
@@ -157,6 +175,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.variants and not options.json:
         parser.error("--variants needs --json: without it a few variants would replace all of their part.")
+    if options.table:
+        print(table(json.loads(OUT.read_text())))
+        return
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     if options.alone:
@@ -179,7 +200,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(found, indent=1))
     else:
-        print(table(found["times"]), memory_table(found["memory"]), sep="\n\n")
+        print(table(found))
 
 
 def put(stored: list[dict[str, Any]], rows: list[dict[str, Any]], part: dict[str, Any], keep: bool) -> None:

@@ -1,6 +1,7 @@
 """Measure time and memory of tuning a GPT on a GPU over the same training without tuning.
 
     python benchmarks/overhead_gpu.py            # table; stores docs/results/overhead_gpu.json
+    python benchmarks/overhead_gpu.py --table    # the stored numbers
 
 Training: bfloat16 autocast, flash attention, torch.compile, fused AdamW with two groups, gradient
 accumulation over 4 micro-batches of 16 x 512 random tokens, clipping. `mf.Tuner` tunes weight decay and
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tasks import markdown, parser_of
 from torch import Tensor, nn
 
 import midflight as mf
@@ -144,13 +146,25 @@ def measured(size: str) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    rows = []
-    for size in SIZES:
-        for row in measured(size):
-            rows.append(row)
-            print(row, flush=True)
-        torch.compiler.reset()
-    OUT.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    if not parser_of(__doc__, workers=False).parse_args().table:
+        rows = []
+        for size in SIZES:
+            for row in measured(size):
+                rows.append(row)
+                print(row, flush=True)
+            torch.compiler.reset()
+        OUT.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    head = ["network", "estimator", "mixed partial", "ms per step", "time", "quartiles", "peak memory"]
+    print(markdown(head, map(_cells, json.loads(OUT.read_text())["rows"])))
+
+
+def _cells(r: dict[str, Any]) -> list[object]:
+    low, high = r["quartiles"]
+    spread = f"{low:.2f} to {high:.2f}"
+    return [
+        r["size"], r["estimator"], r["mixed_partial"], r["ms_per_step"], f"{r['ratio']:.2f}", spread,
+        f"{r['memory_ratio']:.1f}",
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
     python benchmarks/population.py                  # one thread; writes docs/results/population.json
     python benchmarks/population.py --device cuda    # writes population_cuda.json
+    python benchmarks/population.py --table          # the stored times
 
 Adam (fused in the loop), batch 100. L2 and input noise are tuned at every 10th step with the horizon
 "step". The population uses `compile=True`. Loop and population alternate in turns of 10 steps. The table
 shows the median time of a step per member.
 """
 
-import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tasks import markdown, parser_of
 from torch import Tensor, nn
 
 import midflight as mf
@@ -78,15 +80,26 @@ def seconds(step: Callable[[], object], device: str) -> float:
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser = parser_of(__doc__, workers=False)
     parser.add_argument("--device", default="cpu")
-    device = parser.parse_args().device
+    options = parser.parse_args()
+    out = RESULTS / ("population.json" if options.device == "cpu" else "population_cuda.json")
+    if not options.table:
+        measure(options.device, out)
+    head = ["network", "members", "loop, ms", "population, ms", "loop / population"]
+    cells = [
+        [r["network"], r["members"], f"{r['loop_ms']:.2f}", f"{r['population_ms']:.3f}",
+         f"{r['loop_ms'] / r['population_ms']:.2f}"]
+        for r in json.loads(out.read_text())["rows"]
+    ]  # fmt: skip
+    print(markdown(head, cells))
+
+
+def measure(device: str, out: Path) -> None:
+    """Store the time of a step per member, for each network and number of members."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     found = []
-    print("| network | members | loop, ms per member | population, ms per member | loop / population |")
-    print("|---|---|---|---|---|")
     for name, sizes in NETWORKS.items():
         for n in MEMBERS:
             torch.compiler.reset()  # torch compiles at most eight shapes
@@ -94,8 +107,7 @@ def main() -> None:
             times = np.array([[seconds(s, device) for s in steps] for _ in range(TURNS + 1)][1:]) * 1000
             alone, together = np.median(times, 0) / [1, n]
             found.append({"network": name, "members": n, "loop_ms": alone, "population_ms": together})
-            print(f"| {name} | {n} | {alone:.3f} | {together:.3f} | {alone / together:.2f} |", flush=True)
-    out = RESULTS / ("population.json" if device == "cpu" else "population_cuda.json")
+            print(found[-1], file=sys.stderr, flush=True)
     out.write_text(json.dumps({"machine": machine(), "device": device, "rows": found}, indent=1) + "\n")
 
 

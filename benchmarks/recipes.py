@@ -2,7 +2,8 @@
 
     python benchmarks/recipes.py                           # all recipes; resumes
     python benchmarks/recipes.py --models mlp --optimizers adamw
-    python benchmarks/recipes.py --table                   # table and figure of the stored rows
+    python benchmarks/recipes.py --table                   # table of the stored rows
+    python benchmarks/recipes.py --figure                  # also the figure
     python benchmarks/recipes.py --seed 1                  # other weights, batches and starts
 
 =========  =========================================================================================
@@ -256,13 +257,13 @@ def figure(found: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, ROWS)
+    parser = parser_of(__doc__, ROWS, figure=True)
     parser.add_argument("--models", nargs="+", choices=list(DATA), default=list(DATA), help="default: all")
     parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES))
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and starts")
     options = parser.parse_args()
-    if not options.table:
+    if not (options.table or options.figure):
         done = {
             (r["task"], r["optimizer"], r["schedule"], r["tuned"], r["index"], r["seed"])
             for r in rows(options.rows)
@@ -276,7 +277,8 @@ def main() -> None:
         compute(options.rows, [job for job in jobs if job not in done], run, options.workers)
     found = [r for r in rows(options.rows) if r["seed"] == options.seed]
     print(summary(found))
-    figure(found, options.rows.with_suffix(".png"))
+    if not options.table:
+        figure(found, options.rows.with_suffix(".png"))
 
 
 if __name__ == "__main__":

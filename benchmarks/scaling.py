@@ -1,7 +1,8 @@
 """Measure how the cost of tuning grows with weights, hyperparameters and members of a population.
 
     python benchmarks/scaling.py            # writes docs/results/scaling.json and .png
-    python benchmarks/scaling.py --figure   # only the figure, from the stored numbers
+    python benchmarks/scaling.py --table    # only the table, of the stored numbers
+    python benchmarks/scaling.py --figure   # also the figure
 
 One thread, Adam, batches of 100 random images, horizon "step".
 
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from overhead import status
+from tasks import markdown, parser_of
 from torch import Tensor, nn
 
 import midflight as mf
@@ -163,28 +165,29 @@ def figure(found: list[dict[str, Any]]) -> None:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    lines = [
-        "| | n | plain step, ms | with a hyper-step, ms | ratio | peak MB |",
-        "|---|---|---|---|---|---|",
+    head = ["what grows", "n", "plain step, ms", "with a hyper-step, ms", "ratio", "peak MB"]
+    cells = [
+        [
+            r["what"],
+            f"{r['n']:,}",
+            r["plain_ms"],
+            r["hyper_ms"],
+            f"{r['hyper_ms'] / r['plain_ms']:.2f}",
+            r["mb"],
+        ]
+        for r in found
     ]
-    for r in found:
-        ratio = r["hyper_ms"] / r["plain_ms"]
-        lines.append(
-            f"| {r['what']} | {r['n']:,} | {r['plain_ms']} | {r['hyper_ms']} | {ratio:.2f} | {r['mb']} |"
-        )
-    return "\n".join(lines)
+    return markdown(head, cells)
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
-    parser.add_argument("--figure", action="store_true", help="run nothing; draw the stored numbers")
+    parser = parser_of(__doc__, workers=False, figure=True)
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
         print(json.dumps(measure(options.alone[0], int(options.alone[1]))))
         return
-    if options.figure:
+    if options.table or options.figure:
         found = json.loads(OUT.read_text())["rows"]
     else:
         found = []
@@ -195,7 +198,8 @@ def main() -> None:
                 print(found[-1], file=sys.stderr, flush=True)
         OUT.write_text(json.dumps({"machine": machine(), "rows": found}, indent=1) + "\n")
     print(table(found))
-    figure(found)
+    if not options.table:
+        figure(found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Measure how strongly a one-step objective favours small learning rates, and compare remedies.
 
-    python benchmarks/short_horizon.py         # table, docs/results/short_horizon.json and .png
+    python benchmarks/short_horizon.py            # tables, docs/results/short_horizon.json and .png
+    python benchmarks/short_horizon.py --table    # tables of the stored numbers
+    python benchmarks/short_horizon.py --figure   # also the figure
 
 Noisy quadratic (Wu et al. 2018): loss 1/2 sum_i h_i (theta_i - c_i)^2 with a new c ~ N(0, 1) at each step.
 With A_i = E theta_i^2 and learning rate lr
@@ -16,22 +18,22 @@ Real task: digits, MLP 64-64, SGD with momentum, 30 epochs, three initial learni
 
 import itertools
 import json
-import platform
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from tasks import RESULTS, captioned, markdown, parser_of
 from torch import Tensor, nn
 
 import midflight as mf
+from midflight._reporting.machine import machine
 from midflight.datasets import Shuffled, Split, load
 from midflight.hypergrad import ImplicitNeumann, Unrolled
 
-OUT = Path(__file__).parent.parent / "docs/results"
+OUT = RESULTS / "short_horizon.json"
 CURVATURES = torch.logspace(0, -2, 20)
 STEPS, COPIES, LOW, HIGH = 200, 2000, 1e-3, 1.0
 ESTIMATORS: dict[str, mf.hypergrad.Estimator] = {
@@ -146,8 +148,36 @@ def digits(start: float, estimator: mf.hypergrad.Estimator | None) -> dict[str, 
         return {"lr": float(space["lr"]), "valid_loss": float(loss_fn(model, (t2.x, t2.y)))}
 
 
+STARTS = (3e-4, 1e-2, 0.3)
+
+
 def main() -> None:
     """Measure, print and store."""
+    options = parser_of(__doc__, workers=False, figure=True).parse_args()
+    if not (options.table or options.figure):
+        measure()
+    found = json.loads(OUT.read_text())
+    quadratic = [
+        [name, f"{r['final_loss']:.2f}", f"{sum(r['rates']) / len(r['rates']):.3f}"]
+        for name, r in found["quadratic"].items()
+    ]
+    digits = [
+        [name, *(f"{r['valid_loss']:.3f} ({r['lr']:.4f})" for r in row.values())]
+        for name, row in found["digits"].items()
+    ]
+    tables = {
+        "Noisy quadratic": markdown(["noisy quadratic", "final loss", "mean learning rate"], quadratic),
+        "Validation loss (last learning rate), by initial learning rate": markdown(
+            ["digits", *map(str, STARTS)], digits
+        ),
+    }
+    print(captioned(tables))
+    if not options.table:
+        draw(found["quadratic"]).savefig(OUT.with_suffix(".png"), dpi=150)
+
+
+def measure() -> None:
+    """Store the schedules of the noisy quadratic, and the losses of digits."""
     torch.set_num_threads(1)
     schedules = {
         "best schedule": best_schedule(),
@@ -157,36 +187,27 @@ def main() -> None:
     losses = {name: float(final_loss(rates)) for name, rates in schedules.items()}
     for name, estimator in ESTIMATORS.items():
         schedules[f"midflight {name}"], losses[f"midflight {name}"] = tuned(estimator)
-    print(f"{'noisy quadratic':34}{'final loss':>11}{'mean lr':>9}{'last lr':>9}")
-    for name, rates in schedules.items():
-        print(f"{name:34}{losses[name]:11.2f}{float(rates.mean()):9.4f}{float(rates[-1]):9.4f}")
-
-    starts = (3e-4, 1e-2, 0.3)
-    real: dict[str, dict[str, Any]] = {"fixed": {str(s): digits(s, None) for s in starts}}
+    real: dict[str, dict[str, Any]] = {"fixed": {str(s): digits(s, None) for s in STARTS}}
     for name, estimator in ESTIMATORS.items():
-        real[name] = {str(s): digits(s, estimator) for s in starts}
-    print("\ndigits: validation loss (learning rate at the end) from each start")
-    for name, row in real.items():
-        cells = "".join(f"{r['valid_loss']:10.3f} ({r['lr']:.4f})" for r in row.values())
-        print(f"{name:22}{cells}")
-
-    OUT.mkdir(parents=True, exist_ok=True)
+        real[name] = {str(s): digits(s, estimator) for s in STARTS}
     kept = {
-        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
-        "quadratic": {n: {"final_loss": losses[n], "rates": r.tolist()} for n, r in schedules.items()},
+        "machine": machine(),
+        "quadratic": {
+            n: {"final_loss": losses[n], "rates": [round(x, 4) for x in r.tolist()]}
+            for n, r in schedules.items()
+        },
         "digits": real,
     }
-    (OUT / "short_horizon.json").write_text(json.dumps(kept) + "\n")
-    draw(schedules, losses).savefig(OUT / "short_horizon.png", dpi=150)
+    OUT.write_text(json.dumps(kept) + "\n")
 
 
-def draw(schedules: dict[str, Tensor], losses: dict[str, float]) -> Figure:
+def draw(found: dict[str, Any]) -> Figure:
     """Draw the learning rates over the steps; the labels show the final losses."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for (name, rates), colour in zip(schedules.items(), plot_colours(), strict=False):
+    for (name, row), colour in zip(found.items(), plot_colours(), strict=False):
         dashed = "--" if not name.startswith("midflight") else "-"
-        axes.plot(rates, dashed, color=colour, label=f"{name}: final loss {losses[name]:.1f}")
+        axes.plot(row["rates"], dashed, color=colour, label=f"{name}: final loss {row['final_loss']:.1f}")
     axes.set(yscale="log", xlabel="step", ylabel="learning rate", ylim=(LOW, 2))
     axes.set_title("Looking one step ahead shrinks the learning rate (noisy quadratic)", loc="left")
     axes.spines[["top", "right"]].set_visible(False)

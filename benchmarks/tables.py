@@ -2,7 +2,8 @@
 
     python benchmarks/tables.py                          # all tables; resumes
     python benchmarks/tables.py --tables boston yacht    # some tables
-    python benchmarks/tables.py --table                  # table and figure of the stored rows
+    python benchmarks/tables.py --table                  # table of the stored rows
+    python benchmarks/tables.py --figure                 # also the figure
     python benchmarks/tables.py --seed 1                 # other weights and starts
 
 A network of 50 hidden units is trained for 4,000 full-batch steps. The start has lr 10^U(-6, -1),
@@ -221,7 +222,7 @@ def best_constant(found: list[Row]) -> Row | None:
 def summary(found: list[Row]) -> str:
     """Print per table and arm: test errors over that of the best constant setting, and cost."""
     lines = [
-        "| table | arm | runs | NaN weights | test, median | worst | within 1.1 x | within 2 x | cost |",
+        "| table | run | starts | NaN weights | test, median | worst | within 1.1 x | within 2 x | cost |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for table in TABLES:
@@ -272,13 +273,13 @@ def figure(found: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, ROWS)
+    parser = parser_of(__doc__, ROWS, figure=True)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="default: all")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="default: all")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and starts")
     parser.add_argument("--data", type=Path, default=DATA, help="directory of the tables")
     options = parser.parse_args()
-    if not options.table:
+    if not (options.table or options.figure):
         missing = [t for t in options.tables if not (options.data / f"{t}.npz").exists()]
         if missing:
             parser.error(f"--data must hold {missing[0]}.npz, but {options.data} does not")
@@ -288,7 +289,8 @@ def main() -> None:
         compute(options.rows, jobs, run, options.workers)
     found = [r for r in rows(options.rows) if r["seed"] == options.seed]
     print(summary(found))
-    figure(found, options.rows.with_suffix(".png"))
+    if not options.table:
+        figure(found, options.rows.with_suffix(".png"))
 
 
 if __name__ == "__main__":

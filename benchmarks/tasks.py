@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -215,6 +215,16 @@ def rows(path: Path) -> list[Row]:
     return [row for row in found if "task" in row]
 
 
+def markdown(head: Sequence[str], cells: Iterable[Sequence[object]]) -> str:
+    """Return a markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *cells))
+
+
+def captioned(tables: Mapping[str, str]) -> str:
+    """Return tables below their captions."""
+    return "\n\n".join(f"{caption}\n\n{table}" for caption, table in tables.items())
+
+
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean, and the ends of its 95 % bootstrap interval."""
     found = np.asarray(values)
@@ -223,21 +233,33 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return float(found.mean()), float(low), float(high)
 
 
+def ratio_of(logs: Sequence[float]) -> str:
+    """Return the geometric mean of ratios, ± two standard errors of the mean logarithm."""
+    return f"{np.exp(np.mean(logs)):.3f} ± {2 * np.std(logs, ddof=1) / len(logs) ** 0.5:.3f}"
+
+
 def finite(loss: float | None) -> float:
     """Return a loss; infinity if there is none, or if it is NaN."""
     return math.inf if loss is None or loss != loss else loss
 
 
-def parser_of(about: str | None, rows: Path | None = None) -> argparse.ArgumentParser:
+def parser_of(
+    about: str | None, rows: Path | None = None, workers: bool = True, figure: bool = False
+) -> argparse.ArgumentParser:
     """Return a parser for a benchmark that stores rows, with the options that these have in common.
 
     Args:
         about: the benchmark's docstring.
         rows: the default of --rows; None: the file cannot be chosen.
+        workers: whether the benchmark can use several processes.
+        figure: whether it has a figure.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    if workers:
+        parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--table", action="store_true", help="run nothing; show the stored rows")
+    if figure:
+        parser.add_argument("--figure", action="store_true", help="run nothing; also draw the figure")
     if rows:
         parser.add_argument("--rows", type=Path, default=rows, help="file of the rows")
     return parser

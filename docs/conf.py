@@ -53,7 +53,9 @@ def figure_of(block: object, names: dict[str, Any], conf: dict[str, Any]) -> str
         return ""
     path = next(names["image_path_iterator"])
     figure.savefig(path, dpi=110)
-    return figure_rst([path], conf["src_dir"])
+    vertical = ", ".join(filter(None, (axes.get_ylabel() for axes in figure.axes)))
+    alt = " against ".join(filter(None, (vertical, figure.axes[-1].get_xlabel())))
+    return figure_rst([path], conf["src_dir"], alt)
 
 
 not_run = ["train_gpt"]  # takes minutes
@@ -71,18 +73,18 @@ sphinx_gallery_conf = {
     "image_scrapers": ("matplotlib", figure_of),
     "ignore_repr_types": r"matplotlib\.figure\.Figure",
     "show_memory": False,
+    "show_signature": False,
     "abort_on_example_error": True,
     "min_reported_time": 1,
 }
 
 html_theme = "furo"
-html_static_path = ["_static"]
-html_css_files = ["site.css"]
-html_theme_options = {  # the colours of `midflight report`
-    "navigation_with_keys": True,
-    "light_css_variables": {"color-brand-primary": "#0072b2", "color-brand-content": "#0072b2"},
-    "dark_css_variables": {"color-brand-primary": "#56b4e9", "color-brand-content": "#56b4e9"},
-}
+html_static_path = ["_static", "../src/midflight/_reporting/look.css"]  # that of `midflight report`
+html_css_files = ["look.css", "site.css"]
+html_js_files = [("site.js", {"defer": "defer"})]
+html_show_copyright = False
+html_theme_options = {"top_of_page_buttons": []}
+maximum_signature_line_length = 100
 copybutton_exclude = ".linenos, .gp, .go"
 llms_txt_summary = "midflight tunes hyperparameters of a PyTorch model while it trains."
 

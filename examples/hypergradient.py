@@ -68,6 +68,7 @@ def main(save: str | None = None) -> dict[str, float]:
     ends = torch.tensor([here - 4, here + 4])
     axes.plot(ends, loss_after(here) + found[0] * (ends - here), "C1", lw=3, label="hypergradient")
     axes.plot([here], [loss_after(here)], "C1o")
+    axes.set_title("The hypergradient is the slope")
     axes.set(xlabel="weight decay", ylabel="validation loss after one step")
     axes.legend()
     if save:

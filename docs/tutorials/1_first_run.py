@@ -47,8 +47,9 @@ def loss_fn(model, batch):
 # Add the tuner
 # -------------
 #
-# It is one line before the loop. ``loss_fn`` also gets batches of T2, in eval mode; move a batch to the
-# device inside it. It listens to ``optimizer.step()``, so the loop stays as it is.
+# The tuner is one line before the loop. It listens to ``optimizer.step()``, so the loop stays as it is. At
+# about one step in twenty it moves the hyperparameters. For this it calls ``loss_fn`` on batches of both
+# loaders, in eval mode for T2. So ``loss_fn`` must move a batch to the device.
 
 epochs = 100
 steps = epochs * len(train_loader)  # of the optimiser, in the whole run
@@ -74,14 +75,14 @@ for name, loss in tuner.finish().items():
 # See what happened
 # -----------------
 #
-# The noise fell on the five inputs that count, and rose on the others.
+# The noise stayed low on the five inputs that count, and rose on the others.
 
 noise = space["noise"].value
 print(f"noise: {noise[:5].mean():.2f} on inputs that count, {noise[5:].mean():.2f} on others")
 print(f"weight decay: {space['weight_decay'].value:.3g}, from 0.001")
 
 # %%
-# The trajectory has all values and losses.
+# The trajectory has the values after each move; of noise, the mean over the inputs.
 
 tuner.trajectory.plot(space)
 

@@ -72,10 +72,10 @@ print(f"test error, as it was: {error(model):.3f}")
 # The same loop, tuned
 # --------------------
 #
-# ``train`` does not change. ``lr`` and ``weight_decay`` are options of the optimiser. The
-# schedule's factor multiplies the tuned ``lr``, so the schedule stays. Dropout is a layer of
-# midflight, because torch's own has a fixed rate. AdamW shrinks the weights itself, so the range of
-# its decay is ``decoupled_weight_decay``. A run of under 400 steps also needs ``schedule=5``.
+# ``train`` does not change. ``mf.default_range`` returns a usual range. ``lr`` and ``weight_decay`` are
+# options of the optimiser. The schedule's factor multiplies the tuned ``lr``, so the schedule stays.
+# Dropout is a layer of midflight, because torch's own has a fixed rate. AdamW shrinks the weights itself,
+# so the range of its decay is ``decoupled_weight_decay``. A run of under 400 steps also needs ``schedule=5``.
 
 space = mf.Space(
     lr=mf.default_range("lr", init=3e-4),

@@ -64,7 +64,7 @@ class Digits(pl.LightningModule):
 # The trainer
 # -----------
 #
-# The callback takes the trainer's own loaders: its training data are T1, its validation data T2.
+# The callback takes the trainer's own loaders, and tunes on its validation data.
 
 
 def fit(*callbacks):

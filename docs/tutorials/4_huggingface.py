@@ -54,8 +54,8 @@ def llama(dropout):
 # The trainer
 # -----------
 #
-# ``train_dataset`` is T1 and ``eval_dataset`` is T2. ``Tune`` ends with ``finish``, so the model
-# that the trainer evaluates is the best of the last and the averaged weights.
+# The model trains on ``train_dataset``, and ``Tune`` tunes on ``eval_dataset``. ``Tune`` ends with
+# ``finish``, so the trainer evaluates the best of the last weights and averages of recent ones.
 
 
 def train(tune):

@@ -3,8 +3,8 @@
 
 You have several sources of training data and do not know how much each is worth. ``mf.Mixture``
 finds out during the training. Here three sources have images of digits: clean ones, some with half
-of the labels wrong, and some turned by 90 degrees. The model is for clean images, so T2 has clean
-ones.
+of the labels drawn at random, and some turned by 90 degrees. The model is for clean images, so the
+validation data are clean ones.
 """
 
 import torch
@@ -94,7 +94,7 @@ print(mixture)
 tuner.trajectory.plot(space)
 
 # %%
-# What did each source do for T2, at the end of the run? Below 0 means that more of it lowers the
+# What did each source do at the end of the run? Below 0 means that more of it lowers the
 # validation loss.
 
 tuner.trajectory.plot_effects(mixture)

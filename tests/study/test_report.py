@@ -283,17 +283,21 @@ def test_an_empty_study_has_null_for_every_spread() -> None:
 
 
 class Fetches(HTMLParser):
-    """What a page would load, and what it runs."""
+    """What a page would load, what it runs, and what a screen reader has no name for."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.sources: list[str] = []
         self.tags: list[str] = []
+        self.unnamed: list[str] = []
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        label = dict(attrs).get("alt" if tag == "img" else "aria-label")
+        if (tag == "img" or "tabindex" in dict(attrs)) and not label:
+            self.unnamed.append(tag)
 
 
 def stored(rows: list[Row], folder: Path, run: str = "r", spec: Spec = SPEC) -> Store:
@@ -321,6 +325,7 @@ def test_report_is_one_page_that_fetches_nothing_and_shows_every_number(report: 
     assert "url(" not in page
     assert "@import" not in page
     assert loaded.tags.count("img") == 5
+    assert not loaded.unnamed
     text = " ".join(page.split())
     for number in (
         "from 2.50 % to 2.35 %",  # medians of initial and tuned

@@ -86,8 +86,8 @@ def write_report(
         main=summaries.main_estimator(spec),
         reference=summaries.reference(spec),
         by=by,
-        statements=_statements,
-        arms=_arms,
+        statements=statements_table,
+        arms=arms_table,
         eq6=_eq6,
         figures={svg.stem: data_uri(svg) for svg in svgs},
         checks=checks or [],
@@ -166,7 +166,7 @@ def _arm(network: Numbers, arm: Numbers) -> dict[str, Cell | str]:
     return cells
 
 
-def _arms(network: Numbers) -> Table:
+def arms_table(network: Numbers) -> Table:
     lines = [_arm(network, arm) for arm in network.arms if arm.kind != "landscape"]
     return Table(lines[0], [list(line.values()) for line in lines], numbers=1)
 
@@ -192,7 +192,7 @@ def _eq6(network: Numbers) -> Table:
     return Table(head, lines, numbers=1)
 
 
-def _statements(summary: Numbers, network: Numbers) -> Table:  # one table, so one long function
+def statements_table(summary: Numbers, network: Numbers) -> Table:  # one table, so one long function
     """Return each statement of the paper with its definition, beside the measurement of each estimator."""
     paper, tunings = summary.paper, network.tunings
     poor, good = network.poor_above_test_error_percent, paper.good_starts_below_test_error_percent

@@ -124,7 +124,8 @@ def sentences(
         took = "" if run.cost is None else f", which took {run.cost:.1%} of the training time"
         found.append(
             f"only {run.hypersteps} of {run.steps} optimiser steps had a hyper-step{took}; "
-            "hyperparameters hardly move in so few: train longer, or allow more with schedule=."
+            "hyperparameters hardly move in so few: train longer, or pass "
+            f"schedule={max(1, run.steps // (2 * few))}."
         )
     moves = _moves(space, run)
     found += about_loss + _fallen(space, run, moves) + run.signal.report(moves)
