@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The venv stands ready once this file is newer than what it was made from.
 READY := $(VENV)/.ready
 
-.PHONY: setup study fast test slow lint tables docs peers clean
+.PHONY: setup study fast test slow lint tables figures docs peers clean
 
 setup: $(READY)
 
@@ -43,9 +43,14 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# The tables of the pages, from the stored rows; a test compares them.
+# The tables and figures of the pages, from the stored rows; a test compares the tables.
 tables: setup
 	$(BIN)/cog -rP -I docs -p 'from rows import *' docs/benchmarks/*.md
+
+figures: setup
+	for command in any_start 'any_start --four' cash equal_compute finetune harm merger mixture multitask noisy_labels \
+		recipes scaling short_horizon tables; do \
+		set -- $$command; $(BIN)/python benchmarks/$$1.py $$2 --figure > /dev/null || exit 1; done
 
 # The site, in docs/_build/html; it runs the tutorials and examples, and takes some minutes.
 docs: setup
