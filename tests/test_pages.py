@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,47 @@ def test_every_page_is_in_the_contents_of_its_folder():
         listed = (ROOT / "docs" / folder / "index.md").read_text()
         pages = {page.stem for page in (ROOT / "docs" / folder).glob("*.md")} - {"index"}
         assert {page for page in pages if f"\n{page}\n" not in listed} == set()
+
+
+def commands(page):
+    """The commands in the code of a page: of blocks for a shell, and between backticks."""
+    text = page.read_text()
+    blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).splitlines()
+    inline = re.findall(
+        r"(?<!`)`([^`]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    )
+    for command in (" ".join(text.partition("#")[0].split()) for text in [*blocks, *inline]):
+        if command.startswith(("make ", "midflight ", "python ")):
+            yield command
+
+
+@cache
+def known_options(program):
+    """The text that names the options of a script, or of a command of midflight."""
+    if program.endswith(".py"):
+        return (ROOT / program).read_text() + (ROOT / "benchmarks/tasks.py").read_text()
+    preset = ["paper"] if program == "study" else []
+    command = [sys.executable, "-m", "midflight", program, *preset, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_commands_in_pages_exist_and_so_do_their_options():
+    targets, unknown, seen = (ROOT / "Makefile").read_text(), [], 0
+    for page in PAGES:
+        if "log" in page.parts or "dev" in page.parts:
+            continue
+        for command in commands(page):
+            first, program, *words = [*command.split(), ""]
+            if first == "make":
+                missing = [] if f"\n{program}:" in targets or "=" in program else [program]
+            elif program in ("-m", "-c") or program.startswith(("tests", "-")):
+                continue
+            else:
+                missing = [w for w in words if w.startswith("--") and w not in known_options(program)]
+            unknown += [(page.name, command, missing)] if missing else []
+            seen += 1
+    assert unknown == [], unknown
+    assert seen > 40
 
 
 @pytest.mark.parametrize(("code", "passes"), [("assert steps > 0", True), ("assert steps < 0", False)])
