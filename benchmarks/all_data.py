@@ -3,7 +3,7 @@
     python benchmarks/all_data.py             # three tasks, 10 starts; resumes
     python benchmarks/all_data.py --table     # print the table of the stored rows
 
-The table compares test errors start by start.
+T1 is the training data, T2 the validation data. The table compares test errors start by start.
 
     tuned        the tuned run on T1
     trajectory   a new training on T1 + T2 along the trajectory of the tuned run (mf.Replay)

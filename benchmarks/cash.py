@@ -213,7 +213,7 @@ def time_kept(n: int, columns: int, classes: int, seconds: float) -> Row:
 
 
 def time_table(found: Sequence[Row]) -> str:
-    heads = "table", "seconds given", "taken", "complete, given up, skipped, failed", "chosen"
+    heads = "table", "seconds given", "taken", "complete, behind, skipped, failed", "chosen"
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in found:
         if r["task"] == "time":

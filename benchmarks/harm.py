@@ -7,7 +7,7 @@
     python benchmarks/harm.py --figure                   # also the figure
 
 Each setting has two runs of the same weights and batches: one without a tuner, whose hyperparameters stay at
-the start, and one with a tuner at its defaults. The losses are those of all of T2.
+the start, and one with a tuner at its defaults. The losses are those of all of T2, the validation data.
 
 =============  ==================================================================================
 task           tabular, digits, mnist_5k, small_cnn (5,000 images)

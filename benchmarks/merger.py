@@ -283,7 +283,7 @@ def table(found: list[Row]) -> str:
             cells.append([task, engine, *(_against(*pair) for pair in both)])
     costs = [[t, f"{cost(t):.2f}", f"{1 / cost(t):.2f}"] for t in TASKS if any(r["task"] == t for r in found)]
     heads = (f"{b} training{'s' * (b > 1)}" for b in BUDGETS)
-    cost_head = ["task", "time of a tuned epoch", "epochs of merged over searched"]
+    cost_head = ["task", "time of a tuned epoch over plain", "epochs, merged / searched"]
     return captioned(
         {
             "Median test error, merged / searched (seeds where merged is better : worse)": markdown(

@@ -371,7 +371,7 @@ def table(found: Sequence[Row]) -> str:
     """Return the test losses, their differences from midflight's, and the time over uniform's."""
     tests = tests_of(found)
     pairs = [pair for pair in PAIRS if any(pair == task for task, _ in tests)]
-    head = ["| pair | " + " | ".join(ARMS) + " |", "|---" * (len(ARMS) + 1) + "|"]
+    head = ["| target/amount | " + " | ".join(ARMS) + " |", "|---" * (len(ARMS) + 1) + "|"]
     lines = ["Test loss, bits per byte, mean over the seeds", "", *head]
     for pair in pairs:
         means = {arm: np.mean(list(tests[pair, arm].values())) for arm in ARMS if (pair, arm) in tests}
@@ -402,7 +402,7 @@ def table(found: Sequence[Row]) -> str:
         "",
         "Cosine with the true direction",
         "",
-        "| rule | least | median | largest |",
+        "| method | least | median | largest |",
         "|---|---|---|---|",
     ]
     for rule in ("FastMix", "DGA", "midflight"):

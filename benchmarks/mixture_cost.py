@@ -17,12 +17,13 @@ hashed           1.19 million, of which 1.07 million are embeddings, as in mixtu
 The two trainings take turns, step by step, in one process. Each step of the tuned one is divided by the plain
 step beside it.
 
-column           meaning
-ratio            time of the tuned run over the plain one: (steps without a hyper-step x their median, plus
-                 the first hyper-step, plus the other hyper-steps x their median) / steps
-sum              the same as a ratio of summed times, which has the noise of the machine in it
-first, later     plain steps that the first hyper-step adds, and the median of the later ones
-loader           time in the loader, in plain steps
+column              meaning
+time over plain     of the whole run: (steps without a hyper-step x their median, plus the first hyper-step,
+                    plus the other hyper-steps x their median) / steps
+by sums             the same as a ratio of summed times, which has the noise of the machine in it
+first hyper-step    what it adds, in plain steps
+later ones          the median of what the later hyper-steps add, in plain steps
+loader              time in the loader of one step, in plain steps
 
 Rows: docs/results/mixture_cost.jsonl.
 """
@@ -130,8 +131,8 @@ def measure(model: str, sources: int, by: str, steps: int, seed: int) -> Row:
 
 def table(found: list[Row]) -> str:
     lines = [
-        "| model | sources | by | steps | seed | hyper-steps "
-        "| ratio | sum | first | later | step, ms | loader |",
+        "| model | sources | weights act by | steps | seed | hyper-steps | time over plain | by sums "
+        "| first hyper-step | later ones | plain step, ms | loader |",
         "|---" * 12 + "|",
     ]
     for r in sorted(

@@ -5,8 +5,8 @@
     python benchmarks/movement.py --table           # table of the stored rows
 
 The change of a weight matrix is relative to its norm before; the median of all matrices is shown. Nothing is
-tuned. The loss is the least one of 20 moments. `midflight.tuner.movement` has limits that were read off such
-runs.
+tuned. The validation loss, C2, is the least one of 20 moments. `midflight.tuner.movement` has
+limits that were read off such runs.
 
 Rows: docs/results/movement.jsonl.
 """
@@ -99,7 +99,7 @@ def table(found: list[Row]) -> str:
         {
             "Relative change of the weights": markdown(["task", "optimiser", "log10 lr", *head, "C2"], cells),
             "Least and most at the best learning rates": markdown(
-                ["range at the best lr", *of_steps], [["all tasks", *ranges]]
+                ["range at the best lr of", *of_steps], [["all tasks", *ranges]]
             ),
         }
     )

@@ -154,7 +154,10 @@ def main() -> None:
                 print(row, flush=True)
             torch.compiler.reset()
         OUT.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-    head = ["network", "estimator", "mixed partial", "ms per step", "time", "quartiles", "peak memory"]
+    head = [
+        "network", "estimator", "mixed partial", "plain step, ms", "time over plain", "quartiles",
+        "memory over plain",
+    ]  # fmt: skip
     print(markdown(head, map(_cells, json.loads(OUT.read_text())["rows"])))
 
 

@@ -9,14 +9,15 @@
 =========  =========================================================================================
 model      mlp (5,000 images of MNIST), cnn (5,000 of Fashion-MNIST, randomly shifted and mirrored),
            transformer (characters of Python's standard library)
-optimiser  AdamW, SGD with momentum .9
+optimiser  AdamW, SGD with momentum 0.9
 schedule   constant, cosine, one-cycle
 tuned      lr, weight decay, dropout, label smoothing
 =========  =========================================================================================
 
 Fixed runs and starts are Sobol points in the default ranges; SGD's lr goes up to 1. Runs of a recipe share
-weights and batches. Losses are plain cross-entropies on all of T2. A tuned run ends with `tuner.finish()`. A
-fixed run ends with its last weights; the last column compares with the best of 20 moments of each.
+weights and batches. Losses are plain cross-entropies on all of T2, the validation data. A tuned run ends
+with `tuner.finish()`. A fixed run ends with its last weights; the last column compares with the best of 20
+moments of each.
 
 Rows: docs/results/recipes.jsonl.
 """
@@ -215,7 +216,7 @@ def complete(found: list[Row]) -> dict[Recipe, tuple[list[Row], list[Row]]]:
 def summary(found: list[Row]) -> str:
     """Print per recipe how close tuned runs end to the best fixed one."""
     lines = [
-        "| model | optimiser | schedule | best of 32 fixed | their median | tuned, median | worst | "
+        "| model | optimiser | schedule | best of 32 fixed | fixed, median | tuned, median | tuned, worst | "
         "within 5 % | within 10 % | all finished, within 5 % |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]

@@ -165,7 +165,7 @@ def figure(found: list[dict[str, Any]]) -> None:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    head = ["what grows", "n", "plain step, ms", "with a hyper-step, ms", "ratio", "peak MB"]
+    head = ["what grows", "number", "plain step, ms", "with a hyper-step, ms", "ratio", "peak, MB"]
     cells = [
         [
             r["what"],

@@ -316,7 +316,10 @@ def run(job: tuple[str, int]) -> Row:
 
 
 def summary(found: list[Row]) -> str:
-    lines = ["| script | seeds | untouched | tuned | ratio, each seed | time |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| script | seeds | loss, untouched | loss, tuned | tuned / untouched, each seed | time |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in SCRIPTS:
         if not (here := sorted((r for r in found if r["task"] == name), key=lambda r: r["seed"])):
             continue

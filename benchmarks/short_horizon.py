@@ -166,9 +166,9 @@ def main() -> None:
         for name, row in found["digits"].items()
     ]
     tables = {
-        "Noisy quadratic": markdown(["noisy quadratic", "final loss", "mean learning rate"], quadratic),
+        "Noisy quadratic": markdown(["learning rate", "final loss", "mean learning rate"], quadratic),
         "Validation loss (last learning rate), by initial learning rate": markdown(
-            ["digits", *map(str, STARTS)], digits
+            ["learning rate", *(f"from {start}" for start in STARTS)], digits
         ),
     }
     print(captioned(tables))

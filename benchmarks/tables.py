@@ -12,16 +12,16 @@ weight decay 10^U(-7, -2) and momentum U(0, 1).
 =========  ===================================================================================
 arm        what it is
 =========  ===================================================================================
-constant   24 settings: lr .003 .01 .03 .1, momentum 0 .9 .97, weight decay 1e-4 1e-2
+constant   24 settings: lr 0.003 0.01 0.03 0.1, momentum 0 0.9 0.97, weight decay 1e-4 1e-2
 untouched  the start, without a tuner
 tuned      `mf.Tuner` with its defaults
 one_step   the same with horizon="step"
-unrolled   exact gradient of C2 through 5 real steps, once in 20; SignSteps moves the values
+unrolled   exact gradient of the validation loss through 5 real steps, once in 20; SignSteps moves the values
 =========  ===================================================================================
 
-Every arm ends with the best of its weights by validation: "tuned" by `finish`, the others by the least C2 at
-27 moments and the end. Errors are mean squared ones of standardised targets. The test set is read once, with
-those weights. The best constant setting is chosen by validation.
+Every arm ends with the best of its weights by validation: "tuned" by `finish`, the others by the least
+validation loss at 27 moments and the end. Errors are mean squared ones of standardised targets. The test set
+is read once, with those weights. The best constant setting is chosen by validation.
 
 Data: the five UCI tables of the directory --data, see its README. Rows: docs/results/tables.jsonl.
 """
@@ -222,7 +222,8 @@ def best_constant(found: list[Row]) -> Row | None:
 def summary(found: list[Row]) -> str:
     """Print per table and arm: test errors over that of the best constant setting, and cost."""
     lines = [
-        "| table | run | starts | NaN weights | test, median | worst | within 1.1 x | within 2 x | cost |",
+        "| table | method | runs | NaN weights | test error, median | worst "
+        "| within 1.1 x | within 2 x | time |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for table in TABLES:

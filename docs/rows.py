@@ -1,7 +1,7 @@
 """Write tables of stored rows into the pages: `make tables` runs the cog blocks of all pages.
 
-A block is a comment in a page. It names a benchmark, with its options, and words of one of the tables that
-`python benchmarks/<it> --table` prints; the table comes below it:
+A block is a comment in a page. It names a benchmark with its options, and words of the caption or head of one
+of the tables that `python benchmarks/<it> --table` prints. cog writes this table between the two comments:
 
     <!-- [[[cog show("any_start --four", "within 10 %") ]]] -->
     <!-- [[[end]]] -->
