@@ -202,12 +202,14 @@ def test_without_an_extra_the_help_is_shown_and_a_verb_names_the_extra(missing, 
         assert f"{missing} must be installed for this, but is not; run pip install 'midflight[study]'" in said
 
 
-def test_a_full_device_for_the_output_is_a_failure_and_not_bad_input(tmp_path):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_device_for_the_output_is_a_failure_and_not_bad_input(unbuffered):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "midflight", "--help"], stdout=full, stderr=subprocess.PIPE, timeout=300
-        )
+            [sys.executable, "-m", "midflight", "--help"], stdout=full, stderr=subprocess.PIPE, timeout=300,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
     assert done.returncode == 1
     assert b"Traceback" not in done.stderr

@@ -51,9 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MidflightError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:  # the reader, `head` for instance, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(141)
     except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would fail again at its end, with another exit code
+            _drop_output()
         what = f"{error.filename or 'the system'}: {error.strerror or error}"
         code = 1 if error.errno is None or error.errno in ENVIRONMENT else 2
         _fail(f"{what}; stored results are safe.", code)
@@ -75,6 +79,10 @@ def _run(arguments: list[str]) -> int:
     for package, extra in COMMANDS[command].items():
         require_extra(package, extra)
     return int(import_module(f"midflight.cli.{command}").run(arguments[1:]))
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
