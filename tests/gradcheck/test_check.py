@@ -279,6 +279,50 @@ def test_a_rule_of_the_user_is_compared_with_the_optimiser_itself(monkeypatch, f
     assert any("must give the step of Descent" in hint for hint in report.hints) != passes
 
 
+class Heavy(torch.optim.Optimizer):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", p.grad.clone())
+                p.sub_(group["lr"] * m)
+                m.mul_(0.9).add_(p.grad)
+
+
+class HeavyRule(mf.updates.UpdateRule):
+    tunable = frozenset({"lr"})
+    kept, first = 0.9, 1.0
+
+    def step(self, param, grad, state, options):
+        m = state.get("m", self.first * grad)
+        return param - options["lr"] * m, {"m": self.kept * m + grad}
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({}, None), ({"kept": 0.8}, "from the state that it returned"), ({"first": 0.5}, "at its first step")],
+)
+def test_the_state_that_a_rule_of_the_user_returns_is_compared_too(monkeypatch, wrong, said, stepped):
+    for name, value in wrong.items():
+        monkeypatch.setattr(HeavyRule, name, value)
+    monkeypatch.setitem(mf.updates.RULES, Heavy, HeavyRule())
+    model = nn.Linear(8, 3)
+    space = mf.Space(lr=mf.Float(1e-3, 1.0, log=True, init=0.1))
+    optimizer = Heavy(model.parameters())
+    if stepped:
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        if "first" in wrong:
+            said = None  # the first step is over
+    report = checked(model, space, optimizer=optimizer, estimators=["one_step"])
+    assert report.passed == (said is None)
+    assert any((said or "must give") in hint for hint in report.hints) == (said is not None)
+
+
 class WithClosure(Descent):
     def step(self, closure=None):
         closure()

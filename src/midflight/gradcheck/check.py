@@ -33,12 +33,13 @@ from midflight.tuner.live import LiveModel, Loss, require_loss, with_tensors
 from midflight.tuner.mixed_partial import plain_attention
 from midflight.tuner.optimizers import Optimizers, trained_parameters, unwrapped
 from midflight.tuner.randomness import Randomness
-from midflight.updates import State, Update
-from midflight.updates.base import numbers
+from midflight.updates import State, Update, UpdateRule
+from midflight.updates.base import Weight, numbers
 from midflight.updates.black_box import step_on_copies
 
 ENTRIES = 5  # how many entries of a large hyperparameter are checked
 SAME_STEP = 1e-6  # the relative difference of two steps, in float64, that counts as none
+FURTHER, SAME_LATER = 3, 1e-2  # further steps, and their difference: a state may be kept in half precision
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ class _Trial:
         return state
 
     def require_own_rules_hold(self, state: Mapping[str, State]) -> None:
-        """Compare the user's own update rules with a step of the optimiser itself.
+        """Compare the user's own update rules with steps of the optimiser itself.
 
         The rules of midflight are compared in its tests.
 
@@ -287,20 +288,39 @@ class _Trial:
         own = {name: u for name, u in updates if not type(u.rule).__module__.startswith("midflight.")}
         grads = self.problem.train_grads(leaves(self.params), self.raws) if own else {}
         for name, update in own.items():
-            rule, optimizer = type(update.rule).__name__, type(self._owners[name]).__name__
-            weight = self.params[name], grads[name].detach(), state.get(name, {}), numbers(update.options)
+            before = [state.get(name, {})]
+            if before[0] and not self._state[name]:  # the optimiser makes its state at the first step
+                before.insert(0, {})
+            for one in before:
+                weight = self.params[name], grads[name].detach(), one, numbers(update.options)
+                self._require_same_steps(name, update.rule, weight)
+
+    def _require_same_steps(self, name: str, rule: UpdateRule, weight: Weight) -> None:
+        """Compare a step, and three more with random gradients, which show what the states hold."""
+        what, optimizer = type(rule).__name__, self._owners[name]
+        param, grad, state, options = weight
+        real, real_state, generator = param, state, torch.Generator().manual_seed(0)
+        for n in range(1 + FURTHER):
+            before = real
             try:
-                (real,), _ = step_on_copies(self._owners[name], [weight])
+                (real,), (real_state,) = step_on_copies(optimizer, [(real, grad, real_state, options)])
             except Exception as error:
                 raise UnsupportedOptimizer(
-                    f"{rule} must be compared with a step of {optimizer} on copies of the weights, without a "
-                    f"closure, but that failed: {error!r}."
+                    f"{what} must be compared with a step of {type(optimizer).__name__} on copies of the "
+                    f"weights, without a closure, but that failed: {error!r}."
                 ) from error
-            length = float((real - self.params[name]).abs().max())
-            if not float((update.rule.ahead(*weight) - real).abs().max()) <= SAME_STEP * length:
+            ahead = rule.ahead(param, grad, state, options)
+            param, state = rule.step(param, grad, state, options)
+            size = (SAME_LATER if n else SAME_STEP) * float((real - before).abs().max())
+            if not all(float((ours - real).abs().max()) <= size for ours in (ahead, param)):
+                when = " at its first step" if not weight[2] and not n else ""
+                why = " after a step from the state that it returned" if n else when
                 raise UnsupportedOptimizer(
-                    f"{rule} must give the step of {optimizer}, but {name} moves otherwise; correct the rule."
+                    f"{what} must give the step of {type(optimizer).__name__}, but {name} moves "
+                    f"otherwise{why}; correct the rule."
                 )
+            noise = torch.randn(grad.shape, generator=generator, dtype=grad.dtype).to(grad.device)
+            grad = noise * grad.square().mean().sqrt()
 
     def truth(self, name: str, state: Mapping[str, State]) -> _Truth:
         """Return central differences of the validation loss after one step, in at most ENTRIES entries."""
