@@ -158,6 +158,25 @@ def test_weights_of_an_earlier_moment_that_win_clearly_are_reported():
     assert t.finish() == t._finished
 
 
+def test_the_report_names_the_source_whose_share_changed_most():
+    mixture = mf.Mixture(["code", "law", "letters"], floor=0)
+    model = torch.nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    s = mf.Space(mixture=mixture)
+
+    def loss(model, batch):
+        return mixture.value.sum() * cross_entropy(model, batch)
+
+    t = mf.Tuner(model, optimizer, s, loss, [(X, Y)], [(X, Y)], valid_loss_fn=cross_entropy)
+    run = t._controller
+    for n, shares in enumerate([[1, 1, 1], [0.3, 0.6, 0.1]]):
+        s.set(mixture=shares)
+        run.trajectory.record(n, s)
+    run.steps, run.best_step, t._finished = 2, 0, {"earlier": 0.5, "average": 0.6, "last": 0.7}
+    (sentence,) = [line for line in t.report() if line.startswith("finish kept")]
+    assert "(mixture/law was 0.333 there, and is 0.6 at the end)" in sentence
+
+
 def test_a_validation_loss_that_rises_is_reported_with_the_step_of_its_least_value():
     x, y = torch.randn(20, 30), torch.randint(0, 3, (20,))  # nothing to learn but the rows themselves
     s = mf.Space(weight_decay=mf.Float(1e-6, 1e-5, log=True))
@@ -298,12 +317,15 @@ def ended(values, best=math.nan, low=0.0, high=1.0):
         ([0.5] + [1.0] * 40, 0.99, "; widen its range if a better value may lie beyond."),
         ([0.5] + [1.0] * 40, 0.5, ", but validation is no better there; compare with a fixed run."),
         ([0.5] + [0.0] * 40, 0.99, "hyper-steps."),
+        ([0.5] + [1.0, 0.97] * 20, 0.99, "; widen its range if a better value may lie beyond."),
+        ([0.5] + [0.0, 0.03] * 20, 0.99, "hyper-steps."),
     ],
-    ids=["paid", "did not pay", "natural bound"],
+    ids=["paid", "did not pay", "natural bound", "near", "near a natural bound"],
 )
 def test_a_wider_range_is_advised_only_where_it_may_help(values, best, advice):
     t, _, _ = ended(values, best)
-    (sentence,) = [line for line in t.report() if line.startswith("x stood at its ")]
+    (sentence,) = [line for line in t.report() if line.startswith("x stood ")]
+    assert sentence.startswith(f"x stood {'at' if values[-1] in (0.0, 1.0) else 'near'} its ")
     assert sentence.endswith(advice)
     assert ("widen" in sentence) == ("widen" in advice)
 

@@ -91,7 +91,7 @@ class CheckReport:
     def __str__(self) -> str:
         rows = [("hyperparameter", "estimator", "estimate", "central difference", "relative error", "")]
         for x in self.lines:
-            verdict = "" if x.passed is None else "ok" if x.passed else "WRONG"
+            verdict = "approximate" if x.passed is None else "ok" if x.passed else "WRONG"
             truth = f"{x.truth:.6g} +- {x.uncertainty:.1g}"
             rows.append(
                 (

@@ -12,9 +12,9 @@ from midflight.errors import UnreachedHyperparameter
 from midflight.space import Space
 from midflight.tuner.saved import Saved
 
-PINNED = 0.25
-"""A hyperparameter is reported if it stayed at its bound for this share of the hyper-steps, up to the
-last."""
+PINNED, NEAR = 0.25, 0.05
+"""A hyperparameter is reported if it stayed at its bound, or within NEAR of its range, for the share PINNED
+of the hyper-steps, up to the last: a step from a bound inward is often taken back."""
 SIGNIFICANT = 3.0
 """T2 is reported as overfitted if the loss on a third split is higher by this many standard errors."""
 AGREEMENT, DECISIONS = 2.0, 30
@@ -84,7 +84,7 @@ class Reach(Saved):
 
 
 class Bounds(Saved):
-    """Counts the hyper-steps for which every entry of a hyperparameter has been at one of its bounds."""
+    """Counts the hyper-steps for which every entry of a hyperparameter has been at or near a bound."""
 
     SAVED = ("_moves", "_inside")
 
@@ -96,7 +96,7 @@ class Bounds(Saved):
         """Record the values after a move."""
         self._moves += 1
         for name, raw in space.raws.items():
-            if bool(((raw > 0) & (raw < 1)).any()):
+            if bool(((raw > NEAR) & (raw < 1 - NEAR)).any()):
                 self._inside[name] = self._moves
 
     def report(self, space: Space, paid: bool = True) -> list[str]:
@@ -111,17 +111,19 @@ class Bounds(Saved):
             long = self._moves - self._inside.get(name, 0)
             if long > max(10, PINNED * self._moves) and not space[name].spec.are_weights:
                 spec = space[name].spec
-                sides = ("lower", raw <= 0, spec.low), ("upper", raw >= 1, spec.high)
+                sides = ("lower", raw <= NEAR, spec.low), ("upper", raw >= 1 - NEAR, spec.high)
+                nearness = "at" if bool(((raw <= 0) | (raw >= 1)).all()) else "near"
                 where = " and ".join(
                     f"its {side} bound {bound:g}" + ("" if at.all() else f" ({int(at.sum())} entries)")
                     for side, at, bound in sides
                     if at.any()
                 )
-                natural = bool((raw <= 0).all()) and spec.low == 0 and not spec.log
+                natural = bool((raw <= NEAR).all()) and spec.low == 0 and not spec.log
                 wider = "" if natural else "; widen its range if a better value may lie beyond"
                 advice = wider if paid else ", but validation is no better there; compare with a fixed run"
                 found.append(
-                    f"{name} stood at {where} for the last {long} of {self._moves} hyper-steps{advice}."
+                    f"{name} stood {nearness} {where} for the last {long} of {self._moves} "
+                    f"hyper-steps{advice}."
                 )
         return found
 

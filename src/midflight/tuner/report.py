@@ -145,6 +145,16 @@ def _mean(space: Space, name: str, raw: Tensor) -> float:
     return float(space[name].transform.value(raw.detach()).mean())
 
 
+def _most_changed(space: Space, name: str, raw: Tensor) -> tuple[str, float, float]:
+    """Return name, value then and value now: means, or of a mixture the source whose share changed most."""
+    if not space[name].spec.is_shares:
+        return name, _mean(space, name, raw), _mean(space, name, space.raws[name])
+    now = space[name].parts()
+    then = space[name].transform.value(raw.detach()).tolist()
+    changes = zip(now, then, now.values(), strict=True)
+    return max(changes, key=lambda change: abs(change[2] - change[1]))
+
+
 def _fallen(space: Space, run: Controller, moves: Mapping[str, str]) -> list[str]:
     """Return a sentence for each learning rate that is far below its start, where the run stands still."""
     first = run.trajectory.at(0.0)
@@ -164,8 +174,7 @@ def _earlier(space: Space, run: Controller, finished: Mapping[str, float]) -> li
         return []
     then = run.trajectory.at(min(1.0, run.best_step / max(1, run.steps)))
     values = ", ".join(
-        f"{name} was {_mean(space, name, raw):.3g} there, and is {_mean(space, name, space.raws[name]):.3g} "
-        "at the end"
+        "{} was {:.3g} there, and is {:.3g} at the end".format(*_most_changed(space, name, raw))
         for name, raw in then.items()
     )
     return [
