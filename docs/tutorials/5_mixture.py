@@ -91,6 +91,8 @@ print(f"test error with tuned weights: {error(model):.3f}")
 print(mixture)
 
 # %%
+# "clean" cannot reach 1: all sources share a fifth of the whole equally, unless you pass `floor=0`.
+
 tuner.trajectory.plot(space)
 
 # %%
