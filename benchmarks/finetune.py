@@ -2,7 +2,8 @@
 
     python benchmarks/finetune.py                       # both sizes, all arms; resumes
     python benchmarks/finetune.py --sizes 200 --arms untouched tuned
-    python benchmarks/finetune.py --table               # run nothing; print the table, draw the figure
+    python benchmarks/finetune.py --table               # run nothing; print the tables
+    python benchmarks/finetune.py --figure              # run nothing; also draw the figure
     python benchmarks/finetune.py --seed 1              # other examples, weights, batches and points
 
 A Transformer on bytes is pretrained here, on the eight sources of `texts.py` with equal weights, and kept
@@ -411,13 +412,13 @@ def figure(found: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, ROWS)
+    parser = parser_of(__doc__, ROWS, figure=True)
     parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=SIZES, help="default: both")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="default: all")
     parser.add_argument("--starts", type=int, default=ARMS["tuned"], help="tuned and untouched runs")
     parser.add_argument("--seed", type=int, default=0, help="seed of examples, weights, batches and points")
     options = parser.parse_args()
-    if not options.table:
+    if not (options.table or options.figure):
         pretrained()
         counts = ARMS | dict.fromkeys(("untouched", "tuned"), options.starts)
         done = {(r["task"], r["arm"], r["index"], r["seed"]) for r in rows(options.rows)}
@@ -431,7 +432,8 @@ def main() -> None:
         compute(options.rows, jobs, run, options.workers)
     found = [r for r in rows(options.rows) if r["seed"] == options.seed]
     print(summary(found))
-    figure(found, options.rows.with_suffix(".png"))
+    if not options.table:
+        figure(found, options.rows.with_suffix(".png"))
 
 
 if __name__ == "__main__":

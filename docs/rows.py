@@ -76,6 +76,10 @@ def show(command: str, words: str = "", without: Collection[str] = ()) -> None:
     if len(found) != 1:
         raise LookupError(f"{len(found)} tables of `{command} --table` contain {words!r}, not one")
     rows = [line.strip("|").split("|") for line in found[0]]
+    unknown = set(without) - {head.strip() for head in rows[0]}
+    if len(rows) < 3 or unknown:
+        why = f"no columns {unknown}" if unknown else "no rows; are they stored?"
+        raise LookupError(f"the table {words!r} of `{command} --table` has {why}")
     kept = [n for n, head in enumerate(rows[0]) if head.strip() not in without]
     print("\n" + "\n".join(f"|{'|'.join(row[n] for n in kept)}|" for row in rows) + "\n")
 

@@ -113,7 +113,7 @@ class TimeBudget(Schedule):
     A training step lasts from the end of one optimiser step to the end of the next, whatever the user's loop
     does in between. A step is plain if the tuner did nothing in it or just before it. The cost of tuning is
     the time that the other steps take beyond the mean plain step. What the tuner's hooks add to each plain
-    step, about 0.1 ms, is not counted: it can exceed the share where a step takes under a few milliseconds.
+    step is not counted: it can exceed the share where a step takes under a few milliseconds.
 
     The next hyper-step comes when share x (time of training without tuning so far) covers all tuning so far
     and one more hyper-step. If the number of steps is known, part of the budget of the coming steps is spent
