@@ -413,10 +413,11 @@ def test_several_networks_and_wide_ranges_are_drawn(no_pngs: None, tmp_path: Pat
     assert len(save(all_figures(spec, rows), tmp_path)) == 8
 
 
-def test_the_published_store_gives_the_published_numbers() -> None:
-    published = Path(__file__).parents[2] / "docs/results/quick"
+@pytest.mark.parametrize(("folder", "run"), [("quick", "quick"), ("paper-gpu", "paper-shallow")])
+def test_the_published_store_gives_the_published_numbers(folder: str, run: str) -> None:
+    published = Path(__file__).parents[2] / "docs/results" / folder
     with Store(published / "store.sqlite", create=False) as store:
-        assert as_json(store, "quick") == (published / "summary.json").read_text().rstrip()
+        assert as_json(store, run) == (published / "summary.json").read_text().rstrip()
 
 
 def test_commands_repeat_the_study(no_figures: None, tmp_path: Path) -> None:
