@@ -7,6 +7,7 @@ a constant of the code.
 
 import ast
 import inspect
+import math
 import re
 import subprocess
 import sys
@@ -89,7 +90,7 @@ CONSTANTS = {
         f"a loss more than {100 * guard.WORSE_AT_END:g} % higher",
         f"a factor of e^{step_options.USUAL:g} in `lr`",
         f"{step_options.USUAL_OF_OTHERS:g} in the same units",
-        f"{Log.USUAL / 2.302585092994046:g} powers of 10",
+        f"{Log.USUAL / math.log(10):g} powers of 10",
         f"{Logit.USUAL:g}, as from 0.05 to 0.95",
         f"{Linear.TIMES_INIT:g} times the initial value and {Linear.GROWTH:g} times the value now",
         f"has fallen by {100 * controller.LEARNED:g} %",
@@ -124,6 +125,14 @@ def test_another_digit_in_a_table_is_noticed(tmp_path):
     code, said = checked(changed)
     assert code != 0
     assert "Check failed" in said
+
+
+def test_a_table_without_rows_is_an_error(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text('<!-- [[[cog show("any_start --seed 99") ]]] -->\n<!-- [[[end]]] -->\n')
+    code, said = checked(page)
+    assert code != 0
+    assert "no rows; are they stored?" in said
 
 
 def values(text, number=NUMBER):

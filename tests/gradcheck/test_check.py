@@ -264,10 +264,14 @@ class DescentRule(mf.updates.UpdateRule):
         return param - self.factor * options["lr"] * grad, {}
 
 
-def checked_with(optimizer):
+def checked_with(make, stepped=False):
     model = nn.Linear(8, 3)
     space = mf.Space(lr=mf.Float(1e-3, 1.0, log=True, init=0.1))
-    return checked(model, space, optimizer=optimizer(model.parameters()), estimators=["one_step"])
+    optimizer = make(model.parameters())
+    if stepped:
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+    return checked(model, space, optimizer=optimizer, estimators=["one_step"])
 
 
 @pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (2.0, False), (-1.0, False)])
@@ -279,10 +283,7 @@ def test_a_rule_of_the_user_is_compared_with_the_optimiser_itself(monkeypatch, f
     assert any("must give the step of Descent" in hint for hint in report.hints) != passes
 
 
-class Heavy(torch.optim.Optimizer):
-    def __init__(self, params, lr=0.1):
-        super().__init__(params, {"lr": lr})
-
+class Heavy(Descent):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
@@ -310,15 +311,9 @@ def test_the_state_that_a_rule_of_the_user_returns_is_compared_too(monkeypatch, 
     for name, value in wrong.items():
         monkeypatch.setattr(HeavyRule, name, value)
     monkeypatch.setitem(mf.updates.RULES, Heavy, HeavyRule())
-    model = nn.Linear(8, 3)
-    space = mf.Space(lr=mf.Float(1e-3, 1.0, log=True, init=0.1))
-    optimizer = Heavy(model.parameters())
-    if stepped:
-        F.cross_entropy(model(X), Y).backward()
-        optimizer.step()
-        if "first" in wrong:
-            said = None  # the first step is over
-    report = checked(model, space, optimizer=optimizer, estimators=["one_step"])
+    if stepped and "first" in wrong:
+        said = None  # the first step is over
+    report = checked_with(Heavy, stepped)
     assert report.passed == (said is None)
     assert any((said or "must give") in hint for hint in report.hints) == (said is not None)
 
